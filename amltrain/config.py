@@ -1,0 +1,263 @@
+"""A run, as plain dataclasses. The docstring under each field is its `--help`.
+
+Leaf functions never see these; only `build_*` functions and the launch scripts do. Reading YAML files and command lines
+is in `parse_config` below, the only code that knows the config library.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+from amltrain.errors import UserError
+
+Fields = TypeVar("Fields")
+
+
+@dataclass
+class DataConfig:
+    """Which referring expressions to train on and where they lie."""
+
+    datasets: list[str] = field(default_factory=lambda: ["refshapes"])
+    """Data sets to train on: refcoco, refcoco+, refcocog, refcocog-google, grefcoco, or synthetic refshapes, refshapes+,
+    refshapesg, grefshapes. More than one is combined training."""
+    prepared: str = "prepared"
+    """Folder with the prepared Parquet data (one folder per data set), or a Hub data set id."""
+    refer_root: str | None = None
+    """Folder in the original REFER layout (refcoco/refs(unc).p, refcoco/instances.json, ...). When the prepared data is
+    missing it is made from here first."""
+    image_root: str | None = None
+    """Folder with the COCO train2014 images; by default looked for under refer_root."""
+    leak_filter: bool = True
+    """In combined training drop every image that is in a val or test split of any of the data sets. false reproduces
+    DETRIS- and UNINEXT-style numbers, whose test images are partly seen in training."""
+    weights: list[float] | None = None
+    """Sampling weight of each data set in combined training; null = every referent once per epoch."""
+    train_split: str = "train"
+    """Split to train on."""
+    train_unit: Literal["referent", "sentence"] = "referent"
+    """An epoch visits every referent once with a random sentence, or every sentence once."""
+    mask_parts: Literal["union", "exclusive"] = "union"
+    """Pixels covered by two polygons of one object: foreground (union, CARIS) or background (exclusive, LAVT)."""
+    streaming: bool = False
+    """Read the Parquet files as a stream instead of from a memory-mapped copy."""
+    workers: int = 2
+    """Data loading processes per training process."""
+    max_skipped: float = 0.001
+    """Share of rows that may be unreadable (counted, reported and skipped) before the run stops."""
+
+
+@dataclass
+class PreprocessConfig:
+    """How an image and a sentence become tensors. null = the model's own protocol."""
+
+    size: int | None = None
+    """Side of the square network input, pixels."""
+    resize: Literal["square", "letterbox"] | None = None
+    """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); letterbox: keep it and pad (CRIS, DETRIS)."""
+    normalization: Literal["imagenet", "clip", "half"] | None = None
+    """Mean and standard deviation subtracted from and divided out of the image (0..1)."""
+    tokenizer: str | None = None
+    """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences."""
+    max_tokens: int | None = None
+    """Tokens per sentence, special tokens included; longer sentences are cut."""
+    sentence_field: Literal["sent", "raw"] | None = None
+    """Which text of the REFER files: cleaned (sent) or as typed (raw)."""
+
+
+@dataclass
+class ProtocolConfig:
+    """How a prediction is scored. null = the model's own protocol."""
+
+    frame: Literal["network", "original"] | None = None
+    """Score masks at the network's input size or at every image's own size."""
+    threshold: float | None = None
+    """A pixel is foreground when its probability reaches this; 0.5 is the argmax of two channels."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS). align_corners=True."""
+    sentences: Literal["all", "first"] | None = None
+    """Score every sentence of a referent, or its first only."""
+    ties: Literal["ge", "gt"] | None = None
+    """Pr@t counts IoU >= t (LAVT, CARIS, ReLA) or IoU > t (CRIS, DETRIS)."""
+
+
+@dataclass
+class ModelConfig:
+    """Which registered model, and what it starts from."""
+
+    name: str = "caris_tiny"
+    """A registered model; `amltrain models` lists them."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model's builder, e.g. drop_path_rate."""
+    vision_weights: str | None = None
+    """Pretrained vision encoder: a timm or Hub name, or an official .pth / .safetensors file. null = random."""
+    text_weights: str | None = None
+    """Pretrained text encoder: a Hub id or folder, or an official file. null = random."""
+    checkpoint: str | None = None
+    """Start from all weights of a model folder (…/step-N/model) or a Hub repository."""
+    gradient_checkpointing: bool = False
+    """Recompute encoder activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class LossConfig:
+    """The segmentation loss. null = the model's own."""
+
+    name: str | None = None
+    """A loss of amltrain.losses, e.g. weighted_cross_entropy."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the loss, e.g. background_weight."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """Optimizer."""
+    lr: float = 1e-4
+    """Base learning rate; a model's parameter groups scale it."""
+    weight_decay: float = 0.01
+    """Weight decay of the groups that decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's betas."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    amsgrad: bool = False
+    """Use AMSGrad (CGFormer)."""
+    schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = "poly"
+    """poly: (1 - t/T)^power after the warm-up; poly_caris: the CARIS release's exact rule, whose step 0 runs at full rate."""
+    power: float = 0.9
+    """Exponent of poly."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    milestones: list[float] = field(default_factory=list)
+    """multistep: where to multiply by gamma, as shares of the run."""
+    gamma: float = 0.1
+    """multistep: factor at each milestone."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the whole gradient; null = no clipping."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    epochs: int | None = 50
+    """Passes over the training set. Give this or max_steps."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides epochs."""
+    global_batch_size: int = 16
+    """Samples per optimizer step over all processes; kept whatever their number."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass on one process; null = global_batch_size / processes. The rest is accumulated."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Overrides what `accelerate launch` was told."""
+    sync_batchnorm: bool = False
+    """Convert batch norms to SyncBN when there is more than one process."""
+    compile: bool = False
+    """torch.compile the model."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights, evaluate and export it; null = off."""
+    log_every: int = 10
+    """Steps between log lines."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    time_limit: float | None = None
+    """Hours after which the run saves and stops with exit code 75 (requeue me); null = none."""
+
+
+@dataclass
+class EvaluationConfig:
+    """When and on what to evaluate."""
+
+    splits: list[str] = field(default_factory=lambda: ["val"])
+    """Splits to evaluate; `refcoco+:val` names a data set where there are several."""
+    every_steps: int | None = None
+    """Evaluate every so many steps; null = at the end of every epoch."""
+    batch_size: int = 16
+    """Samples per forward pass on one process."""
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    """How predictions are scored; null fields = the model's own protocol."""
+    best_metric: str = "oIoU"
+    """Metric that chooses the `best` checkpoint, on the first split unless written `split/metric`."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better best_metric; null = never."""
+    max_samples: int | None = None
+    """Score only the first so many samples of a split (a smoke test; said in the results)."""
+    shuffle_sentences: bool = False
+    """Give every image another sample's sentence: shows whether the model reads the words."""
+    pictures: int = 8
+    """Predictions drawn per evaluation."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved and when."""
+
+    every_steps: int | None = None
+    """Save every so many steps; null = with every evaluation."""
+    keep: int = 3
+    """Newest checkpoints kept, besides best and last."""
+
+
+@dataclass
+class HubConfig:
+    """Publishing on the HuggingFace Hub."""
+
+    push: Literal["never", "best", "last"] = "never"
+    """Push the model folder of the best or last checkpoint when the run ends."""
+    repo: str | None = None
+    """Repository, user/name."""
+    private: bool = True
+    """Create the repository private."""
+
+
+@dataclass
+class TrackingConfig:
+    """Trackers. Off-line by default."""
+
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Accelerate trackers: tensorboard, wandb, ...; an empty list turns them off."""
+
+
+@dataclass
+class AMLConfig:
+    """Alignment-aware masked learning (arXiv 2602.22740). null = what the preset says."""
+
+    enabled: bool = True
+    """false trains the plain baseline."""
+    preset: Literal["paper", "released"] = "paper"
+    """paper: the equations; released: what the public code does."""
+
+
+@dataclass
+class RunConfig:
+    """A whole training run."""
+
+    output: str = "runs/quickstart"
+    """Folder for checkpoints, logs, results and pictures."""
+    seed: int = 0
+    """Seed of everything random."""
+    resume: str = "auto"
+    """auto: go on from output/last when it is there; never: start anew (refuses a folder that has checkpoints); or a
+    checkpoint folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    aml: AMLConfig = field(default_factory=AMLConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        if self.hub.push != "never" and not self.hub.repo:
+            raise UserError(f"hub.push={self.hub.push} needs --hub.repo user/name")
+
+
+def override(defaults: Fields, own: Fields) -> Fields:
+    """`defaults` with every field that `own` sets (is not None)."""
+    chosen = {f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) is not None}  # type: ignore[arg-type]
+    return replace(defaults, **chosen)  # type: ignore[type-var]

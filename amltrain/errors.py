@@ -1,0 +1,16 @@
+"""What a user may get wrong. The command lines print these in one line; anything else is our bug and keeps its traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Bad input. The message is one sentence or two: what is wrong, in which file, row, flag or key, and the fix."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """An error for a name that is not in a table: lists close matches, or everything when nothing is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}."
+    return UserError(f"unknown {kind} {name!r}; {hint}")

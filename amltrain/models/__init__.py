@@ -1,0 +1,15 @@
+"""Registered models. Importing this package fills the registry; a new baseline adds one file and one line here."""
+
+from amltrain.models.base import Conversion, RISModel, check_param_groups
+from amltrain.models.registry import ModelInfo, create_model, list_models, model_info, register_model
+
+__all__ = [
+    "Conversion",
+    "ModelInfo",
+    "RISModel",
+    "check_param_groups",
+    "create_model",
+    "list_models",
+    "model_info",
+    "register_model",
+]

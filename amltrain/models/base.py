@@ -1,0 +1,94 @@
+"""What every registered model offers. AML, losses, the trainer and the evaluator know models only through this page."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+
+class Conversion(NamedTuple):
+    """An official checkpoint in our key names.
+
+    state_dict  our key -> tensor, loadable with strict=True
+    renamed     official key -> our key
+    dropped     official key -> why it has no place here (an unused head, an index buffer that is recomputed, ...)
+    unmatched   official keys that nothing is known about: a caller must refuse or report them
+    missing     our keys that the official file did not give
+    """
+
+    state_dict: dict[str, Tensor]
+    renamed: dict[str, str]
+    dropped: dict[str, str]
+    unmatched: list[str]
+    missing: list[str]
+
+
+class RISModel(nn.Module):
+    """A referring image segmentation model: `forward` = `decode(encode(batch), batch)`.
+
+    No device, rank, accelerator or config object inside; nothing but dropout, drop-path and batch norm depends on
+    `self.training`. Parts that a release freezes have `requires_grad=False` from construction on.
+
+    Attributes a subclass sets: alignment_dims (C_v, C_t), the widths of what `alignment_features` returns.
+    """
+
+    alignment_dims: tuple[int, int]
+
+    def encode(self, batch: Batch) -> Features:
+        """Run the encoders: image and tokens in, features before cross-modal fusion out (where there is a before)."""
+        raise NotImplementedError
+
+    def decode(self, features: Features, batch: Batch) -> ModelOutput:
+        """Fuse and segment."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        return self.decode(self.encode(batch), batch)
+
+    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
+        """What AML's stage 1 scores; runs encoders only, never the decoder. Default: deepest map and token features.
+
+        A model that fuses inside its encoder overrides this and says in its file header what it gives.
+        """
+        features = self.encode(batch)
+        return AlignmentFeatures(features.visual[-1], features.text, features.text_mask)
+
+    def reencode_image(self, batch: Batch, features: Features) -> Features:
+        """Features of another image with the text features kept (AML preset `released`).
+
+        The default encodes everything again; a late-fusion model overrides it to skip its text encoder.
+        """
+        return self.encode(batch)._replace(text=features.text, text_mask=features.text_mask)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of the release: dicts with name, params, lr, weight_decay.
+
+        Every trainable parameter in exactly one group (`check_param_groups`), frozen ones in none.
+        """
+        raise NotImplementedError
+
+    def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
+        """Map the official release's state dict onto this model; never drops a key silently."""
+        raise NotImplementedError
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute encoder blocks in the backward pass to save memory; the numbers stay the same."""
+        raise NotImplementedError
+
+
+def check_param_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
+    """Raise AssertionError unless every trainable parameter is in exactly one group and no frozen one is in any."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    seen: dict[int, str] = {}
+    for group in groups:
+        for p in group["params"]:
+            if id(p) in seen:
+                raise AssertionError(f"{names.get(id(p))} is in two groups: {seen[id(p)]} and {group['name']}")
+            if not p.requires_grad:
+                raise AssertionError(f"frozen parameter {names.get(id(p))} is in group {group['name']}")
+            seen[id(p)] = group["name"]
+    left_out = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
+    if left_out:
+        raise AssertionError(f"{len(left_out)} trainable parameters are in no group, first: {left_out[0]}")

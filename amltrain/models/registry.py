@@ -1,0 +1,77 @@
+"""The registry: a dict and a decorator. A registered model is a plain function named after the model.
+
+    @register_model(info=ModelInfo(paper=..., release=..., licence=..., preprocess=..., protocol=...))
+    def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.errors import UserError, unknown_name
+from amltrain.models.base import RISModel
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the registry table, the model card and the loaders need to know about a model.
+
+    preprocess and protocol are complete: a run's own values override them field by field.
+    """
+
+    paper: str
+    release: str
+    licence: str
+    aml_scores: str
+    preprocess: PreprocessConfig
+    protocol: ProtocolConfig
+    loss: str
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+_BUILDERS: dict[str, Callable[..., RISModel]] = {}
+_INFOS: dict[str, ModelInfo] = {}
+Builder = TypeVar("Builder", bound=Callable[..., RISModel])
+
+
+def register_model(info: ModelInfo) -> Callable[[Builder], Builder]:
+    """Register a function that builds a model; the function's name is the model's name."""
+
+    def register(builder: Builder) -> Builder:
+        name = builder.__name__
+        if name in _BUILDERS:
+            raise KeyError(f"model {name!r} is registered twice")
+        _BUILDERS[name], _INFOS[name] = builder, info
+        return builder
+
+    return register
+
+
+def list_models() -> list[str]:
+    """Names of all registered models, sorted."""
+    return sorted(_BUILDERS)
+
+
+def model_info(name: str) -> ModelInfo:
+    """What is known about a registered model. Raises UserError for an unknown name."""
+    if name not in _INFOS:
+        raise unknown_name("model", name, _INFOS)
+    return _INFOS[name]
+
+
+def create_model(name: str, **kwargs: Any) -> RISModel:
+    """Build a registered model; `kwargs` are the builder's own keyword arguments.
+
+    Raises UserError for an unknown name or an argument that the builder does not take.
+    """
+    if name not in _BUILDERS:
+        raise unknown_name("model", name, _BUILDERS)
+    builder = _BUILDERS[name]
+    accepted = inspect.signature(builder).parameters
+    for key in kwargs:
+        if key not in accepted:
+            error = unknown_name(f"argument of model {name}", key, accepted)
+            raise UserError(f"{error} (model.kwargs.{key})")
+    return builder(**kwargs)

@@ -1,0 +1,97 @@
+"""The records that travel through the house, in the order they appear.
+
+NamedTuples, because Accelerate moves and gathers them as they are (it does not walk dataclasses).
+
+Dimensions: B batch, H W network input size, h w a feature map's size, L text tokens, C channels, K classes.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Draw(NamedTuple):
+    """What a sampler hands to a dataset: everything random about a sample is a function of (seed, epoch, index)."""
+
+    epoch: int
+    index: int
+
+
+class Sample(NamedTuple):
+    """One image with one sentence, ready to be collated. Fields as in `Batch`, without the first dimension."""
+
+    image: Tensor
+    input_ids: Tensor
+    text_mask: Tensor
+    target: Tensor
+    no_target: Tensor
+    sample_id: Tensor
+    random_key: Tensor
+    geometry: Tensor
+    original_target: Tensor | None = None
+
+
+class Batch(NamedTuple):
+    """What a model reads (`image`, `input_ids`, `text_mask`), what a loss reads, and what leads back to the data.
+
+    image            [B, 3, H, W] float32, normalised with the mean and std of the model's protocol
+    input_ids        [B, L] int64, padded to the protocol's `max_tokens`
+    text_mask        [B, L] bool, True = a real token, [CLS] and [SEP] included
+    target           [B, H, W] uint8, share of the pixel that the referent covers in 1/255: 255 referent, 0 background;
+                     values between only where a protocol resizes masks linearly (letterbox)
+    no_target        [B] bool, True = the sentence means nothing in the image (gRefCOCO)
+    sample_id        [B] int64, position in the dataset's index: unique in a split
+    random_key       [B] int64, hash of (seed, epoch, sample): the only source of per-sample randomness in a step
+    geometry         [B, 6] float64: original height, original width, then the map from original to network pixels:
+                     scale_y, scale_x, offset_y, offset_x (network = original * scale + offset, in continuous coordinates)
+    original_target  B tensors [h0, w0] uint8 0/255 at each image's own size; empty unless the evaluation asks for it
+    """
+
+    image: Tensor
+    input_ids: Tensor
+    text_mask: Tensor
+    target: Tensor
+    no_target: Tensor
+    sample_id: Tensor
+    random_key: Tensor
+    geometry: Tensor
+    original_target: tuple[Tensor, ...] = ()
+
+
+class Features(NamedTuple):
+    """What a model's encoders give its decoder.
+
+    visual      maps [B, C_i, h_i, w_i] from fine to coarse
+    text        [B, L, C_t] one vector per token, padded positions included
+    text_mask   [B, L] bool, True = a real token
+    extra       whatever else this model's own decoder needs (a sentence vector, ...)
+    suppressed  [B, h, w] bool at the coarsest map's size, positions that attention must not read (AML level
+                "feature"); None = read everything
+    """
+
+    visual: tuple[Tensor, ...]
+    text: Tensor
+    text_mask: Tensor
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default, never mutated
+    suppressed: Tensor | None = None
+
+
+class AlignmentFeatures(NamedTuple):
+    """What AML scores: visual [B, C_v, h, w], text [B, L, C_t], text_mask [B, L] bool (True = a real token)."""
+
+    visual: Tensor
+    text: Tensor
+    text_mask: Tensor
+
+
+class ModelOutput(NamedTuple):
+    """What a model says.
+
+    logits  [B, 2, h, w] (background, referent; softmax) or [B, 1, h, w] (referent; sigmoid), at the model's own size
+    aux     named extra outputs. Names with a meaning outside the model:
+            "no_target" [B, 2] logits (target, no target); "fused_visual" [B, C, h, w] and "fused_text" [B, L, C] after
+            cross-modal fusion (AML `features: late`)
+    """
+
+    logits: Tensor
+    aux: dict[str, Tensor] = {}  # noqa: RUF012 - a NamedTuple default, never mutated
