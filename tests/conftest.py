@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def find_shared() -> Path | None:
+    """The folder with recorded tensors and real images, which is not part of the repository; None when it is not there."""
+    folder = Path(os.environ.get("AMLTRAIN_SHARED", REPOSITORY.parent / "shared"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    folder = find_shared()
+    if folder is None:
+        pytest.skip("the recorded tensors are not here (set AMLTRAIN_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
