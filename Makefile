@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine with python3 and make: `make quickstart` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Tests and the quickstart need no network once installed.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help quickstart test quality format install clean
+
+help:  ## show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (about 10 minutes on 2 CPU cores)
+	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml launch/train.py --config configs/quickstart.yaml
+
+test: $(VENV)/.dev  ## run every test (under 15 minutes on 2 CPU cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+quality: $(VENV)/.dev  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.dev  ## install for development into .venv
+
+clean:  ## remove the environment, runs and prepared data
+	rm -rf $(VENV) runs prepared
+
+# The stamps name pyproject.toml, so an unchanged project installs nothing the second time.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo "amltrain needs Python 3.10 to 3.13; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "could not make $(VENV); on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/python
+	@[ -e $(VENV)/.dev ] && [ $(VENV)/.dev -nt pyproject.toml ] || $(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev,deepspeed]'
+	@touch $@
