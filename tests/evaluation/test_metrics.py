@@ -1,0 +1,140 @@
+"""Every number that an official evaluation printed on the recorded mask pairs, by our metric."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amltrain.errors import UserError
+from amltrain.evaluation.metrics import ReferringSegmentation, classic_scores, generalized_scores, sample_iou
+
+SETS = ("all", "gt_nonempty", "ordinary")
+CLOSE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def recorded(shared_dir: Path) -> dict:
+    return json.loads((shared_dir / "goldens/metrics/expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pairs(shared_dir: Path) -> dict[str, np.ndarray]:
+    with np.load(shared_dir / "goldens/metrics/masks.npz") as masks:
+        pixels = int(masks["hw"].prod())
+        pred, gt = (np.unpackbits(masks[k], axis=1)[:, :pixels].astype(bool) for k in ("pred", "gt"))
+        flags = {k: masks[f"{k}_no_target"] for k in ("gt", "pred")}
+    return {"I": (pred & gt).sum(1), "U": (pred | gt).sum(1), "area": pred.sum(1)} | flags
+
+
+def metric(pairs: dict, index: list[int], **options) -> dict:
+    columns = {k: pairs[k][index] for k in ("I", "U", "gt", "pred")}
+    return ReferringSegmentation(keep_in_memory=True).compute(
+        intersections=columns["I"],
+        unions=columns["U"],
+        no_target=columns["gt"],
+        predicted_no_target=columns["pred"],
+        **options,
+    )
+
+
+def close(ours: float, official: float) -> bool:
+    return math.isclose(ours, official, rel_tol=CLOSE, abs_tol=CLOSE)
+
+
+def test_counts_of_pixels_are_the_recorded_ones(pairs: dict, recorded: dict):
+    assert pairs["I"].tolist() == recorded["I"]
+    assert pairs["U"].tolist() == recorded["U"]
+
+
+@pytest.mark.parametrize("subset", SETS)
+@pytest.mark.parametrize("code", ["lavt_test", "lavt_train_val", "caris_eval", "caris_train_val", "polyformer"])
+def test_codes_that_count_ties(pairs: dict, recorded: dict, subset: str, code: str):
+    official, index = recorded["results"][subset][code], recorded["sets"][subset]
+    ours = metric(pairs, index)
+    scale = 100 if code == "polyformer" else 1  # it prints fractions
+    overall = official.get("overall_iou_percent", official.get("overall_iou"))
+    mean = official.get("mean_iou_percent", official.get("mean_iou"))
+    assert close(ours["oIoU"], overall * scale)
+    if mean == "nan":  # CARIS gives up on an empty union; we count it and say so
+        assert ours["empty_unions"] > 0
+    else:
+        assert close(ours["mIoU"], mean * scale)
+    precision = official.get("precision_percent", official.get("precision"))
+    for threshold, value in precision.items():
+        assert close(ours[f"Pr@{threshold}"], value * scale), threshold
+
+
+@pytest.mark.parametrize("subset", SETS)
+@pytest.mark.parametrize("family", ["cris", "etris", "detris"])
+@pytest.mark.parametrize("stage", ["validate", "inference"])
+def test_codes_that_do_not_count_ties(pairs: dict, recorded: dict, subset: str, family: str, stage: str):
+    official, index = recorded["results"][subset][f"{family}_{stage}"], recorded["sets"][subset]
+    ours = metric(pairs, index, ties="gt")
+    assert close(ours["mIoU"], official["mean_iou_percent"])
+    for name, value in official["precision_percent"].items():
+        assert close(ours[f"Pr@0.{name[3]}"], value), name
+    if "overall_iou_percent" in official:
+        assert close(ours["oIoU"], official["overall_iou_percent"])
+    iou = sample_iou(pairs["I"][index], pairs["U"][index], "gt")
+    np.testing.assert_allclose(iou, official["per_sample_iou"], rtol=CLOSE)
+
+
+def assert_rela(ours: dict, official: dict) -> None:
+    for name, value in official.items():
+        name, scale = (name.replace("_", "-"), 100) if name in ("N_acc", "T_acc") else (name, 1)
+        assert close(ours[name], value * scale), name
+
+
+@pytest.mark.parametrize("subset", SETS)
+def test_rela(pairs: dict, recorded: dict, subset: str):
+    official = recorded["results"][subset]["rela"]
+    for source, values in official["results"].items():
+        assert source == "grefcoco"
+        assert_rela(metric(pairs, recorded["sets"][subset], generalized=True), values)
+
+
+def test_rela_with_two_sources(pairs: dict, recorded: dict):
+    official = recorded["rela_two_sources"]
+    source = np.array(official["source"])
+    for name, values in official["results"].items():
+        index = np.flatnonzero((source == name) | (name == "full")).tolist()
+        assert_rela(metric(pairs, index, generalized=True), values)
+
+
+def test_rela_on_a_classic_dataset(pairs: dict, recorded: dict):
+    official = recorded["rela_classic_refcoco_only"]["results"]["refcoco"]
+    index = recorded["sets"]["gt_nonempty"]
+    assert_rela(metric(pairs, index, generalized=True), official)
+
+
+def test_only_rejected_no_target_samples_give_no_division_by_zero():
+    scores = generalized_scores([0, 0], [0, 7], [True, True], [True, True])
+    assert scores["gIoU"] == scores["N-acc"] == 100
+    assert math.isnan(scores["cIoU"])
+    assert math.isnan(scores["T-acc"])
+    assert math.isnan(scores["Pr@0.7"])
+
+
+def test_pixel_count_rule_on_the_recorded_borders(pairs: dict, recorded: dict):
+    names = ["nt_1px", "nt_49px", "nt_50px", "nt_51px"]
+    index = [recorded["names"].index(n) for n in names]
+    assert (pairs["area"][index] < 50).tolist() == [True, True, False, False]
+    said = pairs["area"][index] < 50
+    scores = generalized_scores(pairs["I"][index], pairs["U"][index], pairs["gt"][index], said)
+    assert scores["N-acc"] == scores["gIoU"] == 50
+
+
+def test_ties_split_the_families():
+    assert classic_scores([5, 6], [10, 10])["Pr@0.5"] == 100
+    assert classic_scores([5, 6], [10, 10], ties="gt")["Pr@0.5"] == 50
+    assert classic_scores([700], [1000], ties="gt")["Pr@0.7"] == 100  # float32(0.7) is below 0.7
+    assert classic_scores([7], [10], ties="gt")["Pr@0.7"] == 0  # but 1e-6 weighs more with a small union
+
+
+def test_exchanged_columns_are_refused():
+    with pytest.raises(UserError, match="exchanged"):
+        ReferringSegmentation(keep_in_memory=True).compute(
+            intersections=[5], unions=[3], no_target=[False], predicted_no_target=[False]
+        )
