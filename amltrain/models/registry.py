@@ -1,7 +1,7 @@
 """The registry: a dict and a decorator. A registered model is a plain function named after the model.
 
-    @register_model(info=ModelInfo(paper=..., release=..., licence=..., preprocess=..., protocol=...))
-    def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
+@register_model(info=ModelInfo(paper=..., release=..., licence=..., preprocess=..., protocol=...))
+def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
 """
 
 import inspect

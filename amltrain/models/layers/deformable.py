@@ -1,0 +1,83 @@
+"""Multi-scale deformable attention: every query reads a few learned places around it on every level.
+
+Paper: Zhu et al., Deformable DETR, ICLR 2021. The sampling itself is transformers'; its module is not used because it
+waits for the device in training (a check for infinities) and because its arguments change between versions.
+
+Dimensions: B batch, Q queries, N positions of all levels together, C width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Deformable attention with its output projection, without residual. Always computes outside of autocast:
+    places are differences of small numbers, which half precision loses."""
+
+    def __init__(self, dim: int, *, heads: int = 8, levels: int = 3, points: int = 4) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As published: head h starts looking in direction 2 pi h / heads, its points at distances 1, 2, ... cells."""
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # [heads, 2]
+        distance = torch.arange(1, self.points + 1, dtype=torch.float32)
+        offsets = direction[:, None, None] * distance[:, None]  # [heads, 1, points, 2]
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for linear in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, query: Tensor, value: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """What every query reads, [B, Q, C].
+
+        query      [B, Q, C], position codes included
+        value      [B, N, C], the levels' positions one level after the other, N = sum of h * w
+        reference  [Q, 2] float32 (x, y) in (0, 1), where a query looks from
+        shapes     (h, w) of every level
+        """
+        dtype = self.value_proj.weight.dtype
+        with torch.autocast(query.device.type, enabled=False):
+            query, value = query.to(dtype), value.to(dtype)
+            values = self.value_proj(value).unflatten(-1, (self.heads, -1))
+            offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
+            weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(dim=-1)
+            weights = weights.unflatten(-1, (self.levels, self.points))
+            size = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=torch.float32)
+            places = (
+                reference[:, None, None, None] + offsets.float() / size[:, None]
+            )  # [B, Q, heads, levels, points, 2]
+            read = multi_scale_deformable_attention(values.float(), shapes, places, weights.float())
+            return self.output_proj(read.to(dtype))
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention over several levels and a feed-forward part, both post-norm."""
+
+    def __init__(self, dim: int, feedforward: int, *, heads: int = 8, levels: int = 3, points: int = 4) -> None:
+        super().__init__()
+        self.self_attn = MultiScaleDeformableAttention(dim, heads=heads, levels=levels, points=points)
+        self.norm1 = nn.LayerNorm(dim)
+        self.linear1 = nn.Linear(dim, feedforward)
+        self.linear2 = nn.Linear(feedforward, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        """x [B, N, C], position [N, C], reference [N, 2] -> [B, N, C]."""
+        x = self.norm1(x + self.self_attn(x + position, x, reference, shapes))
+        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
