@@ -70,13 +70,16 @@ class ProtocolConfig:
     frame: Literal["network", "original"] | None = None
     """Score masks at the network's input size or at every image's own size."""
     threshold: float | None = None
-    """A pixel is foreground when its probability reaches this; 0.5 is the argmax of two channels."""
+    """A pixel is foreground when its probability exceeds this; 0.5 is the argmax of two channels."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS). align_corners=True."""
+    """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS)."""
     sentences: Literal["all", "first"] | None = None
     """Score every sentence of a referent, or its first only."""
     ties: Literal["ge", "gt"] | None = None
-    """Pr@t counts IoU >= t (LAVT, CARIS, ReLA) or IoU > t (CRIS, DETRIS)."""
+    """Pr@t counts IoU >= t (LAVT, CARIS, ReLA) or IoU > t (CRIS, DETRIS, which also add 1e-6 to every union)."""
+    no_target_pixels: int | None = None
+    """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this says "nothing in this image"
+    (50 is said to be the GRES paper's rule); 0 = never."""
 
 
 @dataclass

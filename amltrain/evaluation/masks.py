@@ -1,0 +1,118 @@
+"""From a model's logits to masks: at the network's input size, or at every image's own size.
+
+Dimensions: B batch, h w logits, H W network input, h0 w0 original image.
+
+Two ways, named by what is interpolated (both align_corners=True, up to the input size first, as every release does):
+
+    bilinear  the referent's margin (logit of referent - logit of background) is interpolated, then made a probability
+              (LAVT, CARIS, ReLA); back to the original size bilinearly
+    bicubic   the probability is interpolated (CRIS, ETRIS, DETRIS, CGFormer); back to the original size bicubically
+
+The way back follows the geometry of the sample. A stretched square is stretched back. A letterbox is undone by the
+inverse affine map; bicubic then repeats OpenCV 4's `warpAffine` (a = -0.75, coordinates on a grid of 1/32 pixel, 0
+outside), which the CRIS family's evaluation uses, to float rounding and without OpenCV.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+_CUBIC_A = -0.75  # OpenCV's, and PyTorch's
+
+
+def referent_margin(logits: Tensor) -> Tensor:
+    """Logit of the referent against the background, [B, h, w] float32, from [B, 2 or 1, h, w] of any float dtype."""
+    logits = logits.float()
+    return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+
+
+def _network_values(logits: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """[B, H, W] float32: margins (bilinear) or probabilities (bicubic)."""
+    values = referent_margin(logits)
+    if interpolation == "bicubic":
+        values = values.sigmoid()
+    if values.shape[-2:] == size:
+        return values
+    return F.interpolate(values[:, None], size, mode=interpolation, align_corners=True)[:, 0]
+
+
+def _probability(values: Tensor, interpolation: Interpolation) -> Tensor:
+    return values if interpolation == "bicubic" else values.sigmoid()
+
+
+def network_probability(logits: Tensor, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> Tensor:
+    """Probability of the referent at the network's input size (H, W).
+
+    logits: [B, 2 or 1, h, w]. Returns [B, H, W] float32 in 0..1 (bicubic may overshoot by a little).
+    """
+    return _probability(_network_values(logits, size, interpolation), interpolation)
+
+
+def original_probability(
+    logits: Tensor,
+    size: tuple[int, int],
+    geometry: Sequence[Sequence[float]],
+    interpolation: Interpolation = "bilinear",
+) -> list[Tensor]:
+    """Probability of the referent at each image's own size.
+
+    logits: [B, 2 or 1, h, w]; size: (H, W); geometry: B rows of `Batch.geometry` as Python numbers, so that nothing
+    waits for the device. Returns B tensors [h0, w0] float32.
+    """
+    values = _network_values(logits, size, interpolation)
+    return [
+        _probability(to_original(v, g, interpolation), interpolation) for v, g in zip(values, geometry, strict=True)
+    ]
+
+
+def to_original(values: Tensor, geometry: Sequence[float], interpolation: Interpolation) -> Tensor:
+    """Bring a map at network size, [H, W] float, back to the image's own size, [h0, w0].
+
+    geometry: one row of `Batch.geometry`.
+    """
+    height, width = values.shape
+    h0, w0 = int(geometry[0]), int(geometry[1])
+    scale_y, scale_x, offset_y, offset_x = geometry[2:]
+    if (scale_y * h0, scale_x * w0) == (height, width) and offset_y == offset_x == 0:
+        return F.interpolate(values[None, None], (h0, w0), mode=interpolation, align_corners=True)[0, 0]
+    index, weight = _taps(h0, height, scale_y, offset_y, interpolation, values.device)
+    rows = (values[index] * weight[..., None]).sum(1)  # [h0, W]
+    index, weight = _taps(w0, width, scale_x, offset_x, interpolation, values.device)
+    return (rows[:, index] * weight).sum(-1)  # [h0, w0]
+
+
+def _taps(
+    count: int, limit: int, scale: float, offset: float, interpolation: Interpolation, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which of `limit` input pixels each of `count` output pixels reads, [count, K] int64, and the weights, float32."""
+    start = offset + 0.5 * (scale - 1)  # from continuous coordinates to pixel indices
+    position = torch.arange(count, device=device, dtype=torch.float64) * scale
+    if interpolation == "bicubic":  # OpenCV rounds to 1/1024 pixel, then to 1/32
+        fine = (position * 1024).round() + round(start * 1024)
+        position = ((fine + 16) / 32).floor() / 32
+    else:
+        position = position + start
+    first = position.floor()
+    t = position - first
+    if interpolation == "bilinear":
+        steps, weight = torch.arange(0, 2, device=device), torch.stack([1 - t, t], dim=1)
+    else:
+        steps = torch.arange(-1, 3, device=device)
+        weight = torch.stack([_cubic(t + 1), _cubic(t), _cubic(1 - t), _cubic(2 - t)], dim=1)
+    index = first.long()[:, None] + steps
+    if interpolation == "bicubic":
+        weight = weight * ((index >= 0) & (index < limit))
+    return index.clamp(0, limit - 1), weight.float()
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel at a distance in 0..2."""
+    a, d = _CUBIC_A, distance
+    near = ((a + 2) * d - (a + 3)) * d * d + 1
+    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return torch.where(d <= 1, near, far)

@@ -1,0 +1,73 @@
+"""Masks at network and original size; the letterbox's way back is compared with recorded OpenCV 4.8 output."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from amltrain.evaluation.masks import network_probability, original_probability, referent_margin, to_original
+
+
+def logit(p: torch.Tensor) -> torch.Tensor:
+    return torch.logit(p.double()).float()
+
+
+@pytest.mark.parametrize("release", ["cris", "etris", "detris"])
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_letterbox_back_to_the_original_size(shared_dir: Path, release: str, case: str):
+    recorded = load_file(shared_dir / f"goldens/{release}/preproc.safetensors")
+    x = {k[2:]: v for k, v in recorded.items() if k.startswith(case + ".")}
+    height, width = x["prob_at_original"].shape
+    affine = x["M"]  # of pixel indices; our geometry is in continuous coordinates (index + 0.5)
+    scale_x, scale_y = affine[0, 0].item(), affine[1, 1].item()
+    geometry = [height, width, scale_y, scale_x]
+    geometry += [affine[1, 2].item() + 0.5 * (1 - scale_y), affine[0, 2].item() + 0.5 * (1 - scale_x)]
+
+    ours = to_original(x["prob_at_input"], geometry, "bicubic")
+    assert (ours - x["prob_at_original"]).abs().max() < 1e-4
+    mask, truth = ours > 0.35, x["mask"] > 0
+    assert torch.equal(mask, x["pred"].bool())
+    assert [(mask & truth).sum().item(), (mask | truth).sum().item()] == x["inter_union"].tolist()
+
+
+def test_network_probability_is_the_softmax_of_upsampled_logits():
+    logits = torch.randn(2, 2, 6, 7)
+    expected = F.interpolate(logits, (24, 28), mode="bilinear", align_corners=True).softmax(1)[:, 1]
+    torch.testing.assert_close(network_probability(logits, (24, 28)), expected)
+    torch.testing.assert_close(network_probability(referent_margin(logits)[:, None], (24, 28)), expected)
+
+
+def test_bicubic_interpolates_probabilities():
+    logits = torch.randn(2, 1, 6, 6)
+    expected = F.interpolate(logits.sigmoid(), (24, 24), mode="bicubic", align_corners=True)[:, 0]
+    torch.testing.assert_close(network_probability(logits, (24, 24), "bicubic"), expected)
+
+
+def test_half_precision_logits_are_interpolated_in_float32():
+    logits = torch.randn(1, 2, 6, 6, dtype=torch.bfloat16)
+    assert network_probability(logits, (12, 12)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_square_is_stretched_back(interpolation: str):
+    logits = torch.randn(2, 1, 24, 24)
+    geometry = [[30.0, 50.0, 24 / 30, 24 / 50, 0.0, 0.0], [12.0, 18.0, 24 / 12, 24 / 18, 0.0, 0.0]]
+    a, b = original_probability(logits, (24, 24), geometry, interpolation)
+    assert a.shape == (30, 50)
+    values = logits.sigmoid() if interpolation == "bicubic" else logits
+    expected = F.interpolate(values[1:], (12, 18), mode=interpolation, align_corners=True)[0, 0]
+    torch.testing.assert_close(b, expected if interpolation == "bicubic" else expected.sigmoid())
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_letterboxed_rectangle_comes_back_where_it_was(interpolation: str):
+    truth = torch.zeros(40, 80)
+    truth[10:30, 20:50] = 1
+    scale, offset = 0.5, (40 - 20) / 2  # 40 x 80 in a 40 x 40 input: 20 rows of image, 10 of padding above and below
+    canvas = torch.zeros(40, 40)
+    canvas[10:30] = F.interpolate(truth[None, None], (20, 40), mode="area")[0, 0]
+    back = to_original(canvas, [40, 80, scale, scale, offset, 0.0], interpolation)
+    mask = back > 0.5
+    assert torch.equal(mask, truth > 0.5)

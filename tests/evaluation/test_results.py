@@ -1,0 +1,52 @@
+"""results.json and the table say what was scored and how."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amltrain.errors import UserError
+from amltrain.evaluation.results import Results, table, write_results
+
+PROTOCOL = {
+    "frame": "original", "size": [448, 448], "threshold": 0.35, "interpolation": "bicubic", "sentences": "all",
+    "ties": "gt", "metrics": "classic", "no_target_by": "nothing: never said",
+}  # fmt: skip
+
+
+def classic(split: str = "val", **counts: int) -> Results:
+    metrics = {"oIoU": 65.4321, "mIoU": 70.0, "Pr@0.5": float("nan")}
+    return Results("refcoco", split, metrics, {"samples": 10834} | counts, PROTOCOL, {"checkpoint": "runs/a/best"})
+
+
+def test_json_keeps_protocol_and_has_no_nan(tmp_path: Path):
+    path = tmp_path / "new" / "results.json"
+    write_results(path, [classic()])
+    said = json.loads(path.read_text())
+    assert said["results"][0]["metrics_percent"] == {"oIoU": 65.4321, "mIoU": 70.0, "Pr@0.5": None}
+    assert said["results"][0]["protocol"] == PROTOCOL
+    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
+    (tmp_path / "results.json").mkdir()  # a folder in the way
+    with pytest.raises(UserError, match="cannot write"):
+        write_results(tmp_path / "results.json", [classic()])
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_table_names_each_protocol_once():
+    generalized = Results("grefcoco", "val", {"gIoU": 1.0}, {"samples": 3}, PROTOCOL | {"metrics": "generalized"})
+    text = table([classic(), classic("testA", empty_unions=2), generalized])
+    assert "| refcoco | val   |   10834 | 65.43 | 70.00 |      - |" in text
+    assert (
+        text.count("at the original size, probability > 0.35 (bicubic), all sentences, Pr@t: I / (U + 1e-6) > t.") == 1
+    )
+    assert "no target by nothing: never said" in text
+    assert "refcoco testA: 2 samples with an empty union count as IoU 0." in text
+
+
+def test_score_of_the_same_form_and_of_none():
+    assert classic().score("cIoU") == classic().score("oIoU") == 65.4321
+    with pytest.raises(UserError, match="no metric 'AP' on refcoco val; known: oIoU"):
+        classic().score("AP")
