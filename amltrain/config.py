@@ -17,8 +17,8 @@ class DataConfig:
     """Which referring expressions to train on and where they lie."""
 
     datasets: list[str] = field(default_factory=lambda: ["refshapes"])
-    """Data sets to train on: refcoco, refcoco+, refcocog, refcocog-google, grefcoco, or synthetic refshapes, refshapes+,
-    refshapesg, grefshapes. More than one is combined training."""
+    """Data sets to train on: refcoco, refcoco+, refcocog, refcocog-google, grefcoco, or synthetic refshapes,
+    refshapes+, refshapesg, grefshapes. More than one is combined training."""
     prepared: str = "prepared"
     """Folder with the prepared Parquet data (one folder per data set), or a Hub data set id."""
     refer_root: str | None = None
@@ -127,7 +127,7 @@ class OptimConfig:
     amsgrad: bool = False
     """Use AMSGrad (CGFormer)."""
     schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = "poly"
-    """poly: (1 - t/T)^power after the warm-up; poly_caris: the CARIS release's exact rule, whose step 0 runs at full rate."""
+    """poly: (1 - t/T)^power after the warm-up; poly_caris: the CARIS release's rule, whose step 0 runs at full rate."""
     power: float = 0.9
     """Exponent of poly."""
     warmup_steps: int = 0

@@ -1,4 +1,4 @@
-"""What a user may get wrong. The command lines print these in one line; anything else is our bug and keeps its traceback."""
+"""What a user may get wrong. The command lines print it in one line; anything else is our bug and keeps its trace."""
 
 import difflib
 from collections.abc import Iterable

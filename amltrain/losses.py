@@ -1,1 +1,1 @@
-"""Segmentation losses: `loss(output, batch) -> {"loss": scalar, ...}`; a baseline names its own in its registry entry."""
+"""Segmentation losses: `loss(output, batch) -> {"loss": scalar, ...}`; a baseline's registry entry names its own."""

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     sample_id        [B] int64, position in the dataset's index: unique in a split
     random_key       [B] int64, hash of (seed, epoch, sample): the only source of per-sample randomness in a step
     geometry         [B, 6] float64: original height, original width, then the map from original to network pixels:
-                     scale_y, scale_x, offset_y, offset_x (network = original * scale + offset, in continuous coordinates)
+                     scale_y, scale_x, offset_y, offset_x (network = original * scale + offset, continuous coordinates)
     original_target  B tensors [h0, w0] uint8 0/255 at each image's own size; empty unless the evaluation asks for it
     """
 

@@ -1,7 +1,7 @@
 """Swin Transformer v1, exact at every input size, stage by stage.
 
-Paper: Liu et al., Swin Transformer, ICCV 2021. The blocks are timm's; two things differ from timm's whole model, because
-the releases of CARIS, LAVT, CGFormer and ReLA are trained that way:
+Paper: Liu et al., Swin Transformer, ICCV 2021. The blocks are timm's; two things differ from timm's whole model,
+because the releases of CARIS, LAVT, CGFormer and ReLA are trained that way:
 
 - a map is padded to a multiple of the window first and rolled afterwards (timm rolls first), so timm's numbers differ
   wherever padding happens;
@@ -59,7 +59,7 @@ class SwinBlock(SwinTransformerBlock):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        height, width, channels = x.shape[1:]
+        height, width = x.shape[1:3]
         size = (self.window, self.window)
         x = F.pad(x, (0, 0, 0, -width % self.window, 0, -height % self.window))
         padded_height, padded_width = x.shape[1:3]
