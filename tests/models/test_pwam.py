@@ -56,6 +56,5 @@ def test_a_sentence_without_tokens_is_finite(inputs):
 
 
 def test_a_closed_gate_leaves_the_trunk_alone(inputs):
-    gate = LanguageGate(8)
-    nn.init.zeros_(gate.expand.weight)
+    gate = LanguageGate(8, std=0.0)
     assert torch.equal(gate(inputs[0], torch.randn(2, 9, 8)), inputs[0])

@@ -57,10 +57,12 @@ class PixelWordAttention(nn.Module):
 class LanguageGate(nn.Module):
     """How much of the fused map goes back into the visual trunk: x + tanh(W2 relu(W1 f)) * f, elementwise."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, std: float = 0.02) -> None:
         super().__init__()
         self.reduce = nn.Linear(dim, dim, bias=False)
         self.expand = nn.Linear(dim, dim, bias=False)
+        for linear in (self.reduce, self.expand):
+            nn.init.trunc_normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
 
     def forward(self, x: Tensor, fused: Tensor) -> Tensor:
         """x, fused [..., C] -> [..., C]."""

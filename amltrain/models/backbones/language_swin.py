@@ -1,0 +1,49 @@
+"""Swin that reads the sentence: pixel-word attention after every stage, as in LAVT, ReLA and CGFormer.
+
+What leaves the backbone is the fused map, normed; what goes on to the next stage is the trunk plus a gated share of it.
+
+Dimensions: B batch, H W a map's size, C its width, L text tokens, D text width.
+"""
+
+from torch import Tensor, nn
+
+from amltrain.models.backbones.swin import Swin
+from amltrain.models.layers.pwam import LanguageGate, PixelWordAttention
+
+
+class LanguageSwin(nn.Module):
+    """A `Swin` with a `PixelWordAttention` after every stage and a `LanguageGate` before every merging."""
+
+    def __init__(
+        self, swin: Swin, *, text_dim: int = 768, heads: int = 1, dropout: float = 0.0, gate_std: float = 0.02
+    ) -> None:
+        """gate_std: spread of the gates' first weights; at 0 they never open, because both of their gradients are 0
+        (ReLA; LAVT and CGFormer start at 0.02)."""
+        super().__init__()
+        self.swin = swin
+        self.channels = swin.channels
+        self.fusion = nn.ModuleList(
+            PixelWordAttention(dim, text_dim, heads=heads, dropout=dropout) for dim in swin.channels
+        )
+        self.gates = nn.ModuleList(LanguageGate(dim, std=gate_std) for dim in swin.channels[:-1])
+
+    def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
+        """image [B, 3, H, W], text [B, L, D], text_mask [B, L] bool -> fused [B, C_i, h_i, w_i], fine to coarse."""
+        x = self.swin.patch_embed(image)
+        maps = []
+        for i, stage in enumerate(self.swin.layers):
+            x = stage(x)
+            fused = self.fusion[i](x.flatten(1, 2), text, text_mask).unflatten(1, x.shape[1:3])
+            maps.append(self.swin.normed(i, fused))
+            if stage.downsample is not None:
+                x = stage.downsample(self.gates[i](x, fused))
+        return tuple(maps)
+
+    def without_words(self, image: Tensor) -> Tensor:
+        """The last stage's blocks on the image alone, no fusion, no gate, no norm: [B, C, h, w] at stride 32."""
+        x = self.swin.patch_embed(image)
+        for stage in self.swin.layers:
+            x = stage(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return x.permute(0, 3, 1, 2)
