@@ -10,6 +10,20 @@ from torch import Tensor, nn
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.layers.pwam import LanguageGate, PixelWordAttention
 
+OFFICIAL_NAMES = [
+    (r"^backbone\.layers\.(\d)\.(?:pwam_)?fusion\.vis_project\.0\.", r"backbone.fusion.\1.visual."),
+    (r"^backbone\.layers\.(\d)\.(?:pwam_)?fusion\.project_mm\.0\.", r"backbone.fusion.\1.project."),
+    (
+        r"^backbone\.layers\.(\d)\.(?:pwam_)?fusion\.image_lang_att\.f_(query|key|value)\.0\.",
+        r"backbone.fusion.\1.\2.",
+    ),
+    (r"^backbone\.layers\.(\d)\.(?:pwam_)?fusion\.image_lang_att\.W\.0\.", r"backbone.fusion.\1.output."),
+    (r"^backbone\.layers\.(\d)\.(?:res|pwam)_gate\.0\.", r"backbone.gates.\1.reduce."),
+    (r"^backbone\.layers\.(\d)\.(?:res|pwam)_gate\.2\.", r"backbone.gates.\1.expand."),
+    (r"^backbone\.(patch_embed|layers|norm\d)\.", r"backbone.swin.\1."),
+]
+"""Renaming rules for a `LanguageSwin` called `backbone`: LAVT's, ReLA's and CGFormer's names to ours."""
+
 
 class LanguageSwin(nn.Module):
     """A `Swin` with a `PixelWordAttention` after every stage and a `LanguageGate` before every merging."""
@@ -47,3 +61,6 @@ class LanguageSwin(nn.Module):
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return x.permute(0, 3, 1, 2)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.swin.set_gradient_checkpointing(enabled)

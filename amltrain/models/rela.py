@@ -1,0 +1,218 @@
+"""ReLA (GRES): generalised referring expressions, which may mean several things, one or none.
+
+Paper: Liu, Ding, Jiang, GRES: Generalized Referring Expression Segmentation, CVPR 2023 (arXiv 2306.00968).
+Release: henghuiding/ReLA, branch main, commit 3ca9551, MIT. Its weights score above its README (gRefCOCO val gIoU 66.3,
+cIoU 63.1 against 63.60, 62.42), because the README's numbers belong to another version of the decoder.
+
+The sentence is fused inside the Swin stages. What AML scores is therefore a second look at the image without words: the
+last stage's blocks with fusion left out, and BERT's tokens. AML's first pass needs the original image anyway, so this
+costs nothing more. As released the gates stay closed, and the trunk is the same with words and without. ResNet-50 reads
+no words, so there AML scores the encoder's own last map.
+
+Kept from the release on purpose:
+- the gates' weights start at 0, where both of their gradients are 0: they never open. They are trainable all the same;
+- BERT's embeddings and layers 10 and 11 are never updated: they are frozen here, where the release leaves them out of
+  the optimizer;
+- padded tokens are read by the regions, and biases and BERT's LayerNorms decay.
+Not kept: the release's loader never loads `predictor.lang_weight`, so its evaluation runs with 0 in its place. Our
+conversion keeps the trained value; set `region_decoder.layers.0.read_words.weight` to 0 to repeat that evaluation.
+
+Dimensions: B batch, H W network input, C width, L text tokens, D text width, Q regions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
+from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
+from amltrain.models.backbones.resnet import ResNet50
+from amltrain.models.backbones.swin import Swin
+from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conversion import convert
+from amltrain.models.layers.pixel_decoder import PixelDecoder
+from amltrain.models.layers.region_decoder import RegionDecoder
+from amltrain.models.registry import ModelInfo, register_model
+from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+STRIDE = 32
+
+_DECODER = r"^sem_seg_head\.pixel_decoder\."
+_PREDICTOR = r"^sem_seg_head\.predictor\."
+_OURS = "region_decoder."
+RENAMES = [
+    (_DECODER + r"transformer\.encoder\.layers\.", "pixel_decoder.layers."),
+    (_DECODER + r"transformer\.level_embed", "pixel_decoder.level_embed"),
+    (_DECODER + r"adapter_1\.norm\.", "pixel_decoder.lateral.1."),
+    (_DECODER + r"adapter_1\.", "pixel_decoder.lateral.0."),
+    (_DECODER + r"layer_1\.norm\.", "pixel_decoder.merge.1."),
+    (_DECODER + r"layer_1\.", "pixel_decoder.merge.0."),
+    (_DECODER, "pixel_decoder."),
+    (_PREDICTOR + r"RIA_layers\.(\d+)\.multihead_attn\.", _OURS + r"layers.\1.read_image.attention."),
+    (_PREDICTOR + r"RIA_layers\.(\d+)\.", _OURS + r"layers.\1.read_image."),
+    (_PREDICTOR + r"RLA_vision\.(\d+)\.self_attn\.", _OURS + r"layers.\1.read_regions.attention."),
+    (_PREDICTOR + r"RLA_vision\.(\d+)\.", _OURS + r"layers.\1.read_regions."),
+    (_PREDICTOR + r"RLA_lang_att\.multihead_attn\.", _OURS + "layers.0.read_words.attend.attention."),
+    (_PREDICTOR + r"RLA_lang_att\.", _OURS + "layers.0.read_words.attend."),
+    (_PREDICTOR + r"lang_proj\.", _OURS + "layers.0.read_words.project."),
+    (_PREDICTOR + r"lang_weight$", _OURS + "layers.0.read_words.weight"),
+    (_PREDICTOR + r"transformer_ffn_layers\.(\d+)\.", _OURS + r"layers.\1.feedforward."),
+    (_PREDICTOR + r"(query_feat|query_embed|level_embed)\.weight", _OURS + r"\1"),
+    (_PREDICTOR + r"decoder_norm\.", _OURS + "norm."),
+    (_PREDICTOR + r"minimap_embed\.", _OURS + "minimap."),
+    (_PREDICTOR + r"nt_embed\.layers\.0\.", _OURS + "no_target.0."),
+    (_PREDICTOR + r"nt_embed\.layers\.1\.", _OURS + "no_target.2."),
+    (_PREDICTOR + r"mask_embed\.layers\.0\.", _OURS + "mask_embed.0."),
+    (_PREDICTOR + r"mask_embed\.layers\.1\.", _OURS + "mask_embed.2."),
+    (_PREDICTOR + r"mask_embed\.layers\.2\.", _OURS + "mask_embed.4."),
+]
+RESNET_NAMES = [
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
+    (r"^backbone\.stem\.conv1\.", "backbone.conv1."),
+    (r"^backbone\.res2\.", "backbone.layer1."),
+    (r"^backbone\.res3\.", "backbone.layer2."),
+    (r"^backbone\.res4\.", "backbone.layer3."),
+    (r"^backbone\.res5\.", "backbone.layer4."),
+    (r"\.conv(\d)\.norm\.", r".bn\1."),
+    (r"\.shortcut\.norm\.", ".downsample.1."),
+    (r"\.shortcut\.", ".downsample.0."),
+]
+DROPS = [
+    (r"backbone\..*\.relative_position_index", "an index table, recomputed from the window size"),
+    (r"text_encoder\.embeddings\.position_ids", "an index table of older transformers versions"),
+]
+
+
+class ReLA(RISModel):
+    """Region queries over a pixel decoder over fused (Swin) or purely visual (ResNet-50) maps."""
+
+    def __init__(
+        self,
+        *,
+        backbone: LanguageSwin | ResNet50,
+        text_encoder: nn.Module,
+        pixel_decoder: PixelDecoder,
+        region_decoder: RegionDecoder,
+        trained_text_layers: int | None = 10,
+    ) -> None:
+        """trained_text_layers: how many of BERT's first layers train, everything else of it frozen; None = all of BERT."""
+        super().__init__()
+        self.backbone = backbone
+        self.text_encoder = text_encoder
+        self.pixel_decoder = pixel_decoder
+        self.region_decoder = region_decoder
+        self.alignment_dims = (backbone.channels[-1], text_encoder.config.hidden_size)
+        if trained_text_layers is not None:
+            text_encoder.requires_grad_(False)
+            text_encoder.encoder.layer[:trained_text_layers].requires_grad_(True)
+
+    def encode(self, batch: Batch) -> Features:
+        return self._encode_image(batch, self._encode_text(batch))
+
+    def decode(self, features: Features, batch: Batch) -> ModelOutput:
+        """Logits [B, 2, H, W]: the release upsamples to the input size itself, with align_corners=False."""
+        mask_features, scales = self.pixel_decoder(features.visual)
+        prediction = self.region_decoder(mask_features, scales, features.text, features.suppressed)
+        height, width = batch.image.shape[-2:]
+        padded = (height + -height % STRIDE, width + -width % STRIDE)
+        logits = F.interpolate(prediction.masks.float(), size=padded, mode="bilinear", align_corners=False)
+        aux = {
+            "no_target": prediction.no_target,
+            "minimap": prediction.minimap,
+            "fused_visual": scales[0],
+            "fused_text": features.text,  # the regions read the words, nothing rewrites them
+        }
+        return ModelOutput(logits[..., :height, :width], aux)
+
+    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
+        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D]."""
+        visual = self.backbone.without_words(pad_to_stride(batch.image))
+        return AlignmentFeatures(visual, self._encode_text(batch), batch.text_mask)
+
+    def reencode_image(self, batch: Batch, features: Features) -> Features:
+        return self._encode_image(batch, features.text)
+
+    def _encode_text(self, batch: Batch) -> Tensor:
+        return encode_tokens(self.text_encoder, batch.input_ids, batch.text_mask)
+
+    def _encode_image(self, batch: Batch, text: Tensor) -> Features:
+        return Features(self.backbone(pad_to_stride(batch.image), text, batch.text_mask), text, batch.text_mask)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """One learning rate. Norms' affine parts, position bias tables and learned queries do not decay; BERT all does."""
+        text = {id(p) for p in self.text_encoder.parameters()}
+        decoder = self.region_decoder
+        plain = {id(p) for p in (decoder.query_feat, decoder.query_embed, decoder.level_embed)}
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                plain.update(id(p) for p in module.parameters(recurse=False))
+        named: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "text": []}
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) in text:
+                named["text"].append(parameter)
+            elif id(parameter) in plain or name.endswith("relative_position_bias_table"):
+                named["no_decay"].append(parameter)
+            else:
+                named["decay"].append(parameter)
+        return [
+            {"name": name, "params": params, "lr": lr, "weight_decay": 0.0 if name == "no_decay" else weight_decay}
+            for name, params in named.items()
+            if params
+        ]
+
+    def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
+        backbone_names = RESNET_NAMES if isinstance(self.backbone, ResNet50) else OFFICIAL_NAMES
+        return convert(official, self.state_dict(), renames=[*backbone_names, *RENAMES], drops=DROPS)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.backbone.set_gradient_checkpointing(enabled)
+        set_bert_gradient_checkpointing(self.text_encoder, enabled)
+
+
+def pad_to_stride(image: Tensor) -> Tensor:
+    """Zeros at the right and bottom up to multiples of 32, [B, 3, H, W] normalised."""
+    height, width = image.shape[-2:]
+    return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
+
+
+def build_rela(
+    backbone: LanguageSwin | ResNet50,
+    *,
+    text: dict[str, Any] | None = None,
+    dim: int = 256,
+    mask_dim: int = 256,
+    heads: int = 8,
+    encoder_layers: int = 6,
+    encoder_feedforward: int = 1024,
+    decoder_layers: int = 9,
+    decoder_feedforward: int = 2048,
+    trained_text_layers: int | None = 10,
+) -> ReLA:
+    """A ReLA of any size around a backbone; `text` are arguments of `build_bert`. The defaults are the release's."""
+    text_encoder = build_bert(**(text or {}))
+    return ReLA(
+        backbone=backbone,
+        text_encoder=text_encoder,
+        pixel_decoder=PixelDecoder(
+            backbone.channels,
+            dim=dim,
+            mask_dim=mask_dim,
+            layers=encoder_layers,
+            heads=heads,
+            feedforward=encoder_feedforward,
+        ),
+        region_decoder=RegionDecoder(
+            dim=dim,
+            mask_dim=mask_dim,
+            text_dim=text_encoder.config.hidden_size,
+            layers=decoder_layers,
+            heads=heads,
+            feedforward=decoder_feedforward,
+        ),
+        trained_text_layers=trained_text_layers,
+    )
