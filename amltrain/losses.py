@@ -1,1 +1,67 @@
-"""Segmentation losses: `loss(output, batch) -> {"loss": scalar, ...}`; a baseline's registry entry names its own."""
+"""Segmentation losses: `loss(output, batch) -> {"loss": scalar, ...}`; a baseline's registry entry names its own.
+
+Parts of a loss that are worth a curve are returned detached beside `loss`. Losses compute in float32.
+
+Dimensions: B batch, H W network input size, h w the logits' size.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amltrain.errors import UserError, unknown_name
+from amltrain.records import Batch, ModelOutput
+
+_LOSSES: dict[str, Callable[..., nn.Module]] = {}
+Loss = TypeVar("Loss", bound=Callable[..., nn.Module])
+
+
+def register_loss(name: str) -> Callable[[Loss], Loss]:
+    def register(loss: Loss) -> Loss:
+        if name in _LOSSES:
+            raise KeyError(f"loss {name!r} is registered twice")
+        _LOSSES[name] = loss
+        return loss
+
+    return register
+
+
+def create_loss(name: str, **kwargs: Any) -> nn.Module:
+    """Build a loss by name. Raises UserError for an unknown name or argument."""
+    if name not in _LOSSES:
+        raise unknown_name("loss", name, _LOSSES)
+    try:
+        return _LOSSES[name](**kwargs)
+    except TypeError as error:
+        raise UserError(f"loss {name}: {error} (loss.kwargs)") from error
+
+
+def upsample_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, K, h, w] -> float32 [B, K, H, W], bilinear, align_corners=True as every release does."""
+    logits = logits.float()
+    if logits.shape[-2:] == size:
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
+
+
+@register_loss("weighted_cross_entropy")
+class WeightedCrossEntropy(nn.Module):
+    """Two-class cross-entropy, a mean weighted by class (CARIS, LAVT, AML: 0.9 background, 1.1 referent).
+
+    The logits are brought to the target's size; a pixel that is at least half covered is the referent's.
+    """
+
+    weight: Tensor
+
+    def __init__(self, background_weight: float = 0.9, referent_weight: float = 1.1) -> None:
+        super().__init__()
+        # not persistent: class weights are the recipe's, not the checkpoint's
+        self.register_buffer("weight", torch.tensor([background_weight, referent_weight]), persistent=False)
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 2, h, w], batch.target [B, H, W] uint8."""
+        logits = upsample_logits(output.logits, batch.target.shape[-2:])
+        return {"loss": F.cross_entropy(logits, (batch.target >= 128).long(), self.weight)}

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def find_shared() -> Path | None:
-    """The folder with recorded tensors and real images, which is not part of the repository; None when it is not there."""
+    """The folder with recorded tensors and real images, which the repository does not hold; None when it is absent."""
     folder = Path(os.environ.get("AMLTRAIN_SHARED", REPOSITORY.parent / "shared"))
     return folder if folder.is_dir() else None
 

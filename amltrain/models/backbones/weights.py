@@ -1,0 +1,138 @@
+"""Pretrained encoders, by timm or Hub name or from the official files. Files are read as tensors only: no code runs."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resize_rel_pos_bias_table
+from torch import Tensor, nn
+from transformers import BertModel
+
+from amltrain.errors import UserError
+from amltrain.models.backbones.swin import Swin
+
+
+def load_encoders(vision: Swin, text: BertModel, vision_weights: str | None, text_weights: str | None) -> None:
+    """Fill a Swin and a BERT; None leaves an encoder at its random start."""
+    if vision_weights is not None:
+        load_swin(vision, vision_weights)
+    if text_weights is not None:
+        load_bert(text, text_weights)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of a .pth/.pt/.bin file, whatever container they lie in.
+
+    Takes the dict under "model" or "state_dict" where there is one, and drops a "module." prefix (DDP).
+    Raises UserError for a file that is missing, damaged, holds code, or holds no tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a weights file")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} holds more than tensors, and is not read because it could run code: {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no weights file ({error}); download it again") from error
+    for container in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    tensors = {key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return tensors
+
+
+def load_swin(swin: Swin, weights: str) -> None:
+    """Fill a Swin from an official file (swin_base_patch4_window7_224_22k.pth), a timm name or `hf-hub:` id.
+
+    The classification head and its norm have no place here; the four output norms start at 1 and 0, as in the
+    releases. Bias tables of another window size are resized bicubically.
+    """
+    state = read_state_dict(Path(weights)) if _is_file(weights) else _timm_state(weights)
+    if not any(key.startswith("layers.0.downsample.") for key in state):
+        state = _after_their_stage(state)
+    unused = ("head.", "norm.", "attn_mask", "relative_position_index")
+    state = {
+        key: value for key, value in state.items() if not key.startswith(unused[:2]) and not key.endswith(unused[2:])
+    }
+    own = swin.state_dict()
+    for key, table in state.items():
+        if key.endswith("relative_position_bias_table") and key in own and table.shape != own[key].shape:
+            side = round(own[key].shape[0] ** 0.5)
+            window = ((side + 1) // 2, (side + 1) // 2)
+            state[key] = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=own[key].shape)
+    fill(swin, state, weights, may_be_missing=tuple(f"norm{i}." for i in range(4)))
+
+
+def load_bert(bert: BertModel, weights: str) -> None:
+    """Fill a BERT from a Hub id or folder (bert-base-uncased), or from a pytorch_model.bin / model.safetensors file."""
+    if _is_file(weights):
+        state = {key.removeprefix("bert."): value for key, value in read_state_dict(Path(weights)).items()}
+    else:
+        try:
+            state = BertModel.from_pretrained(weights, add_pooling_layer=False).state_dict()
+        except OSError as error:
+            raise UserError(
+                f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
+                f"is a network and name the folder (model.text_weights)"
+            ) from error
+    unused = ("pooler.", "cls.")
+    state = {key: v for key, v in state.items() if not key.startswith(unused) and not key.endswith("position_ids")}
+    fill(bert, state, weights)
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_be_missing: tuple[str, ...] = ()) -> None:
+    """Load tensors strictly; a UserError names the first key that is unknown, missing or of another shape."""
+    own = module.state_dict()
+    unknown = [key for key in state if key not in own]
+    missing = [key for key in own if key not in state and not key.startswith(may_be_missing)]
+    if unknown or missing:
+        kind, keys = ("does not belong to", unknown) if unknown else ("is missing for", missing)
+        raise UserError(
+            f"{source}: {len(keys)} keys do not fit, {keys[0]} {kind} this {type(module).__name__}; "
+            f"name weights of the same architecture and size"
+        )
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise UserError(
+                f"{source}: {key} is {list(value.shape)}, this {type(module).__name__} has {list(own[key].shape)}; "
+                f"name weights of the same size"
+            )
+    module.load_state_dict(dict(state), strict=False)
+
+
+def _is_file(weights: str) -> bool:
+    return weights.endswith((".pth", ".pt", ".bin", ".safetensors")) or Path(weights).is_file()
+
+
+def _timm_state(name: str) -> dict[str, Tensor]:
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # timm and the Hub raise many kinds; all mean that the name gave no weights
+        raise UserError(
+            f"vision encoder {name!r} is no weights file and timm cannot fetch it ({error}); "
+            f"download it where there is a network and name the file (model.vision_weights)"
+        ) from error
+
+
+def _after_their_stage(timm_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """timm keeps the merging at the start of the next stage: layers.{i+1}.downsample -> layers.{i}.downsample."""
+    renamed = {}
+    for key, value in timm_state.items():
+        parts = key.split(".")
+        if parts[0] == "layers" and parts[2] == "downsample":
+            parts[1] = str(int(parts[1]) - 1)
+        renamed[".".join(parts)] = value
+    return renamed

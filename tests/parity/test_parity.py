@@ -1,0 +1,48 @@
+"""Every recorded case of every baseline that has an adapter, within the tolerances of its release."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import find_shared
+from tests.parity import compare
+
+ADAPTERS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if "\nADAPTER = " in p.read_text())
+SHARED = find_shared()
+
+
+def cases() -> list[tuple[str, Path]]:
+    if SHARED is None:
+        return []
+    return [
+        (model, case) for model in ADAPTERS for case in sorted((SHARED / "goldens" / model).glob("tiny*.safetensors"))
+    ]
+
+
+@pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
+@pytest.mark.parametrize(("model", "case"), cases(), ids=lambda value: getattr(value, "stem", value))
+def test_parity(model: str, case: Path) -> None:
+    adapter = compare.load_adapter(model)
+    recorded = load_file(case)
+    config = json.loads(compare.find_beside(model, case, ".json").read_text())["config"]
+    weights = compare.official_weights(recorded)
+    if not weights:
+        weights = compare.official_weights(load_file(compare.find_tiny_weights(model, case)))
+    rows = compare.compare(adapter, config, recorded, weights)
+    assert any(row.name == "output.logits" for row in rows)
+    assert all(row.passed for row in rows), compare.table([row for row in rows if not row.passed])
+
+
+@pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
+def test_a_changed_weight_is_noticed() -> None:
+    """The comparison can fail: one weight off by one in a thousand is beyond tolerance."""
+    case = SHARED / "goldens" / "caris" / "tiny.safetensors"
+    recorded = load_file(case)
+    weights = compare.official_weights(recorded)
+    key = "pixel_decoder.lang_embed.0.weight"
+    weights[key] = weights[key] * 1.001
+    config = json.loads(case.with_suffix(".json").read_text())["config"]
+    rows = compare.compare(compare.load_adapter("caris"), config, recorded, weights)
+    assert not all(row.passed for row in rows)
