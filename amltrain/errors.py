@@ -1,11 +1,23 @@
 """What a user may get wrong. The command lines print it in one line; anything else is our bug and keeps its trace."""
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
     """Bad input. The message is one sentence or two: what is wrong, in which file, row, flag or key, and the fix."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For a command line: a UserError ends the program with its message alone on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

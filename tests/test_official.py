@@ -1,0 +1,144 @@
+"""Official files of every shape the releases use, written here; what does not match is refused by name."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from amltrain.config import PreprocessConfig
+from amltrain.errors import UserError
+from amltrain.evaluation.protocols import named_protocol
+from amltrain.models import registry
+from amltrain.models.base import Conversion, RISModel
+from amltrain.models.registry import ModelInfo
+from amltrain.official import convert_official, read_official, summary
+from amltrain.pretrained import load_pretrained
+
+WEIGHTS = {"stem.0.weight": torch.randn(4, 4), "stem.0.bias": torch.randn(4), "old_head.weight": torch.randn(2)}
+
+
+class Linear(RISModel):
+    """A model whose release called `vision` "stem.0" and had a head that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision = nn.Linear(4, 4)
+
+    def convert_state_dict(self, official):
+        renamed = {f"stem.0.{k}": f"vision.{k}" for k in ("weight", "bias") if f"stem.0.{k}" in official}
+        dropped = {k: "the release's unused head" for k in official if k.startswith("old_head.")}
+        state = {ours: official[theirs] for theirs, ours in renamed.items()}
+        unmatched = [k for k in official if k not in renamed and k not in dropped]
+        return Conversion(state, renamed, dropped, unmatched, [k for k in self.state_dict() if k not in state])
+
+
+@pytest.fixture(autouse=True)
+def linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    preprocess = PreprocessConfig(32, "square", "imagenet", "wordpiece", 8, "sent")
+    info = ModelInfo("paper", "release", "MIT", "everything", preprocess, named_protocol("caris"), "cross_entropy")
+    monkeypatch.setitem(registry._BUILDERS, "linear", Linear)
+    monkeypatch.setitem(registry._INFOS, "linear", info)
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WEIGHTS,
+        {"model": WEIGHTS, "optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(lr=1e-4, bs=8)},
+        {
+            "state_dict": {f"module.{k}": v for k, v in WEIGHTS.items()},
+            "best_iou": np.float64(0.5),
+            "prec": {"50": 1.0},
+        },
+        {"state_dict": WEIGHTS, "best_iou": np.float32(0.5), "prec": np.array([0.1, 0.2])},
+        {"model_state_dict": WEIGHTS, "cur_iou": torch.tensor(0.1)},
+    ],
+)
+def test_containers_of_the_releases(tmp_path: Path, content: dict):
+    torch.save(content, tmp_path / "official.pth")
+    assert same(read_official(tmp_path / "official.pth"), WEIGHTS)
+
+
+def test_zip_and_legacy_and_safetensors_files(tmp_path: Path):
+    torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(WEIGHTS, tmp_path / "new.safetensors")
+    assert same(read_official(tmp_path / "old.pth"), WEIGHTS)
+    assert same(read_official(tmp_path / "new.safetensors"), WEIGHTS)
+
+
+def test_lavt_keeps_bert_apart(tmp_path: Path):
+    torch.save({"model": WEIGHTS, "bert_model": {"layer.weight": torch.ones(1)}}, tmp_path / "lavt.pth")
+    state = read_official(tmp_path / "lavt.pth")
+    assert same(state, WEIGHTS | {"text_encoder.layer.weight": torch.ones(1)})
+
+
+def test_an_entry_by_name(tmp_path: Path):
+    average = {k: v + 1 for k, v in WEIGHTS.items()}
+    torch.save({"model": WEIGHTS, "model_ema": average}, tmp_path / "best.pth")
+    assert same(read_official(tmp_path / "best.pth", entry="model_ema"), average)
+    with pytest.raises(UserError, match="no entry 'ema'; it has model, model_ema"):
+        read_official(tmp_path / "best.pth", entry="ema")
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("the pickle was run",))
+
+
+def test_code_in_a_file_is_refused_and_named(tmp_path: Path):
+    torch.save({"model": WEIGHTS, "args": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(UserError, match=r"holds a _pytest\S+; loading it could run code"):
+        read_official(tmp_path / "trap.pth")
+
+
+def test_damaged_and_absent_files(tmp_path: Path):
+    torch.save(WEIGHTS, tmp_path / "whole.pth")
+    (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:500])
+    (tmp_path / "page.pth").write_text("<html>Google Drive: too many downloads</html>")
+    for name in ("half.pth", "page.pth"):
+        with pytest.raises(UserError, match=name):
+            read_official(tmp_path / name)
+    with pytest.raises(UserError, match="there is no file"):
+        read_official(tmp_path / "none.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(UserError, match="holds no weights; it has epoch"):
+        read_official(tmp_path / "empty.pth")
+
+
+def test_a_whole_conversion(tmp_path: Path):
+    torch.save({"model": WEIGHTS, "args": argparse.Namespace()}, tmp_path / "official.pth")
+    conversion = convert_official("linear", tmp_path / "official.pth", tmp_path / "ours")
+    loaded = load_pretrained(tmp_path / "ours")
+    assert torch.equal(loaded.model.vision.weight, WEIGHTS["stem.0.weight"])
+    assert loaded.protocol == named_protocol("caris")
+    text = summary(conversion)
+    assert "2  stem.N -> vision" in text
+    assert "1  the release's unused head (e.g. old_head.weight)" in text
+    said = json.loads((tmp_path / "ours" / "conversion.json").read_text())
+    assert said["renamed"]["stem.0.bias"] == "vision.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stranger.weight": torch.zeros(1)}, "it has stranger.weight that linear does not know"),
+        ({f"s.{i}": torch.zeros(1) for i in range(9)}, "s.0, s.1, s.2 and 6 more keys"),
+        ({"stem.0.bias": None}, "it lacks what becomes vision.bias"),
+        ({"stem.0.bias": torch.zeros(5)}, r"vision.bias has shape \[5\], the model's is \[4\]"),
+    ],
+)
+def test_a_file_that_does_not_match_is_refused(tmp_path: Path, change: dict, message: str):
+    state = {k: v for k, v in (WEIGHTS | change).items() if v is not None}
+    torch.save(state, tmp_path / "official.pth")
+    with pytest.raises(UserError, match=message):
+        convert_official("linear", tmp_path / "official.pth", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
