@@ -5,6 +5,7 @@ Parts of a loss that are worth a curve are returned detached beside `loss`. Loss
 Dimensions: B batch, H W network input size, h w the logits' size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -65,3 +66,59 @@ class WeightedCrossEntropy(nn.Module):
         """output.logits [B, 2, h, w], batch.target [B, H, W] uint8."""
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         return {"loss": F.cross_entropy(logits, (batch.target >= 128).long(), self.weight)}
+
+
+@register_loss("rela")
+class RegionLoss(nn.Module):
+    """ReLA's loss: class-weighted cross-entropies of the mask, the minimap and the no-target decision.
+
+    scale * (mask + minimap_weight * minimap + no_target_weight * no_target); the weights of background and referent are
+    also those of "target" and "no target". Source: GRES (CVPR 2023) and its release.
+
+    Kept from the release: a cell of the minimap is the referent's only where the mask, resized bilinearly to the grid
+    of regions, is exactly 1.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        background_weight: float = 0.9,
+        referent_weight: float = 1.1,
+        minimap_weight: float = 0.1,
+        no_target_weight: float = 0.1,
+        scale: float = 5.0,
+    ) -> None:
+        super().__init__()
+        self.minimap_weight, self.no_target_weight, self.scale = minimap_weight, no_target_weight, scale
+        self.register_buffer("weight", torch.tensor([background_weight, referent_weight]), persistent=False)
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 2, h, w]; aux minimap [B, P * P, 2] and no_target [B, 2] logits; batch.target, no_target.
+
+        Returns loss, and detached and unweighted: mask_loss, minimap_loss, no_target_loss.
+        """
+        if "minimap" not in output.aux or "no_target" not in output.aux:
+            raise UserError(
+                "loss rela needs a model with a minimap and a no-target head (rela_*); name another loss.name"
+            )
+        referent = batch.target >= 128
+        logits = upsample_logits(output.logits, batch.target.shape[-2:])
+        mask = F.cross_entropy(logits, referent.long(), self.weight)
+        minimap = F.cross_entropy(
+            output.aux["minimap"].float().transpose(1, 2), self.minimap_target(referent, output), self.weight
+        )
+        no_target = F.cross_entropy(output.aux["no_target"].float(), batch.no_target.long(), self.weight)
+        return {
+            "loss": self.scale * (mask + self.minimap_weight * minimap + self.no_target_weight * no_target),
+            "mask_loss": mask.detach(),
+            "minimap_loss": minimap.detach(),
+            "no_target_loss": no_target.detach(),
+        }
+
+    @staticmethod
+    def minimap_target(referent: Tensor, output: ModelOutput) -> Tensor:
+        """referent [B, H, W] bool -> [B, P * P] int64 in {0, 1}."""
+        side = math.isqrt(output.aux["minimap"].shape[1])
+        cells = F.interpolate(referent[:, None].float(), size=(side, side), mode="bilinear", align_corners=False)
+        return cells.long().flatten(1)

@@ -25,12 +25,14 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BertModel
 
 from amltrain.config import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
-from amltrain.models.backbones.resnet import ResNet50
+from amltrain.models.backbones.resnet import ResNet50, load_resnet
 from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.weights import load_bert, load_encoders
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.conversion import convert
 from amltrain.models.layers.pixel_decoder import PixelDecoder
@@ -93,12 +95,12 @@ class ReLA(RISModel):
         self,
         *,
         backbone: LanguageSwin | ResNet50,
-        text_encoder: nn.Module,
+        text_encoder: BertModel,
         pixel_decoder: PixelDecoder,
         region_decoder: RegionDecoder,
         trained_text_layers: int | None = 10,
     ) -> None:
-        """trained_text_layers: how many of BERT's first layers train, everything else of it frozen; None = all of BERT."""
+        """trained_text_layers: how many of BERT's first layers train, the rest of it frozen; None = all of BERT."""
         super().__init__()
         self.backbone = backbone
         self.text_encoder = text_encoder
@@ -142,7 +144,7 @@ class ReLA(RISModel):
         return Features(self.backbone(pad_to_stride(batch.image), text, batch.text_mask), text, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """One learning rate. Norms' affine parts, position bias tables and learned queries do not decay; BERT all does."""
+        """One learning rate. Norms, position bias tables and learned queries do not decay; all of BERT does."""
         text = {id(p) for p in self.text_encoder.parameters()}
         decoder = self.region_decoder
         plain = {id(p) for p in (decoder.query_feat, decoder.query_embed, decoder.level_embed)}
@@ -182,8 +184,8 @@ def pad_to_stride(image: Tensor) -> Tensor:
 
 def build_rela(
     backbone: LanguageSwin | ResNet50,
+    text_encoder: BertModel,
     *,
-    text: dict[str, Any] | None = None,
     dim: int = 256,
     mask_dim: int = 256,
     heads: int = 8,
@@ -193,8 +195,7 @@ def build_rela(
     decoder_feedforward: int = 2048,
     trained_text_layers: int | None = 10,
 ) -> ReLA:
-    """A ReLA of any size around a backbone; `text` are arguments of `build_bert`. The defaults are the release's."""
-    text_encoder = build_bert(**(text or {}))
+    """A ReLA of any size around its encoders; the defaults are the release's, with 10 x 10 regions always."""
     return ReLA(
         backbone=backbone,
         text_encoder=text_encoder,
@@ -215,4 +216,104 @@ def build_rela(
             feedforward=decoder_feedforward,
         ),
         trained_text_layers=trained_text_layers,
+    )
+
+
+def _info(size: int, tokenizer: str, aml_scores: str, max_tokens: int = 20) -> ModelInfo:
+    return ModelInfo(
+        paper="GRES: Generalized Referring Expression Segmentation (CVPR 2023)",
+        release="github.com/henghuiding/ReLA, branch main, commit 3ca9551",
+        licence="MIT",
+        aml_scores=aml_scores,
+        preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "raw"),
+        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge"),
+        loss="rela",
+    )
+
+
+SWIN_SCORES = "last Swin blocks without fusion x BERT tokens"
+
+
+@register_model(_info(480, "bert-base-uncased", SWIN_SCORES))
+def rela_swin_base(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 30522,
+    drop_path_rate: float = 0.3,
+    text_dropout: float = 0.1,
+) -> ReLA:
+    """The release's model: Swin-B with window 12 and BERT-base, 225.5 M parameters.
+
+    vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
+    """
+    swin = Swin(window_size=12, drop_path_rate=drop_path_rate)
+    text = build_bert(vocab_size=vocab_size, dropout=text_dropout)
+    load_encoders(swin, text, vision_weights, text_weights)
+    return build_rela(LanguageSwin(swin, gate_std=0.0), text)
+
+
+@register_model(_info(480, "bert-base-uncased", SWIN_SCORES))
+def rela_swin_tiny(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 30522,
+    drop_path_rate: float = 0.3,
+    text_dropout: float = 0.1,
+) -> ReLA:
+    """The release's smaller model: Swin-T with window 7 and BERT-base, 162.6 M parameters."""
+    swin = Swin(
+        embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7, drop_path_rate=drop_path_rate
+    )
+    text = build_bert(vocab_size=vocab_size, dropout=text_dropout)
+    load_encoders(swin, text, vision_weights, text_weights)
+    return build_rela(LanguageSwin(swin, gate_std=0.0), text)
+
+
+@register_model(_info(480, "bert-base-uncased", "stride-32 ResNet map x BERT tokens"))
+def rela_r50(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 30522,
+    text_dropout: float = 0.1,
+) -> ReLA:
+    """The release's model on ResNet-50 with frozen batch norm, 153.4 M parameters; no word enters the backbone.
+
+    vision_weights: a torchvision ResNet-50 file, or a timm name such as resnet50.tv_in1k.
+    """
+    backbone = ResNet50()
+    text = build_bert(vocab_size=vocab_size, dropout=text_dropout)
+    if vision_weights is not None:
+        load_resnet(backbone, vision_weights)
+    if text_weights is not None:
+        load_bert(text, text_weights)
+    return build_rela(backbone, text)
+
+
+@register_model(_info(96, "wordpiece", SWIN_SCORES, max_tokens=24))
+def rela_tiny(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 512,
+    drop_path_rate: float = 0.0,
+    text_dropout: float = 0.0,
+) -> ReLA:
+    """Small enough to learn synthetic scenes from scratch on two CPU cores. All of BERT trains, for it starts blank."""
+    swin = Swin(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=3, drop_path_rate=drop_path_rate)
+    text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
+    load_encoders(swin, text, vision_weights, text_weights)
+    return build_rela(
+        LanguageSwin(swin, text_dim=128, gate_std=0.0),
+        text,
+        dim=128,
+        mask_dim=128,
+        heads=4,
+        encoder_layers=2,
+        encoder_feedforward=256,
+        decoder_layers=3,
+        decoder_feedforward=256,
+        trained_text_layers=None,
     )

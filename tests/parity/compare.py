@@ -44,6 +44,7 @@ class Adapter:
     outputs     recorded name -> function of the model's output and the batch; the default gives output.logits,
                 output.logits_resized and output.pred
     absolute    tolerance of activations and outputs, float32
+    tolerances  start of a recorded name -> its own tolerance instead; the first that fits
     loss_tolerance, gradient   tolerance of the loss (absolute) and of gradients (relative to each tensor's largest)
     double      tolerance of everything in float64 (relative to each tensor's largest value, at least 1)
     """
@@ -54,6 +55,7 @@ class Adapter:
     batch: Callable[[Mapping[str, Tensor]], Batch] | None = None
     outputs: Mapping[str, Callable[[ModelOutput, Batch], Tensor]] = field(default_factory=dict)
     absolute: float = 2e-5
+    tolerances: Mapping[str, float] = field(default_factory=dict)
     loss_tolerance: float = 2e-6
     gradient: float = 5e-4
     double: float = 1e-9
@@ -194,7 +196,8 @@ def compare(
             share = (ours.reshape(recorded[name].shape) != recorded[name]).double().mean().item()
             rows.append(Row("output.pred (share of pixels)", share, share, "abs 1e-03", share <= 1e-3))
         else:
-            rows.append(row(name, ours, recorded[name], adapter.absolute, relative=False))
+            own = (value for start, value in adapter.tolerances.items() if name.startswith(start))
+            rows.append(row(name, ours, recorded[name], next(own, adapter.absolute), relative=False))
     gradients = {name: value for name, value in recorded.items() if name.startswith("grad.")}
     if "output.loss" in recorded:
         loss, ours = backward(adapter, model, batch)

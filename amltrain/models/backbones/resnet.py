@@ -3,10 +3,14 @@
 Paper: He et al., Deep Residual Learning for Image Recognition, CVPR 2016.
 """
 
+from pathlib import Path
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet50
 from torchvision.ops import FrozenBatchNorm2d
+
+from amltrain.models.backbones.weights import fill, is_file, read_state_dict, timm_state
 
 
 class ResNet50(nn.Module):
@@ -25,11 +29,9 @@ class ResNet50(nn.Module):
         """image [B, 3, H, W] -> maps [B, C_i, H / 2**(i + 2), ...], fine to coarse; the words are not read."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
         maps = []
+        recompute = self.gradient_checkpointing and self.training
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(stage, x, use_reentrant=False)
-            else:
-                x = stage(x)
+            x = checkpoint(stage, x, use_reentrant=False) if recompute else stage(x)
             maps.append(x)
         return tuple(maps)
 
@@ -39,3 +41,12 @@ class ResNet50(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.gradient_checkpointing = enabled
+
+
+def load_resnet(resnet: ResNet50, weights: str) -> None:
+    """Fill a ResNet-50 from a torchvision file (resnet50-0676ba61.pth) or a timm name (resnet50.tv_in1k)."""
+    state = read_state_dict(Path(weights)) if is_file(weights) else timm_state(weights)
+    state = {
+        key: v for key, v in state.items() if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+    }
+    fill(resnet, state, weights)

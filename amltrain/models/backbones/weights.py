@@ -60,7 +60,7 @@ def load_swin(swin: Swin, weights: str) -> None:
     The classification head and its norm have no place here; the four output norms start at 1 and 0, as in the
     releases. Bias tables of another window size are resized bicubically.
     """
-    state = read_state_dict(Path(weights)) if _is_file(weights) else _timm_state(weights)
+    state = read_state_dict(Path(weights)) if is_file(weights) else timm_state(weights)
     if not any(key.startswith("layers.0.downsample.") for key in state):
         state = _after_their_stage(state)
     unused = ("head.", "norm.", "attn_mask", "relative_position_index")
@@ -78,7 +78,7 @@ def load_swin(swin: Swin, weights: str) -> None:
 
 def load_bert(bert: BertModel, weights: str) -> None:
     """Fill a BERT from a Hub id or folder (bert-base-uncased), or from a pytorch_model.bin / model.safetensors file."""
-    if _is_file(weights):
+    if is_file(weights):
         state = {key.removeprefix("bert."): value for key, value in read_state_dict(Path(weights)).items()}
     else:
         try:
@@ -113,11 +113,13 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], source: str, may_be_mis
     module.load_state_dict(dict(state), strict=False)
 
 
-def _is_file(weights: str) -> bool:
+def is_file(weights: str) -> bool:
+    """Whether a weights argument means a file, there or not, rather than a name."""
     return weights.endswith((".pth", ".pt", ".bin", ".safetensors")) or Path(weights).is_file()
 
 
-def _timm_state(name: str) -> dict[str, Tensor]:
+def timm_state(name: str) -> dict[str, Tensor]:
+    """Pretrained tensors of a timm model, under timm's key names. Raises UserError when they cannot be had."""
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # timm and the Hub raise many kinds; all mean that the name gave no weights
@@ -127,10 +129,10 @@ def _timm_state(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _after_their_stage(timm_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _after_their_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """timm keeps the merging at the start of the next stage: layers.{i+1}.downsample -> layers.{i}.downsample."""
     renamed = {}
-    for key, value in timm_state.items():
+    for key, value in state.items():
         parts = key.split(".")
         if parts[0] == "layers" and parts[2] == "downsample":
             parts[1] = str(int(parts[1]) - 1)

@@ -30,6 +30,36 @@ class Prediction(NamedTuple):
     no_target: Tensor
 
 
+class Level(NamedTuple):
+    """One scale as the regions read it: keys and values [B, N, C], mask features [B, M, N] and, if any, suppressed
+    positions [B, N] bool."""
+
+    keys: Tensor
+    values: Tensor
+    mask_features: Tensor
+    suppressed: Tensor | None
+
+
+def mlp(*dims: int) -> nn.Sequential:
+    """Linear layers with ReLU between."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(dims):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def open_empty_rows(blocked: Tensor, suppressed: Tensor | None) -> Tensor:
+    """Where a query may not read: its own blocked positions and the suppressed ones, but never everything.
+
+    blocked [B, Q, N] bool, suppressed [B, N] bool or None. A query that would be left with nothing reads all positions
+    that are not suppressed; if all are, suppression is ignored.
+    """
+    hidden = torch.zeros_like(blocked[:, :1]) if suppressed is None else suppressed[:, None]
+    hidden = hidden & ~hidden.all(dim=-1, keepdim=True)
+    blocked = blocked | hidden
+    return torch.where(blocked.all(dim=-1, keepdim=True), hidden, blocked)
+
+
 class ResidualAttention(nn.Module):
     """LayerNorm(x + MultiheadAttention(query, key, value))."""
 
@@ -87,33 +117,14 @@ class RegionLayer(nn.Module):
         self.read_regions = ResidualAttention(dim, heads)
         self.feedforward = FeedForward(dim, feedforward)
 
-    def forward(self, x: Tensor, place: Tensor, keys: Tensor, values: Tensor, blocked: Tensor, text: Tensor) -> Tensor:
-        """x [B, Q, C], place [Q, C], keys, values [B, N, C], blocked [B, Q, N] bool, text [B, L, D] -> [B, Q, C]."""
-        x = self.read_image(x, x + place, keys, values, blocked)
+    def forward(self, x: Tensor, place: Tensor, level: Level, outside: Tensor, text: Tensor) -> Tensor:
+        """x [B, Q, C], place [Q, C], outside [B, Q, N] bool (True = not in the region), text [B, L, D] -> [B, Q, C]."""
+        blocked = open_empty_rows(outside, level.suppressed)
+        x = self.read_image(x, x + place, level.keys, level.values, blocked)
         if self.read_words is not None:
             x = self.read_words(x, text)
         x = self.read_regions(x, x + place, x + place, x)
         return self.feedforward(x)
-
-
-def mlp(*dims: int) -> nn.Sequential:
-    """Linear layers with ReLU between."""
-    layers: list[nn.Module] = []
-    for before, after in pairwise(dims):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def open_empty_rows(blocked: Tensor, suppressed: Tensor | None) -> Tensor:
-    """Where a query may not read: its own blocked positions and the suppressed ones, but never everything.
-
-    blocked [B, Q, N] bool, suppressed [B, N] bool or None. A query that would be left with nothing reads all positions
-    that are not suppressed; if all are, suppression is ignored.
-    """
-    hidden = torch.zeros_like(blocked[:, :1]) if suppressed is None else suppressed[:, None]
-    hidden = hidden & ~hidden.all(dim=-1, keepdim=True)
-    blocked = blocked | hidden
-    return torch.where(blocked.all(dim=-1, keepdim=True), hidden, blocked)
 
 
 class RegionDecoder(nn.Module):
@@ -151,28 +162,23 @@ class RegionDecoder(nn.Module):
         levels = [self.level(i, scale, mask_features, suppressed) for i, scale in enumerate(scales)]
         x = self.query_feat.expand(len(text), -1, -1)
         for i, layer in enumerate(self.layers):
-            keys, values, level_features, hidden = levels[i % len(levels)]
-            blocked = open_empty_rows(self.outside(x, level_features), hidden)
-            x = layer(x, self.query_embed, keys, values, blocked, text)
+            level = levels[i % len(levels)]
+            x = layer(x, self.query_embed, level, self.outside(x, level.mask_features), text)
         return self.predict(x, mask_features)
 
-    def level(
-        self, index: int, scale: Tensor, mask_features: Tensor, suppressed: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Keys and values [B, N, C], mask features [B, M, N] and suppressed positions [B, N] of one scale."""
+    def level(self, index: int, scale: Tensor, mask_features: Tensor, suppressed: Tensor | None) -> Level:
         height, width = scale.shape[-2:]
         values = scale.flatten(2).transpose(1, 2) + self.level_embed[index]
         keys = values + sine_position(height, width, values.shape[-1], device=scale.device).to(values.dtype)
         features = F.interpolate(mask_features.detach(), size=(height, width), mode="bilinear", align_corners=False)
-        hidden = None
         if suppressed is not None:
-            hidden = F.interpolate(suppressed[:, None].float(), size=(height, width)).flatten(1) > 0.5
-        return keys, values, features.flatten(2), hidden
+            suppressed = F.interpolate(suppressed[:, None].float(), size=(height, width)).flatten(1) > 0.5
+        return Level(keys, values, features.flatten(2), suppressed)
 
     @torch.no_grad()
-    def outside(self, x: Tensor, level_features: Tensor) -> Tensor:
+    def outside(self, x: Tensor, mask_features: Tensor) -> Tensor:
         """Positions outside of every region's present mask: x [B, Q, C], features [B, M, N] -> [B, Q, N] bool."""
-        return (self.mask_embed(self.norm(x)) @ level_features).sigmoid() < 0.5
+        return (self.mask_embed(self.norm(x)) @ mask_features).sigmoid() < 0.5
 
     def predict(self, x: Tensor, mask_features: Tensor) -> Prediction:
         """The masks are sums of the regions' masks, weighted with the minimap's logits."""

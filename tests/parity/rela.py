@@ -1,0 +1,120 @@
+"""Recorded tensors of the ReLA release (branch main, commit 3ca9551) and where our model computes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amltrain.losses import RegionLoss
+from amltrain.models.backbones.bert import build_bert
+from amltrain.models.backbones.language_swin import LanguageSwin
+from amltrain.models.backbones.swin import Swin
+from amltrain.models.rela import ReLA, build_rela
+from amltrain.records import Batch, ModelOutput
+from tests.parity.compare import Adapter, Read
+
+
+def build(config: Mapping[str, Any]) -> ReLA:
+    swin, bert, pixel, predictor = (config[key] for key in ("swin", "bert", "pixel_decoder", "predictor"))
+    vision = Swin(
+        embed_dim=swin["embed_dim"],
+        depths=swin["depths"],
+        num_heads=swin["num_heads"],
+        window_size=swin["window_size"],
+        drop_path_rate=0.0,
+    )
+    text = build_bert(
+        vocab_size=bert["vocab_size"],
+        hidden_size=bert["hidden_size"],
+        layers=bert["num_hidden_layers"],
+        heads=bert["num_attention_heads"],
+        intermediate_size=bert["intermediate_size"],
+        max_positions=bert["max_position_embeddings"],
+        dropout=0.0,
+    )
+    return build_rela(
+        LanguageSwin(vision, text_dim=config["pwam"]["text_dim"], gate_std=0.0),
+        text,
+        dim=pixel["conv_dim"],
+        mask_dim=pixel["mask_dim"],
+        heads=pixel["heads"],
+        encoder_layers=pixel["layers"],
+        encoder_feedforward=pixel["ffn"],
+        decoder_layers=predictor["layers"],
+        decoder_feedforward=predictor["ffn"],
+        trained_text_layers=None,
+    )
+
+
+def batch(recorded: Mapping[str, Tensor]) -> Batch:
+    count = len(recorded["input.ids"])
+    target = recorded.get("input.gt_mask", torch.zeros_like(recorded["input.image"][:, :1]))
+    return Batch(
+        image=recorded["input.image"],
+        input_ids=recorded["input.ids"],
+        text_mask=recorded["input.mask"].bool(),
+        target=(target[:, 0] * 255).to(torch.uint8),
+        no_target=recorded["input.no_target"].bool(),
+        sample_id=torch.arange(count),
+        random_key=torch.arange(count),
+        geometry=torch.zeros(count, 6, dtype=torch.float64),
+    )
+
+
+def whole(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    return output
+
+
+def channels_first(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    return output.permute(0, 3, 1, 2)
+
+
+def item(index: int) -> Read:
+    return lambda inputs, output: output[index]
+
+
+def scale(index: int) -> Read:
+    return lambda inputs, output: output[1][index]
+
+
+def state_before(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    return inputs[0]
+
+
+def blocked(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    return inputs[3].to(torch.uint8)
+
+
+def minimap_target(output: ModelOutput, batch: Batch) -> Tensor:
+    return RegionLoss.minimap_target(batch.target >= 128, output)
+
+
+CAPTURES: dict[str, tuple[str, Read]] = {
+    "inter.lang_feat": ("text_encoder.encoder", lambda inputs, output: output.last_hidden_state),
+    **{f"inter.trunk_stage{i + 1}": (f"backbone.swin.layers.{i}", channels_first) for i in range(4)},
+    **{f"inter.res{i + 2}": ("backbone", item(i)) for i in range(4)},
+    "inter.mask_features": ("pixel_decoder", item(0)),
+    **{f"inter.ms{i}": ("pixel_decoder", scale(i)) for i in range(3)},
+    "inter.dec_state0": ("region_decoder.layers.0", state_before),
+    **{f"inter.dec_state{i + 1}": (f"region_decoder.layers.{i}", whole) for i in range(4)},
+    **{f"inter.attn_block{i}": (f"region_decoder.layers.{i}", blocked) for i in range(4)},
+    "inter.pred_masks_lowres": ("region_decoder", item(0)),
+}
+OUTPUTS = {
+    "output.nt_logits": lambda output, batch: output.aux["no_target"],
+    "inter.minimap_logits": lambda output, batch: output.aux["minimap"],
+    "inter.minimap_target": minimap_target,
+}
+
+ADAPTER = Adapter(
+    build=build,
+    loss="rela",
+    captures=CAPTURES,
+    batch=batch,
+    outputs=OUTPUTS,
+    absolute=1e-5,
+    tolerances={"inter.attn_block": 0.0, "inter.minimap_target": 0.0, "inter.": 5e-5},
+    loss_tolerance=2e-6,
+    gradient=1e-4,
+)
