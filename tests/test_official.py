@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,15 @@ def test_a_file_that_does_not_match_is_refused(tmp_path: Path, change: dict, mes
     with pytest.raises(UserError, match=message):
         convert_official("linear", tmp_path / "official.pth", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_numbers_pickled_by_numpy_1(tmp_path: Path):
+    torch.save({"state_dict": WEIGHTS, "best_iou": np.float64(0.5), "prec": np.zeros(2)}, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for item in new.infolist():
+            content = new.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert b"numpy._core.multiarray" in content
+                content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+            old.writestr(item, content)
+    assert same(read_official(tmp_path / "old.pth"), WEIGHTS)
