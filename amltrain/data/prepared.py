@@ -1,0 +1,53 @@
+"""Open prepared data: a local folder or a Hub repository of the same layout, memory-mapped or as a stream."""
+
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, IterableDataset
+
+from amltrain.data.schema import FEATURES
+from amltrain.data.splits import check_split
+from amltrain.errors import UserError
+
+
+def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = False) -> Dataset | IterableDataset:
+    """Rows of `FEATURES` of one split of one data set.
+
+    prepared: the folder that holds `<dataset>/<split>-*.parquet`, or a Hub data set id with the same files.
+    Raises UserError when they are not there, saying what is.
+    """
+    check_split(dataset, split)
+    pattern = f"{dataset}/{split}-*.parquet"
+    folder = Path(prepared)
+    if folder.is_dir():
+        paths = sorted(str(path) for path in folder.glob(pattern))
+        if not paths:
+            there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+            raise UserError(
+                f"{prepared} has no {pattern} (it holds {', '.join(there) or 'nothing prepared'}); "
+                f"run launch/prepare_data.py --dataset {dataset}"
+            )
+        source, data_files = "parquet", {split: paths}
+    elif prepared.count("/") == 1 and not prepared.startswith((".", "/")):
+        source, data_files = prepared, {split: [pattern]}
+    else:
+        raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
+    try:
+        with _quiet():
+            return datasets.load_dataset(
+                source, data_files=data_files, split=split, streaming=streaming, features=FEATURES
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not read {dataset}/{split} from {prepared}: {error}") from error
+
+
+class _quiet:  # noqa: N801 - a context manager
+    """No progress bar for the memory-mapped copy, which takes a second."""
+
+    def __enter__(self) -> None:
+        self.enabled = not datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            datasets.enable_progress_bars()

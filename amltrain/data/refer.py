@@ -1,0 +1,189 @@
+"""Readers of the original files: REFER's `refs(unc|umd|google).p`, gRefCOCO's `grefs(unc).json`, COCO's `instances.json`.
+
+Layout and rules: lichengunc/refer (commit e3bbaa3) and henghuiding/gRefCOCO (commit 41a8f00). A ref's own `file_name` is
+not a file on disk; the image's is.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from amltrain.data.segmentation import BrokenSegmentationError, referent_mask
+from amltrain.data.splits import DatasetSpec, belongs, dataset_spec
+from amltrain.errors import UserError
+
+
+class ReferFiles(NamedTuple):
+    """The parsed files of one data set: refs in file order, the rest by id; `sources` are the files read."""
+
+    spec: DatasetSpec
+    refs: list[dict[str, Any]]
+    images: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    categories: dict[int, str]
+    sources: list[Path]
+
+
+class Skipped(NamedTuple):
+    """A part of the files that could not be used: which, why, and how many sentences went with it."""
+
+    what: str
+    why: str
+    expressions: int
+
+
+class ImageGroup(NamedTuple):
+    """An image of a split and its usable referents, in the prepared schema but for the image's bytes."""
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    referents: list[dict[str, Any]]
+    skipped: list[Skipped]
+
+
+class _ContainerUnpickler(pickle.Unpickler):
+    """Admits what annotation files are made of, builtin containers and scalars, and refuses everything else."""
+
+    _ADMITTED = frozenset({"set", "frozenset", "list", "dict", "tuple", "int", "float", "str", "bool"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in self._ADMITTED:
+            return super().find_class("builtins", name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_pickle(path: Path) -> Any:
+    """Read a pickle of builtin containers (also Python 2's). Executes nothing; raises UserError for anything else."""
+    try:
+        return _ContainerUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no plain annotation pickle ({error}); download it again from a source you trust"
+        ) from error
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
+
+
+def load_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged or no JSON ({error}); download it again") from error
+
+
+def read_refer(root: Path, dataset: str) -> ReferFiles:
+    """Read the files of `dataset` under a REFER root. Raises UserError naming the file and what it lacks."""
+    spec = dataset_spec(dataset)
+    folder = root / spec.folder
+    candidates = [folder / f"{spec.refs_name}{ending}" for ending in (".p", ".json")]
+    refs_path = next((path for path in candidates if path.is_file()), None)
+    instances_path = folder / "instances.json"
+    if refs_path is None or not instances_path.is_file():
+        wanted = f"{candidates[0].name if refs_path is None else instances_path.name}"
+        raise UserError(
+            f"{folder} has no {wanted}; put {dataset}'s original files there (docs/data.md says where to get them)"
+        )
+    refs = load_pickle(refs_path) if refs_path.suffix == ".p" else load_json(refs_path)
+    instances = load_json(instances_path)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(instances, dict) or not isinstance(instances.get(key), list):
+            raise UserError(f"{instances_path} has no list {key!r}; it should be {dataset}'s instances.json")
+    if not isinstance(refs, list):
+        raise UserError(f"{refs_path} holds a {type(refs).__name__}, not a list of refs")
+    _check_refs(refs_path, refs)
+    return ReferFiles(
+        spec,
+        refs,
+        {image["id"]: image for image in instances["images"]},
+        {annotation["id"]: annotation for annotation in instances["annotations"]},
+        {category["id"]: category["name"] for category in instances["categories"]},
+        [refs_path, instances_path],
+    )
+
+
+def _check_refs(path: Path, refs: list[Any]) -> None:
+    for number, ref in enumerate(refs):
+        for key in ("ref_id", "image_id", "ann_id", "split", "sentences"):
+            if not isinstance(ref, dict) or key not in ref:
+                raise UserError(f"{path}: ref number {number} has no {key!r}; download the file again")
+
+
+def image_groups(files: ReferFiles, split: str) -> Iterator[ImageGroup]:
+    """The split's images in the order in which the refs first name them, each with its referents."""
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for ref in files.refs:
+        if belongs(ref["split"], split):
+            by_image.setdefault(ref["image_id"], []).append(ref)
+    for image_id, refs in by_image.items():
+        image = files.images.get(image_id)
+        if image is None:
+            expressions = sum(len(ref["sentences"]) for ref in refs)
+            skipped = [Skipped(f"image {image_id}", "instances.json does not list it", expressions)]
+            yield ImageGroup(image_id, "", 0, 0, [], skipped)
+            continue
+        referents, skipped = [], []
+        for ref in refs:
+            referent, reasons = _referent(ref, image, files)
+            referents += [referent] if referent else []
+            skipped += reasons
+        yield ImageGroup(image_id, image["file_name"], image["height"], image["width"], referents, skipped)
+
+
+def _referent(
+    ref: dict[str, Any], image: dict[str, Any], files: ReferFiles
+) -> tuple[dict[str, Any] | None, list[Skipped]]:
+    name, skipped = f"ref {ref['ref_id']} of image {image['id']}", []
+    sentences = []
+    for sentence in ref["sentences"]:
+        sent = str(sentence.get("sent", "")).strip()
+        raw = str(sentence.get("raw", sent)).strip()
+        if sent or raw:
+            sentences.append({"sent_id": sentence["sent_id"], "sent": sent or raw.lower(), "raw": raw or sent})
+        else:
+            skipped.append(Skipped(f"sentence {sentence.get('sent_id')} of {name}", "it is empty", 1))
+    if not sentences:
+        return None, [*skipped, Skipped(name, "it has no sentence", 0)]
+    ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    no_target = ann_ids == [-1]
+    try:
+        annotations = [] if no_target else _annotations(ann_ids, files)
+        masks = referent_mask([a["segmentation"] for a in annotations], image["height"], image["width"])
+    except BrokenSegmentationError as error:
+        return None, [*skipped, Skipped(name, f"broken segmentation: {error}", len(sentences))]
+    skipped += [Skipped(f"a polygon of {name}", why, 0) for why in masks.dropped]
+    referent = {
+        "ref_id": ref["ref_id"],
+        "ann_ids": [] if no_target else ann_ids,
+        "category": ", ".join(dict.fromkeys(files.categories.get(a["category_id"], "?") for a in annotations)),
+        "bbox": _joint_box([a["bbox"] for a in annotations]),
+        "no_target": no_target,
+        "mask": masks.union,
+        "mask_exclusive": masks.exclusive,
+        "sentences": sentences,
+    }
+    return referent, skipped
+
+
+def _annotations(ann_ids: list[int], files: ReferFiles) -> list[dict[str, Any]]:
+    """The named annotations; among several, crowds are left out (gRefCOCO's rule)."""
+    missing = [ann_id for ann_id in ann_ids if ann_id not in files.annotations]
+    if missing:
+        raise BrokenSegmentationError(f"instances.json has no annotation {missing[0]}")
+    annotations = [files.annotations[ann_id] for ann_id in ann_ids]
+    kept = [a for a in annotations if len(annotations) == 1 or not a.get("iscrowd", 0)]
+    if not kept:
+        raise BrokenSegmentationError("all its annotations are crowds")
+    return kept
+
+
+def _joint_box(boxes: list[list[float]]) -> list[float]:
+    if not boxes:
+        return []
+    left, top = min(x for x, _, _, _ in boxes), min(y for _, y, _, _ in boxes)
+    right, bottom = max(x + w for x, _, w, _ in boxes), max(y + h for _, y, _, h in boxes)
+    return [left, top, right - left, bottom - top]
