@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from amltrain.config import PreprocessConfig
@@ -19,6 +19,9 @@ from amltrain.models.base import Conversion, RISModel
 from amltrain.models.registry import ModelInfo
 from amltrain.official import convert_official, read_official, summary
 from amltrain.pretrained import load_pretrained
+from tests.parity import compare
+
+ADAPTERS = sorted(p.stem for p in Path(compare.__file__).parent.glob("*.py") if "\nADAPTER = " in p.read_text())
 
 WEIGHTS = {"stem.0.weight": torch.randn(4, 4), "stem.0.bias": torch.randn(4), "old_head.weight": torch.randn(2)}
 
@@ -155,3 +158,24 @@ def test_numbers_pickled_by_numpy_1(tmp_path: Path):
                 content = content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
             old.writestr(item, content)
     assert same(read_official(tmp_path / "old.pth"), WEIGHTS)
+
+
+@pytest.mark.parametrize("wrapping", ["model", "state_dict"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_recorded_official_weights(
+    name: str, wrapping: str, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    case = shared_dir / "goldens" / name / "tiny.safetensors"
+    adapter, config = compare.load_adapter(name), json.loads(case.with_suffix(".json").read_text())
+    weights = compare.official_weights(load_file(case))
+    if wrapping == "model":
+        torch.save({"model": weights, "epoch": 49, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "official.pth")
+    else:
+        parallel = {f"module.{k}": v for k, v in weights.items()}
+        torch.save({"state_dict": parallel, "best_iou": np.float64(0.7)}, tmp_path / "official.pth")
+    monkeypatch.setitem(registry._BUILDERS, "recorded", lambda *, config: adapter.build(config))
+    monkeypatch.setitem(registry._INFOS, "recorded", registry.model_info("linear"))
+
+    convert_official("recorded", tmp_path / "official.pth", tmp_path / "ours", kwargs={"config": config["config"]})
+    expected, _ = compare.load_model(adapter, config["config"], weights)
+    assert same(load_pretrained(tmp_path / "ours").model.state_dict(), expected.state_dict())
