@@ -230,6 +230,50 @@ class AMLConfig:
     """false trains the plain baseline."""
     preset: Literal["paper", "released"] = "paper"
     """paper: the equations; released: what the public code does."""
+    features: Literal["early", "late", "pred"] | None = None
+    """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
+    projection: Literal["random", "learnable", "identity", "linear"] | None = None
+    """How visual and text features meet: two fixed Gaussian matrices (random), the same trained with the model by a
+    straight-through gradient (learnable), none for encoders that share a space (identity), or the released code's one
+    fixed linear map of the text (linear)."""
+    dim: int | None = None
+    """Width D that random and learnable projections project to; the paper's is 2048."""
+    projection_seed: int | None = None
+    """Seed of the projections' entries."""
+    explicit: bool | None = None
+    """Build the two random projections instead of their collapsed form: the same scores, more work."""
+    normalize: bool | None = None
+    """L2-normalise every feature vector before it is projected."""
+    score_padding: bool | None = None
+    """Padded tokens take part in the softmax over tokens (released code)."""
+    temperature: float | Literal["auto"] | None = None
+    """Divides the similarities. auto: solved at the start of training so that the mean score is 0.75, then kept. 1.0 is
+    the paper's formula to the letter, which blanks whole images."""
+    tau: float | None = None
+    """Score under which a pixel is weak; 0 masks nothing."""
+    rho: float | None = None
+    """Share of the weak pixels (selection pixel, released) or weak blocks (patch) that is selected."""
+    block: int | None = None
+    """Side of a masked block, pixels."""
+    selection: Literal["pixel", "patch", "released"] | None = None
+    """Which blocks go: any with a selected pixel (pixel), a share rho of the weak ones (patch), or what the released
+    code's indexing does, which is nearly all of them (released)."""
+    level: Literal["image", "feature", "random"] | None = None
+    """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
+    random places (random)."""
+    clean_loss_weight: float | None = None
+    """Weight of the loss on the unmasked image, 0..1; the masked one gets the rest. Above 0 the unmasked image is
+    encoded with gradient, its features are scored, and its text features serve the masked image too."""
+    text: Literal["prompted", "plain"] | None = None
+    """Token features that are scored, for models that offer it: conditioned on the image as the decoder sees them
+    (prompted), or of the sentence alone (plain). null = the model's own choice."""
+    stage1_size: int | None = None
+    """Score a smaller copy of the image, of this side in pixels; null = the full network input."""
+    cache_scores: bool = False
+    """Remember each sentence's scores, for models whose scored encoders are frozen."""
+    diagnostics_every: int | None = None
+    """Steps between rows of alignment statistics (scores, masked share, masked referents; alignment.csv, alignment.png
+    and pictures of fixed samples in the output folder, curves in the trackers); null = off."""
 
 
 @dataclass

@@ -31,10 +31,17 @@ class RISModel(nn.Module):
     No device, rank, accelerator or config object inside; nothing but dropout, drop-path and batch norm depends on
     `self.training`. Parts that a release freezes have `requires_grad=False` from construction on.
 
-    Attributes a subclass sets: alignment_dims (C_v, C_t), the widths of what `alignment_features` returns.
+    Attributes for AML. A subclass must set alignment_dims; the others where it has more to offer.
+    alignment_dims        (C_v, C_t), the widths of what `alignment_features` returns
+    fused_dims            (C_v, C_t), the widths of aux["fused_visual"] and aux["fused_text"]; None = it gives neither
+    supports_suppression  `decode` honours Features.suppressed
+    alignment_is_frozen   what `alignment_features` returns never changes in training
     """
 
     alignment_dims: tuple[int, int]
+    fused_dims: tuple[int, int] | None = None
+    supports_suppression: bool = False
+    alignment_is_frozen: bool = False
 
     def encode(self, batch: Batch) -> Features:
         """Run the encoders: image and tokens in, features before cross-modal fusion out (where there is a before)."""
@@ -47,12 +54,13 @@ class RISModel(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         return self.decode(self.encode(batch), batch)
 
-    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
+    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
         """What AML's stage 1 scores; runs encoders only, never the decoder. Default: deepest map and token features.
 
+        features: `encode(batch)`, where the caller has it already; a model that scores anything else ignores it.
         A model that fuses inside its encoder overrides this and says in its file header what it gives.
         """
-        features = self.encode(batch)
+        features = self.encode(batch) if features is None else features
         return AlignmentFeatures(features.visual[-1], features.text, features.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:

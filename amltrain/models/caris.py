@@ -235,6 +235,8 @@ def _init_linear(module: nn.Module) -> None:
 class CARIS(RISModel):
     """Swin, BERT with image prompts, and the fusion decoder; two-channel logits at stride 4."""
 
+    supports_suppression = True
+
     def __init__(
         self,
         *,
@@ -256,6 +258,7 @@ class CARIS(RISModel):
         self.decoder = FusionDecoder(vision.channels, text_dim, dim=dim, layers=layers, heads=heads)
         self.alignment_text = alignment_text
         self.alignment_dims = (vision.channels[-1], text_dim)
+        self.fused_dims = (dim, dim)
 
     def encode(self, batch: Batch) -> Features:
         visual = self.vision(batch.image)
@@ -265,11 +268,12 @@ class CARIS(RISModel):
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         return self.decoder(features)
 
-    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
+    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
         if self.alignment_text == "plain":
             text = encode_tokens(self.text, batch.input_ids, batch.text_mask)
-            return AlignmentFeatures(self.vision(batch.image)[-1], text, batch.text_mask)
-        return super().alignment_features(batch)
+            visual = self.vision(batch.image) if features is None else features.visual
+            return AlignmentFeatures(visual[-1], text, batch.text_mask)
+        return super().alignment_features(batch, features)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return features._replace(visual=self.vision(batch.image))

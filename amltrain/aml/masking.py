@@ -1,0 +1,141 @@
+"""AFM, Alignment-aware Filtering Mask: blank blocks of the image where the words match badly (arXiv 2602.22740, 3.3).
+
+Scores are upsampled to the image; pixels below tau are weak; a random share rho of the weak pixels is selected; a block
+of 32 x 32 pixels is masked. Which blocks is what `selection` decides:
+
+pixel     any block with a selected pixel (the paper's equations)
+patch     a share rho of the weak blocks, at least one
+released  what the public code does: of a selected pixel, the number of its patch AND its offset inside the patch are
+          both read as patch numbers, so nearly everything goes as soon as a few patches are weak
+
+Nothing here waits for the device, and all randomness comes from each sample's `random_key`: the same sample in the same
+step is masked alike on any number of processes, in any batch, after any resume.
+
+Dimensions: B batch, H W image, h w score map, r c rows and columns of blocks (the last may stick out of the image).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amltrain.randomness import uniform
+
+Selection = Literal["pixel", "patch", "released"]
+SELECT, PLACE = 0, 1  # streams of random numbers: which weak spots are taken; where `relocate` puts them
+
+
+def weak_pixels(scores: Tensor, size: tuple[int, int], tau: float) -> Tensor:
+    """scores [B, h, w] -> [B, H, W] bool: the score, upsampled bilinearly, is below tau. NaN is not weak."""
+    return F.interpolate(scores[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0] < tau
+
+
+def split_blocks(pixels: Tensor, block: int) -> Tensor:
+    """[B, H, W] bool -> [B, r, c, block, block] bool; what sticks out of the image is False."""
+    height, width = pixels.shape[-2:]
+    padded = F.pad(pixels, (0, -width % block, 0, -height % block))
+    return padded.unflatten(2, (-1, block)).unflatten(1, (-1, block)).transpose(2, 3)
+
+
+def select_by_pixel(weak: Tensor, rho: float, keys: Tensor) -> Tensor:
+    """Blocks with a selected pixel, every weak pixel being selected with probability rho on its own.
+
+    weak [B, r, c, p, p] bool, keys [B] int64 -> [B, r, c] bool. A block with k weak pixels is hit with probability
+    `1 - (1 - rho)^k`, so one random number per block replaces one per pixel.
+    """
+    count = weak.sum(dim=(-2, -1))  # [B, r, c]
+    hit = 1.0 - (1.0 - rho) ** count.float()
+    return uniform(keys, count[0].numel(), SELECT).view_as(hit) < hit
+
+
+def take_share(candidates: Tensor, share: float, order: Tensor) -> Tensor:
+    """Of the K candidates of each row take the `max(1, floor(share * K))` first in `order`; none where K = 0.
+
+    candidates [B, M] bool, order [B, M] float (ties go to the lower index) -> [B, M] bool.
+    """
+    count = candidates.sum(dim=1, keepdim=True)
+    # 1e-4 keeps products such as 0.29 * 100 from falling to 28
+    wanted = (share * count + 1e-4).floor().clamp(min=1)
+    rank = order.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    return candidates & (rank < wanted)
+
+
+def select_by_patch(scores: Tensor, grid: tuple[int, int], tau: float, rho: float, keys: Tensor) -> Tensor:
+    """A share rho of the weak blocks, scores [B, h, w] -> [B, r, c] bool; a block's score is its patches' mean."""
+    if scores.shape[-2:] != grid:
+        scores = F.adaptive_avg_pool2d(scores[:, None], grid)[:, 0]
+    weak = scores.flatten(1) < tau
+    return take_share(weak, rho, uniform(keys, weak.shape[1], SELECT)).unflatten(1, grid)
+
+
+def select_as_released(
+    weak: Tensor, rho: float, keys: Tensor | None, permutations: Sequence[Tensor] | None = None
+) -> Tensor:
+    """The public code's blocks. weak [B, r, c, p, p] bool, keys [B] int64 -> [B, r, c] bool.
+
+    A share rho of the weak pixels, at least one, is drawn. The release keeps a pair (patch j, offset o inside it) per
+    drawn pixel, clamps both to N - 1 where N is the number of patches, and blanks every patch whose number occurs in
+    either column. The release needs square images whose side is a multiple of the block; this does not.
+
+    permutations: instead of keys, for each sample its recorded order of its K weak pixels, counted patch by patch, row
+    by row inside a patch (torch.randperm(K) in the release).
+    """
+    patches, offsets = weak.shape[1] * weak.shape[2], weak.shape[3] * weak.shape[4]
+    weak_pairs = weak.reshape(weak.shape[0], patches * offsets)
+    if permutations is None:
+        assert keys is not None, "either keys or recorded permutations"
+        order = uniform(keys, patches * offsets, SELECT)
+    else:
+        order = torch.zeros(weak_pairs.shape)
+        for row, candidates, permutation in zip(order, weak_pairs, permutations, strict=True):
+            row[candidates] = permutation.argsort().float()
+    drawn = take_share(weak_pairs, rho, order).unflatten(1, (patches, offsets))
+
+    masked = drawn.any(dim=2)  # [B, patches]: the column that means patches
+    as_patch = drawn.any(dim=1)  # [B, offsets]: the column that does not
+    if offsets < patches:
+        as_patch = F.pad(as_patch, (0, patches - offsets))
+    masked = masked | torch.cat([as_patch[:, : patches - 1], as_patch[:, patches - 1 :].any(1, keepdim=True)], dim=1)
+    return masked.unflatten(1, weak.shape[1:3])
+
+
+def filtering_mask(
+    scores: Tensor,
+    size: tuple[int, int],
+    keys: Tensor,
+    *,
+    tau: float = 0.4,
+    rho: float = 0.25,
+    block: int = 32,
+    selection: Selection = "pixel",
+) -> Tensor:
+    """AFM: scores [B, h, w] in 0..1, image size (H, W), keys [B] int64 -> [B, r, c] bool, True = blank this block."""
+    if selection == "patch":
+        grid = (-(-size[0] // block), -(-size[1] // block))
+        return select_by_patch(scores, grid, tau, rho, keys)
+    weak = split_blocks(weak_pixels(scores, size, tau), block)
+    if selection == "released":
+        return select_as_released(weak, rho, keys)
+    return select_by_pixel(weak, rho, keys)
+
+
+def relocate(blocks: Tensor, keys: Tensor) -> Tensor:
+    """As many blocks of each sample, at random places (ablation `level: random`). [B, r, c] bool -> the same."""
+    flat = blocks.flatten(1)
+    rank = uniform(keys, flat.shape[1], PLACE).argsort(dim=1).argsort(dim=1)
+    return (rank < flat.sum(dim=1, keepdim=True)).view_as(blocks)
+
+
+def spread_blocks(blocks: Tensor, size: tuple[int, int], block: int) -> Tensor:
+    """[B, r, c] -> [B, H, W], every block's value on its pixels; differentiable for floating blocks."""
+    rows = blocks.repeat_interleave(block, dim=1, output_size=blocks.shape[1] * block)
+    pixels = rows.repeat_interleave(block, dim=2, output_size=blocks.shape[2] * block)
+    return pixels[:, : size[0], : size[1]]
+
+
+def mask_image(image: Tensor, blocks: Tensor, block: int) -> Tensor:
+    """image [B, 3, H, W] with the blocks [B, r, c] bool set to zero, which is the mean colour once normalised."""
+    pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
+    return image.masked_fill(pixels[:, None], 0.0)

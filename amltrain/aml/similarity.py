@@ -1,0 +1,183 @@
+"""PMME, PatchMax Matching Evaluation: how well does a visual patch match its best word? (arXiv 2602.22740, section 3.2)
+
+A patch's score is its largest softmax probability over the tokens. The paper compares L2-normalised features after two
+fixed, independent Gaussian projections to D dimensions; `Wi^T Wt` is one [C_v, C_t] matrix, so nothing of width D is
+ever built. Scores are computed in float32, also under autocast: a softmax at a temperature near 0.005 needs it.
+
+Dimensions: B batch, N patches, L text tokens, C_v C_t widths of the two encoders, D projection width.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amltrain.errors import UserError
+from amltrain.records import AlignmentFeatures
+
+
+def patch_logits(visual: Tensor, text: Tensor, form: Tensor | None = None) -> Tensor:
+    """Similarity of every patch with every token: visual [B, N, C_v], text [B, L, C_t], form [C_v, C_t] -> [B, N, L].
+
+    form None: the encoders share a space, C_v = C_t. The form is applied to the text, by far the shorter side.
+    """
+    if form is not None:
+        text = text @ form.T  # [B, L, C_v]
+    return visual @ text.transpose(1, 2)
+
+
+def patch_max(logits: Tensor, temperature: Tensor | float, text_mask: Tensor | None = None) -> Tensor:
+    """`S_i = max_j softmax_j(logits / temperature)`: logits [B, N, L] -> scores [B, N] in [1/L, 1].
+
+    text_mask [B, L] bool (True = a real token): other tokens take no part, and L above counts the real ones only.
+    Every row needs a real token. None: padded tokens take part as well (what the public code does).
+    """
+    logits = logits / temperature
+    if text_mask is not None:
+        logits = logits.masked_fill(~text_mask[:, None, :], -torch.inf)
+    return logits.softmax(dim=-1).amax(dim=-1)
+
+
+def gaussian_projections(visual_dim: int, text_dim: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The paper's two fixed matrices, `Wi [D, C_v]` and `Wt [D, C_t]`, float32, entries i.i.d. N(0, 1/D).
+
+    Always drawn on the CPU from `seed`, so they are the same on every rank and every kind of device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scale = dim**-0.5
+    visual = torch.randn(dim, visual_dim, generator=generator) * scale
+    return visual, torch.randn(dim, text_dim, generator=generator) * scale
+
+
+class RandomProjection(nn.Module):
+    """Two fixed Gaussian matrices, collapsed into the bilinear form `Wi^T Wt` [C_v, C_t].
+
+    explicit: keep the two matrices and project both sides to D, as the paper writes it. Same scores, more work.
+    """
+
+    def __init__(
+        self, visual_dim: int, text_dim: int, *, dim: int = 2048, seed: int = 0, explicit: bool = False
+    ) -> None:
+        super().__init__()
+        visual, text = gaussian_projections(visual_dim, text_dim, dim, seed)
+        self.explicit = explicit
+        if explicit:
+            self.register_buffer("visual", visual)
+            self.register_buffer("text", text)
+        else:
+            self.register_buffer("form", (visual.double().T @ text.double()).float())
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        """visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
+        if self.explicit:
+            return patch_logits(F.linear(visual, self.visual.float()), F.linear(text, self.text.float()))
+        return patch_logits(visual, text, self.form.float())
+
+
+class LearnableProjection(nn.Module):
+    """Two linear layers without bias, trained with the model; they start as the Gaussian matrices do."""
+
+    def __init__(self, visual_dim: int, text_dim: int, *, dim: int = 2048, seed: int = 0) -> None:
+        super().__init__()
+        visual, text = gaussian_projections(visual_dim, text_dim, dim, seed)
+        self.visual, self.text = nn.Parameter(visual), nn.Parameter(text)
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        """visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
+        return patch_logits(F.linear(visual, self.visual.float()), F.linear(text, self.text.float()))
+
+
+class LinearProjection(nn.Module):
+    """One fixed linear map of the text to the visual width (preset `released`).
+
+    PyTorch's default initialisation with bias, U(-1/sqrt(C_t), 1/sqrt(C_t)). The public code lists the map among its
+    trained parameters, but no gradient ever reaches it.
+    """
+
+    def __init__(self, visual_dim: int, text_dim: int, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        bound = text_dim**-0.5
+        self.register_buffer("weight", torch.empty(visual_dim, text_dim).uniform_(-bound, bound, generator=generator))
+        self.register_buffer("bias", torch.empty(visual_dim).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        """visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
+        return patch_logits(visual, F.linear(text, self.weight.float(), self.bias.float()))
+
+
+class IdentityProjection(nn.Module):
+    """No projection: for encoders that share a space, such as CLIP's."""
+
+    def forward(self, visual: Tensor, text: Tensor) -> Tensor:
+        """visual [B, N, C], text [B, L, C] -> logits [B, N, L]."""
+        return patch_logits(visual, text)
+
+
+Projection = Literal["random", "learnable", "identity", "linear"]
+
+
+def create_projection(
+    kind: Projection, visual_dim: int, text_dim: int, *, dim: int = 2048, seed: int = 0, explicit: bool = False
+) -> nn.Module:
+    """Build a projection by name. Raises UserError for a pair of widths that it cannot compare."""
+    if kind == "random":
+        return RandomProjection(visual_dim, text_dim, dim=dim, seed=seed, explicit=explicit)
+    if kind == "learnable":
+        return LearnableProjection(visual_dim, text_dim, dim=dim, seed=seed)
+    if kind == "linear":
+        return LinearProjection(visual_dim, text_dim, seed=seed)
+    if visual_dim != text_dim:
+        raise UserError(
+            f"aml.projection=identity compares features as they are, but this model's are {visual_dim} (visual) and "
+            f"{text_dim} (text) wide; use aml.projection=random"
+        )
+    return IdentityProjection()
+
+
+class PatchScorer(nn.Module):
+    """PMME as a module: normalise, project, divide by the temperature, softmax over tokens, maximum.
+
+    Buffers, so that they travel with the training state and not with the exported model: the projection's, the
+    `temperature` [] float32 and the flag `calibrated` [] bool that keeps a resumed run from calibrating again.
+    """
+
+    temperature: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self,
+        projection: nn.Module,
+        *,
+        temperature: float | None = None,
+        normalize: bool = True,
+        score_padding: bool = False,
+    ) -> None:
+        """temperature: None leaves it to calibration, 1.0 until then. score_padding: padded tokens take part."""
+        super().__init__()
+        self.projection = projection
+        self.normalize = normalize
+        self.score_padding = score_padding
+        self.register_buffer("temperature", torch.tensor(1.0 if temperature is None else float(temperature)))
+        self.register_buffer("calibrated", torch.tensor(temperature is not None))
+
+    def logits(self, features: AlignmentFeatures) -> Tensor:
+        """visual [B, C_v, h, w], text [B, L, C_t] -> [B, h * w, L] float32, before the temperature."""
+        with torch.autocast(features.visual.device.type, enabled=False):
+            visual = features.visual.float().flatten(2).transpose(1, 2)
+            text = features.text.float()
+            if self.normalize:
+                visual, text = F.normalize(visual, dim=-1), F.normalize(text, dim=-1)
+            return self.projection(visual, text)
+
+    def token_mask(self, features: AlignmentFeatures) -> Tensor | None:
+        """[B, L] bool, the tokens that take part; None = all."""
+        return None if self.score_padding else features.text_mask
+
+    def forward(self, features: AlignmentFeatures) -> Tensor:
+        """Scores [B, h, w] float32 in [1/L, 1]."""
+        logits = self.logits(features)
+        with torch.autocast(logits.device.type, enabled=False):
+            scores = patch_max(logits, self.temperature.float(), self.token_mask(features))
+        return scores.unflatten(1, features.visual.shape[-2:])
