@@ -1,0 +1,76 @@
+"""A made-up gRefCOCO tree, read by us and recorded from the ReLA release: the same records, the same masks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as coco
+from safetensors.torch import load_file
+
+from amltrain.data.refer import image_groups, read_refer
+from amltrain.data.segmentation import decode_rle
+
+SPLITS = ("train", "val", "testA", "testB")
+
+
+@pytest.fixture(scope="module")
+def fixture(shared_dir: Path) -> Path:
+    return shared_dir / "goldens/rela/data_fixture"
+
+
+@pytest.fixture(scope="module")
+def expected(fixture: Path) -> dict[str, list[dict[str, Any]]]:
+    return json.loads((fixture / "expected.json").read_text())["expected"]
+
+
+def records(fixture: Path, split: str) -> dict[int, dict[str, Any]]:
+    """Our reading, by sentence."""
+    found = {}
+    for group in image_groups(read_refer(fixture / "datasets", "grefcoco"), split):
+        for referent in group.referents:
+            for sentence in referent["sentences"]:
+                found[sentence["sent_id"]] = {
+                    "image": (group.image_id, group.file_name, group.height, group.width),
+                    "ref_id": referent["ref_id"],
+                    "raw": sentence["raw"],
+                    "empty": referent["no_target"],
+                    "mask": decode_rle(referent["mask"]),
+                }
+    return found
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_records_and_masks(fixture: Path, expected: dict[str, list[dict[str, Any]]], split: str) -> None:
+    ours = records(fixture, split)
+    assert list(ours) == [record["sentence"]["sent_id"] for record in expected[split]]
+    for record in expected[split]:
+        mine = ours[record["sentence"]["sent_id"]]
+        height, width = record["height"], record["width"]
+        assert mine["image"] == (record["image_id"], record["file_name"], height, width)
+        assert (mine["ref_id"], mine["raw"]) == (record["sentence"]["ref_id"], record["sentence"]["raw"])
+        assert mine["empty"] == record["empty"]
+        polygons = [p for annotation in record["annotations"] for p in annotation.get("segmentation", [])]
+        merged = np.zeros((height, width), np.uint8)
+        if polygons:
+            merged = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
+        assert np.array_equal(mine["mask"], merged)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_masks_at_network_size_differ_at_edges_only(
+    fixture: Path, expected: dict[str, list[dict[str, Any]]], split: str
+) -> None:
+    """The release draws polygons at 96 x 96; we draw them at the image's size and resize: borders differ by a pixel."""
+    drawn = load_file(fixture / "mapper_expected.safetensors")
+    ours = records(fixture, split)
+    for index, record in enumerate(expected[split]):
+        truth = drawn[f"{split}.{index}.gt_mask_merged"].float()
+        assert truth.sum() == record["gt_area"]
+        mask = torch.from_numpy(ours[record["sentence"]["sent_id"]]["mask"]).float()
+        resized = F.interpolate(mask[None, None], size=truth.shape[1:], mode="nearest-exact")[0]
+        edge = F.max_pool2d(truth, 3, 1, 1) != -F.max_pool2d(-truth, 3, 1, 1)
+        assert not ((resized != truth) & ~edge).any()
