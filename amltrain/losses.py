@@ -68,6 +68,20 @@ class WeightedCrossEntropy(nn.Module):
         return {"loss": F.cross_entropy(logits, (batch.target >= 128).long(), self.weight)}
 
 
+@register_loss("binary_cross_entropy")
+class BinaryCrossEntropy(nn.Module):
+    """Mean binary cross-entropy of one-channel logits at their own size (CRIS, ETRIS, DETRIS).
+
+    The target is brought to the logits' size by nearest neighbour and keeps its soft edges.
+    """
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w], batch.target [B, H, W] uint8."""
+        logits = output.logits.float()
+        target = F.interpolate(batch.target[:, None].float() / 255, size=logits.shape[-2:], mode="nearest")
+        return {"loss": F.binary_cross_entropy_with_logits(logits, target)}
+
+
 @register_loss("rela")
 class RegionLoss(nn.Module):
     """ReLA's loss: class-weighted cross-entropies of the mask, the minimap and the no-target decision.

@@ -2,8 +2,9 @@
 
     python tests/parity/compare.py MODEL CASE.safetensors [--config tiny.json] [--weights tiny.safetensors]
 
-MODEL is a file beside this one (caris, detris, ...). A case holds `input.*`, some of `inter.*`, `output.*`, `grad.*` and
-the official weights under their official keys; a case without weights borrows those of the tiny case of its folder.
+MODEL is a file beside this one (caris, detris, ...). A case holds `input.*`, some of `inter.*`, `output.*`, `grad.*`
+and the official weights under their official keys; a case without weights borrows those of the tiny case of its folder.
+`train.logits` and `post.*` were recorded in training mode: the logits, and batch norms' statistics after that forward.
 `f64.*` tensors, where a case has them, were recorded in float64 and are compared in float64.
 Prints a table and exits with 1 if anything is beyond its tolerance.
 """
@@ -29,7 +30,7 @@ from amltrain.losses import create_loss, upsample_logits  # noqa: E402
 from amltrain.models import RISModel  # noqa: E402
 from amltrain.records import Batch, ModelOutput  # noqa: E402
 
-RECORDED = ("input.", "inter.", "output.", "grad.", "f64.")
+RECORDED = ("input.", "inter.", "output.", "grad.", "train.", "post.", "f64.")
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 
 
@@ -45,6 +46,7 @@ class Adapter:
                 output.logits_resized and output.pred
     absolute    tolerance of activations and outputs, float32
     tolerances  start of a recorded name -> its own tolerance instead; the first that fits
+    training    tolerance of `train.logits` and `post.*` (absolute): batch norms amplify rounding
     loss_tolerance, gradient   tolerance of the loss (absolute) and of gradients (relative to each tensor's largest)
     double      tolerance of everything in float64 (relative to each tensor's largest value, at least 1)
     """
@@ -56,6 +58,7 @@ class Adapter:
     outputs: Mapping[str, Callable[[ModelOutput, Batch], Tensor]] = field(default_factory=dict)
     absolute: float = 2e-5
     tolerances: Mapping[str, float] = field(default_factory=dict)
+    training: float = 1e-4
     loss_tolerance: float = 2e-6
     gradient: float = 5e-4
     double: float = 1e-9
@@ -126,6 +129,12 @@ def find_beside(model: str, case: Path, suffix: str) -> Path:
     raise SystemExit(f"no {suffix} file for {case}; looked at {', '.join(map(str, candidates))}; name it with a flag")
 
 
+def read_config(path: Path) -> Mapping[str, Any]:
+    """The sizes of a case: the JSON's "config" where that is an object, else all of it."""
+    content = json.loads(path.read_text())
+    return content["config"] if isinstance(content.get("config"), dict) else content
+
+
 def official_weights(recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in recorded.items() if not key.startswith(RECORDED)}
 
@@ -176,12 +185,21 @@ def run(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str, Ten
     return found
 
 
-def backward(adapter: Adapter, model: RISModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+class Step(NamedTuple):
+    """One forward and backward pass in training mode; gradients by our names."""
+
+    logits: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def backward(adapter: Adapter, model: RISModel, batch: Batch) -> Step:
     model.train()
     model.zero_grad()
-    loss = create_loss(adapter.loss)(model(batch), batch)["loss"]
+    output = model(batch)
+    loss = create_loss(adapter.loss)(output, batch)["loss"]
     loss.backward()
-    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Step(output.logits, loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 def compare(
@@ -200,14 +218,27 @@ def compare(
             rows.append(row(name, ours, recorded[name], next(own, adapter.absolute), relative=False))
     gradients = {name: value for name, value in recorded.items() if name.startswith("grad.")}
     if "output.loss" in recorded:
-        loss, ours = backward(adapter, model, batch)
-        rows.append(row("output.loss", loss, recorded["output.loss"], adapter.loss_tolerance, relative=False))
+        step = backward(adapter, model, batch)
+        rows.append(row("output.loss", step.loss, recorded["output.loss"], adapter.loss_tolerance, relative=False))
         for name, theirs in gradients.items():
-            rows.append(row(name, ours[renamed[name[len("grad.") :]]], theirs, adapter.gradient, relative=True))
+            ours = step.gradients[renamed[name[len("grad.") :]]]
+            rows.append(row(name, ours, theirs, adapter.gradient, relative=True))
+        rows += compare_training(adapter, model, step, recorded, renamed)
     doubles = {name[len("f64.") :]: value for name, value in recorded.items() if name.startswith("f64.")}
     if doubles:
         rows += compare_double(adapter, model.double(), batch, doubles, renamed)
     return rows
+
+
+def compare_training(
+    adapter: Adapter, model: RISModel, step: Step, recorded: Mapping[str, Tensor], renamed: Mapping[str, str]
+) -> list[Row]:
+    """The logits in training mode, and what that forward left in the batch norms."""
+    state = model.state_dict()
+    ours = {name: state[renamed[name[len("post.") :]]] for name in recorded if name.startswith("post.")}
+    if "train.logits" in recorded:
+        ours["train.logits"] = step.logits
+    return [row(name, value, recorded[name], adapter.training, relative=False) for name, value in ours.items()]
 
 
 def compare_double(
@@ -219,7 +250,7 @@ def compare_double(
         if recorded[name].dtype == torch.float64:
             rows.append(row(f"f64.{name}", ours, recorded[name], adapter.double, relative=True))
     if any(name.startswith("grad.") for name in recorded):
-        _, ours = backward(adapter, model, batch)
+        ours = backward(adapter, model, batch).gradients
         for name, theirs in recorded.items():
             if name.startswith("grad."):
                 # the loss itself computes in float32
@@ -249,15 +280,15 @@ def main() -> int:
         parser.error(f"{arguments.case} does not exist")
     adapter = load_adapter(arguments.model)
     recorded = load_file(arguments.case)
-    config = json.loads((arguments.config or find_beside(arguments.model, arguments.case, ".json")).read_text())
+    config = read_config(arguments.config or find_beside(arguments.model, arguments.case, ".json"))
     weights = official_weights(recorded)
     if arguments.weights or not weights:
         weights = official_weights(load_file(arguments.weights or find_tiny_weights(arguments.model, arguments.case)))
-    rows = compare(adapter, config["config"], recorded, weights)
+    rows = compare(adapter, config, recorded, weights)
     print(table(rows))
     beyond = [r.name for r in rows if not r.passed]
     compared = {r.name.split(" ")[0] for r in rows}
-    left_out = [n for n in recorded if n.startswith(("inter.", "output.", "grad.")) and n not in compared]
+    left_out = [n for n in recorded if n.startswith(("inter.", "output.", "grad.", "train.", "post.")) and n not in compared]
     print(
         f"{len(rows)} compared, {len(beyond)} beyond tolerance; {len(left_out)} recorded but not compared: {left_out}"
     )

@@ -1,6 +1,5 @@
 """Every recorded case of every baseline that has an adapter, within the tolerances of its release."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def cases() -> list[tuple[str, Path]]:
 def test_parity(model: str, case: Path) -> None:
     adapter = compare.load_adapter(model)
     recorded = load_file(case)
-    config = json.loads(compare.find_beside(model, case, ".json").read_text())["config"]
+    config = compare.read_config(compare.find_beside(model, case, ".json"))
     weights = compare.official_weights(recorded)
     if not weights:
         weights = compare.official_weights(load_file(compare.find_tiny_weights(model, case)))
@@ -43,6 +42,6 @@ def test_a_changed_weight_is_noticed() -> None:
     weights = compare.official_weights(recorded)
     key = "pixel_decoder.lang_embed.0.weight"
     weights[key] = weights[key] * 1.001
-    config = json.loads(case.with_suffix(".json").read_text())["config"]
+    config = compare.read_config(case.with_suffix(".json"))
     rows = compare.compare(compare.load_adapter("caris"), config, recorded, weights)
     assert not all(row.passed for row in rows)

@@ -1,0 +1,193 @@
+"""CLIP's text tower, layer by layer, so that adapters can work inside; the same under every version of transformers.
+
+Paper: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021.
+Equal to transformers' CLIPTextModelWithProjection called without an attention mask. Written on torch's attention because
+adapters need the middle of a layer, whose signature and key names change between the versions of transformers.
+
+As DETRIS, ETRIS and CRIS use it: causal, no padding mask, padding of id 0, which later tokens and adapters do see.
+
+Dimensions: B batch, L text tokens, W width, E width of the space shared with CLIP's image tower.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from timm.layers import Mlp, QuickGELU
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModelWithProjection
+
+from amltrain.errors import UserError
+from amltrain.models.backbones.torchscript import is_torchscript, read_torchscript
+from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+
+OFFICIAL_NAMES = [
+    (r"\btransformer\.resblocks\.", "blocks."),
+    (r"\bblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."),
+    (r"\bblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
+    (r"\bblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+]
+"""OpenAI's key names to ours, as rules for `re.sub`."""
+
+_HUGGINGFACE_NAMES = {
+    "embeddings.token_embedding.": "token_embedding.",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers.": "blocks.",
+    "layer_norm1.": "norm1.",
+    "layer_norm2.": "norm2.",
+    "self_attn.": "attn.",
+    "final_layer_norm.": "ln_final.",
+}
+
+Adapter = Callable[[Tensor], Tensor]
+"""The residual stream between attention and MLP [B, L, W] -> what is added to the block's output, [B, L, W]."""
+
+
+class CLIPTextBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, 4 * width, act_layer=QuickGELU)
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x [B, L, W], mask [L, L] bool (True = may not be read) -> [B, L, W]."""
+        normed = self.norm1(x)
+        return x + self.attn(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
+
+    def transform(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(x))
+
+
+class CLIPText(nn.Module):
+    """Token features and the sentence's vector. The defaults are the text tower of ViT-B/16."""
+
+    def __init__(
+        self,
+        *,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        vocab_size: int = 49408,
+        max_positions: int = 77,
+        embed_dim: int = 512,
+    ) -> None:
+        super().__init__()
+        self.width, self.embed_dim = width, embed_dim
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(max_positions, width))
+        self.blocks = nn.ModuleList(CLIPTextBlock(width, heads) for _ in range(layers))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
+        # CLIP's contrastive temperature: in the official file, read by nothing here
+        self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """CLIP's own: smaller steps into the residual stream the deeper the tower (section 2.5 of the paper's code)."""
+        width, residual_std = self.width, (2 * len(self.blocks) * self.width) ** -0.5
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.blocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=residual_std)
+
+    def forward(
+        self, input_ids: Tensor, text_mask: Tensor, adapters: Mapping[int, Adapter] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """input_ids [B, L] int64, text_mask [B, L] bool (True = a real token).
+
+        adapters: what works beside the MLP of a block (from 0).
+        Returns normed token features [B, L, W], padding included, and the sentence's vector [B, E]: the last real
+        token's feature, projected. CLIP's end token is the last real one.
+        Raises UserError when a sentence is longer than the position table.
+        """
+        adapters = adapters or {}
+        length = input_ids.shape[1]
+        if length > len(self.positional_embedding):
+            raise UserError(
+                f"sentences of {length} tokens do not fit a text encoder of {len(self.positional_embedding)} positions; "
+                f"lower preprocess.max_tokens"
+            )
+        # whatever a tokenizer pads with: these towers were tuned with zeros there
+        x = self.token_embedding(input_ids.masked_fill(~text_mask, 0)) + self.positional_embedding[:length]
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        for i, block in enumerate(self.blocks):
+            attended = self._recomputed(block.attend, x, mask)
+            x = self._recomputed(block.transform, attended)
+            if i in adapters:
+                x = x + adapters[i](attended)
+        tokens = self.ln_final(x)
+        last = (text_mask.sum(dim=1) - 1).clamp(min=0)
+        return tokens, tokens[torch.arange(len(last), device=x.device), last] @ self.text_projection
+
+    def _recomputed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+
+def load_clip_text(text: CLIPText, weights: str) -> None:
+    """Fill a text tower from OpenAI's archive (ViT-B-16.pt), a state dict of it, or HuggingFace's form.
+
+    weights: a .pt, .pth, .bin or .safetensors file under OpenAI's or HuggingFace's names, a folder, or a Hub id
+    (openai/clip-vit-base-patch16). OpenAI's archives are TorchScript: their tensors are read, their code is not run.
+    The image tower in the file is left alone. Raises UserError for a source that is missing or of another size.
+    """
+    if not is_file(weights):
+        try:
+            state = CLIPTextModelWithProjection.from_pretrained(weights).state_dict()
+        except OSError as error:
+            raise UserError(
+                f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
+                f"is a network and name the folder (model.text_weights)"
+            ) from error
+    elif is_torchscript(Path(weights)):
+        state = read_torchscript(Path(weights))
+    else:
+        state = read_state_dict(Path(weights))
+    fill(text, text_tower(state), weights)
+
+
+def text_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text part of a CLIP state dict under OpenAI's or HuggingFace's names, under ours and in float32."""
+    other = ("visual.", "vision_model.", "visual_projection.", "input_resolution", "context_length", "vocab_size")
+    kept = {k: v for k, v in state.items() if not k.startswith(other) and not k.endswith("position_ids")}
+    ours = from_huggingface(kept) if "text_projection.weight" in kept else rename_official(kept)
+    ours.setdefault("logit_scale", torch.zeros(()))  # HuggingFace's text-only form has none
+    return {key: value.float() for key, value in ours.items()}
+
+
+def rename_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in OFFICIAL_NAMES:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    return renamed
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """HuggingFace keeps query, key and value apart and the projection transposed."""
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
+            continue  # packed with their query below
+        name = key.removeprefix("text_model.")
+        for theirs, ours in _HUGGINGFACE_NAMES.items():
+            name = name.replace(theirs, ours)
+        if ".self_attn.q_proj." in key:
+            name = name.replace("q_proj.", "in_proj_")
+            value = torch.cat([state[key.replace(".q_proj.", f".{kind}_proj.")] for kind in "qkv"])
+        renamed[name] = value
+    renamed["text_projection"] = renamed.pop("text_projection.weight").T.contiguous()
+    return renamed

@@ -1,0 +1,408 @@
+"""DETRIS: frozen DINOv2 and CLIP text, tuned by small dense adapters, with CRIS' decoder on top.
+
+Paper: Huang et al., Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation, AAAI 2025.
+Release: jiaqihuang01/DETRIS, commit c94b1e1, MIT. Written anew on timm's ViT blocks and torch's attention.
+
+Kept from the release on purpose: DINOv2's position table is resampled with an offset of 0.1 and the image is normalised
+as for CLIP; adapters and aligners read the padding, so that sentences must be padded to one length; the start token, the
+class token and the registers skip the adapters' convolutions and are doubled; the neck's attention has a single key, so
+that its query and key weights never learn; adapters' batch norms have an epsilon of 1e-3.
+Not kept: adapters of the text start from full-precision numbers (release: rounded to half precision).
+
+What AML scores: DINOv2's last map with every aligner skipped, because aligners bring words into the image from the second
+block on, against CLIP's token features without adapters. All of it is frozen at full size (`alignment_is_frozen`): the
+scores of an image and a sentence never change. The tiny model trains its encoders, its scores do change.
+
+Dimensions: B batch, L text tokens, W text width, E sentence width, h w grid of patches, N tokens of the image (class,
+registers, patches), C vision width, D decoder width, d adapter width.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
+from amltrain.models.backbones.dinov2 import DINOv2, load_dinov2
+from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conversion import convert
+from amltrain.models.layers.cris_decoder import PixelTextDecoder, SentenceKernel, conv_norm_relu, with_coordinates
+from amltrain.models.registry import ModelInfo, register_model
+from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+ADAPTER_SCALE = 0.2
+
+RENAMES = [
+    (r"^txt_backbone\.transformer\.resblocks\.(\d+)\.adapter\.", r"text_adapters.\1."),
+    (r"^dinov2\.blocks\.(\d+)\.adapter\.", r"aligners.\1."),
+    (r"^txt_backbone\.", "text."),
+    (r"^dinov2\.", "vision."),
+    *OFFICIAL_NAMES,
+    (r"\.D_fc1\.", ".down."),
+    (r"\.D_fc2\.", ".up."),
+    (r"\.dense_branch(\d)\.", r".dense.branch\1."),
+    (r"(\.dense\..*)\.conv\.", r"\1.0."),
+    (r"(\.dense\..*)\.bn\.", r"\1.1."),
+    (r"\.cross\.multihead_attn\.", ".cross.attention."),
+    (r"^neck\.txt_proj\.", "neck.sentence_proj."),
+    *((rf"^neck\.f{i + 3}_proj\.", f"neck.projections.{i}.") for i in range(3)),
+    *((rf"^neck\.fusion{i + 3}\.multihead_attn\.", f"neck.gates.{i}.") for i in range(3)),
+    (r"^neck\.aggr\.", "neck.aggregate."),
+    (r"^neck\.coordconv\.0\.conv1\.", "neck.locate.0."),
+    (r"^neck\.coordconv\.1\.", "neck.locate.1."),
+    (r"^(decoder\..*)\.multihead_attn\.", r"\1.cross_attn."),
+    (r"^proj\.vis\.", "head.visual."),
+    (r"^proj\.txt\.", "head.kernel."),
+]
+"""The release's key names to ours, as rules for `re.sub`."""
+
+
+class DenseBranches(nn.Module):
+    """Convolutions of sizes 1, 3 and 5, each reading the input and all branches before it; together as wide as it."""
+
+    def __init__(self, dim: int, conv: type[nn.Conv1d] | type[nn.Conv2d]) -> None:
+        super().__init__()
+        norm = nn.BatchNorm1d if conv is nn.Conv1d else nn.BatchNorm2d
+
+        def unit(in_dim: int, out_dim: int, kernel: int) -> nn.Sequential:
+            return nn.Sequential(conv(in_dim, out_dim, kernel, padding=kernel // 2), norm(out_dim, eps=1e-3), nn.ReLU())
+
+        narrow, quarter = dim // 16, dim // 4
+        self.branch1 = unit(dim, dim // 2, 1)
+        self.branch2 = nn.Sequential(unit(dim + dim // 2, narrow, 1), unit(narrow, quarter, 3))
+        self.branch3 = nn.Sequential(unit(dim + dim // 2 + quarter, narrow, 1), unit(narrow, quarter, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, d, n] or [B, d, h, w] -> the same shape."""
+        first = self.branch1(x)
+        second = self.branch2(torch.cat([x, first], dim=1))
+        third = self.branch3(torch.cat([x, first, second], dim=1))
+        return torch.cat([first, second, third], dim=1)
+
+
+class TextAdapter(nn.Module):
+    """Beside the MLP of a text block: neighbouring tokens read each other, in both directions."""
+
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, dim)
+        self.dense = DenseBranches(dim, nn.Conv1d)
+        self.up = nn.Linear(dim, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [B, L, W], not normed -> [B, L, W]."""
+        reduced = F.relu(self.down(hidden))
+        start, words = reduced[:, :1], reduced[:, 1:].transpose(1, 2)
+        words = (self.dense(words) + words).transpose(1, 2)
+        return ADAPTER_SCALE * self.up(torch.cat([2 * start, words], dim=1))
+
+
+class TextAttention(nn.Module):
+    """Patches read the words, padding included."""
+
+    def __init__(self, dim: int, text_dim: int, dropout: float, width: int = 128, heads: int = 8) -> None:
+        super().__init__()
+        self.image_proj = nn.Linear(dim, width)
+        self.text_proj = nn.Linear(text_dim, width)
+        self.attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.back_proj = nn.Linear(width, dim)
+
+    def forward(self, patches: Tensor, text: Tensor) -> Tensor:
+        """patches [B, h w, d], text [B, L, W] -> [B, h w, d]."""
+        words = self.text_proj(text)
+        return self.back_proj(self.attention(self.image_proj(patches), words, words, need_weights=False)[0])
+
+
+class DenseAligner(nn.Module):
+    """Beside the MLP of a vision block: patches read their neighbours and the words."""
+
+    def __init__(self, width: int, text_dim: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, dim)
+        self.dense = DenseBranches(dim, nn.Conv2d)
+        self.cross = TextAttention(dim, text_dim, dropout)
+        self.up = nn.Linear(dim, width)
+        self.apply(_init_aligner)
+
+    def forward(self, text: Tensor, normed: Tensor, grid: tuple[int, int]) -> Tensor:
+        """text [B, L, W], normed [B, N, C] with the patches of the grid (h, w) last -> [B, N, C]."""
+        reduced = F.relu(self.down(normed))
+        count = grid[0] * grid[1]
+        special, patches = reduced[:, :-count], reduced[:, -count:]
+        local = patches.transpose(1, 2).unflatten(2, grid)
+        local = (self.dense(local) + local).flatten(2).transpose(1, 2)
+        patches = patches + self.cross(local, text)
+        return ADAPTER_SCALE * self.up(torch.cat([2 * special, patches], dim=1))
+
+
+def _init_aligner(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d) and module.bias is not None:
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+class Neck(nn.Module):
+    """Three maps gated by the sentence, joined, and told where every cell is."""
+
+    def __init__(self, vision_dim: int, sentence_dim: int, dim: int, heads: int = 8) -> None:
+        super().__init__()
+        self.sentence_proj = nn.Linear(sentence_dim, dim)
+        convs = [nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d]  # the last differs in the layout and start of its weight only
+        self.projections = nn.ModuleList(
+            nn.Sequential(conv(vision_dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()) for conv in convs
+        )
+        self.gates = nn.ModuleList(nn.MultiheadAttention(dim, heads, batch_first=True) for _ in convs)
+        self.aggregate = conv_norm_relu(3 * dim, dim)
+        self.locate = nn.Sequential(conv_norm_relu(dim + 2, dim, 3), conv_norm_relu(dim, dim, 3))
+
+    def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
+        """maps of [B, C, h, w], sentence [B, E] -> [B, D, h, w]."""
+        key = self.sentence_proj(sentence)[:, None]
+        gated = []
+        for project, gate, features in zip(self.projections, self.gates, maps, strict=True):
+            # one key: every query gets the same answer, so one query is enough
+            answer = gate(key, key, key, need_weights=False)[0]
+            gated.append(project(features) * answer.transpose(1, 2)[..., None])
+        joined = self.aggregate(torch.cat(gated, dim=1))
+        return joined + self.locate(with_coordinates(joined))
+
+
+class DETRIS(RISModel):
+    """DINOv2 with dense aligners, CLIP text with adapters, CRIS' decoder; one-channel logits, four per patch side."""
+
+    def __init__(
+        self,
+        *,
+        vision: DINOv2,
+        text: CLIPText,
+        vision_adapters: Sequence[int],
+        vision_adapter_dim: int,
+        text_adapters: Sequence[int],
+        text_adapter_dim: int,
+        taps: tuple[int, int],
+        layers: int = 3,
+        heads: int = 8,
+        feedforward: int = 512,
+        dropout: float = 0.1,
+        train_encoders: bool = False,
+    ) -> None:
+        """vision, text: built encoders; the decoder is as wide as the text.
+
+        vision_adapters, text_adapters: blocks (from 0) that get one; their widths are multiples of 16.
+        taps: the two blocks whose output the neck reads beside the last. layers, heads, feedforward: of the decoder.
+        dropout: of the decoder and of the aligners' attention. train_encoders: False freezes them, as the release does.
+        """
+        super().__init__()
+        self.vision, self.text, self.taps = vision, text, taps
+        if not train_encoders:
+            vision.requires_grad_(False)
+            text.requires_grad_(False)
+        self.aligners = nn.ModuleDict(
+            {str(i): DenseAligner(vision.embed_dim, text.width, vision_adapter_dim, dropout) for i in vision_adapters}
+        )
+        self.text_adapters = nn.ModuleDict({str(i): TextAdapter(text.width, text_adapter_dim) for i in text_adapters})
+        self.neck = Neck(vision.embed_dim, text.embed_dim, text.width)
+        self.decoder = PixelTextDecoder(
+            text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
+        )
+        self.head = SentenceKernel(text.width, text.embed_dim)
+        self.alignment_dims = (vision.embed_dim, text.width)
+        self.alignment_is_frozen = not train_encoders
+
+    def encode(self, batch: Batch) -> Features:
+        """Three maps of one size [B, C, h, w], the first two not normed; `extra["sentence"]` is [B, E]."""
+        adapters = {int(i): adapter for i, adapter in self.text_adapters.items()}
+        tokens, sentence = self.text(batch.input_ids, batch.text_mask, adapters)
+        return Features(self._see(batch.image, tokens), tokens, batch.text_mask, {"sentence": sentence})
+
+    def _see(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self.vision(image, self.taps, {int(i): partial(a, tokens) for i, a in self.aligners.items()})
+
+    def decode(self, features: Features, batch: Batch) -> ModelOutput:
+        """Logits [B, 1, 4h, 4w]; at the image's own size where that is no multiple of the patch."""
+        sentence = features.extra["sentence"]
+        x = self.neck(features.visual, sentence)
+        fused = self.decoder(x, features.text, features.text_mask, features.suppressed)
+        logits = self.head(fused, sentence)
+        height, width = batch.image.shape[-2:]
+        patch = self.vision.patch_size
+        if height % patch or width % patch:
+            padded = (height + -height % patch, width + -width % patch)
+            logits = F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)[..., :height, :width]
+        # the decoder writes into the image only: the words stay what the text encoder made of them
+        return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
+
+    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
+        tokens, _ = self.text(batch.input_ids, batch.text_mask)
+        return AlignmentFeatures(self.vision(batch.image)[-1], tokens, batch.text_mask)
+
+    def reencode_image(self, batch: Batch, features: Features) -> Features:
+        return features._replace(visual=self._see(batch.image, features.text))
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Adapters and head, both at the full rate as in the release; encoders, where they train, as well."""
+        parts = {
+            "adapters": (self.text_adapters, self.aligners),
+            "head": (self.neck, self.decoder, self.head),
+            "encoders": (self.text, self.vision),
+        }
+        groups = []
+        for name, modules in parts.items():
+            params = [p for module in modules for p in module.parameters() if p.requires_grad]
+            if params:
+                groups.append({"name": name, "params": params, "lr": lr, "weight_decay": weight_decay})
+        return groups
+
+    def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
+        return convert(official, self.state_dict(), renames=RENAMES)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.vision.gradient_checkpointing = enabled
+        self.text.gradient_checkpointing = enabled
+
+
+def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
+    return ModelInfo(
+        paper="Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation (AAAI 2025)",
+        release="github.com/jiaqihuang01/DETRIS, commit c94b1e1",
+        licence="MIT; its DINOv2 part Apache-2.0",
+        aml_scores="last DINOv2 map without aligners x CLIP tokens without adapters, both frozen",
+        preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
+        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", 0),
+        loss="binary_cross_entropy",
+    )
+
+
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
+EVERY_SECOND = (1, 3, 5, 7, 9, 11)
+
+
+@register_model(_info(448, CLIP_TOKENIZER))
+def detris_base(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 49408,
+    dropout: float = 0.1,
+) -> DETRIS:
+    """DINOv2 ViT-B/14 and CLIP ViT-B/16 text: 175.5 M parameters, 25.5 M trained.
+
+    vision_weights: dinov2_vitb14_reg4_pretrain.pth or timm's vit_base_patch14_reg4_dinov2.lvd142m.
+    text_weights: ViT-B-16.pt or openai/clip-vit-base-patch16.
+    """
+    vision, text = _encoders(DINOv2(), CLIPText(vocab_size=vocab_size), vision_weights, text_weights)
+    return DETRIS(
+        vision=vision,
+        text=text,
+        vision_adapters=EVERY_SECOND,
+        vision_adapter_dim=128,
+        text_adapters=EVERY_SECOND,
+        text_adapter_dim=64,
+        taps=(4, 8),
+        dropout=dropout,
+    )
+
+
+@register_model(_info(448, CLIP_TOKENIZER))
+def detris_large(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 49408,
+    dropout: float = 0.1,
+) -> DETRIS:
+    """DINOv2 ViT-L/14 and CLIP ViT-B/16 text: 394.1 M parameters, 26.3 M trained."""
+    vision, text = _encoders(_dinov2_large(), CLIPText(vocab_size=vocab_size), vision_weights, text_weights)
+    return DETRIS(
+        vision=vision,
+        text=text,
+        vision_adapters=range(2, 24, 4),
+        vision_adapter_dim=128,
+        text_adapters=EVERY_SECOND,
+        text_adapter_dim=64,
+        taps=(8, 16),
+        dropout=dropout,
+    )
+
+
+@register_model(_info(448, CLIP_TOKENIZER))
+def detris_large_mixed(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 49408,
+    dropout: float = 0.1,
+) -> DETRIS:
+    """DETRIS-L with wider adapters in nearly every block, for combined training: 424.3 M parameters, 56.5 M trained.
+
+    The release trains it on images that other sets test on; `data.leak_filter` keeps those out.
+    """
+    vision, text = _encoders(_dinov2_large(), CLIPText(vocab_size=vocab_size), vision_weights, text_weights)
+    return DETRIS(
+        vision=vision,
+        text=text,
+        vision_adapters=range(1, 24),
+        vision_adapter_dim=384,
+        text_adapters=range(1, 12),
+        text_adapter_dim=384,
+        taps=(8, 16),
+        dropout=dropout,
+    )
+
+
+@register_model(_info(112, "wordpiece", max_tokens=24))
+def detris_tiny(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 512,
+    dropout: float = 0.0,
+    train_encoders: bool = True,
+) -> DETRIS:
+    """Small enough to learn synthetic scenes from scratch on two CPU cores.
+
+    train_encoders: frozen encoders that start at random would teach nothing, so here they train; False freezes them as
+    at full size.
+    """
+    vision, text = _encoders(
+        DINOv2(embed_dim=96, depth=4, num_heads=4, table_size=8),
+        CLIPText(width=128, layers=2, heads=4, vocab_size=vocab_size, max_positions=64, embed_dim=128),
+        vision_weights,
+        text_weights,
+    )
+    return DETRIS(
+        vision=vision,
+        text=text,
+        vision_adapters=(1, 3),
+        vision_adapter_dim=48,
+        text_adapters=(1,),
+        text_adapter_dim=32,
+        taps=(1, 2),
+        layers=2,
+        heads=4,
+        feedforward=128,
+        dropout=dropout,
+        train_encoders=train_encoders,
+    )
+
+
+def _dinov2_large() -> DINOv2:
+    return DINOv2(embed_dim=1024, depth=24, num_heads=16)
+
+
+def _encoders(
+    vision: DINOv2, text: CLIPText, vision_weights: str | None, text_weights: str | None
+) -> tuple[DINOv2, CLIPText]:
+    if vision_weights is not None:
+        load_dinov2(vision, vision_weights)
+    if text_weights is not None:
+        load_clip_text(text, text_weights)
+    return vision, text

@@ -1,0 +1,129 @@
+"""The decoder of CRIS, which ETRIS and DETRIS keep: image positions read each other and the words, then a convolution
+whose kernel is made from the sentence answers at every pixel.
+
+Paper: Wang et al., CRIS: CLIP-Driven Referring Image Segmentation, CVPR 2022.
+
+Dimensions: B batch, h w map size, N = h w, L text tokens, C width, E sentence width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv_norm_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
+    """Convolution without bias that keeps the size, batch norm, ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(in_dim, dim, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(dim), nn.ReLU()
+    )
+
+
+def with_coordinates(x: Tensor) -> Tensor:
+    """Append two channels, the column and the row in [-1, 1]: [B, C, h, w] -> [B, C + 2, h, w]."""
+    batch, _, height, width = x.shape
+    columns = torch.linspace(-1, 1, width, device=x.device, dtype=x.dtype).expand(batch, 1, height, width)
+    rows = torch.linspace(-1, 1, height, device=x.device, dtype=x.dtype)[:, None].expand(batch, 1, height, width)
+    return torch.cat([x, columns, rows], dim=1)
+
+
+def index_code(count: int, dim: int, *, device: torch.device | None = None) -> Tensor:
+    """The Transformer's sine code of 0..count-1, sine and cosine alternating: [count, dim] float32."""
+    frequency = torch.exp(torch.arange(0, dim, 2, device=device, dtype=torch.float32) * (-math.log(10000) / dim))
+    angle = torch.arange(count, device=device, dtype=torch.float32)[:, None] * frequency
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+def map_code(height: int, width: int, dim: int, *, device: torch.device | None = None) -> Tensor:
+    """Column code in the first half of the channels, row code in the second: [height * width, dim] float32."""
+    columns = index_code(width, dim // 2, device=device)[None].expand(height, -1, -1)
+    rows = index_code(height, dim // 2, device=device)[:, None].expand(-1, width, -1)
+    return torch.cat((columns, rows), dim=-1).flatten(0, 1)
+
+
+class PixelTextLayer(nn.Module):
+    """Self-attention, attention to the words and a feed-forward part, each normed before and inside."""
+
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.self_attn_norm = nn.LayerNorm(dim)
+        self.cross_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.cross_attn_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, feedforward),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.LayerNorm(feedforward),
+            nn.Linear(feedforward, dim),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        position: Tensor,
+        text_position: Tensor,
+        padding: Tensor,
+        suppressed: Tensor | None,
+    ) -> Tensor:
+        """x [B, N, C], text [B, L, C], positions [N, C] and [L, C]; padding [B, L], suppressed [B, N] bool, True = no
+        query may read it -> [B, N, C]. Values carry no position."""
+        normed = self.norm1(x)
+        query = normed + position
+        read = self.self_attn(query, query, normed, key_padding_mask=suppressed, need_weights=False)[0]
+        x = x + self.dropout(self.self_attn_norm(read))
+        query = self.norm2(x) + position
+        read = self.cross_attn(query, text + text_position, text, key_padding_mask=padding, need_weights=False)[0]
+        x = x + self.dropout(self.cross_attn_norm(read))
+        return x + self.dropout(self.ffn(self.norm3(x)))
+
+
+class PixelTextDecoder(nn.Module):
+    """Pre-norm layers over one map and the words, both of width C."""
+
+    def __init__(self, dim: int, *, layers: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PixelTextLayer(dim, heads, feedforward, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor, suppressed: Tensor | None = None) -> Tensor:
+        """x [B, C, h, w], text [B, L, C], text_mask [B, L] bool (True = a real token), suppressed [B, h, w] bool (True
+        = no position may read it; an image that is suppressed everywhere is left whole) -> [B, C, h, w]."""
+        dim, height, width = x.shape[1:]
+        position = map_code(height, width, dim, device=x.device).to(x.dtype)
+        text_position = index_code(text.shape[1], dim, device=x.device).to(text.dtype)
+        if suppressed is not None:
+            suppressed = suppressed.flatten(1)
+            suppressed = suppressed & ~suppressed.all(dim=1, keepdim=True)
+        x = x.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x, text, position, text_position, ~text_mask, suppressed)
+        return self.norm(x).transpose(1, 2).unflatten(2, (height, width))
+
+
+class SentenceKernel(nn.Module):
+    """Upsample a map four times and convolve it with a 3 x 3 kernel and a bias made from the sentence."""
+
+    def __init__(self, dim: int, sentence_dim: int) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            conv_norm_relu(dim, dim, 3),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            conv_norm_relu(dim, dim // 2, 3),
+            nn.Conv2d(dim // 2, dim // 2, 1),
+        )
+        self.kernel = nn.Linear(sentence_dim, dim // 2 * 9 + 1)
+
+    def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
+        """x [B, C, h, w], sentence [B, E] -> logits [B, 1, 4h, 4w]."""
+        x = self.visual(x)
+        batch, dim = x.shape[:2]
+        parameters = self.kernel(sentence)
+        weight, bias = parameters[:, :-1].reshape(batch, dim, 3, 3), parameters[:, -1]
+        # every sample has its own kernel: the samples become groups of one convolution
+        return F.conv2d(x.flatten(0, 1)[None], weight, bias, padding=1, groups=batch).transpose(0, 1)
