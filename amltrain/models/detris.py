@@ -155,7 +155,11 @@ class Neck(nn.Module):
     def __init__(self, vision_dim: int, sentence_dim: int, dim: int, heads: int = 8) -> None:
         super().__init__()
         self.sentence_proj = nn.Linear(sentence_dim, dim)
-        convs = [nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d]  # the last differs in the layout and start of its weight only
+        convs = [
+            nn.Conv2d,
+            nn.Conv2d,
+            nn.ConvTranspose2d,
+        ]  # the last differs in the layout and start of its weight only
         self.projections = nn.ModuleList(
             nn.Sequential(conv(vision_dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()) for conv in convs
         )

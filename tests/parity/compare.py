@@ -288,7 +288,9 @@ def main() -> int:
     print(table(rows))
     beyond = [r.name for r in rows if not r.passed]
     compared = {r.name.split(" ")[0] for r in rows}
-    left_out = [n for n in recorded if n.startswith(("inter.", "output.", "grad.", "train.", "post.")) and n not in compared]
+    left_out = [
+        n for n in recorded if n.startswith(("inter.", "output.", "grad.", "train.", "post.")) and n not in compared
+    ]
     print(
         f"{len(rows)} compared, {len(beyond)} beyond tolerance; {len(left_out)} recorded but not compared: {left_out}"
     )

@@ -1,7 +1,7 @@
 """CLIP's text tower, layer by layer, so that adapters can work inside; the same under every version of transformers.
 
 Paper: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021.
-Equal to transformers' CLIPTextModelWithProjection called without an attention mask. Written on torch's attention because
+Equal to transformers' CLIPTextModelWithProjection called without an attention mask. Written on torch's attention:
 adapters need the middle of a layer, whose signature and key names change between the versions of transformers.
 
 As DETRIS, ETRIS and CRIS use it: causal, no padding mask, padding of id 0, which later tokens and adapters do see.
@@ -90,7 +90,7 @@ class CLIPText(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """CLIP's own: smaller steps into the residual stream the deeper the tower (section 2.5 of the paper's code)."""
+        """CLIP's own: the deeper the tower, the less every block adds to the residual stream at first."""
         width, residual_std = self.width, (2 * len(self.blocks) * self.width) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -115,8 +115,8 @@ class CLIPText(nn.Module):
         length = input_ids.shape[1]
         if length > len(self.positional_embedding):
             raise UserError(
-                f"sentences of {length} tokens do not fit a text encoder of {len(self.positional_embedding)} positions; "
-                f"lower preprocess.max_tokens"
+                f"sentences of {length} tokens do not fit a text encoder of {len(self.positional_embedding)} "
+                "positions; lower preprocess.max_tokens"
             )
         # whatever a tokenizer pads with: these towers were tuned with zeros there
         x = self.token_embedding(input_ids.masked_fill(~text_mask, 0)) + self.positional_embedding[:length]

@@ -1,8 +1,8 @@
 """The tensors of a TorchScript archive (OpenAI's CLIP files) without running the code in it.
 
-`torch.jit.load` would compile and run the archive, and `torch.load(weights_only=True)` refuses it. The archive is a zip:
-`data.pkl` describes the module tree, `data/N` are raw storages. An unpickler that admits that description and nothing else
-reads it; the archive's own classes become bare holders of attributes.
+`torch.jit.load` would compile and run the archive, `torch.load(weights_only=True)` refuses it. The archive is a zip:
+`data.pkl` describes the module tree, `data/N` are raw storages. An unpickler that admits that description and nothing
+else reads it; the archive's own classes become bare holders of attributes.
 """
 
 import collections
