@@ -1,3 +1,26 @@
-"""amltrain: referring image segmentation on HuggingFace Accelerate, with alignment-aware masked learning (AML)."""
+"""amltrain: referring image segmentation on HuggingFace Accelerate, with alignment-aware masked learning (AML).
+
+    from amltrain import Predictor, create_model, list_models, load_pretrained
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "Predictor": "amltrain.predictor",
+    "create_model": "amltrain.models.registry",
+    "list_models": "amltrain.models.registry",
+    "load_pretrained": "amltrain.pretrained",
+    "save_pretrained": "amltrain.pretrained",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name when it is first asked for, so that `import amltrain` stays quick."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

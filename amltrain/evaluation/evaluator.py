@@ -48,8 +48,8 @@ def evaluate_model(
     model       called with a Batch on the accelerator's device, returns a ModelOutput; prepared by Accelerate or not.
                 Its modules are put into eval mode and back into the mode each had. Runs under `accelerator.autocast()`:
                 in fp32 unless the run uses mixed precision (said in Results.provenance["precision"]).
-    loader      as `build_eval_loaders` makes it, not prepared: sharing out is done here. Its dataset says what a sample
-                is (`info(sample_id)`); its batches carry `original_target` where the protocol's frame is "original".
+    loader      of one split as `build_eval_loaders` makes it, not prepared: sharing out is done here. Its batches carry
+                `original_target` where the protocol's frame is "original".
     protocol    complete (the model's own, with a run's values over it).
     pictures    samples to keep for pictures, spread evenly over the split.
     provenance  what else results.json should say (checkpoint, seed, ...).
@@ -166,11 +166,11 @@ def _results(
         generalized=generalized,
         ties=rule.ties,
     )
-    infos = [dataset.info(int(i)) for i in columns["sample_id"]]
+    held = dataset.counts()
     counts = {
         "samples": scores.pop("samples"),
-        "referents": len({(i.dataset, i.split, i.ref_id) for i in infos}),
-        "images": len({i.image_id for i in infos}),
+        "referents": held["refs"],
+        "images": held["images"],
         "no_target": scores.pop("no_target"),
         "empty_unions": scores.pop("empty_unions"),
         "not_finite": int((columns["finite"] == 0).sum()),
@@ -182,8 +182,8 @@ def _results(
         "ties": "ge" if generalized else rule.ties,  # ReLA's evaluator knows no other
         "no_target_by": "the model's head" if head else by_pixels,
     }
-    name, split = (" + ".join(sorted({getattr(i, f) for i in infos})) for f in ("dataset", "split"))
-    return Results(name, split, scores, counts, asdict(rule) | facts, provenance, samples, predictions)
+    info = dataset.info(int(samples[0, 0]))
+    return Results(info.dataset, info.split, scores, counts, asdict(rule) | facts, provenance, samples, predictions)
 
 
 @contextmanager

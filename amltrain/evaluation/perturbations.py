@@ -135,6 +135,7 @@ def _fill(pixels: Pixels, height: int, width: int, value: float, rng: Generator)
 PERTURBATIONS: dict[str, Callable[[Pixels, float, Generator], Pixels]] = {
     f.__name__: f for f in (haze, highlight, low_light, contrast, occlusion, patches, jitter, occluded)
 }
+PAPER = ("haze", "highlight", "low_light", "contrast", "occlusion", "patches", "jitter")
 DEFAULTS = {"occluded": 0.3}
 LIMITS = {"low_light": 1.6, "occluded": 1.0}
 """Largest severity where it is not 2; low light at 1.6 is all but black."""

@@ -1,10 +1,12 @@
 """A sheet of the predictions that an evaluation kept."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from amltrain.errors import UserError
 from amltrain.evaluation.results import Prediction, Results
 from amltrain.visualize import Example, sheet
 
@@ -15,6 +17,15 @@ def prediction_sheet(results: Results, dataset: Any, columns: int = 2) -> Image.
     dataset: the one evaluated; `picture(sample_id)` gives the RGB image, `info(sample_id)` the sentence.
     """
     return sheet([_example(p, dataset) for p in results.predictions], columns)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG. Raises UserError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _example(prediction: Prediction, dataset: Any) -> Example:

@@ -1,7 +1,7 @@
 """How each release scores its test split, by name (`--preset`). They differ in these options only; the formulas are in
 `metrics`, the way from logits to a mask in `masks`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from amltrain.config import ProtocolConfig
@@ -30,10 +30,10 @@ PROTOCOLS: dict[str, ProtocolConfig] = {
 
 
 def named_protocol(name: str) -> ProtocolConfig:
-    """The complete protocol of a release. Raises UserError for an unknown name."""
+    """A copy of a release's complete protocol. Raises UserError for an unknown name."""
     if name not in PROTOCOLS:
         raise unknown_name("evaluation preset", name, PROTOCOLS)
-    return PROTOCOLS[name]
+    return replace(PROTOCOLS[name])
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,8 @@ def table(results: Sequence[Results]) -> str:
     lines: list[str] = []
     for names, group in groups.items():
         rows = [("dataset", "split", "samples", *names)]
-        rows += [
-            (r.dataset, r.split, str(r.counts.get("samples", 0)), *(_cell(r.metrics[n]) for n in names)) for r in group
-        ]
-        lines += [*_markdown(rows), ""]
+        rows += [(r.dataset, _label(r), str(r.counts["samples"]), *(_cell(r.metrics[n]) for n in names)) for r in group]
+        lines += [*_markdown(rows + _means(group, names)), ""]
     lines += dict.fromkeys(f"Scored {describe(r)}." for r in results)
     for r in results:
         if r.counts.get("empty_unions"):
@@ -112,6 +110,29 @@ def table(results: Sequence[Results]) -> str:
                 f"{r.dataset} {r.split}: {r.counts['empty_unions']} samples with an empty union count as IoU 0."
             )
     return "\n".join(lines)
+
+
+def _label(result: Results) -> str:
+    """The split, and what was done to it."""
+    notes = []
+    if changed := result.provenance.get("perturbation"):
+        notes.append(f"{changed['name']} {changed['severity']:g}")
+    if result.provenance.get("shuffled_sentences"):
+        notes.append("sentences shuffled")
+    return f"{result.split} ({', '.join(notes)})" if notes else result.split
+
+
+def _means(group: Sequence[Results], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """A row for every split that was scored under several perturbations: the plain mean of their scores."""
+    splits: dict[tuple[str, str], list[Results]] = {}
+    for result in group:
+        if result.provenance.get("perturbation"):
+            splits.setdefault((result.dataset, result.split), []).append(result)
+    return [
+        (name, f"{split} (mean of {len(rs)})", "", *(_cell(sum(r.metrics[n] for r in rs) / len(rs)) for n in names))
+        for (name, split), rs in splits.items()
+        if len(rs) > 1
+    ]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:

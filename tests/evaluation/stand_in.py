@@ -33,6 +33,9 @@ class Scenes(Dataset):
     def info(self, sample_id: int) -> Info:
         return Info("scenes", "val", sample_id // 4, sample_id // 2, sample_id, f"the bright one {sample_id}")
 
+    def counts(self) -> dict[str, int]:
+        return {"images": len({i // 4 for i in range(COUNT)}), "refs": len({i // 2 for i in range(COUNT)})}
+
     def __getitem__(self, index: int) -> Sample:
         picture, truth = torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)
         picture[3 : 9 + index, 4:12] = 1

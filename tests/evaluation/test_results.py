@@ -46,6 +46,18 @@ def test_table_names_each_protocol_once():
     assert "refcoco testA: 2 samples with an empty union count as IoU 0." in text
 
 
+def test_table_says_what_was_done_to_the_images_and_gives_the_mean():
+    def perturbed(name: str, value: float) -> Results:
+        notes = {"perturbation": {"name": name, "severity": 1.0, "seed": 0}}
+        return Results("refcoco", "val", {"oIoU": value}, {"samples": 5}, PROTOCOL, notes)
+
+    text = table([perturbed("haze", 50.0), perturbed("jitter", 61.0)])
+    assert "| val (haze 1)    |       5 | 50.00 |" in text
+    assert "| val (mean of 2) |         | 55.50 |" in text
+    shuffled = Results("a", "val", {"oIoU": 1.0}, {"samples": 5}, PROTOCOL, {"shuffled_sentences": True})
+    assert "val (sentences shuffled)" in table([shuffled])
+
+
 def test_score_of_the_same_form_and_of_none():
     assert classic().score("cIoU") == classic().score("oIoU") == 65.4321
     with pytest.raises(UserError, match="no metric 'AP' on refcoco val; known: oIoU"):
