@@ -1,7 +1,7 @@
-"""Readers of the original files: REFER's `refs(unc|umd|google).p`, gRefCOCO's `grefs(unc).json`, COCO's `instances.json`.
+"""Readers of the original files: REFER's `refs(unc|umd|google).p`, gRefCOCO's `grefs(unc).json`, `instances.json`.
 
-Layout and rules: lichengunc/refer (commit e3bbaa3) and henghuiding/gRefCOCO (commit 41a8f00). A ref's own `file_name` is
-not a file on disk; the image's is.
+Layout and rules: lichengunc/refer (commit e3bbaa3) and henghuiding/gRefCOCO (commit 41a8f00). A ref's own `file_name`
+is not a file on disk; the image's is.
 """
 
 import io

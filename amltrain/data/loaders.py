@@ -1,0 +1,208 @@
+"""From a run's config to loaders. The order of samples is a function of (seed, epoch) alone."""
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from amltrain.config import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
+from amltrain.data.collate import collate
+from amltrain.data.dataset import Part, ReferDataset
+from amltrain.data.leakage import held_out_images
+from amltrain.data.prepared import open_prepared
+from amltrain.data.splits import dataset_spec
+from amltrain.data.text import SentenceTokenizer
+from amltrain.data.transforms import ImageTransform
+from amltrain.errors import UserError
+from amltrain.records import Draw
+
+
+class EpochSampler(Sampler[Draw]):
+    """The whole run's draws, one epoch's permutation after the other, from any step on.
+
+    Every sample is drawn once an epoch also where the batch size does not divide the epoch: a batch may then hold the
+    end of one epoch and the start of the next. The global batch of step s is draws s * G ... (s + 1) * G - 1, however
+    many processes share it.
+    """
+
+    def __init__(
+        self,
+        part_sizes: Sequence[int],
+        *,
+        seed: int,
+        global_batch_size: int,
+        total_steps: int,
+        first_step: int = 0,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """part_sizes: samples of each data set. weights: share of an epoch that each data set gets; None = its size."""
+        self.part_sizes, self.weights, self.seed = list(part_sizes), weights, seed
+        self.global_batch_size, self.total_steps, self.first_step = global_batch_size, total_steps, first_step
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.first_step) * self.global_batch_size
+
+    def __iter__(self) -> Iterator[Draw]:
+        length = sum(self.part_sizes)
+        position = self.first_step * self.global_batch_size
+        end = self.total_steps * self.global_batch_size
+        while position < end:
+            epoch, offset = divmod(position, length)
+            order = self.order(epoch)[offset : offset + end - position]
+            yield from (Draw(epoch, index) for index in order.tolist())
+            position += len(order)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of one epoch, [sum of part_sizes] int64."""
+        generator = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch])
+        length = sum(self.part_sizes)
+        if self.weights is None:
+            return generator.permutation(length)
+        shares = np.cumsum([0, *self.weights]) / sum(self.weights)
+        bounds = np.round(shares * length).astype(int)
+        first = np.cumsum([0, *self.part_sizes])
+        drawn = [
+            first[part] + self._repeated(generator, size, bounds[part + 1] - bounds[part])
+            for part, size in enumerate(self.part_sizes)
+        ]
+        return generator.permutation(np.concatenate(drawn))
+
+    @staticmethod
+    def _repeated(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
+        """`count` of `size` samples: whole permutations, then a part of one."""
+        rounds = [generator.permutation(size) for _ in range(-(-count // size))]
+        return np.concatenate(rounds)[:count] if rounds else np.empty(0, np.int64)
+
+
+def build_transform(preprocess: PreprocessConfig) -> ImageTransform:
+    """preprocess: complete."""
+    assert preprocess.size and preprocess.resize and preprocess.normalization
+    return ImageTransform(preprocess.size, preprocess.resize, preprocess.normalization)
+
+
+def build_tokenizer(data: DataConfig, preprocess: PreprocessConfig) -> SentenceTokenizer:
+    """The protocol's tokenizer; `wordpiece` is built from the training sentences."""
+    assert preprocess.tokenizer and preprocess.max_tokens and preprocess.sentence_field
+    if preprocess.tokenizer != "wordpiece":
+        return SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens)
+    sentences = [
+        sentence[preprocess.sentence_field]
+        for name in data.datasets
+        for referents in open_prepared(data.prepared, name, data.train_split)["referents"]
+        for referent in referents
+        for sentence in referent["sentences"]
+    ]
+    return SentenceTokenizer.train_wordpiece(sentences, preprocess.max_tokens)
+
+
+def build_train_dataset(
+    data: DataConfig, preprocess: PreprocessConfig, tokenizer: SentenceTokenizer, *, seed: int
+) -> ReferDataset:
+    """Training samples of all the data sets, without the images that any of them evaluates on (data.leak_filter)."""
+    assert preprocess.sentence_field
+    if data.weights is not None and len(data.weights) != len(data.datasets):
+        raise UserError(f"data.weights has {len(data.weights)} numbers for {len(data.datasets)} data sets")
+    parts = [Part(n, data.train_split, open_prepared(data.prepared, n, data.train_split)) for n in data.datasets]
+    excluded: AbstractSet[int] = frozenset()
+    if data.leak_filter and len(data.datasets) > 1:
+        excluded = held_out_images(data.prepared, data.datasets)
+    dataset = ReferDataset(
+        parts,
+        build_transform(preprocess),
+        tokenizer,
+        unit=data.train_unit,
+        sentence_field=preprocess.sentence_field,
+        mask_parts=data.mask_parts,
+        seed=seed,
+        excluded_images=excluded,
+    )
+    if len(dataset) == 0:
+        raise UserError(
+            f"{', '.join(data.datasets)}: no training sample is left; check data.train_split and leak_filter"
+        )
+    return dataset
+
+
+def build_train_loader(
+    dataset: ReferDataset,
+    data: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    total_steps: int,
+    first_step: int,
+) -> DataLoader:
+    """Micro-batches of the whole run from `first_step` on; Accelerate deals them to the processes in turn."""
+    sampler = EpochSampler(
+        dataset.part_sizes,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        total_steps=total_steps,
+        first_step=first_step,
+        weights=data.weights,
+    )
+    batches = BatchSampler(sampler, micro_batch_size, drop_last=False)
+    return _loader(dataset, data.workers, batch_sampler=batches)
+
+
+def build_eval_loaders(
+    data: DataConfig,
+    preprocess: PreprocessConfig,
+    evaluation: EvaluationConfig,
+    protocol: ProtocolConfig,
+    tokenizer: SentenceTokenizer,
+    *,
+    seed: int = 0,
+) -> dict[str, DataLoader]:
+    """A loader for every split of `evaluation.splits`, by that name: `val`, or `refcoco+:val`.
+
+    A split without a data set's name means that of every data set that has it; with several data sets the names are
+    then written out. preprocess, protocol: complete.
+    """
+    loaders = {}
+    for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets):
+        assert preprocess.sentence_field
+        dataset = ReferDataset(
+            [Part(dataset_name, split, open_prepared(data.prepared, dataset_name, split))],
+            build_transform(preprocess),
+            tokenizer,
+            sentence_field=preprocess.sentence_field,
+            mask_parts=data.mask_parts,
+            seed=seed,
+            first_sentence_only=protocol.sentences == "first",
+            keep_original_target=protocol.frame == "original",
+            shuffle_sentences=evaluation.shuffle_sentences,
+            max_samples=evaluation.max_samples,
+        )
+        loaders[name] = _loader(dataset, data.workers, batch_size=evaluation.batch_size)
+    return loaders
+
+
+def resolve_splits(splits: Sequence[str], dataset_names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(data set, split, name) of every split named. Raises UserError for a split that no data set has."""
+    resolved = []
+    for entry in splits:
+        dataset_name, _, split = entry.rpartition(":")
+        owners = [dataset_name] if dataset_name else [n for n in dataset_names if split in dataset_spec(n).splits]
+        if not owners or split not in dataset_spec(owners[0]).splits:
+            known = {n: dataset_spec(n).splits for n in ([dataset_name] if dataset_name else dataset_names)}
+            listed = "; ".join(f"{n}: {', '.join(s)}" for n, s in known.items())
+            raise UserError(f"no split {entry!r} (evaluation.splits); there are {listed}")
+        for owner in owners:
+            resolved.append(
+                (owner, split, split if len(dataset_names) == 1 and not dataset_name else f"{owner}:{split}")
+            )
+    return resolved
+
+
+def _loader(dataset: ReferDataset, workers: int, **batching: object) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        **batching,  # type: ignore[arg-type]
+    )

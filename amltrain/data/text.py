@@ -1,0 +1,80 @@
+"""A sentence -> token ids, as the releases make them.
+
+BERT style: [CLS] words [SEP], cut by plain slicing after the special tokens are added, so a long sentence loses [SEP].
+CLIP style: start, pieces, end; a long sentence keeps the end token in the last place. Both are padded with id 0.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+from tokenizers.processors import BertProcessing
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from amltrain.errors import UserError
+
+# loader processes are forked after the tokenizer was used; its own threads would then only warn
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class SentenceTokenizer:
+    """A transformers tokenizer with a fixed sentence length."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        """max_tokens: L, special tokens included."""
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+        self.keeps_end = tokenizer.cls_token is None
+
+    def __call__(self, sentence: str) -> tuple[Tensor, Tensor]:
+        """input_ids [L] int64 padded with 0, text_mask [L] bool (True = a real token)."""
+        ids = self.tokenizer.encode(sentence)
+        if len(ids) > self.max_tokens:
+            end = ids[-1]
+            ids = ids[: self.max_tokens]
+            if self.keeps_end:
+                ids[-1] = end
+        input_ids = torch.zeros(self.max_tokens, dtype=torch.int64)
+        input_ids[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return input_ids, torch.arange(self.max_tokens) < len(ids)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokenizer)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files into a model folder, the sentence length among them."""
+        self.tokenizer.model_max_length = self.max_tokens
+        self.tokenizer.save_pretrained(str(folder))
+
+    @classmethod
+    def load(cls, name: str | Path, max_tokens: int | None = None) -> "SentenceTokenizer":
+        """From a folder or a Hub id; without `max_tokens`, the length that `save` kept. Raises UserError."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"tokenizer {str(name)!r} is no folder and cannot be fetched from the Hub; name a folder that has it, "
+                f"or set preprocess.tokenizer to wordpiece to build one from the training sentences"
+            ) from error
+        return cls(tokenizer, max_tokens or tokenizer.model_max_length)
+
+    @classmethod
+    def train_wordpiece(cls, sentences: Iterable[str], max_tokens: int, vocab_size: int = 8192) -> "SentenceTokenizer":
+        """Build a lower-case BERT-style vocabulary; the same sentences in the same order give the same one."""
+        wordpiece = BertWordPieceTokenizer(lowercase=True)
+        wordpiece.train_from_iterator(sentences, vocab_size=vocab_size, min_frequency=1, show_progress=False)
+        wordpiece.post_processor = BertProcessing(
+            ("[SEP]", wordpiece.token_to_id("[SEP]")), ("[CLS]", wordpiece.token_to_id("[CLS]"))
+        )
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=wordpiece._tokenizer,
+            unk_token="[UNK]",
+            sep_token="[SEP]",
+            pad_token="[PAD]",
+            cls_token="[CLS]",
+            mask_token="[MASK]",
+        )
+        return cls(tokenizer, max_tokens)
