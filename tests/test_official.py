@@ -166,7 +166,7 @@ def test_recorded_official_weights(
     name: str, wrapping: str, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     case = shared_dir / "goldens" / name / "tiny.safetensors"
-    adapter, config = compare.load_adapter(name), json.loads(case.with_suffix(".json").read_text())
+    adapter, config = compare.load_adapter(name), compare.read_config(case.with_suffix(".json"))
     weights = compare.official_weights(load_file(case))
     if wrapping == "model":
         torch.save({"model": weights, "epoch": 49, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "official.pth")
@@ -176,6 +176,6 @@ def test_recorded_official_weights(
     monkeypatch.setitem(registry._BUILDERS, "recorded", lambda *, config: adapter.build(config))
     monkeypatch.setitem(registry._INFOS, "recorded", registry.model_info("linear"))
 
-    convert_official("recorded", tmp_path / "official.pth", tmp_path / "ours", kwargs={"config": config["config"]})
-    expected, _ = compare.load_model(adapter, config["config"], weights)
+    convert_official("recorded", tmp_path / "official.pth", tmp_path / "ours", kwargs={"config": config})
+    expected, _ = compare.load_model(adapter, config, weights)
     assert same(load_pretrained(tmp_path / "ours").model.state_dict(), expected.state_dict())

@@ -3,15 +3,16 @@
 Paper: Huang et al., Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation, AAAI 2025.
 Release: jiaqihuang01/DETRIS, commit c94b1e1, MIT. Written anew on timm's ViT blocks and torch's attention.
 
-Kept from the release on purpose: DINOv2's position table is resampled with an offset of 0.1 and the image is normalised
-as for CLIP; adapters and aligners read the padding, so that sentences must be padded to one length; the start token, the
-class token and the registers skip the adapters' convolutions and are doubled; the neck's attention has a single key, so
-that its query and key weights never learn; adapters' batch norms have an epsilon of 1e-3.
+Kept from the release on purpose: DINOv2's position table is resampled with an offset of 0.1 and the image is
+normalised as for CLIP; adapters and aligners read the padding, so that all sentences must be padded to one length; the
+start token, the class token and the registers skip the adapters' convolutions and are doubled; the neck's attention has
+a single key, so that its query and key weights never learn; adapters' batch norms have an epsilon of 1e-3.
 Not kept: adapters of the text start from full-precision numbers (release: rounded to half precision).
 
-What AML scores: DINOv2's last map with every aligner skipped, because aligners bring words into the image from the second
-block on, against CLIP's token features without adapters. All of it is frozen at full size (`alignment_is_frozen`): the
-scores of an image and a sentence never change. The tiny model trains its encoders, its scores do change.
+What AML scores: DINOv2's last map with every aligner skipped, because aligners bring words into the image from the
+second block on, against CLIP's token features without adapters. All of it is frozen at full size
+(`alignment_is_frozen`): the scores of an image and a sentence never change. The tiny model trains its encoders, so its
+scores do change.
 
 Dimensions: B batch, L text tokens, W text width, E sentence width, h w grid of patches, N tokens of the image (class,
 registers, patches), C vision width, D decoder width, d adapter width.
@@ -155,11 +156,8 @@ class Neck(nn.Module):
     def __init__(self, vision_dim: int, sentence_dim: int, dim: int, heads: int = 8) -> None:
         super().__init__()
         self.sentence_proj = nn.Linear(sentence_dim, dim)
-        convs = [
-            nn.Conv2d,
-            nn.Conv2d,
-            nn.ConvTranspose2d,
-        ]  # the last differs in the layout and start of its weight only
+        # a 1 x 1 transposed convolution differs in its weight's layout and first values only
+        convs = [nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d]
         self.projections = nn.ModuleList(
             nn.Sequential(conv(vision_dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()) for conv in convs
         )

@@ -4,8 +4,8 @@ Papers: Oquab et al., DINOv2, TMLR 2024; Darcet et al., Vision Transformers Need
 timm's. Two things differ from timm's whole model, because Meta's code and DETRIS with it do them that way:
 
 - the position table stays at its pretrained size and is resampled in every forward: bicubic, not antialiased, by a
-  scale factor of (cells + 0.1) / table cells, whose 0.1 shifts the sampling points (timm: by size and antialiased, which
-  changes features by up to 0.6);
+  scale factor of (cells + 0.1) / table cells, whose 0.1 shifts the sampling points (timm: by size and antialiased,
+  which changes features by up to 0.6);
 - the class token and its position are two parameters, as in the official file.
 
 Dimensions: B batch, H W image size, h w grid of patches, R registers, N = 1 + R + h w tokens, C width.
