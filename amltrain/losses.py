@@ -6,7 +6,7 @@ Dimensions: B batch, H W network input size, h w the logits' size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -136,3 +136,47 @@ class RegionLoss(nn.Module):
         side = math.isqrt(output.aux["minimap"].shape[1])
         cells = F.interpolate(referent[:, None].float(), size=(side, side), mode="bilinear", align_corners=False)
         return cells.long().flatten(1)
+
+
+@register_loss("cgformer")
+class GroupingLoss(nn.Module):
+    """CGFormer's loss: cross-entropy and Dice of the mask, and a little Dice of every round's assignment.
+
+    Source: Tang et al., CVPR 2023, and its release (SooLab/CGFormer). Kept from it: the assignments, which are 0 or 1
+    already, pass a sigmoid as if they were logits.
+    """
+
+    def __init__(self, assignment_weights: Sequence[float] = (0.001, 0.01, 0.1)) -> None:
+        super().__init__()
+        self.assignment_weights = tuple(assignment_weights)
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w]; aux assigned0, assigned1, ... [B, h_i, w_i]; batch.target [B, H, W] uint8.
+
+        Returns loss, and detached its three terms: cross_entropy, dice, assignment_dice.
+        """
+        missing = [f"assigned{i}" for i in range(len(self.assignment_weights)) if f"assigned{i}" not in output.aux]
+        if missing:
+            raise UserError(f"loss cgformer needs a model that gives {missing[0]} (cgformer_*); name another loss.name")
+        truth = (batch.target >= 128).float()[:, None]
+        logits = upsample_logits(output.logits, truth.shape[-2:])
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
+        dice = dice_loss(logits, truth)
+        assignment = logits.new_zeros(())
+        for i, weight in enumerate(self.assignment_weights):
+            assigned = output.aux[f"assigned{i}"].float()[:, None]
+            small = F.interpolate(truth, size=assigned.shape[-2:], mode="nearest")
+            assignment = assignment + weight * dice_loss(assigned, small)
+        return {
+            "loss": cross_entropy + dice + assignment,
+            "cross_entropy": cross_entropy.detach(),
+            "dice": dice.detach(),
+            "assignment_dice": assignment.detach(),
+        }
+
+
+def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
+    """Mean over samples of 1 - (2 |P and G| + 1) / (|P| + |G| + 1); logits and truth (0 or 1) [B, 1, H, W]."""
+    probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
+    both = (probability * truth).sum(dim=1)
+    return (1 - (2 * both + 1) / (probability.sum(dim=1) + truth.sum(dim=1) + 1)).mean()

@@ -46,7 +46,7 @@ class Adapter:
                 output.logits_resized and output.pred
     absolute    tolerance of activations and outputs, float32
     tolerances  start of a recorded name -> its own tolerance instead; the first that fits
-    training    tolerance of `train.logits` and `post.*` (absolute): batch norms amplify rounding
+    training    tolerance of `train.logits`, `output.train_logits` and `post.*` (absolute): batch norms amplify rounding
     loss_tolerance, gradient   tolerance of the loss (absolute) and of gradients (relative to each tensor's largest)
     double      tolerance of everything in float64 (relative to each tensor's largest value, at least 1)
     """
@@ -226,7 +226,8 @@ def compare(
         rows += compare_training(adapter, model, step, recorded, renamed)
     doubles = {name[len("f64.") :]: value for name, value in recorded.items() if name.startswith("f64.")}
     if doubles:
-        rows += compare_double(adapter, model.double(), batch, doubles, renamed)
+        fresh, _ = load_model(adapter, config, weights)  # the training step has moved the batch norms
+        rows += compare_double(adapter, fresh.double(), batch, doubles, renamed)
     return rows
 
 
@@ -236,8 +237,7 @@ def compare_training(
     """The logits in training mode, and what that forward left in the batch norms."""
     state = model.state_dict()
     ours = {name: state[renamed[name[len("post.") :]]] for name in recorded if name.startswith("post.")}
-    if "train.logits" in recorded:
-        ours["train.logits"] = step.logits
+    ours |= {name: step.logits for name in ("train.logits", "output.train_logits") if name in recorded}
     return [row(name, value, recorded[name], adapter.training, relative=False) for name, value in ours.items()]
 
 
