@@ -137,12 +137,14 @@ class AMLTask(nn.Module):
                 smaller = F.interpolate(batch.image, size, mode="bilinear", align_corners=False, antialias=True)
                 batch = batch._replace(image=smaller)
             if self.features == "early":
-                return self.model.alignment_features(batch, features)
+                scored = self.model.alignment_features(batch, features)
+                return AlignmentFeatures(*(part.detach() for part in scored))  # given features carry gradient
             if output is None:
                 output = self.model.decode(self.model.encode(batch) if features is None else features, batch)
             if self.features == "late":
-                return AlignmentFeatures(output.aux["fused_visual"], output.aux["fused_text"], batch.text_mask)
-            logits = output.logits.float()
+                visual, text = output.aux["fused_visual"].detach(), output.aux["fused_text"].detach()
+                return AlignmentFeatures(visual, text, batch.text_mask)
+            logits = output.logits.detach().float()
             return logits.softmax(1)[:, 1] if logits.shape[1] == 2 else logits.sigmoid()[:, 0]
 
     def blocks(self, scores: Tensor, batch: Batch) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.errors import UserError
+from amltrain.randomness import random_key
 from amltrain.records import AlignmentFeatures
 
 
@@ -39,12 +40,17 @@ def patch_max(logits: Tensor, temperature: Tensor | float, text_mask: Tensor | N
     return logits.softmax(dim=-1).amax(dim=-1)
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator whose stream no model initialised from the same seed shares."""
+    return torch.Generator().manual_seed(random_key(seed, 0x414D4C))
+
+
 def gaussian_projections(visual_dim: int, text_dim: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """The paper's two fixed matrices, `Wi [D, C_v]` and `Wt [D, C_t]`, float32, entries i.i.d. N(0, 1/D).
 
     Always drawn on the CPU from `seed`, so they are the same on every rank and every kind of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     scale = dim**-0.5
     visual = torch.randn(dim, visual_dim, generator=generator) * scale
     return visual, torch.randn(dim, text_dim, generator=generator) * scale
@@ -97,7 +103,7 @@ class LinearProjection(nn.Module):
 
     def __init__(self, visual_dim: int, text_dim: int, *, seed: int = 0) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         bound = text_dim**-0.5
         self.register_buffer("weight", torch.empty(visual_dim, text_dim).uniform_(-bound, bound, generator=generator))
         self.register_buffer("bias", torch.empty(visual_dim).uniform_(-bound, bound, generator=generator))
