@@ -230,6 +230,10 @@ def merge(one: Tensor, other: Tensor) -> Tensor:
 
 
 class CGFormer(RISModel):
+    """BERT, a Swin that reads it, and the grouping decoder."""
+
+    supports_suppression = True
+
     def __init__(
         self,
         *,
@@ -241,7 +245,9 @@ class CGFormer(RISModel):
         super().__init__()
         self.backbone, self.text_encoder, self.decoder = backbone, text_encoder, decoder
         self.assignment_noise = assignment_noise
-        self.alignment_dims = (backbone.channels[-1], text_encoder.config.hidden_size)
+        text_dim = text_encoder.config.hidden_size
+        self.alignment_dims = (backbone.channels[-1], text_dim)
+        self.fused_dims = (decoder.tokens.shape[-1], text_dim)
 
     def encode(self, batch: Batch) -> Features:
         return self._encode_image(batch, self._encode_text(batch))
@@ -254,9 +260,13 @@ class CGFormer(RISModel):
         aux = {f"assigned{i}": assignment for i, assignment in enumerate(assigned)}
         return ModelOutput(logits, {**aux, "fused_visual": fused, "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
-        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D]."""
-        return AlignmentFeatures(self.backbone.without_words(batch.image), self._encode_text(batch), batch.text_mask)
+    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D].
+
+        features: their text is used; their maps are fused ones.
+        """
+        text = self._encode_text(batch) if features is None else features.text
+        return AlignmentFeatures(self.backbone.without_words(batch.image), text, batch.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return self._encode_image(batch, features.text)

@@ -91,6 +91,8 @@ DROPS = [
 class ReLA(RISModel):
     """Region queries over a pixel decoder over fused (Swin) or purely visual (ResNet-50) maps."""
 
+    supports_suppression = True
+
     def __init__(
         self,
         *,
@@ -106,7 +108,9 @@ class ReLA(RISModel):
         self.text_encoder = text_encoder
         self.pixel_decoder = pixel_decoder
         self.region_decoder = region_decoder
-        self.alignment_dims = (backbone.channels[-1], text_encoder.config.hidden_size)
+        text_dim = text_encoder.config.hidden_size
+        self.alignment_dims = (backbone.channels[-1], text_dim)
+        self.fused_dims = (region_decoder.query_feat.shape[-1], text_dim)
         if trained_text_layers is not None:
             text_encoder.requires_grad_(False)
             text_encoder.encoder.layer[:trained_text_layers].requires_grad_(True)
@@ -129,10 +133,13 @@ class ReLA(RISModel):
         }
         return ModelOutput(logits[..., :height, :width], aux)
 
-    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
-        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D]."""
-        visual = self.backbone.without_words(pad_to_stride(batch.image))
-        return AlignmentFeatures(visual, self._encode_text(batch), batch.text_mask)
+    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D].
+
+        features: their text is used; their maps are fused ones.
+        """
+        text = self._encode_text(batch) if features is None else features.text
+        return AlignmentFeatures(self.backbone.without_words(pad_to_stride(batch.image)), text, batch.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return self._encode_image(batch, features.text)
