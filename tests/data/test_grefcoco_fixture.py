@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import load_file
 
 from amltrain.data.refer import image_groups, read_refer
 from amltrain.data.segmentation import decode_rle
+from amltrain.data.text import SentenceTokenizer
+from amltrain.data.transforms import ImageTransform
 
 SPLITS = ("train", "val", "testA", "testB")
 
@@ -74,3 +77,20 @@ def test_masks_at_network_size_differ_at_edges_only(
         resized = F.interpolate(mask[None, None], size=truth.shape[1:], mode="nearest-exact")[0]
         edge = F.max_pool2d(truth, 3, 1, 1) != -F.max_pool2d(-truth, 3, 1, 1)
         assert not ((resized != truth) & ~edge).any()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_images_and_tokens(fixture: Path, expected: dict[str, list[dict[str, Any]]], split: str) -> None:
+    """What the release's mapper hands its model: pixels to the bit before normalisation, tokens cut to 20."""
+    mapped = load_file(fixture / "mapper_expected.safetensors")
+    tokenizer = SentenceTokenizer.load(fixture / "vocab", 20)
+    transform = ImageTransform(96, "square", "imagenet")
+    for index, record in enumerate(expected[split]):
+        ids, mask = tokenizer(record["sentence"]["raw"])
+        assert torch.equal(ids, mapped[f"{split}.{index}.lang_tokens"][0])
+        assert torch.equal(mask, mapped[f"{split}.{index}.lang_mask"][0].bool())
+        picture = Image.open(fixture / "datasets/images/train2014" / record["file_name"]).convert("RGB")
+        pixels = mapped[f"{split}.{index}.image"].float()
+        mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+        normalised = (pixels - mean[:, None, None]) / std[:, None, None]
+        torch.testing.assert_close(transform(picture, None).image, normalised, rtol=0, atol=1e-5)
