@@ -1,15 +1,36 @@
 """A run, as plain dataclasses. The docstring under each field is its `--help`.
 
-Leaf functions never see these; only `build_*` functions and the launch scripts do. Reading YAML files and command lines
-is in `parse_config` below, the only code that knows the config library.
+Leaf functions never see these; only `build_*` functions and the launch scripts do. `parse_config` and `save_config` are
+the only code that knows the config library.
 """
 
-from dataclasses import dataclass, field, fields, replace
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from amltrain.errors import UserError
 
 Fields = TypeVar("Fields")
+
+
+@dataclass
+class ShapesConfig:
+    """Synthetic scenes, drawn when a data set of the refshapes family is asked for and not there yet."""
+
+    train: int = 4000
+    """Training scenes."""
+    evaluation: int = 250
+    """Scenes in every other split."""
+    size: int = 96
+    """Side of a scene, pixels."""
+    seed: int = 0
+    """Seed of the scenes."""
 
 
 @dataclass
@@ -42,7 +63,9 @@ class DataConfig:
     workers: int = 2
     """Data loading processes per training process."""
     max_skipped: float = 0.001
-    """Share of rows that may be unreadable (counted, reported and skipped) before the run stops."""
+    """Share of expressions that may be unusable (counted, reported and skipped) before preparing gives up."""
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    """Synthetic scenes."""
 
 
 @dataclass
@@ -308,3 +331,64 @@ def override(defaults: Fields, own: Fields) -> Fields:
     """`defaults` with every field that `own` sets (is not None)."""
     chosen = {f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) is not None}  # type: ignore[arg-type]
     return replace(defaults, **chosen)  # type: ignore[type-var]
+
+
+def parse_config(argv: Sequence[str] | None = None, *, prog: str = "launch/train.py") -> RunConfig:
+    """Read a run from a command line: `--config` files (later ones win, values may be paths of part files), then flags.
+
+    Raises UserError for a key or a value that does not fit, naming it. `--help` and `--print_config` print and exit.
+    """
+    parser = _parser(prog)
+    try:
+        parsed = parser.instantiate(parser.parse_args(argv))
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
+        raise UserError(_one_line(str(error), parser)) from error
+    return RunConfig(**{f.name: parsed[f.name] for f in fields(RunConfig)})
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write a run so that `--config PATH` repeats it."""
+    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+
+
+def _parser(prog: str) -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Train a referring image segmentation model. Without arguments: configs/quickstart.yaml. "
+        "A --config file holds what is listed here; any value can be given on the command line as well, "
+        "e.g. --model.name caris_swin_base --aml.enabled false --train.global_batch_size 16.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with a run; give several to layer them.")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _one_line(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
+    unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|Option '([^']+)' is not accepted", message)
+    nested = re.search(r"Group '([^']+)' does not accept (?:option|nested key) '([^']+)'", message)
+    if unknown or nested:
+        key = ".".join(nested.groups()) if nested else next(k for k in unknown.groups() if k)  # type: ignore[union-attr]
+        keys = [action.dest for action in parser._actions if action.dest != "help"]
+        close = difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
+        return f"unknown key {key}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
+    value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
+    if value:
+        key, reasons, given = value.groups()
+        choices = re.findall(r"Literal\[([^\]]*)\]", reasons)
+        types = re.findall(r"Expected an? <class '(\w+)'>", reasons)
+        expected = [*choices, *types] or [reasons.strip(" .\n")]
+        return f"{key}: {given} does not fit; expected {' or '.join(expected).replace('NoneType', 'null')}"
+    return " ".join(message.split())
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

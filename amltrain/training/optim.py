@@ -1,0 +1,65 @@
+"""Optimizer and learning rate. The rate is a pure function of the step, so there is nothing to save or to get wrong."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+Schedule = Literal["poly", "poly_caris", "multistep", "cosine", "constant"]
+
+
+def lr_factor(
+    step: int,
+    total_steps: int,
+    schedule: Schedule = "poly",
+    *,
+    power: float = 0.9,
+    warmup_steps: int = 0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+) -> float:
+    """What every group's base rate is multiplied by at optimizer step `step` (0-based), 0..1.
+
+    poly        (1 - step / total)^power, counted from step 0 also behind a warm-up (LAVT, CARIS)
+    poly_caris  as poly, with the CARIS release's warm-up: step 0 at the full rate, then from a thousandth of it linearly
+                up to and including step `warmup_steps`
+    multistep   times gamma at every milestone, a share of the run (CRIS, ETRIS, DETRIS, ReLA)
+    cosine      half a cosine down to 0
+    """
+    if schedule == "poly_caris":
+        if step == 0:
+            return 1.0
+        if step <= warmup_steps:
+            return 1 - (1 - step / warmup_steps) * (1 - 1e-3)
+    elif step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule in ("poly", "poly_caris"):
+        return max(0.0, 1 - step / total_steps) ** power
+    if schedule == "multistep":
+        return gamma ** sum(step >= share * total_steps for share in milestones)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+    return 1.0
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]],
+    name: Literal["adamw", "adam"],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    amsgrad: bool,
+) -> Optimizer:
+    """groups: of `param_groups`, each with its own lr and weight_decay, which is kept as `base_lr` for the schedule."""
+    groups = [{**group, "base_lr": group["lr"]} for group in groups]
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    return kind(groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad)
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    """Put every group at its base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
