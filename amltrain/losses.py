@@ -1,6 +1,7 @@
 """Segmentation losses: `loss(output, batch) -> {"loss": scalar, ...}`; a baseline's registry entry names its own.
 
-Parts of a loss that are worth a curve are returned detached beside `loss`. Losses compute in float32.
+Parts of a loss that are worth a curve are returned detached beside `loss`. Losses compute in float32 at
+least, under autocast too.
 
 Dimensions: B batch, H W network input size, h w the logits' size.
 """
@@ -40,9 +41,14 @@ def create_loss(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"loss {name}: {error} (loss.kwargs)") from error
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays, so that a loss can be compared with one recorded in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def upsample_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, K, h, w] -> float32 [B, K, H, W], bilinear, align_corners=True as every release does."""
-    logits = logits.float()
+    """[B, K, h, w] -> [B, K, H, W] in at least float32, bilinear, align_corners=True as every release does."""
+    logits = at_least_float32(logits)
     if logits.shape[-2:] == size:
         return logits
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
@@ -65,7 +71,7 @@ class WeightedCrossEntropy(nn.Module):
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 2, h, w], batch.target [B, H, W] uint8."""
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
-        return {"loss": F.cross_entropy(logits, (batch.target >= 128).long(), self.weight)}
+        return {"loss": F.cross_entropy(logits, (batch.target >= 128).long(), self.weight.to(logits.dtype))}
 
 
 @register_loss("binary_cross_entropy")
@@ -158,13 +164,13 @@ class GroupingLoss(nn.Module):
         missing = [f"assigned{i}" for i in range(len(self.assignment_weights)) if f"assigned{i}" not in output.aux]
         if missing:
             raise UserError(f"loss cgformer needs a model that gives {missing[0]} (cgformer_*); name another loss.name")
-        truth = (batch.target >= 128).float()[:, None]
-        logits = upsample_logits(output.logits, truth.shape[-2:])
+        logits = upsample_logits(output.logits, batch.target.shape[-2:])
+        truth = (batch.target >= 128)[:, None].to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
         dice = dice_loss(logits, truth)
         assignment = logits.new_zeros(())
         for i, weight in enumerate(self.assignment_weights):
-            assigned = output.aux[f"assigned{i}"].float()[:, None]
+            assigned = at_least_float32(output.aux[f"assigned{i}"])[:, None]
             small = F.interpolate(truth, size=assigned.shape[-2:], mode="nearest")
             assignment = assignment + weight * dice_loss(assigned, small)
         return {

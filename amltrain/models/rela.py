@@ -28,7 +28,12 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config import PreprocessConfig, ProtocolConfig
-from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
+from amltrain.models.backbones.bert import (
+    build_bert,
+    encode_tokens,
+    set_bert_gradient_checkpointing,
+    train_first_layers,
+)
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.resnet import ResNet50, load_resnet
 from amltrain.models.backbones.swin import Swin
@@ -112,8 +117,7 @@ class ReLA(RISModel):
         self.alignment_dims = (backbone.channels[-1], text_dim)
         self.fused_dims = (region_decoder.query_feat.shape[-1], text_dim)
         if trained_text_layers is not None:
-            text_encoder.requires_grad_(False)
-            text_encoder.encoder.layer[:trained_text_layers].requires_grad_(True)
+            train_first_layers(text_encoder, trained_text_layers)
 
     def encode(self, batch: Batch) -> Features:
         return self._encode_image(batch, self._encode_text(batch))

@@ -88,4 +88,5 @@ ADAPTER = Adapter(
     },
     absolute=2e-5,
     tolerances={"output.": 5e-6, "inter.map": 1e-6},
+    double=1e-7,  # activations agree to 1e-14; part of the recorded loss was rounded to float32
 )

@@ -32,6 +32,7 @@ from amltrain.records import Batch, ModelOutput  # noqa: E402
 
 RECORDED = ("input.", "inter.", "output.", "grad.", "train.", "post.", "f64.")
 Read = Callable[[tuple[Any, ...], Any], Tensor]
+ReadOutput = Callable[[ModelOutput, Batch], Tensor]
 
 
 @dataclass
@@ -44,24 +45,39 @@ class Adapter:
     batch       recorded tensors -> Batch; the default reads input.image, input.ids, input.mask, input.target
     outputs     recorded name -> function of the model's output and the batch; the default gives output.logits,
                 output.logits_resized and output.pred
+    training_outputs   the same for recorded outputs of the training forward
     absolute    tolerance of activations and outputs, float32
     tolerances  start of a recorded name -> its own tolerance instead; the first that fits
     training    tolerance of `train.logits`, `output.train_logits` and `post.*` (absolute): batch norms amplify rounding
     loss_tolerance, gradient   tolerance of the loss (absolute) and of gradients (relative to each tensor's largest)
-    double      tolerance of everything in float64 (relative to each tensor's largest value, at least 1)
+    double      tolerance of everything in float64 (relative to each tensor's largest value)
     """
 
     build: Callable[[Mapping[str, Any]], RISModel]
     loss: str
     captures: Mapping[str, tuple[str, Read]] = field(default_factory=dict)
     batch: Callable[[Mapping[str, Tensor]], Batch] | None = None
-    outputs: Mapping[str, Callable[[ModelOutput, Batch], Tensor]] = field(default_factory=dict)
+    outputs: Mapping[str, ReadOutput] = field(default_factory=dict)
+    training_outputs: Mapping[str, ReadOutput] = field(default_factory=dict)
     absolute: float = 2e-5
     tolerances: Mapping[str, float] = field(default_factory=dict)
     training: float = 1e-4
     loss_tolerance: float = 2e-6
     gradient: float = 5e-4
     double: float = 1e-9
+
+    def tolerance(self, name: str, dtype: torch.dtype) -> tuple[float, bool]:
+        """How far a tensor of that recorded name may be off, and whether relative to its largest value."""
+        if dtype == torch.float64:
+            return self.double, True
+        if name == "output.loss":
+            return self.loss_tolerance, False
+        if name.startswith("grad."):
+            return self.gradient, True
+        if name.startswith(("train.", "post.", "output.train_logits")):
+            return self.training, False
+        own = (value for start, value in self.tolerances.items() if name.startswith(start))
+        return next(own, self.absolute), False
 
 
 class Row(NamedTuple):
@@ -92,12 +108,8 @@ def default_batch(recorded: Mapping[str, Tensor]) -> Batch:
     )
 
 
-def default_outputs() -> dict[str, Callable[[ModelOutput, Batch], Tensor]]:
+def default_outputs() -> dict[str, ReadOutput]:
     def resized(output: ModelOutput, batch: Batch) -> Tensor:
-        if output.logits.dtype == torch.float64:
-            return nn.functional.interpolate(
-                output.logits, size=batch.image.shape[-2:], mode="bilinear", align_corners=True
-            )
         return upsample_logits(output.logits, batch.image.shape[-2:])
 
     return {
@@ -185,77 +197,75 @@ def run(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str, Ten
     return found
 
 
-class Step(NamedTuple):
-    """One forward and backward pass in training mode; gradients by our names."""
-
-    logits: Tensor
-    loss: Tensor
-    gradients: dict[str, Tensor]
-
-
-def backward(adapter: Adapter, model: RISModel, batch: Batch) -> Step:
-    model.train()
-    model.zero_grad()
-    output = model(batch)
-    loss = create_loss(adapter.loss)(output, batch)["loss"]
+def backward(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Training forward and backward under recorded names: outputs, loss, gradients, statistics; the last two as
+    `grad.` and `post.` + our name."""
+    torch.set_default_dtype(batch.image.dtype)  # so that the loss's own constants are as exact as its inputs
+    criterion = create_loss(adapter.loss)
+    torch.set_default_dtype(torch.float32)
+    output = model.train()(batch)
+    loss = criterion(output, batch)["loss"]
     loss.backward()
-    return Step(output.logits, loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    found = {"output.loss": loss, "train.logits": output.logits, "output.train_logits": output.logits}
+    found |= {name: read(output, batch) for name, read in adapter.training_outputs.items() if name in names}
+    found |= {f"post.{name}": value for name, value in model.state_dict().items()}
+    return found | {f"grad.{name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def compare(
     adapter: Adapter, config: Mapping[str, Any], recorded: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> list[Row]:
-    """One row per recorded tensor that the adapter can reproduce."""
-    model, renamed = load_model(adapter, config, weights)
+    """One row per recorded tensor that the adapter can reproduce.
+
+    Computes with one thread: more threads sum in another order, and a ReLU at 0 turns that into another gradient.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return compare_all(adapter, config, recorded, weights)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare_all(
+    adapter: Adapter, config: Mapping[str, Any], recorded: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> list[Row]:
     batch = (adapter.batch or default_batch)(recorded)
+    rows = compare_at(torch.float32, adapter, load_model(adapter, config, weights), batch, recorded)
+    doubles = {name[len("f64.") :]: value for name, value in recorded.items() if name.startswith("f64.")}
+    if doubles:
+        found = compare_at(torch.float64, adapter, load_model(adapter, config, weights), batch, doubles)
+        rows += [r._replace(name=f"f64.{r.name}") for r in found]
+    return rows
+
+
+def compare_at(
+    dtype: torch.dtype,
+    adapter: Adapter,
+    loaded: tuple[RISModel, Mapping[str, str]],
+    batch: Batch,
+    recorded: Mapping[str, Tensor],
+) -> list[Row]:
+    model, renamed = loaded
+    model.to(dtype)
+    batch = batch._replace(image=batch.image.to(dtype))
     rows = []
     for name, ours in run(adapter, model, batch, recorded).items():
         if name == "output.pred":
             share = (ours.reshape(recorded[name].shape) != recorded[name]).double().mean().item()
             rows.append(Row("output.pred (share of pixels)", share, share, "abs 1e-03", share <= 1e-3))
         else:
-            own = (value for start, value in adapter.tolerances.items() if name.startswith(start))
-            rows.append(row(name, ours, recorded[name], next(own, adapter.absolute), relative=False))
-    gradients = {name: value for name, value in recorded.items() if name.startswith("grad.")}
-    if "output.loss" in recorded:
-        step = backward(adapter, model, batch)
-        rows.append(row("output.loss", step.loss, recorded["output.loss"], adapter.loss_tolerance, relative=False))
-        for name, theirs in gradients.items():
-            ours = step.gradients[renamed[name[len("grad.") :]]]
-            rows.append(row(name, ours, theirs, adapter.gradient, relative=True))
-        rows += compare_training(adapter, model, step, recorded, renamed)
-    doubles = {name[len("f64.") :]: value for name, value in recorded.items() if name.startswith("f64.")}
-    if doubles:
-        fresh, _ = load_model(adapter, config, weights)  # the training step has moved the batch norms
-        rows += compare_double(adapter, fresh.double(), batch, doubles, renamed)
-    return rows
-
-
-def compare_training(
-    adapter: Adapter, model: RISModel, step: Step, recorded: Mapping[str, Tensor], renamed: Mapping[str, str]
-) -> list[Row]:
-    """The logits in training mode, and what that forward left in the batch norms."""
-    state = model.state_dict()
-    ours = {name: state[renamed[name[len("post.") :]]] for name in recorded if name.startswith("post.")}
-    ours |= {name: step.logits for name in ("train.logits", "output.train_logits") if name in recorded}
-    return [row(name, value, recorded[name], adapter.training, relative=False) for name, value in ours.items()]
-
-
-def compare_double(
-    adapter: Adapter, model: RISModel, batch: Batch, recorded: Mapping[str, Tensor], renamed: Mapping[str, str]
-) -> list[Row]:
-    batch = batch._replace(image=batch.image.double())
-    rows = []
-    for name, ours in run(adapter, model, batch, recorded).items():
-        if recorded[name].dtype == torch.float64:
-            rows.append(row(f"f64.{name}", ours, recorded[name], adapter.double, relative=True))
-    if any(name.startswith("grad.") for name in recorded):
-        ours = backward(adapter, model, batch).gradients
-        for name, theirs in recorded.items():
-            if name.startswith("grad."):
-                # the loss itself computes in float32
-                ours_gradient = ours[renamed[name[len("grad.") :]]]
-                rows.append(row(f"f64.{name}", ours_gradient, theirs, adapter.gradient, relative=True))
+            rows.append(row(name, ours, recorded[name], *adapter.tolerance(name, dtype)))
+    if "output.loss" not in recorded:
+        return rows
+    found = backward(adapter, model, batch, recorded)
+    for name, theirs in recorded.items():
+        kind, _, key = name.partition(".")
+        ours_name = f"{kind}.{renamed.get(key, key)}" if kind in ("grad", "post") else name
+        if ours_name in found:
+            rows.append(row(name, found[ours_name], theirs, *adapter.tolerance(name, dtype)))
+        elif kind == "grad":
+            rows.append(Row(f"{name} (none here)", float("inf"), float("inf"), "a gradient", False))
     return rows
 
 

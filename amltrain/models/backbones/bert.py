@@ -49,6 +49,12 @@ def encode_tokens(bert: BertModel, input_ids: Tensor, text_mask: Tensor, appende
     return bert.encoder(hidden, attention_mask=bias).last_hidden_state
 
 
+def train_first_layers(bert: BertModel, count: int) -> None:
+    """Freeze everything but the first `count` layers: neither the embeddings nor the layers after those train."""
+    bert.requires_grad_(False)
+    bert.encoder.layer[:count].requires_grad_(True)
+
+
 def set_bert_gradient_checkpointing(bert: BertModel, enabled: bool) -> None:
     """Recompute BERT's layers in the backward pass (the non-reentrant kind, which DDP and compile need)."""
     if enabled:

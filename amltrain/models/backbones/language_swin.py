@@ -47,11 +47,23 @@ class LanguageSwin(nn.Module):
         maps = []
         for i, stage in enumerate(self.swin.layers):
             x = stage(x)
-            fused = self.fusion[i](x.flatten(1, 2), text, text_mask).unflatten(1, x.shape[1:3])
+            fused = self._fuse(i, x, text, text_mask)
             maps.append(self.swin.normed(i, fused))
             if stage.downsample is not None:
                 x = stage.downsample(self.gates[i](x, fused))
         return tuple(maps)
+
+    def _fuse(self, stage: int, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        return self.fusion[stage](x.flatten(1, 2), text, text_mask).unflatten(1, x.shape[1:3])
+
+    def before_last_fusion(self, image: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """The last stage's blocks, words let in by the earlier stages' gates only: [B, C, h, w] at stride 32."""
+        x = self.swin.patch_embed(image)
+        for i, stage in enumerate(self.swin.layers):
+            x = stage(x)
+            if stage.downsample is not None:
+                x = stage.downsample(self.gates[i](x, self._fuse(i, x, text, text_mask)))
+        return x.permute(0, 3, 1, 2)
 
     def without_words(self, image: Tensor) -> Tensor:
         """The last stage's blocks on the image alone, no fusion, no gate, no norm: [B, C, h, w] at stride 32."""
