@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from amltrain.aml.masking import Selection, filtering_mask, mask_image, relocate, spread_blocks
 from amltrain.aml.presets import resolve
 from amltrain.aml.similarity import PatchScorer, create_projection
+from amltrain.aml.statistics import alignment_sums
 from amltrain.aml.temperature import Calibration, Reduce, solve_temperature, warn_if_literal
 from amltrain.config import AMLConfig
 from amltrain.errors import UserError
@@ -70,8 +71,12 @@ class AMLTask(nn.Module):
         level: Level = "image",
         clean_loss_weight: float = 0.0,
         stage1_size: int | None = None,
+        diagnostics: bool = False,
     ) -> None:
-        """scorer: PMME; None with features="pred", whose score is the predicted probability of the referent."""
+        """scorer: PMME; None with features="pred", whose score is the predicted probability of the referent.
+
+        diagnostics: also return "scores" [B, h, w], "blocks" [B, r, c] and "alignment", the sums of aml.statistics.
+        """
         super().__init__()
         self.model = model
         self.loss = loss
@@ -81,6 +86,7 @@ class AMLTask(nn.Module):
         self.level = level
         self.clean_loss_weight = clean_loss_weight
         self.stage1_size = stage1_size
+        self.diagnostics = diagnostics
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """One training step's loss; see the class."""
@@ -91,7 +97,7 @@ class AMLTask(nn.Module):
         scores = self.score(batch)
         blocks = self.blocks(scores, batch)
         masked = batch._replace(image=self.masked_image(batch.image, blocks, scores))
-        return {**self.loss(self.model(masked), masked), **self._extras(scores, blocks)}
+        return {**self.loss(self.model(masked), masked), **self._extras(scores, blocks, batch)}
 
     def _train_on_both(self, batch: Batch) -> dict[str, Tensor]:
         """Both losses over one shared pass over the unmasked image, whose text features serve the masked one too."""
@@ -105,7 +111,7 @@ class AMLTask(nn.Module):
         total = self.clean_loss_weight * clean["loss"] + (1 - self.clean_loss_weight) * result["loss"]
         parts = {f"clean_{name}": value.detach() for name, value in clean.items()}
         masked_loss = {"masked_loss": result["loss"].detach()}
-        return {**result, **parts, **masked_loss, **self._extras(scores, blocks), "loss": total}
+        return {**result, **parts, **masked_loss, **self._extras(scores, blocks, batch), "loss": total}
 
     def _suppress_features(self, batch: Batch) -> dict[str, Tensor]:
         """Hide the weak positions from the decoder's attention; the image stays whole, so one encoding serves both."""
@@ -115,7 +121,7 @@ class AMLTask(nn.Module):
         size = features.visual[-1].shape[-2:]
         suppressed = F.interpolate(blocks[:, None].float(), size)[:, 0] > 0.5
         output = self.model.decode(features._replace(suppressed=suppressed), batch)
-        return {**self.loss(output, batch), **self._extras(scores, blocks)}
+        return {**self.loss(output, batch), **self._extras(scores, blocks, batch)}
 
     def score(self, batch: Batch, features: Features | None = None, output: ModelOutput | None = None) -> Tensor:
         """Stage 1: alignment scores [B, h, w] float32 of a batch; without gradient but for a learnable projection.
@@ -176,8 +182,12 @@ class AMLTask(nn.Module):
         gate = spread_blocks(soft - soft.detach(), (image.shape[-2], image.shape[-1]), self.block)
         return masked - image * gate[:, None]
 
-    def _extras(self, scores: Tensor, blocks: Tensor) -> dict[str, Tensor]:
-        return {"masked_share": blocks.float().mean(), "mean_score": scores.detach().mean()}
+    def _extras(self, scores: Tensor, blocks: Tensor, batch: Batch) -> dict[str, Tensor]:
+        extras = {"masked_share": blocks.float().mean(), "mean_score": scores.detach().mean()}
+        if self.diagnostics:
+            sums = alignment_sums(scores, blocks, batch.target, self.block)
+            extras.update(alignment=sums, scores=scores.detach(), blocks=blocks)
+        return extras
 
     @property
     def needs_calibration(self) -> bool:
@@ -245,6 +255,7 @@ def build_task(model: RISModel, loss: nn.Module, aml: AMLConfig) -> SupervisedTa
         level=chosen.level,
         clean_loss_weight=chosen.clean_loss_weight,
         stage1_size=chosen.stage1_size,
+        diagnostics=chosen.diagnostics_every is not None,
     )
 
 
