@@ -180,6 +180,8 @@ class Neck(nn.Module):
 class DETRIS(RISModel):
     """DINOv2 with dense aligners, CLIP text with adapters, CRIS' decoder; one-channel logits, four per patch side."""
 
+    supports_suppression = True
+
     def __init__(
         self,
         *,
@@ -217,6 +219,7 @@ class DETRIS(RISModel):
         )
         self.head = SentenceKernel(text.width, text.embed_dim)
         self.alignment_dims = (vision.embed_dim, text.width)
+        self.fused_dims = (text.width, text.width)
         self.alignment_is_frozen = not train_encoders
 
     def encode(self, batch: Batch) -> Features:
@@ -242,7 +245,8 @@ class DETRIS(RISModel):
         # the decoder writes into the image only: the words stay what the text encoder made of them
         return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch) -> AlignmentFeatures:
+    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+        """Both encoders without their adapters, so `features` serve nothing here: [B, C, h, w] and [B, L, W]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
         return AlignmentFeatures(self.vision(batch.image)[-1], tokens, batch.text_mask)
 
