@@ -344,7 +344,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "launch/train
     except UserError:
         raise
     except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
-        raise UserError(_one_line(str(error), parser)) from error
+        raise UserError(one_line(str(error), parser)) from error
     return RunConfig(**{f.name: parsed[f.name] for f in fields(RunConfig)})
 
 
@@ -368,7 +368,7 @@ def _parser(prog: str) -> ArgumentParser:
     return parser
 
 
-def _one_line(message: str, parser: ArgumentParser) -> str:
+def one_line(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|Option '([^']+)' is not accepted", message)
     nested = re.search(r"Group '([^']+)' does not accept (?:option|nested key) '([^']+)'", message)

@@ -77,6 +77,7 @@ def save_pretrained(
         save_file(_owned(state_dict), aside / WEIGHTS_FILE, metadata={"format": "pt"})
         (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (aside / PREPROCESS_FILE).write_text(json.dumps(asdict(preprocess), indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)  # safetensors writes for the owner alone
         if tokenizer is not None:
             tokenizer.save(aside)
         if folder.exists():

@@ -1,7 +1,7 @@
 """Prepared rows -> Samples. Map-style over a memory-mapped table; an index says which row, referent and sentence."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple
 
@@ -88,14 +88,17 @@ class ReferDataset(torch.utils.data.Dataset):
         keep_original_target: bool = False,
         shuffle_sentences: bool = False,
         max_samples: int | None = None,
+        perturb: Callable[[Image.Image, int], Image.Image] | None = None,
     ) -> None:
         """excluded_images: ids left out (the leak filter). keep_original_target: add the mask at the image's own size.
+
+        perturb: changes every image, given with its sample id, before the transform (a robustness test).
 
         shuffle_sentences: give every sample the sentence of another referent, by a permutation fixed by the seed.
         """
         self.parts, self.transform, self.tokenizer = list(parts), transform, tokenizer
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
-        self.keep_original_target = keep_original_target
+        self.keep_original_target, self.perturb = keep_original_target, perturb
         indices = [_index_part(number, part, excluded_images) for number, part in enumerate(self.parts)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
         taken = np.minimum(self.index.sentences, 1) if first_sentence_only else self.index.sentences
@@ -127,6 +130,17 @@ class ReferDataset(torch.utils.data.Dataset):
             "samples": self.length,
         }
 
+    def describe(self) -> dict[str, Any]:
+        """What a score depends on besides the model and the metric."""
+        return {
+            "resize": self.transform.resize,
+            "normalization": self.transform.normalization,
+            "max_tokens": self.tokenizer.max_tokens,
+            "sentence_field": self.sentence_field,
+            "mask_parts": self.mask_parts,
+            "shuffled_sentences": self.text_of is not None,
+        }
+
     def sentences(self) -> Iterator[str]:
         """Every sentence of every part, in order; no image is read."""
         for part in self.parts:
@@ -139,7 +153,7 @@ class ReferDataset(torch.utils.data.Dataset):
         key = random_key(self.seed, epoch, index)
         row, referent = self._referent(index)
         mask = decode_rle(self._rle(referent))
-        image, target, geometry = self.transform(self._decode(row), mask)
+        image, target, geometry = self.transform(self._image(row, index), mask)
         input_ids, text_mask = self.tokenizer(self._sentence(index, referent, key)[self.sentence_field])
         assert target is not None
         return Sample(
@@ -169,8 +183,8 @@ class ReferDataset(torch.utils.data.Dataset):
         )
 
     def picture(self, sample_id: int) -> Image.Image:
-        """The sample's image at its own size, RGB."""
-        return self._decode(self._referent(sample_id)[0])
+        """The sample's image at its own size, RGB, as the transform gets it."""
+        return self._image(self._referent(sample_id)[0], sample_id)
 
     def _referent(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
         entry = self.referent_of[index]
@@ -191,6 +205,10 @@ class ReferDataset(torch.utils.data.Dataset):
         if self.mask_parts == "exclusive" and exclusive is not None and exclusive["counts"] is not None:
             return exclusive
         return referent["mask"]
+
+    def _image(self, row: dict[str, Any], index: int) -> Image.Image:
+        image = self._decode(row)
+        return image if self.perturb is None else self.perturb(image, index)
 
     def _decode(self, row: dict[str, Any]) -> Image.Image:
         try:

@@ -1,10 +1,11 @@
 """From a run's config to loaders. The order of samples is a function of (seed, epoch) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from amltrain.config import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
@@ -156,11 +157,12 @@ def build_eval_loaders(
     tokenizer: SentenceTokenizer,
     *,
     seed: int = 0,
+    perturb: Callable[[Image.Image, int], Image.Image] | None = None,
 ) -> dict[str, DataLoader]:
     """A loader for every split of `evaluation.splits`, by that name: `val`, or `refcoco+:val`.
 
     A split without a data set's name means that of every data set that has it; with several data sets the names are
-    then written out. preprocess, protocol: complete.
+    then written out. preprocess, protocol: complete. perturb: see ReferDataset.
     """
     loaders = {}
     for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets):
@@ -176,6 +178,7 @@ def build_eval_loaders(
             keep_original_target=protocol.frame == "original",
             shuffle_sentences=evaluation.shuffle_sentences,
             max_samples=evaluation.max_samples,
+            perturb=perturb,
         )
         loaders[name] = _loader(dataset, data.workers, batch_size=evaluation.batch_size)
     return loaders

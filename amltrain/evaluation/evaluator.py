@@ -183,7 +183,16 @@ def _results(
         "no_target_by": "the model's head" if head else by_pixels,
     }
     info = dataset.info(int(samples[0, 0]))
-    return Results(info.dataset, info.split, scores, counts, asdict(rule) | facts, provenance, samples, predictions)
+    return Results(
+        info.dataset,
+        info.split,
+        scores,
+        counts,
+        asdict(rule) | dataset.describe() | facts,
+        provenance,
+        samples,
+        predictions,
+    )
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class Results:
 
     metrics      percent; classic (oIoU, mIoU, Pr@0.5-0.9) or generalized (gIoU, cIoU, N-acc, T-acc, Pr@0.7-0.9)
     counts       samples, referents, images, no_target, empty_unions, not_finite (samples with NaN or Inf logits)
-    protocol     everything that decides a score: frame, size, threshold, interpolation, sentences, ties, ...
-    provenance   what was scored: checkpoint, seed, precision, perturbation, shuffled sentences, ...
+    protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...
+    provenance   what was scored and how: checkpoint, seed, precision, perturbation, ...
     samples      [N, 6] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
     predictions  samples kept for pictures
     """
@@ -117,7 +117,7 @@ def _label(result: Results) -> str:
     notes = []
     if changed := result.provenance.get("perturbation"):
         notes.append(f"{changed['name']} {changed['severity']:g}")
-    if result.provenance.get("shuffled_sentences"):
+    if result.protocol.get("shuffled_sentences"):
         notes.append("sentences shuffled")
     return f"{result.split} ({', '.join(notes)})" if notes else result.split
 

@@ -36,6 +36,9 @@ class Scenes(Dataset):
     def counts(self) -> dict[str, int]:
         return {"images": len({i // 4 for i in range(COUNT)}), "refs": len({i // 2 for i in range(COUNT)})}
 
+    def describe(self) -> dict[str, str]:
+        return {"mask_parts": "union"}
+
     def __getitem__(self, index: int) -> Sample:
         picture, truth = torch.zeros(SIZE, SIZE), torch.zeros(SIZE, SIZE)
         picture[3 : 9 + index, 4:12] = 1

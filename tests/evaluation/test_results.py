@@ -54,7 +54,7 @@ def test_table_says_what_was_done_to_the_images_and_gives_the_mean():
     text = table([perturbed("haze", 50.0), perturbed("jitter", 61.0)])
     assert "| val (haze 1)    |       5 | 50.00 |" in text
     assert "| val (mean of 2) |         | 55.50 |" in text
-    shuffled = Results("a", "val", {"oIoU": 1.0}, {"samples": 5}, PROTOCOL, {"shuffled_sentences": True})
+    shuffled = Results("a", "val", {"oIoU": 1.0}, {"samples": 5}, PROTOCOL | {"shuffled_sentences": True})
     assert "val (sentences shuffled)" in table([shuffled])
 
 

@@ -1,0 +1,57 @@
+"""Turn a release's official checkpoint into a model folder that evaluate.py, predict.py and train.py load.
+
+    python launch/convert_checkpoint.py --model caris_swin_base --file caris_refcoco.pth --output models/caris_refcoco
+
+Prints what was renamed, what was dropped and why; refuses a file that does not match the model, naming the keys.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from amltrain.data.text import SentenceTokenizer
+from amltrain.errors import one_line_errors
+from amltrain.models.registry import model_info
+from amltrain.official import convert_official, summary
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="registered model; `amltrain models` lists them")
+    parser.add_argument("--file", required=True, help="official .pth, .pt, .bin or .safetensors file")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--kwargs", type=_json_object, default={}, help="arguments of the model's builder, as JSON")
+    parser.add_argument(
+        "--entry", help="entry of the file that holds the weights, e.g. model_ema (default: looked for)"
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder or Hub id of the tokenizer; `none` leaves it out (default: the model's own)"
+    )
+    return parser
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object, e.g. '{\"window_size\": 12}'")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    with one_line_errors():
+        preprocess = model_info(args.model).preprocess
+        tokenizer = None
+        if args.tokenizer != "none":
+            tokenizer = SentenceTokenizer.load(args.tokenizer or preprocess.tokenizer, preprocess.max_tokens)
+        conversion = convert_official(
+            args.model, args.file, args.output, kwargs=args.kwargs, entry=args.entry, tokenizer=tokenizer
+        )
+        print(summary(conversion))
+        print(f"written to {args.output}")

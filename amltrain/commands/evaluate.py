@@ -1,0 +1,133 @@
+"""Score a trained model on splits of the prepared data: oIoU, mIoU, Pr@t, or gIoU, cIoU, N-acc, T-acc on gRefCOCO.
+
+    accelerate launch launch/evaluate.py --checkpoint runs/caris/best/model --data.datasets [refcoco] --splits val testA
+
+Prints a table and writes results.json (with the protocol inside) and a sheet of predictions. The scores are the same at
+any number of processes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from torch.utils.data import DataLoader
+
+from amltrain.config import DataConfig, EvaluationConfig, ProtocolConfig, one_line, override
+from amltrain.data.loaders import build_eval_loaders
+from amltrain.errors import UserError, one_line_errors
+from amltrain.evaluation.evaluator import evaluate_model
+from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
+from amltrain.evaluation.pictures import prediction_sheet, save_picture
+from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import Results, table, write_results
+from amltrain.pretrained import Pretrained, load_pretrained
+
+
+def build_parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="evaluate.py", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file of these options; later ones override")
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="model folder, checkpoint folder or Hub repository"
+    )
+    parser.add_argument(
+        "--splits",
+        type=str,
+        nargs="+",
+        default=["val"],
+        help="splits, e.g. val testA; `refcoco+:val` names the data set",
+    )
+    parser.add_argument("--output", type=str, default="evaluation", help="folder for results.json and pictures")
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_argument(
+        "--preset", type=str | None, help="score as this release does: lavt, caris, cris, detris, rela, ..."
+    )
+    parser.add_class_arguments(ProtocolConfig, "protocol")
+    parser.add_argument("--batch_size", type=int, default=16, help="samples per forward pass on one process")
+    parser.add_argument("--max_samples", type=int | None, help="score only the first so many samples of a split")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="no is fp32")
+    parser.add_argument("--pictures", type=int, default=8, help="predictions drawn per split")
+    parser.add_argument("--seed", type=int, default=0, help="of perturbations and shuffled sentences")
+    parser.add_argument(
+        "--shuffle_sentences", type=bool, default=False, help="give every image another sample's sentence"
+    )
+    parser.add_argument(
+        "--perturbations", type=str, nargs="+", default=[], help="make images harder; `all`: the seven of the AML paper"
+    )
+    parser.add_argument(
+        "--severity", type=float | None, help="strength of the perturbations; 0 = none, 1 = the defaults"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    with one_line_errors():
+        parser = build_parser()
+        try:
+            args = parser.instantiate(parser.parse_args(arguments))
+        except UserError:
+            raise
+        except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
+            raise UserError(one_line(str(error), parser)) from error
+        results = evaluate(args)
+        if PartialState().is_main_process:
+            print(table(results))
+
+
+def evaluate(args: Namespace) -> list[Results]:
+    """Score every split under every perturbation; every process returns the same results, the main one writes them."""
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    pretrained = load_pretrained(args.checkpoint)
+    model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
+    protocol = override(named_protocol(args.preset) if args.preset else pretrained.protocol, args.protocol)
+    results: list[Results] = []
+    for perturbation in _perturbations(args):
+        for name, loader in _loaders(args, pretrained, protocol, perturbation).items():
+            result = evaluate_model(
+                accelerator, model, loader, protocol, pictures=args.pictures, provenance=_provenance(args, perturbation)
+            )
+            results.append(result)
+            if accelerator.is_main_process:  # after every split, so that a long evaluation that dies leaves what it had
+                write_results(Path(args.output) / "results.json", results)
+                picture = "-".join([name.replace(":", "-"), *([perturbation.name] if perturbation else [])])
+                save_picture(prediction_sheet(result, loader.dataset), Path(args.output) / f"{picture}.png")
+    return results
+
+
+def _perturbations(args: Namespace) -> list[Perturbation | None]:
+    """None is the image as it is; `all` the seven of the paper."""
+    names = [n for name in args.perturbations or ["none"] for n in (PAPER if name == "all" else [name])]
+    return [None if n == "none" else build_perturbation(n, args.severity, args.seed) for n in names]
+
+
+def _loaders(
+    args: Namespace, pretrained: Pretrained, protocol: ProtocolConfig, perturbation: Perturbation | None
+) -> dict[str, DataLoader]:
+    if pretrained.tokenizer is None:
+        raise UserError(f"{args.checkpoint} has no tokenizer files; save or convert it again with a tokenizer")
+    evaluation = EvaluationConfig(
+        splits=args.splits,
+        batch_size=args.batch_size,
+        max_samples=args.max_samples,
+        shuffle_sentences=args.shuffle_sentences,
+    )
+    return build_eval_loaders(
+        args.data,
+        pretrained.preprocess,
+        evaluation,
+        protocol,
+        pretrained.tokenizer,
+        seed=args.seed,
+        perturb=perturbation,
+    )
+
+
+def _provenance(args: Namespace, perturbation: Perturbation | None) -> dict[str, Any]:
+    return {
+        "checkpoint": args.checkpoint,
+        "max_samples": args.max_samples,
+        "perturbation": perturbation.describe() if perturbation else None,
+        "seed": args.seed,
+    }

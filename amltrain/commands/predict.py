@@ -1,0 +1,74 @@
+"""Segment what sentences mean in an image, with a trained model.
+
+    python launch/predict.py --checkpoint runs/quickstart/last/model --image street.jpg \
+        --sentence "red car on the left" "the dog" --output predictions/
+
+Writes for every sentence a mask (PNG, 0/255, at the image's own size) and an overlay to look at, and prints how sure
+the model is and how much of the image the mask covers.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from amltrain.errors import UserError, one_line_errors
+from amltrain.predictor import Predictor, Segmentation, read_image
+from amltrain.visualize import overlay
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, help="model folder, checkpoint folder or Hub repository")
+    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--sentence", nargs="+", required=True, help="one or several sentences, each in quotes")
+    parser.add_argument("--output", default="predictions", help="folder for the pictures (default: predictions)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
+    return parser
+
+
+def predict(
+    checkpoint: str, image: str, sentences: Sequence[str], output: str | Path, device: str | None = None
+) -> list[Segmentation]:
+    """Segment, write the pictures and print a line for each sentence."""
+    picture = ImageOps.exif_transpose(read_image(image)).convert("RGB")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = Predictor.from_pretrained(checkpoint, device)(picture, sentences)
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+        for name, sentence, segmentation in zip(_names(image, sentences), sentences, found, strict=True):
+            said = describe(segmentation)
+            Image.fromarray(segmentation.mask).convert("L").save(Path(output) / f"{name}.png")
+            overlay(picture, segmentation.mask, sentence, said).save(Path(output) / f"{name}-overlay.png")
+            print(f'"{sentence}": {said} -> {Path(output) / name}.png')
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror or error}") from error
+    return found
+
+
+def describe(segmentation: Segmentation) -> str:
+    """One phrase: how sure, and how much of the image."""
+    if segmentation.nothing:
+        return f"nothing in this image (probability {segmentation.confidence:.2f})"
+    return f"probability {segmentation.confidence:.2f}, {100 * segmentation.mask.mean():.1f} % of the image"
+
+
+def _names(image: str, sentences: Sequence[str]) -> list[str]:
+    """A file name for each sentence: readable, and no two alike."""
+    names: list[str] = []
+    for sentence in sentences:
+        words = re.sub(r"\W+", "-", sentence.lower()).strip("-")[:48]
+        name = f"{Path(image).stem}-{words}"
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    with one_line_errors():
+        predict(args.checkpoint, args.image, args.sentence, args.output, args.device)

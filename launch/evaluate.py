@@ -1,0 +1,12 @@
+"""Score a trained model on splits of prepared data: `python launch/evaluate.py --help`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # not launch/: its evaluate.py would hide the evaluate library
+    from amltrain.commands.evaluate import main
+
+    main()

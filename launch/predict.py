@@ -1,0 +1,12 @@
+"""Segment what sentences mean in an image: `python launch/predict.py --help`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # not launch/: its evaluate.py would hide the evaluate library
+    from amltrain.commands.predict import main
+
+    main()

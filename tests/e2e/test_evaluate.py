@@ -1,0 +1,109 @@
+"""launch/evaluate.py on real expressions, prepared from their original files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from amltrain.commands.evaluate import main
+from amltrain.config import DataConfig
+from amltrain.data.loaders import build_tokenizer
+from amltrain.data.prepare import prepare
+from amltrain.models import create_model, model_info
+from amltrain.pretrained import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def run(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prepared data and an untrained model."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    prepare("refcoco", shared_dir / "data" / "refer_mini", folder / "prepared", progress=False)
+    torch.manual_seed(0)
+    info = model_info("caris_tiny")
+    data = DataConfig(datasets=["refcoco"], prepared=str(folder / "prepared"))
+    tokenizer = build_tokenizer(data, info.preprocess)
+    kwargs = {"vocab_size": tokenizer.vocab_size}
+    state = create_model("caris_tiny", **kwargs).state_dict()
+    save_pretrained(
+        folder / "last" / "model", name="caris_tiny", kwargs=kwargs, state_dict=state, preprocess=info.preprocess,
+        protocol=info.protocol, tokenizer=tokenizer,
+    )  # fmt: skip
+    return folder
+
+
+def options(run: Path, output: Path, *more: str) -> list[str]:
+    shown = ["--checkpoint", run / "last", "--data.prepared", run / "prepared", "--output", output]
+    return [*map(str, shown), "--data.datasets", "[refcoco]", "--data.workers", "0", *more]
+
+
+def evaluate(run: Path, output: Path, *more: str) -> list[dict]:
+    main(options(run, output, *more))
+    return json.loads((output / "results.json").read_text())["results"]
+
+
+def test_splits_table_results_and_pictures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = evaluate(run, tmp_path, "--splits", "val", "testB", "--pictures", "2")
+    assert [(r["split"], r["counts"]["samples"], r["counts"]["referents"]) for r in results] == [
+        ("val", 10, 4),
+        ("testB", 14, 4),
+    ]
+    said = capsys.readouterr().out
+    assert "| refcoco | testB |      14 |" in said
+    assert "Scored at 96 x 96, probability > 0.5 (bilinear), all sentences, Pr@t: IoU >= t." in said
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "val.png", "testB.png"}
+    assert results[0]["protocol"]["mask_parts"] == "union"
+    assert results[0]["provenance"]["checkpoint"].endswith("last")
+
+
+def test_protocol_preset_and_overrides(run: Path, tmp_path: Path):
+    found = evaluate(run, tmp_path, "--preset", "cris", "--protocol.threshold", "0.4", "--protocol.sentences", "first")[
+        0
+    ]
+    assert found["protocol"]["frame"] == "original"
+    assert (found["protocol"]["threshold"], found["protocol"]["ties"]) == (0.4, "gt")
+    assert found["counts"]["samples"] == 4
+
+
+def test_perturbations_and_shuffled_sentences(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["--perturbations", "none", "low_light", "occluded", "--severity", "0.9", "--shuffle_sentences", "true"]
+    results = evaluate(run, tmp_path, *arguments, "--max_samples", "5")
+    names = [r["provenance"]["perturbation"] and r["provenance"]["perturbation"]["name"] for r in results]
+    assert names == [None, "low_light", "occluded"]
+    assert all(r["protocol"]["shuffled_sentences"] and r["counts"]["samples"] == 5 for r in results)
+    assert "val (occluded 0.9, sentences shuffled)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["--splits", "vall"], "no split 'vall'"),
+        (["--preset", "criss"], "did you mean cris"),
+        (["--protocol.threshold", "2"], "must lie between 0 and 1"),
+        (["--protocol.frame", "orig"], "protocol.frame"),
+        (["--perturbations", "fog"], "unknown perturbation 'fog'"),
+        (["--chekpoint", "x"], "chekpoint"),
+    ],
+)
+def test_mistakes_get_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: list[str], message: str
+):
+    with pytest.raises(SystemExit) as stopped:
+        main(options(run, tmp_path / "out", *mistake))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1]
+    assert said[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.e2e
+def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path, repository: Path):
+    alone = evaluate(run, tmp_path / "one", "--splits", "testB", "--batch_size", "4")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(repository / "launch" / "evaluate.py")]
+    command += options(run, tmp_path / "two", "--splits", "testB", "--batch_size", "4")
+    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=300)
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["results"] == alone

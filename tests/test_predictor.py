@@ -1,0 +1,118 @@
+"""An image and sentences in, masks at the image's own size out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.errors import UserError
+from amltrain.evaluation.protocols import named_protocol
+from amltrain.predictor import Predictor, read_image
+from amltrain.pretrained import Pretrained
+from amltrain.records import Batch, ModelOutput
+from tests.evaluation.stand_in import SeesBright
+
+
+class Words:
+    """Tokens are the lengths of the words."""
+
+    def __call__(self, sentence: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.zeros(6, dtype=torch.int64)
+        lengths = [len(w) for w in sentence.split()][:6]
+        ids[: len(lengths)] = torch.tensor(lengths)
+        return ids, ids > 0
+
+
+def predictor(head: bool = False, resize: str = "square", protocol: ProtocolConfig | None = None) -> Predictor:
+    preprocess = PreprocessConfig(48, resize, "half", "words", 6, "sent")
+    model = SeesBright(head)
+    return Predictor(Pretrained(model, preprocess, protocol or named_protocol("caris"), Words(), "stand_in", {}))
+
+
+@pytest.fixture
+def scene() -> tuple[Image.Image, np.ndarray]:
+    truth = np.zeros((60, 90), bool)
+    truth[15:45, 30:75] = True
+    return Image.fromarray(np.where(truth, 255, 0).astype(np.uint8)), truth
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return np.count_nonzero(a & b) / np.count_nonzero(a | b)
+
+
+@pytest.mark.parametrize("resize", ["square", "letterbox"])
+def test_masks_fit_the_image(scene, resize: str):
+    image, truth = scene
+    found = predictor(resize=resize)(image, "the bright one")
+    assert len(found) == 1
+    assert found[0].mask.shape == found[0].probability.shape == (60, 90)
+    assert iou(found[0].mask, truth) > 0.9
+    assert found[0].confidence > 0.9
+    assert not found[0].nothing
+
+
+def test_many_sentences_come_back_in_order(scene):
+    image, _ = scene
+    found = predictor(head=True)(image, [f"number {i}" for i in range(20)])
+    assert len(found) == 20
+    # the stand-in says "nothing" to every third sample of a batch of eight
+    assert [s.nothing for s in found] == [i % 8 % 3 == 0 for i in range(20)]
+    assert not found[0].mask.any()
+    assert found[1].mask.any()
+
+
+def test_nothing_by_pixel_count_and_by_an_empty_mask(scene):
+    image, truth = scene
+    rule = named_protocol("caris")
+    rule.no_target_pixels = int(truth.sum()) * 2
+    assert predictor(protocol=rule)(image, "x")[0].nothing
+    black = predictor()(Image.new("RGB", (50, 40)), "x")[0]
+    assert black.nothing
+    assert black.confidence > 0.9
+    assert black.mask.shape == (40, 50)
+
+
+def test_a_rotated_photo_is_seen_upright(scene, tmp_path: Path):
+    image, truth = scene
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show rotated by 90 degrees clockwise
+    image.rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
+    found = predictor()(read_image(tmp_path / "photo.png"), "the bright one")
+    assert iou(found[0].mask, truth) > 0.9
+
+
+def test_bad_input(scene, tmp_path: Path):
+    with pytest.raises(UserError, match="a sentence is empty"):
+        predictor()(scene[0], ["fine", " "])
+    with pytest.raises(UserError, match="there is no image"):
+        read_image(tmp_path / "none.jpg")
+    Image.effect_noise((200, 200), 50).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name in ("half.jpg", "text.jpg"):
+        with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
+            read_image(tmp_path / name)
+    with pytest.raises(UserError, match="no tokenizer files"):
+        Predictor(Pretrained(SeesBright(), PreprocessConfig(), ProtocolConfig(), None, "x", {}))
+
+
+def test_the_model_sees_what_the_loader_would_give(scene):
+    seen: list[Batch] = []
+
+    class Spy(SeesBright):
+        def forward(self, batch: Batch) -> ModelOutput:
+            seen.append(batch)
+            return super().forward(batch)
+
+    preprocess = PreprocessConfig(48, "square", "half", "words", 6, "sent")
+    predict = Predictor(Pretrained(Spy(), preprocess, named_protocol("caris"), Words(), "stand_in", {}))
+    predict(scene[0], ["the bright one", "it"])
+    batch = seen[0]
+    assert batch.image.shape == (2, 3, 48, 48)
+    assert batch.image.dtype == torch.float32
+    assert batch.input_ids.tolist() == [[3, 6, 3, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
+    assert batch.text_mask.sum(1).tolist() == [3, 1]
+    assert batch.geometry[0, :2].tolist() == [60, 90]
