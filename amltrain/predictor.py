@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from amltrain.data.transforms import ImageTransform
+from amltrain.data.loaders import build_transform
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.protocols import complete
@@ -48,8 +48,7 @@ class Predictor:
         self.model = pretrained.model.eval().to(device)
         self.rule = complete(pretrained.protocol)
         self.tokenizer = pretrained.tokenizer
-        p = pretrained.preprocess
-        self.transform = ImageTransform(p.size, p.resize, p.normalization)
+        self.transform = build_transform(pretrained.preprocess)
         self.device, self.batch_size = torch.device(device), batch_size
 
     @classmethod

@@ -47,9 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         preprocess = model_info(args.model).preprocess
-        tokenizer = None
-        if args.tokenizer != "none":
-            tokenizer = SentenceTokenizer.load(args.tokenizer or preprocess.tokenizer, preprocess.max_tokens)
+        name = args.tokenizer or str(preprocess.tokenizer)
+        tokenizer = None if name == "none" else SentenceTokenizer.load(name, preprocess.max_tokens)
         conversion = convert_official(
             args.model, args.file, args.output, kwargs=args.kwargs, entry=args.entry, tokenizer=tokenizer
         )

@@ -21,7 +21,7 @@ transformations but not their factors. The factors below are ours; figures are c
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
@@ -38,7 +38,8 @@ BLOCK = 32
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as PIL's "L"
 
 
-class Perturbation(NamedTuple):
+@dataclass(frozen=True)
+class Perturbation:
     """A named transformation of test images; `describe()` goes into results.json.
 
     Called with (image, sample_id); severity as in the table above, in 0..`LIMITS`.
@@ -97,8 +98,8 @@ def patches(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
     if severity == 0:
         return pixels
     for _ in range(3):
-        share = 0.1 + 0.2 * severity * rng.random(2)
-        pixels = _fill(pixels, *(round(x) for x in share * pixels.shape[:2]), 0.0, rng)
+        height, width = (0.1 + 0.2 * severity * rng.random(2)) * pixels.shape[:2]
+        pixels = _fill(pixels, round(height), round(width), 0.0, rng)
     return pixels
 
 

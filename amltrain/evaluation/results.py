@@ -105,10 +105,11 @@ def table(results: Sequence[Results]) -> str:
         lines += [*_markdown(rows + _means(group, names)), ""]
     lines += dict.fromkeys(f"Scored {describe(r)}." for r in results)
     for r in results:
-        if r.counts.get("empty_unions"):
-            lines.append(
-                f"{r.dataset} {r.split}: {r.counts['empty_unions']} samples with an empty union count as IoU 0."
-            )
+        name, count = f"{r.dataset} {_label(r)}", r.counts
+        if count.get("empty_unions"):
+            lines.append(f"{name}: {count['empty_unions']} samples with an empty union count as IoU 0.")
+        if count.get("not_finite"):
+            lines.append(f"{name}: the logits of {count['not_finite']} samples are NaN or infinite!")
     return "\n".join(lines)
 
 

@@ -37,12 +37,13 @@ def test_json_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
 
 def test_table_names_each_protocol_once():
     generalized = Results("grefcoco", "val", {"gIoU": 1.0}, {"samples": 3}, PROTOCOL | {"metrics": "generalized"})
-    text = table([classic(), classic("testA", empty_unions=2), generalized])
+    text = table([classic(), classic("testA", empty_unions=2, not_finite=3), generalized])
     assert "| refcoco | val   |   10834 | 65.43 | 70.00 |      - |" in text
     assert (
         text.count("at the original size, probability > 0.35 (bicubic), all sentences, Pr@t: I / (U + 1e-6) > t.") == 1
     )
     assert "no target by nothing: never said" in text
+    assert "refcoco testA: the logits of 3 samples are NaN" in text
     assert "refcoco testA: 2 samples with an empty union count as IoU 0." in text
 
 
