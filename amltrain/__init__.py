@@ -1,6 +1,6 @@
 """amltrain: referring image segmentation on HuggingFace Accelerate, with alignment-aware masked learning (AML).
 
-    from amltrain import Predictor, create_model, list_models, load_pretrained
+from amltrain import Predictor, create_model, list_models, load_pretrained
 """
 
 import importlib

@@ -76,7 +76,9 @@ def find_resumable(output: Path, resume: str, warn: Warn) -> Path | None:
     """
     if resume == "never":
         if checkpoints(output):
-            raise UserError(f"{output} has checkpoints and resume is never; choose another --output or remove the folder")
+            raise UserError(
+                f"{output} has checkpoints and resume is never; choose another --output or remove the folder"
+            )
         return None
     if resume != "auto":
         named = Path(resume).resolve()
@@ -94,7 +96,9 @@ def find_resumable(output: Path, resume: str, warn: Warn) -> Path | None:
         faults.append(f"{checkpoint}: {fault}")
         warn(f"WARNING: passing over a damaged checkpoint, {faults[-1]}")
     if faults:
-        raise UserError(f"no whole checkpoint is left in {output} ({'; '.join(faults)}); start anew in another --output")
+        raise UserError(
+            f"no whole checkpoint is left in {output} ({'; '.join(faults)}); start anew in another --output"
+        )
     return None
 
 
@@ -158,15 +162,11 @@ def remove_leftovers(output: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _finish(
-    aside: Path, final: Path, trainer_state: dict[str, Any], write_model: Callable[[Path], None]
-) -> None:
+def _finish(aside: Path, final: Path, trainer_state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
     (aside / "state" / "trainer.json").write_text(json.dumps(trainer_state, indent=1))
     write_model(aside / "model")
     files = sorted(path for path in aside.rglob("*") if path.is_file())
-    entries = {
-        str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
+    entries = {str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (aside / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
     for path in [*files, aside / MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
         _flush(path)

@@ -1,0 +1,40 @@
+"""Being asked to stop: SIGTERM or SIGUSR1 from a scheduler, or the run's own time limit.
+
+A request is only noted here. The loop looks at it once a step, together with all other processes, saves and leaves with
+exit code 75 (EX_TEMPFAIL: try again later), so that the next start goes on exactly there. Launchers of several
+processes turn every exit code into 1; the file `requeue` in the output folder says the same to them.
+"""
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+REQUEUE_EXIT_CODE = 75
+REQUEUE_FILE = "requeue"
+
+
+class Interruption:
+    """Whether this process was asked to stop. `reason` is None until it was."""
+
+    def __init__(self, time_limit_hours: float | None = None) -> None:
+        self.reason: str | None = None
+        self.deadline = None if time_limit_hours is None else time.monotonic() + time_limit_hours * 3600
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+
+    def requested(self) -> bool:
+        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.reason = "the time limit"
+        return self.reason is not None
+
+
+def mark_requeue(output: Path, wanted: bool) -> None:
+    """Tell a job script whether to queue the run again."""
+    if wanted:
+        (output / REQUEUE_FILE).touch()
+    else:
+        (output / REQUEUE_FILE).unlink(missing_ok=True)

@@ -1,0 +1,187 @@
+"""From a run's config to the built parts of a run. Every `build_*` here sees the config; what they build does not."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+from torch import nn
+from torch.utils.data import DataLoader
+
+from amltrain.config import DataConfig, PreprocessConfig, ProtocolConfig, RunConfig, TrainConfig, override
+from amltrain.data.dataset import ReferDataset
+from amltrain.data.leakage import held_out_images, write_combined_manifest
+from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset
+from amltrain.data.prepare import describe, prepare, read_manifest
+from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
+from amltrain.data.text import SentenceTokenizer
+from amltrain.errors import UserError
+from amltrain.losses import create_loss
+from amltrain.models import ModelInfo, RISModel, create_model, model_info
+from amltrain.pretrained import load_pretrained, load_weights, save_pretrained
+from amltrain.tasks import AMLTask, SupervisedTask, build_task
+
+
+class BatchPlan(NamedTuple):
+    """How a global batch is shared: processes x micro x accumulation = samples per optimizer step."""
+
+    processes: int
+    micro: int
+    accumulation: int
+
+    @property
+    def samples(self) -> int:
+        return self.processes * self.micro * self.accumulation
+
+
+class Parts(NamedTuple):
+    """The built parts of a run, before Accelerate wraps any of them. `preprocess` and `protocol` are complete."""
+
+    task: SupervisedTask | AMLTask
+    dataset: ReferDataset
+    eval_loaders: dict[str, DataLoader]
+    tokenizer: SentenceTokenizer
+    preprocess: PreprocessConfig
+    protocol: ProtocolConfig
+    model_kwargs: dict[str, Any]
+
+
+def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
+    """Keep the global batch size whatever the number of processes. Raises UserError if it does not divide."""
+    total = train.global_batch_size
+    micro = train.micro_batch_size or max(1, total // processes)
+    if total % (micro * processes):
+        raise UserError(
+            f"train.global_batch_size={total} is not a multiple of {processes} processes x micro batches of {micro}; "
+            f"change train.micro_batch_size or the number of processes"
+        )
+    return BatchPlan(processes, micro, total // (micro * processes))
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate with what this trainer relies on: the scheduler is ours, accumulation ignores epochs' ends."""
+    # the number of processes is known only once Accelerate has started, so accumulation is set afterwards
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=config.tracking.trackers or None,
+        project_config=ProjectConfiguration(project_dir=config.output, logging_dir=str(Path(config.output) / "logs")),
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else [],
+    )
+    plan = plan_batches(config.train, accelerator.num_processes)
+    accelerator.gradient_accumulation_steps = plan.accumulation
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        # DeepSpeed wants to know; it is given no loader to infer them from
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = plan.micro
+        plugin.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
+    return accelerator
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Run on the main process while the others wait; its UserError is raised on all of them."""
+    fault: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            fault = [str(error)]
+    broadcast_object_list(fault)
+    if fault[0] is not None:
+        raise UserError(fault[0])
+
+
+def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
+    """Prepare every data set that is not there yet: from `refer_root`, or drawn for the refshapes family."""
+    prepared = Path(data.prepared)
+    if not prepared.exists() and data.prepared.count("/") == 1 and data.refer_root is None and not _synthetic(data):
+        return  # a Hub data set
+    for name in data.datasets:
+        if read_manifest(prepared / name) is not None:
+            continue
+        if name.endswith("shapes") or name.startswith("refshapes"):
+            source = prepared / "source" / f"{name}-{data.shapes.size}px-seed{data.shapes.seed}"
+            sizes = dict.fromkeys(SPLIT_SIZES, data.shapes.evaluation) | {"train": data.shapes.train}
+            write_refshapes(source, name, split_sizes=sizes, size=data.shapes.size, seed=data.shapes.seed)
+            manifest = prepare(name, source, prepared, max_skipped=data.max_skipped)
+        elif data.refer_root is not None:
+            manifest = prepare(
+                name, data.refer_root, prepared, image_root=data.image_root, max_skipped=data.max_skipped
+            )
+        else:
+            raise UserError(
+                f"{prepared / name} is not prepared; give data.refer_root (and data.image_root), or run "
+                f"launch/prepare_data.py --dataset {name}"
+            )
+        say(describe(manifest))
+    if len(data.datasets) > 1:
+        excluded = held_out_images(data.prepared, data.datasets) if data.leak_filter else set()
+        path = write_combined_manifest(data.prepared, data.datasets, excluded, leak_filter=data.leak_filter)
+        say(f"combined training: counts and dropped images are in {path}")
+
+
+def _synthetic(data: DataConfig) -> bool:
+    return any("shapes" in name for name in data.datasets)
+
+
+def build_parts(config: RunConfig, *, processes: int, on_cuda: bool) -> Parts:
+    """Build model, loss, AML and data; the random start of the weights is a function of the seed."""
+    info = model_info(config.model.name)
+    preprocess = override(info.preprocess, config.preprocess)
+    protocol = override(info.protocol, config.evaluation.protocol)
+    tokenizer = build_tokenizer(config.data, preprocess)
+    torch.manual_seed(config.seed)
+    model, kwargs = build_model(config, tokenizer)
+    task = build_task(model, build_loss(config, info), config.aml)
+    if config.train.sync_batchnorm and processes > 1 and on_cuda:
+        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    dataset = build_train_dataset(config.data, preprocess, tokenizer, seed=config.seed)
+    loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
+    return Parts(task, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
+
+
+def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISModel, dict[str, Any]]:
+    """The model, and the arguments that build it again without pretrained encoders."""
+    wanted = config.model
+    kwargs = {"vocab_size": tokenizer.vocab_size, **wanted.kwargs}
+    start = {
+        key: value
+        for key, value in (("vision_weights", wanted.vision_weights), ("text_weights", wanted.text_weights))
+        if value is not None
+    }
+    model = create_model(wanted.name, **kwargs, **start)
+    if wanted.checkpoint is not None:
+        load_weights(model, load_pretrained(wanted.checkpoint).model.state_dict(), wanted.checkpoint)
+    if wanted.gradient_checkpointing:
+        model.set_gradient_checkpointing(True)
+    return model, kwargs
+
+
+def build_loss(config: RunConfig, info: ModelInfo) -> nn.Module:
+    name = config.loss.name or info.loss
+    defaults = info.loss_kwargs if name == info.loss else {}
+    return create_loss(name, **{**defaults, **config.loss.kwargs})
+
+
+def write_model_folder(folder: Path, config: RunConfig, parts: Parts, state_dict: dict[str, Any]) -> None:
+    """The model of a run as a folder that loads alone."""
+    save_pretrained(
+        folder,
+        name=config.model.name,
+        kwargs=parts.model_kwargs,
+        state_dict=state_dict,
+        preprocess=parts.preprocess,
+        protocol=parts.protocol,
+        tokenizer=parts.tokenizer,
+    )

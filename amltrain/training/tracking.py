@@ -1,0 +1,85 @@
+"""What a run says: the banner, the log, the trackers. Only the main process speaks."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from amltrain import __version__
+from amltrain.config import RunConfig
+from amltrain.errors import UserError
+from amltrain.training.setup import BatchPlan, Parts
+
+
+def say(accelerator: Accelerator, text: str) -> None:
+    """A line above the progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
+
+
+def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: BatchPlan, total_steps: int) -> str:
+    """Everything that decides a run's numbers, at its start."""
+    trained = sum(p.numel() for p in parts.task.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in parts.task.model.parameters() if not p.requires_grad)
+    counts = parts.dataset.counts()
+    epochs = total_steps * plan.samples / len(parts.dataset)
+    aml = f"{config.aml.preset}" if config.aml.enabled else "off"
+    p = parts.preprocess
+    splits = [f"{name} ({len(loader.dataset):,})" for name, loader in parts.eval_loaders.items()]  # type: ignore
+    lines = {
+        "model": f"{config.model.name}, {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
+        "aml": aml,
+        "data": f"{' + '.join(config.data.datasets)} {config.data.train_split}: {counts['images']:,} images, "
+        f"{counts['refs']:,} refs, {counts['expressions']:,} expressions; an epoch visits every {config.data.train_unit}",
+        "evaluate": ", ".join(splits),
+        "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
+        "batch": f"{plan.samples} = {plan.processes} processes x {plan.micro} x {plan.accumulation} accumulated",
+        "steps": f"{total_steps:,} ({epochs:.1f} epochs)",
+        "precision": accelerator.mixed_precision,
+        "device": f"{accelerator.device}, {accelerator.distributed_type.value.lower()}",
+        "output": config.output,
+    }
+    return f"amltrain {__version__}\n" + "\n".join(f"  {key:10} {value}" for key, value in lines.items())
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+    """Start the trackers that the run names; none of them is asked for a login unless it is named."""
+    try:
+        accelerator.init_trackers("amltrain", config=_flat(asdict(config)))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"tracking.trackers={config.tracking.trackers}: {error}") from error
+
+
+class History:
+    """`log.jsonl`: one line per logged step and evaluation; a resumed run drops the lines it will write again."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def add(self, step: int, values: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # cut off by a kill
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool, torch.Tensor)) else str(value)
+    return flat
