@@ -5,15 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from amltrain.commands.evaluate import main
-from amltrain.config import DataConfig
-from amltrain.data.loaders import build_tokenizer
+from amltrain.config import DataConfig, EvaluationConfig
+from amltrain.data.loaders import build_eval_loaders, build_tokenizer
 from amltrain.data.prepare import prepare
+from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.models import create_model, model_info
-from amltrain.pretrained import save_pretrained
+from amltrain.predictor import Predictor
+from amltrain.pretrained import load_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +111,16 @@ def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path, reposit
     command += options(run, tmp_path / "two", "--splits", "testB", "--batch_size", "4")
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=300)
     assert json.loads((tmp_path / "two" / "results.json").read_text())["results"] == alone
+
+
+def test_predictor_sees_what_the_evaluation_scored(run: Path):
+    pretrained = load_pretrained(run / "last")
+    data = DataConfig(datasets=["refcoco"], prepared=str(run / "prepared"), workers=0)
+    loaders = build_eval_loaders(
+        data, pretrained.preprocess, EvaluationConfig(), pretrained.protocol, pretrained.tokenizer
+    )
+    results = evaluate_model(Accelerator(cpu=True), pretrained.model, loaders["val"], pretrained.protocol, pictures=3)
+    predictor, dataset = Predictor(pretrained), loaders["val"].dataset
+    for kept in results.predictions:
+        found = predictor(dataset.picture(kept.sample_id), dataset.info(kept.sample_id).sentence)[0]
+        assert np.mean(found.mask != kept.mask) < 1e-4  # batches of other sizes round differently

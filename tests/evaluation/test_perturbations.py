@@ -1,11 +1,15 @@
 """Each perturbation does what its line in the table says, and the same one every time."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from amltrain.errors import UserError
 from amltrain.evaluation.perturbations import PERTURBATIONS, build_perturbation
+from amltrain.evaluation.protocols import PROTOCOLS
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,9 @@ def test_bad_names_and_severities():
         build_perturbation("hase")
     with pytest.raises(UserError, match=r"severity 1.5 of occluded must lie between 0 and 1\.0"):
         build_perturbation("occluded", 1.5)
+
+
+def test_the_page_on_evaluation_names_everything(repository: Path):
+    page = (repository / "docs" / "evaluation.md").read_text()
+    missing = [name for name in (*PERTURBATIONS, *PROTOCOLS) if not re.search(rf"\b{name}\b", page)]
+    assert not missing
