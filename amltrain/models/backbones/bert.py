@@ -5,8 +5,11 @@ Paper: Devlin et al., BERT, NAACL 2019. The releases bundle copies of transforme
 Dimensions: B batch, L text tokens, P appended vectors, C width.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
 
@@ -56,8 +59,8 @@ def train_first_layers(bert: BertModel, count: int) -> None:
 
 
 def set_bert_gradient_checkpointing(bert: BertModel, enabled: bool) -> None:
-    """Recompute BERT's layers in the backward pass (the non-reentrant kind, which DDP and compile need)."""
-    if enabled:
-        bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        bert.gradient_checkpointing_disable()
+    """Recompute BERT's layers in the backward pass (the non-reentrant kind, which DDP and compile need).
+
+    transformers' public switch also makes frozen embeddings ask for gradients and has another name in every version.
+    """
+    bert._set_gradient_checkpointing(enabled, partial(checkpoint, use_reentrant=False))

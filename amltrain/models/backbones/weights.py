@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resize_rel_pos_bias_table
+from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 from transformers import BertModel
 
@@ -72,22 +72,27 @@ def load_swin(swin: Swin, weights: str) -> None:
         if key.endswith("relative_position_bias_table") and key in own and table.shape != own[key].shape:
             side = round(own[key].shape[0] ** 0.5)
             window = ((side + 1) // 2, (side + 1) // 2)
-            state[key] = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=own[key].shape)
+            state[key] = resize_rel_pos_bias_table_simple(table, window, own[key].shape)  # the one that is bicubic
     fill(swin, state, weights, may_be_missing=tuple(f"norm{i}." for i in range(4)))
 
 
 def load_bert(bert: BertModel, weights: str) -> None:
-    """Fill a BERT from a Hub id or folder (bert-base-uncased), or from a pytorch_model.bin / model.safetensors file."""
+    """Fill a BERT from a Hub id or folder (bert-base-uncased), or from a pytorch_model.bin / model.safetensors file.
+
+    The pooler and the heads of pretraining have no place here.
+    """
     if is_file(weights):
-        state = {key.removeprefix("bert."): value for key, value in read_state_dict(Path(weights)).items()}
+        state = {_bert_name(key): value for key, value in read_state_dict(Path(weights)).items()}
     else:
         try:
-            state = BertModel.from_pretrained(weights, add_pooling_layer=False).state_dict()
-        except OSError as error:
+            found, report = BertModel.from_pretrained(weights, add_pooling_layer=False, output_loading_info=True)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
                 f"is a network and name the folder (model.text_weights)"
             ) from error
+        absent = set(report["missing_keys"])  # transformers has filled these with random numbers
+        state = {key: value for key, value in found.state_dict().items() if key not in absent}
     unused = ("pooler.", "cls.")
     state = {key: v for key, v in state.items() if not key.startswith(unused) and not key.endswith("position_ids")}
     fill(bert, state, weights)
@@ -138,3 +143,9 @@ def _after_their_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts[1] = str(int(parts[1]) - 1)
         renamed[".".join(parts)] = value
     return renamed
+
+
+def _bert_name(key: str) -> str:
+    """Without the prefix of a BERT with heads, and with Google's names of 2018 brought up to date."""
+    key = key.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")
+    return key.replace("LayerNorm.beta", "LayerNorm.bias")
