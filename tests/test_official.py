@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from amltrain.commands import convert
 from amltrain.config import PreprocessConfig
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
@@ -179,3 +180,16 @@ def test_recorded_official_weights(
     convert_official("recorded", tmp_path / "official.pth", tmp_path / "ours", kwargs={"config": config})
     expected, _ = compare.load_model(adapter, config, weights)
     assert same(load_pretrained(tmp_path / "ours").model.state_dict(), expected.state_dict())
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save({"model": WEIGHTS}, tmp_path / "official.pth")
+    given = ["--model", "linear", "--file", str(tmp_path / "official.pth"), "--output", str(tmp_path / "ours")]
+    convert.main([*given, "--tokenizer", "none"])
+    said = capsys.readouterr().out
+    assert "2 keys taken over, 0 under their own name, the others renamed:" in said
+    assert "1 keys dropped:" in said
+    with pytest.raises(SystemExit) as stopped:
+        convert.main([*given, "--tokenizer", "none", "--entry", "ema"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'official.pth'} has no entry 'ema'; it has model\n"
