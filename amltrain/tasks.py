@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amltrain.aml.cache import ScoreCache, refuse_sharded
 from amltrain.aml.masking import Selection, filtering_mask, mask_image, relocate, spread_blocks
 from amltrain.aml.presets import resolve
 from amltrain.aml.similarity import PatchScorer, create_projection
@@ -71,10 +72,12 @@ class AMLTask(nn.Module):
         level: Level = "image",
         clean_loss_weight: float = 0.0,
         stage1_size: int | None = None,
+        cache_scores: bool = False,
         diagnostics: bool = False,
     ) -> None:
         """scorer: PMME; None with features="pred", whose score is the predicted probability of the referent.
 
+        cache_scores: remember scores; only for a model whose scored encoders never change.
         diagnostics: also return "scores" [B, h, w], "blocks" [B, r, c] and "alignment", the sums of aml.statistics.
         """
         super().__init__()
@@ -86,6 +89,7 @@ class AMLTask(nn.Module):
         self.level = level
         self.clean_loss_weight = clean_loss_weight
         self.stage1_size = stage1_size
+        self.cache = ScoreCache() if cache_scores else None
         self.diagnostics = diagnostics
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -94,7 +98,7 @@ class AMLTask(nn.Module):
             return self._suppress_features(batch)
         if self.clean_loss_weight:
             return self._train_on_both(batch)
-        scores = self.score(batch)
+        scores = self.score(batch) if self.cache is None else self._cached_scores(batch)
         blocks = self.blocks(scores, batch)
         masked = batch._replace(image=self.masked_image(batch.image, blocks, scores))
         return {**self.loss(self.model(masked), masked), **self._extras(scores, blocks, batch)}
@@ -131,6 +135,11 @@ class AMLTask(nn.Module):
         if self.scorer is None:
             return self._stage1(batch, features, output)
         return self.scorer(self._stage1(batch, features, output))
+
+    def _cached_scores(self, batch: Batch) -> Tensor:
+        if not self.cache.known:
+            refuse_sharded(self.model)
+        return self.cache(batch, self.score)
 
     def _stage1(self, batch: Batch, features: Features | None = None, output: ModelOutput | None = None) -> Any:
         """What is scored: AlignmentFeatures; with features="pred" the score itself [B, h, w]."""
@@ -255,6 +264,7 @@ def build_task(model: RISModel, loss: nn.Module, aml: AMLConfig) -> SupervisedTa
         level=chosen.level,
         clean_loss_weight=chosen.clean_loss_weight,
         stage1_size=chosen.stage1_size,
+        cache_scores=chosen.cache_scores,
         diagnostics=chosen.diagnostics_every is not None,
     )
 

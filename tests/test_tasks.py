@@ -98,6 +98,59 @@ def test_every_parameter_trains_under_every_level_and_preset() -> None:
         assert not without, (options, without)
 
 
-def test_unknown_pairs_are_refused() -> None:
-    with pytest.raises(UserError, match="identity"):
-        make_task(projection="identity")
+REFUSED = [
+    ({"projection": "identity"}, r"256 \(visual\) and 128 \(text\)"),
+    ({"projection": "learnable", "level": "random"}, "masked pixels"),
+    ({"projection": "learnable", "features": "pred"}, "nothing to learn"),
+    ({"projection": "linear", "explicit": True}, r"aml\.explicit"),
+    ({"level": "feature", "preset": "released"}, r"aml\.clean_loss_weight=0"),
+    ({"stage1_size": 64, "preset": "released"}, "saves nothing"),
+    ({"cache_scores": True}, "CARIS trains what is scored"),
+    ({"cache_scores": True, "features": "late"}, r"aml\.features=early"),
+    ({"tau": 1.5}, r"aml\.tau=1\.5"),
+    ({"rho": -0.1}, r"aml\.rho=-0\.1"),
+    ({"block": 0}, r"aml\.block=0"),
+    ({"temperature": 0.0}, r"aml\.temperature=0\.0"),
+    ({"clean_loss_weight": 1.0}, r"aml\.enabled=false"),
+    ({"preset": "papre"}, "did you mean paper"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_task(**options)
+
+
+def test_the_models_limits_are_named() -> None:
+    model = create_model("caris_tiny")
+    loss = create_loss("weighted_cross_entropy")
+    model.fused_dims, model.supports_suppression = None, False
+    for options, message in (
+        ({"features": "late"}, "features after fusion, which CARIS"),
+        ({"level": "feature"}, "attention over visual positions, which CARIS"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_task(model, loss, AMLConfig(**options))
+    del model.alignment_text
+    with pytest.raises(UserError, match="one kind of token features"):
+        build_task(model, loss, AMLConfig(text="plain"))
+
+
+def test_presets_can_be_overridden_field_by_field() -> None:
+    task = make_task(preset="released", selection="patch", clean_loss_weight=0.0, rho=0.5)
+    assert (task.selection, task.clean_loss_weight, task.rho, task.tau) == ("patch", 0.0, 0.5, 0.4)
+    assert task.scorer.score_padding
+
+
+def test_a_fixed_temperature_is_not_calibrated_and_the_literal_one_warns() -> None:
+    task = make_task(temperature=0.03)
+    assert not task.needs_calibration
+    assert task.scorer.temperature == pytest.approx(0.03)
+    with pytest.warns(UserWarning, match="blanked"):
+        make_task(temperature=1.0)
+
+
+def test_calibration_needs_a_batch() -> None:
+    with pytest.raises(UserError, match="at least one batch"):
+        make_task().calibrate([])
