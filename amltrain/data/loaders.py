@@ -145,7 +145,7 @@ def build_train_loader(
         first_step=first_step,
         weights=data.weights,
     )
-    batches = BatchSampler(sampler, micro_batch_size, drop_last=False)
+    batches = BatchSampler(sampler, micro_batch_size, drop_last=False)  # type: ignore[arg-type]
     return _loader(dataset, data.workers, batch_sampler=batches)
 
 

@@ -34,7 +34,8 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
         "model": f"{config.model.name}, {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
         "aml": aml,
         "data": f"{' + '.join(config.data.datasets)} {config.data.train_split}: {counts['images']:,} images, "
-        f"{counts['refs']:,} refs, {counts['expressions']:,} expressions; an epoch visits every {config.data.train_unit}",
+        f"{counts['refs']:,} refs, {counts['expressions']:,} expressions",
+        "epoch": f"every {config.data.train_unit} once",
         "evaluate": ", ".join(splits),
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
         "batch": f"{plan.samples} = {plan.processes} processes x {plan.micro} x {plan.accumulation} accumulated",
@@ -55,15 +56,20 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 
 class History:
-    """`log.jsonl`: one line per logged step and evaluation; a resumed run drops the lines it will write again."""
+    """`log.jsonl`: one line per logged step and evaluation; a resumed run drops the lines it will write again.
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        if path.is_file():
+    Processes other than the main one pass enabled=False, and write nothing.
+    """
+
+    def __init__(self, path: Path, first_step: int, *, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+        if enabled and path.is_file():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
             path.write_text("".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, values: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -185,8 +185,7 @@ class Trainer:
             f"step {self.progress.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, "
             f"samples {ids}"
         )
-        if self.accelerator.is_main_process:
-            self.history.add(self.progress.step + 1, {"skipped_samples": ids})
+        self.history.add(self.progress.step + 1, {"skipped_samples": ids})
         if self.progress.bad_in_a_row >= self.config.train.max_bad_steps:
             good = [str(path) for path in checkpoints.checkpoints(self.output)[-1:]] or ["none yet"]
             raise UserError(
@@ -316,7 +315,7 @@ class Trainer:
         self.task.train()
         if self.resume_from is not None:
             self._resume(self.resume_from)
-        self.history = History(self.output / "log.jsonl", self.progress.step) if accelerator.is_main_process else None
+        self.history = History(self.output / "log.jsonl", self.progress.step, enabled=accelerator.is_main_process)
         start_trackers(accelerator, config)
         self.say(banner(config, self.parts, accelerator, self.plan, self.total_steps))
 
@@ -362,7 +361,7 @@ class Trainer:
         draws = list(sampler)[self.accelerator.process_index :: self.plan.processes]
         for start in range(0, len(draws), self.plan.micro):
             batch = collate([self.parts.dataset[draw] for draw in draws[start : start + self.plan.micro]])
-            yield Batch(*(x.to(self.accelerator.device) if isinstance(x, Tensor) else x for x in batch))
+            yield send_to_device(batch, self.accelerator.device)
 
     def _inference_model(self) -> Any:
         if self.ema is not None:
@@ -412,8 +411,7 @@ class Trainer:
 
     def _log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.progress.step)
-        if self.accelerator.is_main_process:
-            self.history.add(self.progress.step, values)
+        self.history.add(self.progress.step, values)
 
     def _leave(self) -> None:
         self.say(

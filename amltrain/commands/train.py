@@ -1,0 +1,20 @@
+"""`launch/train.py` and `amltrain train`: one training run."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from amltrain.config import parse_config
+from amltrain.errors import one_line_errors
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run with these arguments (default: the command line's); without any, the quickstart."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with one_line_errors():
+        config = parse_config(arguments or ["--config", str(QUICKSTART)])
+        from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
+
+        train(config)
