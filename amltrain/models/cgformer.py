@@ -3,8 +3,7 @@
 Paper: Tang et al., Contrastive Grouping with Transformer for Referring Image Segmentation, CVPR 2023.
 Release: SooLab/CGFormer, commit 67d3390, MIT (its backbone descends from LAVT). Written anew.
 
-The sentence is fused inside the Swin stages. What AML scores is therefore a second look at the image without words: the
-last stage's blocks with fusion left out, and BERT's tokens.
+What AML scores: a second look at the image without words (see `early_fusion`).
 
 Kept from the release on purpose:
 - positions are assigned to tokens with Gumbel noise, in evaluation too. Here the noise is a function of the sample's
@@ -29,15 +28,16 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config import PreprocessConfig, ProtocolConfig
-from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
+from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conversion import convert
+from amltrain.models.early_fusion import EarlyFusionModel
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.randomness import uniform
-from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+from amltrain.records import Batch, Features, ModelOutput
 
 NOISE_STREAM = 1 << 20  # apart from AML's own draws from the same key
 
@@ -229,7 +229,7 @@ def merge(one: Tensor, other: Tensor) -> Tensor:
     return torch.cat([one, other], dim=1)
 
 
-class CGFormer(RISModel):
+class CGFormer(EarlyFusionModel):
     """BERT, a Swin that reads it, and the grouping decoder."""
 
     supports_suppression = True
@@ -242,15 +242,10 @@ class CGFormer(RISModel):
         decoder: GroupingDecoder,
         assignment_noise: bool = True,
     ) -> None:
-        super().__init__()
-        self.backbone, self.text_encoder, self.decoder = backbone, text_encoder, decoder
+        super().__init__(backbone=backbone, text_encoder=text_encoder, trained_text_layers=None)
+        self.decoder = decoder
         self.assignment_noise = assignment_noise
-        text_dim = text_encoder.config.hidden_size
-        self.alignment_dims = (backbone.channels[-1], text_dim)
-        self.fused_dims = (decoder.tokens.shape[-1], text_dim)
-
-    def encode(self, batch: Batch) -> Features:
-        return self._encode_image(batch, self._encode_text(batch))
+        self.fused_dims = (decoder.tokens.shape[-1], text_encoder.config.hidden_size)
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 1, H, W]; aux "assigned0".."assigned2" [B, h_i, w_i], from coarse to fine."""
@@ -259,23 +254,6 @@ class CGFormer(RISModel):
         logits = F.interpolate(logits, size=batch.image.shape[-2:], mode="bilinear", align_corners=True)
         aux = {f"assigned{i}": assignment for i, assignment in enumerate(assigned)}
         return ModelOutput(logits, {**aux, "fused_visual": fused, "fused_text": features.text})
-
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
-        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D].
-
-        features: their text is used; their maps are fused ones.
-        """
-        text = self._encode_text(batch) if features is None else features.text
-        return AlignmentFeatures(self.backbone.without_words(batch.image), text, batch.text_mask)
-
-    def reencode_image(self, batch: Batch, features: Features) -> Features:
-        return self._encode_image(batch, features.text)
-
-    def _encode_text(self, batch: Batch) -> Tensor:
-        return encode_tokens(self.text_encoder, batch.input_ids, batch.text_mask)
-
-    def _encode_image(self, batch: Batch, text: Tensor) -> Features:
-        return Features(self.backbone(batch.image, text, batch.text_mask), text, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Half the rate for the Swin trunk with its output norms and for BERT; everything decays, norms too."""
@@ -293,10 +271,6 @@ class CGFormer(RISModel):
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
         return convert(official, self.state_dict(), renames=[*OFFICIAL_NAMES, *RENAMES], drops=DROPS)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.backbone.set_gradient_checkpointing(enabled)
-        set_bert_gradient_checkpointing(self.text_encoder, enabled)
 
 
 def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:

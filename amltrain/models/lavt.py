@@ -25,17 +25,13 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config import PreprocessConfig, ProtocolConfig
-from amltrain.models.backbones.bert import (
-    build_bert,
-    encode_tokens,
-    set_bert_gradient_checkpointing,
-    train_first_layers,
-)
+from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conversion import convert
+from amltrain.models.early_fusion import EarlyFusionModel
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
@@ -90,7 +86,7 @@ class LevelDecoder(nn.Module):
         return self.head(x)
 
 
-class LAVT(RISModel):
+class LAVT(EarlyFusionModel):
     """BERT, a Swin that reads it, and the decoder."""
 
     def __init__(
@@ -101,21 +97,11 @@ class LAVT(RISModel):
         trained_text_layers: int | None = 10,
         alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
     ) -> None:
-        """trained_text_layers: how many of BERT's first layers train, the rest of it frozen; None = all of BERT.
-
-        alignment_visual: the image features that AML scores, see the head of this file.
-        """
-        super().__init__()
-        self.backbone, self.text_encoder = backbone, text_encoder
+        """alignment_visual: the image features that AML scores, see the head of this file."""
+        super().__init__(backbone=backbone, text_encoder=text_encoder, trained_text_layers=trained_text_layers)
         self.decoder = LevelDecoder(backbone.channels)
         self.alignment_visual = alignment_visual
-        self.alignment_dims = self.fused_dims = (backbone.channels[-1], text_encoder.config.hidden_size)
-        if trained_text_layers is not None:
-            train_first_layers(text_encoder, trained_text_layers)
-
-    def encode(self, batch: Batch) -> Features:
-        """Maps are fused ones: there is no stage before the words that the decoder could read."""
-        return self._encode_image(batch, self._encode_text(batch))
+        self.fused_dims = self.alignment_dims
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """The words are read in the stages and not rewritten: BERT's tokens are the fused text too."""
@@ -123,25 +109,11 @@ class LAVT(RISModel):
         return ModelOutput(self.decoder(features.visual), aux)
 
     def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
-        """Output of the last Swin blocks [B, C, h, w] at stride 32, and BERT's tokens [B, L, D].
-
-        features: not used, they are fused.
-        """
-        text = self._encode_text(batch)
         if self.alignment_visual == "unimodal":
-            visual = self.backbone.without_words(batch.image)
-        else:
-            visual = self.backbone.before_last_fusion(batch.image, text, batch.text_mask)
+            return super().alignment_features(batch, features)
+        text = self._encode_text(batch) if features is None else features.text
+        visual = self.backbone.before_last_fusion(batch.image, text, batch.text_mask)
         return AlignmentFeatures(visual, text, batch.text_mask)
-
-    def reencode_image(self, batch: Batch, features: Features) -> Features:
-        return self._encode_image(batch, features.text)
-
-    def _encode_text(self, batch: Batch) -> Tensor:
-        return encode_tokens(self.text_encoder, batch.input_ids, batch.text_mask)
-
-    def _encode_image(self, batch: Batch, text: Tensor) -> Features:
-        return Features(self.backbone(batch.image, text, batch.text_mask), text, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """One learning rate; only norms and position bias tables of the backbone do not decay."""
@@ -160,10 +132,6 @@ class LAVT(RISModel):
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
         """BERT under `text_encoder.`, as lavt_one keeps it; lavt's second file entry is to be given that prefix."""
         return convert(official, self.state_dict(), renames=RENAMES, drops=DROPS)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.backbone.set_gradient_checkpointing(enabled)
-        set_bert_gradient_checkpointing(self.text_encoder, enabled)
 
 
 def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:

@@ -4,10 +4,8 @@ Paper: Liu, Ding, Jiang, GRES: Generalized Referring Expression Segmentation, CV
 Release: henghuiding/ReLA, branch main, commit 3ca9551, MIT. Its weights score above its README (gRefCOCO val gIoU 66.3,
 cIoU 63.1 against 63.60, 62.42), because the README's numbers belong to another version of the decoder.
 
-The sentence is fused inside the Swin stages. What AML scores is therefore a second look at the image without words: the
-last stage's blocks with fusion left out, and BERT's tokens. AML's first pass needs the original image anyway, so this
-costs nothing more. As released the gates stay closed, and the trunk is the same with words and without. ResNet-50 reads
-no words, so there AML scores the encoder's own last map.
+What AML scores: a second look at the image without words (see `early_fusion`). As released the gates stay closed, so
+the trunk is the same with words and without. ResNet-50 reads no words; there AML scores the encoder's own last map.
 
 Kept from the release on purpose:
 - the gates' weights start at 0, where both of their gradients are 0: they never open. They are trainable all the same;
@@ -30,20 +28,18 @@ from transformers import BertModel
 from amltrain.config import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.bert import (
     build_bert,
-    encode_tokens,
-    set_bert_gradient_checkpointing,
-    train_first_layers,
 )
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.resnet import ResNet50, load_resnet
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_bert, load_encoders
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conversion import convert
+from amltrain.models.early_fusion import EarlyFusionModel
 from amltrain.models.layers.pixel_decoder import PixelDecoder
 from amltrain.models.layers.region_decoder import RegionDecoder
 from amltrain.models.registry import ModelInfo, register_model
-from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+from amltrain.records import Batch, Features, ModelOutput
 
 STRIDE = 32
 
@@ -93,7 +89,7 @@ DROPS = [
 ]
 
 
-class ReLA(RISModel):
+class ReLA(EarlyFusionModel):
     """Region queries over a pixel decoder over fused (Swin) or purely visual (ResNet-50) maps."""
 
     supports_suppression = True
@@ -107,20 +103,15 @@ class ReLA(RISModel):
         region_decoder: RegionDecoder,
         trained_text_layers: int | None = 10,
     ) -> None:
-        """trained_text_layers: how many of BERT's first layers train, the rest of it frozen; None = all of BERT."""
-        super().__init__()
-        self.backbone = backbone
-        self.text_encoder = text_encoder
+        super().__init__(backbone=backbone, text_encoder=text_encoder, trained_text_layers=trained_text_layers)
         self.pixel_decoder = pixel_decoder
         self.region_decoder = region_decoder
-        text_dim = text_encoder.config.hidden_size
-        self.alignment_dims = (backbone.channels[-1], text_dim)
-        self.fused_dims = (region_decoder.query_feat.shape[-1], text_dim)
-        if trained_text_layers is not None:
-            train_first_layers(text_encoder, trained_text_layers)
+        self.fused_dims = (region_decoder.query_feat.shape[-1], text_encoder.config.hidden_size)
 
-    def encode(self, batch: Batch) -> Features:
-        return self._encode_image(batch, self._encode_text(batch))
+    def prepare_image(self, image: Tensor) -> Tensor:
+        """Zeros at the right and bottom up to multiples of 32."""
+        height, width = image.shape[-2:]
+        return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 2, H, W]: the release upsamples to the input size itself, with align_corners=False."""
@@ -136,23 +127,6 @@ class ReLA(RISModel):
             "fused_text": features.text,  # the regions read the words, nothing rewrites them
         }
         return ModelOutput(logits[..., :height, :width], aux)
-
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
-        """Last Swin blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D].
-
-        features: their text is used; their maps are fused ones.
-        """
-        text = self._encode_text(batch) if features is None else features.text
-        return AlignmentFeatures(self.backbone.without_words(pad_to_stride(batch.image)), text, batch.text_mask)
-
-    def reencode_image(self, batch: Batch, features: Features) -> Features:
-        return self._encode_image(batch, features.text)
-
-    def _encode_text(self, batch: Batch) -> Tensor:
-        return encode_tokens(self.text_encoder, batch.input_ids, batch.text_mask)
-
-    def _encode_image(self, batch: Batch, text: Tensor) -> Features:
-        return Features(self.backbone(pad_to_stride(batch.image), text, batch.text_mask), text, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """One learning rate. Norms, position bias tables and learned queries do not decay; all of BERT does."""
@@ -181,16 +155,6 @@ class ReLA(RISModel):
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
         backbone_names = RESNET_NAMES if isinstance(self.backbone, ResNet50) else OFFICIAL_NAMES
         return convert(official, self.state_dict(), renames=[*backbone_names, *RENAMES], drops=DROPS)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.backbone.set_gradient_checkpointing(enabled)
-        set_bert_gradient_checkpointing(self.text_encoder, enabled)
-
-
-def pad_to_stride(image: Tensor) -> Tensor:
-    """Zeros at the right and bottom up to multiples of 32, [B, 3, H, W] normalised."""
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
 
 
 def build_rela(
