@@ -32,7 +32,13 @@ from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_t
 from amltrain.models.backbones.dinov2 import DINOv2, load_dinov2
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.conversion import convert
-from amltrain.models.layers.cris_decoder import PixelTextDecoder, SentenceKernel, conv_norm_relu, with_coordinates
+from amltrain.models.layers.cris_decoder import (
+    PixelTextDecoder,
+    SentenceKernel,
+    at_image_size,
+    conv_norm_relu,
+    with_coordinates,
+)
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
@@ -237,11 +243,7 @@ class DETRIS(RISModel):
         x = self.neck(features.visual, sentence)
         fused = self.decoder(x, features.text, features.text_mask, features.suppressed)
         logits = self.head(fused, sentence)
-        height, width = batch.image.shape[-2:]
-        patch = self.vision.patch_size
-        if height % patch or width % patch:
-            padded = (height + -height % patch, width + -width % patch)
-            logits = F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)[..., :height, :width]
+        logits = at_image_size(logits, (batch.image.shape[-2], batch.image.shape[-1]), self.vision.patch_size)
         # the decoder writes into the image only: the words stay what the text encoder made of them
         return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 

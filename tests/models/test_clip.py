@@ -76,7 +76,8 @@ class Archive(nn.Module):
                 if not hasattr(parent, part):
                     parent.add_module(part, nn.Module())
                 parent = getattr(parent, part)
-            parent.register_parameter(leaf, nn.Parameter(value.half(), requires_grad=False))
+            half = value.half() if value.is_floating_point() else value
+            parent.register_parameter(leaf, nn.Parameter(half, requires_grad=False))
         self.register_buffer("input_resolution", torch.tensor(224))
         self.register_buffer("context_length", torch.tensor(12))
         self.register_buffer("vocab_size", torch.tensor(60))

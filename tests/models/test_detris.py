@@ -1,10 +1,8 @@
 """DETRIS at full size against the release, and what is its own: frozen parts, alignment, suppression, odd sizes."""
 
 import json
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +12,7 @@ from amltrain.losses import create_loss
 from amltrain.models import RISModel, check_param_groups, create_model
 from amltrain.models.detris import DETRIS
 from amltrain.records import Batch, ModelOutput
+from tests.models.recorded import full_size_batch, full_size_weights
 
 SIZES = {
     "detris_base": ("full_keys.json", 175_529_778, 25_518_129),
@@ -71,39 +70,14 @@ def test_every_official_key_is_mapped(name: str, shared_dir: Path) -> None:
     assert len(conversion.renamed) == len(keys) == len(model.state_dict())
 
 
-def recorded_weight(key: str, shape: list[int]) -> Tensor:
-    """The recipe of full_base.json: every tensor is a function of its official name."""
-    x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape, dtype=np.float32)
-    if key.endswith("running_mean"):
-        x = 0.1 * x
-    elif key.endswith("running_var"):
-        x = 0.5 + np.abs(x)
-    elif key.endswith("bias"):
-        x = 0.05 * x
-    elif key.endswith("gamma"):
-        x = 0.2 + 0.05 * x
-    elif x.ndim == 1 and key.endswith("weight"):
-        x = 1 + 0.1 * x
-    elif ("embed" in key and "patch_embed" not in key) or "token" in key:
-        x = 0.1 * x
-    elif x.ndim >= 2:
-        x = x / np.sqrt(np.float32(np.prod(shape[1:]))) * (0.12 if key == "proj.txt.weight" else 1)
-    else:
-        x = 0.1 * x
-    return torch.from_numpy(np.asarray(x, dtype=np.float32))
-
-
 def test_full_size_logits(shared_dir: Path) -> None:
     """The padded one of the two recorded samples, at 448 px."""
     folder = shared_dir / "goldens/detris"
-    keys = json.loads((folder / "full_keys.json").read_text())["keys"]
-    weights = {k: recorded_weight(k, shape) if shape else torch.zeros(()) for k, (shape, _) in keys.items()}
     model = full_size("detris_base")
+    weights = full_size_weights(folder / "full_keys.json")
     model.load_state_dict(model.convert_state_dict(weights).state_dict, assign=True)
     recorded = load_file(folder / "full_base.safetensors")
-    image = np.random.default_rng(1).standard_normal((2, 3, 448, 448), dtype=np.float32)
-    ids = recorded["input.ids"][1:]
-    batch = make_batch()._replace(image=torch.from_numpy(image)[1:], input_ids=ids, text_mask=ids != 0)
+    batch = full_size_batch(recorded["input.ids"], 448, sample=1)
     with torch.no_grad():
         features = model.eval().encode(batch)
         logits = model.decode(features, batch).logits

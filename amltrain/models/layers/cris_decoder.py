@@ -127,3 +127,15 @@ class SentenceKernel(nn.Module):
         weight, bias = parameters[:, :-1].reshape(batch, dim, 3, 3), parameters[:, -1]
         # every sample has its own kernel: the samples become groups of one convolution
         return F.conv2d(x.flatten(0, 1)[None], weight, bias, padding=1, groups=batch).transpose(0, 1)
+
+
+def at_image_size(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:
+    """Logits of an image that was padded at its right and bottom to multiples of `stride`, at its own size.
+
+    logits [B, 1, h, w] of the padded image; size: the image's (H, W). Returned as they are where nothing was padded.
+    """
+    height, width = size
+    if height % stride == 0 and width % stride == 0:
+        return logits
+    padded = (height + -height % stride, width + -width % stride)
+    return F.interpolate(logits, size=padded, mode="bilinear", align_corners=False)[..., :height, :width]

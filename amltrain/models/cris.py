@@ -1,0 +1,253 @@
+"""CRIS: CLIP's ResNet and text tower, joined by a pyramid that the sentence gates, and a decoder from pixels to words.
+
+Paper: Wang et al., CRIS: CLIP-Driven Referring Image Segmentation, CVPR 2022.
+Release: DerrickWang005/CRIS.pytorch, commit e596332, MIT. Written anew on timm's ResNet stages and torch's attention.
+The decoder and the head are in `layers/cris_decoder.py`, because ETRIS and DETRIS share them.
+
+Kept from the release on purpose: the sentence's vector passes a batch norm over the batch, so that training needs more
+than one sample per process or SyncBN; position tables train at the full rate.
+Not kept: in its first epoch the release trains CLIP at ten times its rate, because its optimizer never reads the
+group's own one before the first scheduler step; CLIP's unread temperature counts as trainable there and is frozen here.
+
+What AML scores: the pooled stride-32 map against the tokens projected into CLIP's shared space. Both are as wide and no
+fusion has happened, so `aml.projection: identity` works.
+
+Dimensions: B batch, L text tokens, W text width, E width of CLIP's shared space, D decoder width (= W).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
+from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
+from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conversion import convert
+from amltrain.models.layers.cris_decoder import (
+    PixelTextDecoder,
+    SentenceKernel,
+    at_image_size,
+    conv_norm_relu,
+    with_coordinates,
+)
+from amltrain.models.registry import ModelInfo, register_model
+from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+STRIDE = 32
+
+RENAMES = [
+    (r"^backbone\.visual\.", "vision."),
+    (r"^backbone\.", "text."),
+    *OFFICIAL_VISION_NAMES,
+    *OFFICIAL_NAMES,
+    (r"^neck\.txt_proj\.", "neck.sentence."),
+    (r"^neck\.norm_layer\.0\.", "neck.gated_norm."),
+    (r"^neck\.f1_v_proj\.", "neck.coarse."),
+    (r"^neck\.f2_v_proj\.", "neck.middle."),
+    (r"^neck\.f2_cat\.", "neck.middle_join."),
+    (r"^neck\.f3_v_proj\.", "neck.fine."),
+    (r"^neck\.f3_cat\.", "neck.fine_join."),
+    *((rf"^neck\.f4_proj{i + 3}\.", f"neck.levels.{i}.") for i in range(3)),
+    (r"^neck\.aggr\.", "neck.aggregate."),
+    (r"^neck\.coordconv\.0\.conv1\.", "neck.locate.0."),
+    (r"^neck\.coordconv\.1\.", "neck.locate.1."),
+    (r"^(decoder\..*)\.multihead_attn\.", r"\1.cross_attn."),
+    (r"^proj\.vis\.", "head.visual."),
+    (r"^proj\.txt\.", "head.kernel."),
+]
+"""The release's key names to ours, as rules for `re.sub`."""
+
+
+class SentencePyramid(nn.Module):
+    """Three maps to one at stride 16; the coarsest is gated by the sentence and the finer ones are told by it."""
+
+    def __init__(self, vision_dims: Sequence[int], sentence_dim: int, dims: Sequence[int]) -> None:
+        """vision_dims: widths at strides 8, 16 and 32. dims: widths inside at the same strides; the output's is the
+        middle one."""
+        super().__init__()
+        fine, middle, coarse = dims
+        self.sentence = nn.Sequential(nn.Linear(sentence_dim, coarse, bias=False), nn.BatchNorm1d(coarse), nn.ReLU())
+        self.coarse = conv_norm_relu(vision_dims[2], coarse)
+        self.gated_norm = nn.BatchNorm2d(coarse)
+        self.middle = conv_norm_relu(vision_dims[1], middle, 3)
+        self.middle_join = conv_norm_relu(middle + coarse, middle)
+        self.fine = conv_norm_relu(vision_dims[0], fine, 3)
+        self.fine_join = conv_norm_relu(fine + middle, middle)
+        self.levels = nn.ModuleList(conv_norm_relu(dim, middle, 3) for dim in (middle, middle, coarse))
+        self.aggregate = conv_norm_relu(3 * middle, middle)
+        self.locate = nn.Sequential(conv_norm_relu(middle + 2, middle, 3), conv_norm_relu(middle, middle, 3))
+
+    def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
+        """maps at strides 8, 16 and 32, sentence [B, E] -> [B, D, h, w] at stride 16."""
+        fine, middle, coarse = maps
+        gate = self.sentence(sentence)[..., None, None]
+        coarse = F.relu(self.gated_norm(self.coarse(coarse) * gate))
+        middle = self.middle_join(torch.cat([self.middle(middle), _twice(coarse)], dim=1))
+        fine = self.fine_join(torch.cat([F.avg_pool2d(self.fine(fine), 2), middle], dim=1))
+        levels = [self.levels[0](fine), self.levels[1](middle), _twice(self.levels[2](coarse))]
+        return self.locate(with_coordinates(self.aggregate(torch.cat(levels, dim=1))))
+
+
+def _twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+class CRIS(RISModel):
+    """CLIP ResNet and text, the pyramid and CRIS' decoder; one-channel logits at stride 4."""
+
+    supports_suppression = True
+
+    def __init__(
+        self,
+        *,
+        vision: CLIPResNet,
+        text: CLIPText,
+        pyramid_dims: Sequence[int] = (256, 512, 1024),
+        layers: int = 3,
+        heads: int = 8,
+        feedforward: int = 2048,
+        dropout: float = 0.1,
+    ) -> None:
+        """vision, text: built encoders of one shared space.
+
+        pyramid_dims: widths at strides 8, 16 and 32; the middle one is the text's.
+        layers, heads, feedforward, dropout: of the decoder.
+        """
+        super().__init__()
+        self.vision, self.text = vision, text
+        self.neck = SentencePyramid(vision.channels, text.embed_dim, pyramid_dims)
+        self.decoder = PixelTextDecoder(
+            text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
+        )
+        self.head = SentenceKernel(text.width, text.embed_dim)
+        self.alignment_dims = (vision.channels[-1], text.embed_dim)
+        self.fused_dims = (text.width, text.width)
+
+    def encode(self, batch: Batch) -> Features:
+        """Maps at strides 8, 16 and 32 of the image padded to multiples of 32; `extra["sentence"]` is [B, E]."""
+        tokens, sentence = self.text(batch.input_ids, batch.text_mask)
+        return Features(self._see(batch.image), tokens, batch.text_mask, {"sentence": sentence})
+
+    def _see(self, image: Tensor) -> tuple[Tensor, ...]:
+        height, width = image.shape[-2:]
+        return self.vision(F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE)))
+
+    def decode(self, features: Features, batch: Batch) -> ModelOutput:
+        """Logits [B, 1, H / 4, W / 4]; at the image's own size where that is no multiple of 32."""
+        sentence, suppressed = features.extra["sentence"], features.suppressed
+        x = self.neck(features.visual, sentence)
+        if suppressed is not None:
+            suppressed = F.interpolate(suppressed[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
+        fused = self.decoder(x, features.text, features.text_mask, suppressed)
+        logits = at_image_size(
+            self.head(fused, sentence), (batch.image.shape[-2], batch.image.shape[-1]), stride=STRIDE
+        )
+        # the decoder writes into the image only: the words stay what the text encoder made of them
+        return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
+
+    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+        """The pooled map [B, E, h, w] and the tokens in the shared space [B, L, E]."""
+        features = self.encode(batch) if features is None else features
+        shared = features.text @ self.text.text_projection
+        return AlignmentFeatures(features.visual[-1], shared, features.text_mask)
+
+    def reencode_image(self, batch: Batch, features: Features) -> Features:
+        return features._replace(visual=self._see(batch.image))
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """CLIP at a tenth of the rate but for its two position tables."""
+        positions = [self.text.positional_embedding, self.vision.pool.pos_embed]
+        clip = [
+            p
+            for part in (self.vision, self.text)
+            for p in part.parameters()
+            if p.requires_grad and all(p is not table for table in positions)
+        ]
+        rest = [p for part in (self.neck, self.decoder, self.head) for p in part.parameters()]
+        return [
+            {"name": "clip", "params": clip, "lr": lr * 0.1, "weight_decay": weight_decay},
+            {"name": "rest", "params": [*positions, *rest], "lr": lr, "weight_decay": weight_decay},
+        ]
+
+    def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
+        return convert(official, self.state_dict(), renames=RENAMES)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        self.vision.gradient_checkpointing = enabled
+        self.text.gradient_checkpointing = enabled
+
+
+def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
+    return ModelInfo(
+        paper="CRIS: CLIP-Driven Referring Image Segmentation (CVPR 2022)",
+        release="github.com/DerrickWang005/CRIS.pytorch, commit e596332",
+        licence="MIT",
+        aml_scores="pooled stride-32 CLIP map x tokens in CLIP's shared space",
+        preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
+        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", 0),
+        loss="binary_cross_entropy",
+    )
+
+
+@register_model(_info(416, "openai/clip-vit-base-patch16"))
+def cris_r101(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 49408,
+    dropout: float = 0.1,
+) -> CRIS:
+    """CLIP RN101: 161.3 M parameters. Both weights: RN101.pt; vision_weights also timm's resnet101_clip.openai."""
+    vision = CLIPResNet(depths=(3, 4, 23, 3), embed_dim=512)
+    text = CLIPText(vocab_size=vocab_size, embed_dim=512)
+    _load(vision, text, vision_weights, text_weights)
+    return CRIS(vision=vision, text=text, dropout=dropout)
+
+
+@register_model(_info(416, "openai/clip-vit-base-patch16"))
+def cris_r50(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 49408,
+    dropout: float = 0.1,
+) -> CRIS:
+    """CLIP RN50: 146.8 M parameters. Both weights: RN50.pt; vision_weights also timm's resnet50_clip.openai."""
+    vision = CLIPResNet(depths=(3, 4, 6, 3), embed_dim=1024)
+    text = CLIPText(vocab_size=vocab_size, embed_dim=1024)
+    _load(vision, text, vision_weights, text_weights)
+    return CRIS(vision=vision, text=text, dropout=dropout)
+
+
+@register_model(_info(96, "wordpiece", max_tokens=24))
+def cris_tiny(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 512,
+    dropout: float = 0.0,
+) -> CRIS:
+    """Small enough to learn synthetic scenes from scratch on two CPU cores."""
+    vision = CLIPResNet(width=16, depths=(1, 2, 2, 1), embed_dim=128, table_size=3)
+    text = CLIPText(width=64, layers=2, heads=4, vocab_size=vocab_size, max_positions=64, embed_dim=128)
+    _load(vision, text, vision_weights, text_weights)
+    return CRIS(
+        vision=vision,
+        text=text,
+        pyramid_dims=(64, 64, 128),
+        layers=2,
+        heads=4,
+        feedforward=128,
+        dropout=dropout,
+    )
+
+
+def _load(vision: CLIPResNet, text: CLIPText, vision_weights: str | None, text_weights: str | None) -> None:
+    if vision_weights is not None:
+        load_clip_resnet(vision, vision_weights)
+    if text_weights is not None:
+        load_clip_text(text, text_weights)
