@@ -13,6 +13,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
 )
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -145,7 +146,8 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool) -> Parts:
     model, kwargs = build_model(config, tokenizer)
     task = build_task(model, build_loss(config, info), config.aml)
     if config.train.sync_batchnorm and processes > 1 and on_cuda:
-        task = nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        # timm's, because torch's own would drop the activation inside timm's fused batch norms
+        task = convert_sync_batchnorm(task)
     dataset = build_train_dataset(config.data, preprocess, tokenizer, seed=config.seed)
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
     return Parts(task, dataset, loaders, tokenizer, preprocess, protocol, kwargs)

@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import nn
 
 from amltrain.config import AMLConfig
 from amltrain.errors import UserError
@@ -142,3 +144,13 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics() -> Non
         results.append({**gradients, **dict(model.named_buffers())})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, msg=name)
+
+
+def test_sync_batch_norm_keeps_the_activations() -> None:
+    """As training converts it; torch's own conversion would lose the ReLUs that timm fuses into batch norms."""
+    model, batch = tiny().eval(), make_batch((96, 96))
+    with torch.no_grad():
+        expected = model(batch).logits
+        converted = convert_sync_batchnorm(model)
+        assert not any(type(m) is nn.BatchNorm2d or isinstance(m, BatchNormAct2d) for m in converted.modules())
+        torch.testing.assert_close(converted(batch).logits, expected)
