@@ -46,7 +46,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def upsample_logits(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample_logits(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """[B, K, h, w] -> [B, K, H, W] in at least float32, bilinear, align_corners=True as every release does."""
     logits = at_least_float32(logits)
     if logits.shape[-2:] == size:

@@ -179,10 +179,11 @@ class GroupingDecoder(nn.Module):
         assignments [B, h_i, w_i] from coarse to fine, the coarsest fused map [B, D, h_0, w_0]."""
         maps = features.visual
         tokens = self.tokens.expand(len(features.text), -1, -1)
-        visual, coarsest, assigned = maps[3], None, []
+        visual = maps[3]
+        fused, assigned = [], []
         for level, other in enumerate((maps[2], maps[1], maps[0])):
             visual = self.fuses[level](merge(visual, other))
-            coarsest = visual if coarsest is None else coarsest
+            fused.append(visual)
             if level > 0:
                 tokens = self.loading[level - 1](tokens, features.text, features.text_mask)
             size = visual.shape[-2:]
@@ -193,7 +194,7 @@ class GroupingDecoder(nn.Module):
                 hidden = F.interpolate(hidden[:, None].float(), size=size).flatten(1) > 0.5
             tokens, assignment = self.grouping[min(level, 1)](tokens, positions, noise, hidden)
             assigned.append(assignment[:, -1].unflatten(1, size))
-        return self.mask(visual, tokens[:, -1]), assigned, coarsest
+        return self.mask(visual, tokens[:, -1]), assigned, fused[0]
 
     def position(self, level: int, size: tuple[int, int]) -> Tensor:
         """Learned position codes [P, D] of a map; resized if it is not the training size's."""
@@ -232,6 +233,7 @@ def merge(one: Tensor, other: Tensor) -> Tensor:
 class CGFormer(EarlyFusionModel):
     """BERT, a Swin that reads it, and the grouping decoder."""
 
+    backbone: LanguageSwin
     supports_suppression = True
 
     def __init__(

@@ -19,6 +19,9 @@ from amltrain.records import AlignmentFeatures, Batch, Features
 class EarlyFusionModel(RISModel):
     """BERT and a backbone that reads it; a subclass adds `decode`. `Features.visual` are fused maps."""
 
+    backbone: LanguageSwin | ResNet50
+    text_encoder: BertModel
+
     def __init__(
         self, *, backbone: LanguageSwin | ResNet50, text_encoder: BertModel, trained_text_layers: int | None
     ) -> None:
