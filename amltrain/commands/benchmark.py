@@ -1,0 +1,289 @@
+"""What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
+
+    python launch/benchmark.py --model caris_tiny --size 96 --batch 8
+    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU: 5 GB, 10 s a step
+    python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
+
+All contenders train the same model with the same optimizer on random data. Rounds are interleaved: each times one step
+of every contender, so a slow minute of the machine slows all of them. Figures are medians over rounds; the ratio to the
+baseline is the median of each round's ratio. Peak memory is that of one more step, on its own: allocated bytes on a
+GPU, resident memory of the process on Linux. Prints a Markdown table and the hardware.
+"""
+
+import argparse
+import ctypes
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from amltrain.config import AMLConfig
+from amltrain.errors import UserError, one_line_errors
+from amltrain.losses import create_loss
+from amltrain.models import create_model, model_info
+from amltrain.randomness import random_key
+from amltrain.records import Batch
+from amltrain.tasks import AMLTask, SupervisedTask, build_task
+
+STAGES = ("stage 1", "forward", "backward", "optimizer")
+STAGE_ONE = ("score", "blocks", "masked_image")
+
+
+class Timing(NamedTuple):
+    """Seconds of one step by stage; `forward` is without stage 1."""
+
+    stages: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.stages)
+
+
+class Result(NamedTuple):
+    """A contender's median step in seconds, its ratio to the baseline, each stage's share, peak bytes or None."""
+
+    name: str
+    seconds: float
+    ratio: float
+    shares: tuple[float, ...]
+    memory: int | None
+
+
+class Bench:
+    """Times training steps of several tasks that share one model and one optimizer."""
+
+    def __init__(
+        self,
+        tasks: dict[str, SupervisedTask | AMLTask],
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """tasks: by name, the baseline first."""
+        self.tasks, self.optimizer, self.batch, self.autocast = tasks, optimizer, batch, autocast
+        self.device = batch.image.device
+
+    def run(self, rounds: int, warmup: int = 1) -> list[Result]:
+        """Warm up, time `rounds` interleaved rounds, measure memory."""
+        timings: dict[str, list[Timing]] = {name: [] for name in self.tasks}
+        progress = tqdm(total=(warmup + rounds + 1) * len(self.tasks), unit="step", desc="benchmark", leave=False)
+        for number in range(warmup + rounds):
+            for name, task in self.tasks.items():
+                timing = self.step(task)
+                if number >= warmup:
+                    timings[name].append(timing)
+                progress.update()
+        memory = {}
+        for name, task in self.tasks.items():
+            memory[name] = self.peak_memory(task)
+            progress.update()
+        progress.close()
+        baseline = next(iter(timings.values()))
+        return [summarise(name, timings[name], baseline, memory[name]) for name in self.tasks]
+
+    def step(self, task: SupervisedTask | AMLTask) -> Timing:
+        """One training step, timed by stage."""
+        with stage_one_clock(task, self.clock) as stage_one:
+            start = self.clock()
+            with self.autocast():
+                result = task(self.batch)
+            forward = self.clock()
+        result["loss"].backward()
+        backward = self.clock()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = self.clock()
+        return Timing((stage_one[0], forward - start - stage_one[0], backward - forward, end - backward))
+
+    def clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def peak_memory(self, task: SupervisedTask | AMLTask) -> int | None:
+        """Bytes in use at the peak of one step; None where this system does not tell."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.step(task)
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still holds would count
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        except (OSError, AttributeError):
+            return None
+        self.step(task)
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+@contextmanager
+def stage_one_clock(task: nn.Module, clock: Callable[[], float]) -> Iterator[list[float]]:
+    """Adds up the seconds that an AMLTask spends on scores, blocks and masking; yields a list of that one number."""
+    seconds = [0.0]
+
+    def timed(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            start = clock()
+            result = method(*arguments)
+            seconds[0] += clock() - start
+            return result
+
+        return call
+
+    names = [name for name in STAGE_ONE if hasattr(task, name)]
+    for name in names:
+        setattr(task, name, timed(getattr(task, name)))
+    try:
+        yield seconds
+    finally:
+        for name in names:
+            delattr(task, name)
+
+
+def summarise(name: str, timings: Sequence[Timing], baseline: Sequence[Timing], memory: int | None) -> Result:
+    """Medians over rounds."""
+    total = statistics.median(t.total for t in timings)
+    ratio = statistics.median(own.total / other.total for own, other in zip(timings, baseline, strict=True))
+    stages = [statistics.median(t.stages[i] for t in timings) for i in range(len(STAGES))]
+    return Result(name, total, ratio, tuple(s / sum(stages) for s in stages), memory)
+
+
+def random_batch(batch: int, size: int, tokens: int, vocab_size: int, device: torch.device) -> Batch:
+    """Normal noise with a square referent; sentences of 5 to `tokens` tokens."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.zeros(batch, size, size, dtype=torch.uint8)
+    target[:, size // 4 : size // 2, size // 4 : size // 2] = 255
+    lengths = torch.randint(min(5, tokens), tokens + 1, (batch, 1), generator=generator)
+    parts = Batch(
+        image=torch.randn(batch, 3, size, size, generator=generator),
+        input_ids=torch.randint(1, vocab_size, (batch, tokens), generator=generator),
+        text_mask=torch.arange(tokens).expand(batch, -1) < lengths,
+        target=target,
+        no_target=torch.zeros(batch, dtype=torch.bool),
+        sample_id=torch.arange(batch),
+        random_key=torch.tensor([random_key(0, 0, i) for i in range(batch)]),
+        geometry=torch.tensor([[size, size, 1.0, 1.0, 0.0, 0.0]] * batch, dtype=torch.float64),
+    )
+    return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in parts))
+
+
+def build_bench(
+    model_name: str,
+    *,
+    batch: int,
+    size: int | None,
+    stage1_size: int | None,
+    precision: str,
+    device: torch.device,
+    only: Sequence[str] = (),
+) -> Bench:
+    """The four contenders around one model. only: names to keep, besides the baseline."""
+    info = model_info(model_name)
+    size = size or info.preprocess.size or 448
+    stage1_size = stage1_size or size // 2
+    torch.manual_seed(0)
+    model = create_model(model_name).to(device).train()
+    optimizer = torch.optim.AdamW(model.param_groups(1e-6, 0.01), lr=1e-6)
+    loss = create_loss(info.loss, **info.loss_kwargs).to(device)
+    contenders = {
+        "baseline": AMLConfig(enabled=False),
+        "paper": AMLConfig(preset="paper"),
+        f"paper, stage1_size {stage1_size}": AMLConfig(preset="paper", stage1_size=stage1_size),
+        "released": AMLConfig(preset="released"),
+    }
+    data = random_batch(batch, size, info.preprocess.max_tokens or 20, 500, device)
+    tasks = {}
+    for name, aml in contenders.items():
+        if only and name != "baseline" and not any(name.startswith(kept) for kept in only):
+            continue
+        task = build_task(model, loss, aml).to(device)
+        if task.needs_calibration:
+            task.calibrate([data])
+        tasks[name] = task
+
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+    return Bench(tasks, optimizer, data, autocast)
+
+
+def table(results: Sequence[Result], batch: int) -> str:
+    """Markdown: one row per contender."""
+    baseline = results[0].memory
+    lines = [
+        "| step | ms | images/s | x baseline | peak MiB | x baseline | " + " | ".join(STAGES) + " |",
+        "|---" * (6 + len(STAGES)) + "|",
+    ]
+    for r in results:
+        memory = "-" if r.memory is None else f"{r.memory / 2**20:.0f}"
+        times = "-" if r.memory is None or not baseline else f"{r.memory / baseline:.3f}"
+        shares = " | ".join(f"{share:.1%}" for share in r.shares)
+        lines.append(
+            f"| {r.name} | {1000 * r.seconds:.1f} | {batch / r.seconds:.2f} | {r.ratio:.3f} | {memory} | {times} "
+            f"| {shares} |"
+        )
+    return "\n".join(lines)
+
+
+def hardware(device: torch.device) -> str:
+    """One line: processor, threads, versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="caris_tiny", help="a registered model (default: caris_tiny)")
+    parser.add_argument("--size", type=int, help="side of the input, pixels (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=8, help="samples per step (default: 8)")
+    parser.add_argument("--stage1-size", type=int, help="side that the third contender scores at (default: half)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default: 10)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before, not timed (default: 2)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: fp32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    parser.add_argument("--only", nargs="+", default=[], help="contenders besides the baseline, e.g. paper released")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    with one_line_errors():
+        if min(options.batch, options.rounds) < 1:
+            raise UserError("--batch and --rounds must be at least 1")
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        bench = build_bench(
+            options.model,
+            batch=options.batch,
+            size=options.size,
+            stage1_size=options.stage1_size,
+            precision=options.precision,
+            device=device,
+            only=options.only,
+        )
+        results = bench.run(options.rounds, options.warmup)
+        side = bench.batch.image.shape[-1]
+        print(
+            f"{options.model}, {side} px, batch {options.batch}, {options.precision}, median of {options.rounds} rounds"
+        )
+        print(hardware(device))
+        print(table(results, options.batch))
