@@ -1,12 +1,6 @@
 """Turn an official checkpoint into a model folder: `python launch/convert_checkpoint.py --help`."""
 
-import sys
-from pathlib import Path
+from amltrain.commands.convert import main
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # not launch/: its evaluate.py would hide the evaluate library
-    from amltrain.commands.convert import main
-
     main()

@@ -1,12 +1,6 @@
 """Segment what sentences mean in an image: `python launch/predict.py --help`."""
 
-import sys
-from pathlib import Path
+from amltrain.commands.predict import main
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # not launch/: its evaluate.py would hide the evaluate library
-    from amltrain.commands.predict import main
-
     main()

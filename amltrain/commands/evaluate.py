@@ -23,6 +23,7 @@ from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.evaluation.results import Results, table, write_results
 from amltrain.pretrained import Pretrained, load_pretrained
+from amltrain.training.setup import ensure_prepared, on_main_process
 
 
 def build_parser() -> ArgumentParser:
@@ -81,6 +82,7 @@ def evaluate(args: Namespace) -> list[Results]:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     pretrained = load_pretrained(args.checkpoint)
     model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
+    on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print))
     protocol = override(named_protocol(args.preset) if args.preset else pretrained.protocol, args.protocol)
     results: list[Results] = []
     for perturbation in _perturbations(args):

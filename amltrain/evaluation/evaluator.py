@@ -70,7 +70,8 @@ def evaluate_model(
     rows: list[Tensor] = []
     kept: list[Prediction] = []
     head, size = False, (0, 0)
-    bar = tqdm(shard, desc="evaluate", unit="batch", disable=not (progress and accelerator.is_main_process))
+    quiet = not (progress and accelerator.is_main_process)
+    bar = tqdm(shard, desc="evaluate", unit="batch", leave=False, disable=quiet)
     with _evaluating(model), torch.no_grad():
         for host in bar:
             batch = send_to_device(host, accelerator.device, non_blocking=True)

@@ -1,6 +1,7 @@
 """launch/evaluate.py on real expressions, prepared from their original files."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,12 @@ def test_perturbations_and_shuffled_sentences(run: Path, tmp_path: Path, capsys:
     assert "val (occluded 0.9, sentences shuffled)" in capsys.readouterr().out
 
 
+def test_data_that_is_not_prepared_yet_is(run: Path, shared_dir: Path, tmp_path: Path):
+    more = ["--data.prepared", str(tmp_path / "new"), "--data.refer_root", str(shared_dir / "data" / "refer_mini")]
+    assert evaluate(run, tmp_path, *more)[0]["counts"]["samples"] == 10
+    assert (tmp_path / "new" / "refcoco" / "manifest.json").exists()
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -109,7 +116,8 @@ def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path, reposit
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(repository / "launch" / "evaluate.py")]
     command += options(run, tmp_path / "two", "--splits", "testB", "--batch_size", "4")
-    subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, timeout=300)
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert json.loads((tmp_path / "two" / "results.json").read_text())["results"] == alone
 
 

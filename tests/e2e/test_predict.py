@@ -1,5 +1,6 @@
 """launch/predict.py as a user runs it, on a model folder written here."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(repository: Path, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, repository / "launch" / "predict.py", *arguments]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    return subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.e2e
