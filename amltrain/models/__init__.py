@@ -2,7 +2,7 @@
 
 from amltrain.models import caris, cgformer, cris, detris, lavt, rela  # noqa: F401 - they register their models
 from amltrain.models.base import Conversion, RISModel, check_param_groups
-from amltrain.models.registry import ModelInfo, create_model, list_models, model_info, register_model
+from amltrain.models.registry import ModelInfo, create_model, list_models, model_builder, model_info, register_model
 
 __all__ = [
     "Conversion",
@@ -11,6 +11,7 @@ __all__ = [
     "check_param_groups",
     "create_model",
     "list_models",
+    "model_builder",
     "model_info",
     "register_model",
 ]

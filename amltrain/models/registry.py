@@ -61,14 +61,19 @@ def model_info(name: str) -> ModelInfo:
     return _INFOS[name]
 
 
+def model_builder(name: str) -> Callable[..., RISModel]:
+    """The function that builds a registered model. Raises UserError for an unknown name."""
+    if name not in _BUILDERS:
+        raise unknown_name("model", name, _BUILDERS)
+    return _BUILDERS[name]
+
+
 def create_model(name: str, **kwargs: Any) -> RISModel:
     """Build a registered model; `kwargs` are the builder's own keyword arguments.
 
     Raises UserError for an unknown name or an argument that the builder does not take.
     """
-    if name not in _BUILDERS:
-        raise unknown_name("model", name, _BUILDERS)
-    builder = _BUILDERS[name]
+    builder = model_builder(name)
     accepted = inspect.signature(builder).parameters
     for key in kwargs:
         if key not in accepted:

@@ -1,0 +1,75 @@
+"""Losses against values written out by hand, in every precision, and what a user is told."""
+
+import math
+
+import pytest
+import torch
+
+from amltrain.errors import UserError
+from amltrain.losses import create_loss, upsample_logits
+from amltrain.records import Batch, ModelOutput
+
+
+def batch_of(target: torch.Tensor) -> Batch:
+    count, height, width = target.shape
+    return Batch(
+        image=torch.zeros(count, 3, height, width),
+        input_ids=torch.zeros(count, 1, dtype=torch.long),
+        text_mask=torch.ones(count, 1, dtype=torch.bool),
+        target=target.to(torch.uint8),
+        no_target=torch.zeros(count, dtype=torch.bool),
+        sample_id=torch.arange(count),
+        random_key=torch.arange(count),
+        geometry=torch.zeros(count, 6, dtype=torch.float64),
+    )
+
+
+def test_weighted_cross_entropy_by_hand() -> None:
+    """Pixels (background, referent) = (0, log 3): probabilities 1/4 and 3/4; one pixel of each class."""
+    logits = torch.tensor([0.0, math.log(3)]).reshape(1, 2, 1, 1).expand(1, 2, 1, 2)
+    loss = create_loss("weighted_cross_entropy")(ModelOutput(logits), batch_of(torch.tensor([[[0, 255]]])))["loss"]
+    expected = (0.9 * math.log(4) + 1.1 * math.log(4 / 3)) / (0.9 + 1.1)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_class_weights_are_arguments() -> None:
+    logits, batch = torch.randn(2, 2, 3, 3), batch_of(torch.zeros(2, 6, 6))
+    plain = create_loss("weighted_cross_entropy", background_weight=7.0)(ModelOutput(logits), batch)["loss"]
+    expected = torch.nn.functional.cross_entropy(
+        upsample_logits(logits, (6, 6)), torch.zeros(2, 6, 6, dtype=torch.long)
+    )
+    torch.testing.assert_close(plain, expected)  # a mean over one class does not depend on its weight
+
+
+def test_a_pixel_half_covered_is_the_referents() -> None:
+    logits = torch.tensor([0.0, 5.0]).reshape(1, 2, 1, 1)
+    loss = create_loss("weighted_cross_entropy")
+    below, half = (loss(ModelOutput(logits), batch_of(torch.full((1, 1, 1), c)))["loss"] for c in (127, 128))
+    assert half < 0.01 < below
+
+
+def test_logits_are_upsampled_corner_to_corner() -> None:
+    ramp = upsample_logits(torch.tensor([[[[0.0, 1.0]]]]), (1, 5))
+    torch.testing.assert_close(ramp.flatten(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_losses_compute_in_float32_at_least(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 2, 4, 4).to(dtype).requires_grad_()
+    target = batch_of(torch.full((1, 8, 8), 255))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = create_loss("weighted_cross_entropy")(ModelOutput(logits), target)["loss"]
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    loss.backward()
+    assert logits.grad.dtype == dtype
+
+
+def test_class_weights_are_not_part_of_a_checkpoint() -> None:
+    assert create_loss("weighted_cross_entropy").state_dict() == {}
+
+
+def test_what_a_user_may_get_wrong() -> None:
+    with pytest.raises(UserError, match="did you mean weighted_cross_entropy"):
+        create_loss("weighted_crossentropy")
+    with pytest.raises(UserError, match=r"'foreground_weight' \(loss\.kwargs\)"):
+        create_loss("weighted_cross_entropy", foreground_weight=1.0)
