@@ -10,7 +10,9 @@ from amltrain.losses import RegionLoss
 from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import LanguageSwin
 from amltrain.models.backbones.swin import Swin
-from amltrain.models.rela import ReLA, build_rela
+from amltrain.models.layers.pixel_decoder import PixelDecoder
+from amltrain.models.layers.region_decoder import RegionDecoder
+from amltrain.models.rela import ReLA
 from amltrain.records import Batch, ModelOutput
 from tests.parity.compare import Adapter, Read
 
@@ -33,16 +35,27 @@ def build(config: Mapping[str, Any]) -> ReLA:
         max_positions=bert["max_position_embeddings"],
         dropout=0.0,
     )
-    return build_rela(
-        LanguageSwin(vision, text_dim=config["pwam"]["text_dim"], gate_std=0.0),
-        text,
-        dim=pixel["conv_dim"],
-        mask_dim=pixel["mask_dim"],
-        heads=pixel["heads"],
-        encoder_layers=pixel["layers"],
-        encoder_feedforward=pixel["ffn"],
-        decoder_layers=predictor["layers"],
-        decoder_feedforward=predictor["ffn"],
+    backbone = LanguageSwin(vision, text_dim=config["pwam"]["text_dim"], gate_std=0.0)
+    return ReLA(
+        backbone=backbone,
+        text_encoder=text,
+        pixel_decoder=PixelDecoder(
+            backbone.channels,
+            dim=pixel["conv_dim"],
+            mask_dim=pixel["mask_dim"],
+            layers=pixel["layers"],
+            heads=pixel["heads"],
+            feedforward=pixel["ffn"],
+        ),
+        region_decoder=RegionDecoder(
+            dim=predictor["hidden"],
+            mask_dim=pixel["mask_dim"],
+            text_dim=bert["hidden_size"],
+            regions=predictor["queries"],
+            layers=predictor["layers"],
+            heads=predictor["heads"],
+            feedforward=predictor["ffn"],
+        ),
         trained_text_layers=None,
     )
 
@@ -97,8 +110,8 @@ CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.mask_features": ("pixel_decoder", item(0)),
     **{f"inter.ms{i}": ("pixel_decoder", scale(i)) for i in range(3)},
     "inter.dec_state0": ("region_decoder.layers.0", state_before),
-    **{f"inter.dec_state{i + 1}": (f"region_decoder.layers.{i}", whole) for i in range(4)},
-    **{f"inter.attn_block{i}": (f"region_decoder.layers.{i}", blocked) for i in range(4)},
+    **{f"inter.dec_state{i + 1}": (f"region_decoder.layers.{i}", whole) for i in range(9)},
+    **{f"inter.attn_block{i}": (f"region_decoder.layers.{i}", blocked) for i in range(9)},
     "inter.pred_masks_lowres": ("region_decoder", item(0)),
 }
 OUTPUTS = {
