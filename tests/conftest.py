@@ -29,3 +29,16 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few prepared RefShapes scenes: 20 for training, 4 in every other split."""
+    from amltrain.data.prepare import prepare
+    from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
+
+    root = tmp_path_factory.mktemp("shapes")
+    sizes = dict.fromkeys(SPLIT_SIZES, 4) | {"train": 20}
+    write_refshapes(root / "source", split_sizes=sizes, progress=False)
+    prepare("refshapes", root / "source", root / "prepared", progress=False)
+    return root / "prepared"

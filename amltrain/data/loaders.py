@@ -1,5 +1,6 @@
 """From a run's config to loaders. The order of samples is a function of (seed, epoch) alone."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -205,7 +206,14 @@ def _loader(dataset: ReferDataset, workers: int, **batching: object) -> DataLoad
     return DataLoader(
         dataset,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         **batching,  # type: ignore[arg-type]
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A scheduler signals every process of a job; a loader that died of it would keep the trainer from saving."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -5,12 +5,14 @@ CLIP style: start, pieces, end; a long sentence keeps the end token in the last 
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from tokenizers import BertWordPieceTokenizer
-from tokenizers.processors import BertProcessing
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -18,6 +20,8 @@ from amltrain.errors import UserError
 
 # loader processes are forked after the tokenizer was used; its own threads would then only warn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 class SentenceTokenizer:
@@ -63,12 +67,20 @@ class SentenceTokenizer:
 
     @classmethod
     def train_wordpiece(cls, sentences: Iterable[str], max_tokens: int, vocab_size: int = 8192) -> "SentenceTokenizer":
-        """Build a lower-case BERT-style vocabulary; the same sentences in the same order give the same one."""
-        wordpiece = BertWordPieceTokenizer(lowercase=True)
-        wordpiece.train_from_iterator(sentences, vocab_size=vocab_size, min_frequency=1, show_progress=False)
-        wordpiece.post_processor = BertProcessing(
-            ("[SEP]", wordpiece.token_to_id("[SEP]")), ("[CLS]", wordpiece.token_to_id("[CLS]"))
+        """Build a lower-case BERT-style vocabulary: letters, and the most frequent words whole.
+
+        A function of the sentences alone. `tokenizers`' own WordPiece trainer breaks ties differently in every process,
+        so two processes, or a run and its resumption, would not speak the same language.
+        """
+        normalise, split = BertNormalizer(lowercase=True), BertPreTokenizer()
+        counts = Counter(
+            word for sentence in sentences for word, _ in split.pre_tokenize_str(normalise.normalize_str(sentence))
         )
+        letters = sorted({letter for word in counts for letter in word})
+        words = sorted(counts, key=lambda word: (-counts[word], word))
+        entries = dict.fromkeys([*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words])
+        vocabulary = {token: number for number, token in enumerate(list(entries)[:vocab_size])}
+        wordpiece = BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=wordpiece._tokenizer,
             unk_token="[UNK]",

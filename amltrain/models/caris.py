@@ -246,9 +246,11 @@ class CARIS(RISModel):
         layers: int = 6,
         heads: int = 8,
         alignment_text: Literal["prompted", "plain"] = "prompted",
+        encoder_lr_scale: float = 0.1,
     ) -> None:
         """vision, text: built encoders. dim: decoder width, a multiple of 32. layers, heads: of the decoder.
 
+        encoder_lr_scale: what the encoders' learning rate is multiplied by; 1 where they start from nothing.
         alignment_text: the token features that AML scores, see the head of this file.
         """
         super().__init__()
@@ -257,6 +259,7 @@ class CARIS(RISModel):
         self.prompts = ConditionalPrompts(vision.channels[-1], text_dim)
         self.decoder = FusionDecoder(vision.channels, text_dim, dim=dim, layers=layers, heads=heads)
         self.alignment_text = alignment_text
+        self.encoder_lr_scale = encoder_lr_scale
         self.alignment_dims = (vision.channels[-1], text_dim)
         self.fused_dims = (dim, dim)
 
@@ -284,14 +287,14 @@ class CARIS(RISModel):
         Group norms, gammas and biases do decay, as in the release.
         """
         parts = {
-            "text": (self.text, 0.1, ("norm", "embeddings")),
-            "vision": (self.vision, 0.1, ("norm", "relative_position_bias_table")),
+            "text": (self.text, self.encoder_lr_scale, ("norm", "embeddings")),
+            "vision": (self.vision, self.encoder_lr_scale, ("norm", "relative_position_bias_table")),
             "prompts": (self.prompts, 1.0, ("norm", "lang_prompts")),
             "decoder": (self.decoder, 1.0, ("norm", "prompt")),
         }
         groups: dict[str, dict[str, Any]] = {}
         for part, (module, scale, undecayed) in parts.items():
-            kind = part if scale < 1 else "rest"
+            kind = part if part in ("text", "vision") else "rest"
             for name, parameter in module.named_parameters():
                 if not parameter.requires_grad:
                     continue
@@ -392,4 +395,6 @@ def caris_tiny(
     )
     text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
     load_encoders(vision, text, vision_weights, text_weights)
-    return CARIS(vision=vision, text=text, dim=128, layers=2, heads=4, alignment_text=alignment_text)
+    return CARIS(
+        vision=vision, text=text, dim=128, layers=2, heads=4, alignment_text=alignment_text, encoder_lr_scale=1.0
+    )

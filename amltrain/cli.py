@@ -1,0 +1,32 @@
+"""`amltrain COMMAND …`: the same functions as the scripts in launch/."""
+
+import importlib
+import sys
+
+from amltrain.errors import one_line_errors, unknown_name
+
+COMMANDS = {
+    "train": ("amltrain.commands.train", "train a model, or go on with a run"),
+    "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
+    "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
+    "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
+    "convert": ("amltrain.commands.convert", "an official checkpoint -> a model folder"),
+    "models": ("amltrain.commands.models", "list the registered models"),
+}
+
+
+def main() -> None:
+    """Entry point of the `amltrain` program."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print("usage: amltrain COMMAND [options]; `amltrain COMMAND --help` explains one\n")
+        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+        return
+    with one_line_errors():
+        name = sys.argv.pop(1)
+        if name not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
+    importlib.import_module(COMMANDS[name][0]).main()
+
+
+if __name__ == "__main__":
+    main()

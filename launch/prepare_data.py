@@ -1,0 +1,11 @@
+"""Prepare data: `python launch/prepare_data.py --help`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # not launch/: its evaluate.py would hide the evaluate library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from amltrain.commands.prepare import main
+
+    main()

@@ -1,0 +1,46 @@
+"""Learning-rate schedules against the release's recording and by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from amltrain.training.optim import build_optimizer, lr_factor, set_lr
+
+
+def test_poly_caris_is_the_releases(shared_dir: Path) -> None:
+    recorded = json.loads((shared_dir / "goldens/caris/lr_schedule.json").read_text())["lr"]
+    for step, lr in enumerate(recorded):
+        assert 1e-4 * lr_factor(step, 100, "poly_caris", warmup_steps=10) == pytest.approx(lr, abs=1e-12)
+
+
+def test_poly_ends_at_zero_and_never_rises() -> None:
+    factors = [lr_factor(step, 50, "poly") for step in range(51)]
+    assert factors[0] == 1.0
+    assert factors[-1] == 0.0
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_warmup_rises_to_the_schedule() -> None:
+    factors = [lr_factor(step, 100, "constant", warmup_steps=4) for step in range(6)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_multistep_and_cosine() -> None:
+    steps = [lr_factor(step, 10, "multistep", milestones=[0.5, 0.8]) for step in (4, 5, 8)]
+    assert steps == pytest.approx([1.0, 0.1, 0.01])
+    assert lr_factor(5, 10, "cosine") == pytest.approx(0.5)
+    assert lr_factor(10, 10, "cosine") == pytest.approx(0.0)
+
+
+def test_groups_keep_their_ratio() -> None:
+    slow, fast = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    groups = [
+        {"name": "slow", "params": [slow], "lr": 1e-5, "weight_decay": 0.0},
+        {"name": "fast", "params": [fast], "lr": 1e-4, "weight_decay": 0.1},
+    ]
+    optimizer = build_optimizer(groups, "adamw", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
+    set_lr(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-6, 5e-5]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
