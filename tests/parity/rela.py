@@ -110,8 +110,8 @@ CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.mask_features": ("pixel_decoder", item(0)),
     **{f"inter.ms{i}": ("pixel_decoder", scale(i)) for i in range(3)},
     "inter.dec_state0": ("region_decoder.layers.0", state_before),
-    **{f"inter.dec_state{i + 1}": (f"region_decoder.layers.{i}", whole) for i in range(9)},
-    **{f"inter.attn_block{i}": (f"region_decoder.layers.{i}", blocked) for i in range(9)},
+    **{f"inter.dec_state{i + 1}": (f"region_decoder.layers.{i}", whole) for i in range(4)},
+    **{f"inter.attn_block{i}": (f"region_decoder.layers.{i}", blocked) for i in range(4)},
     "inter.pred_masks_lowres": ("region_decoder", item(0)),
 }
 OUTPUTS = {
