@@ -14,7 +14,7 @@ class Draw(NamedTuple):
     """What a sampler hands to a dataset: everything random about a sample is a function of (seed, epoch, index)."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides a tuple's own method, which nobody wants of a draw
 
 
 class Sample(NamedTuple):

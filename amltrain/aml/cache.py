@@ -1,8 +1,8 @@
 """Remembered alignment scores, for models whose scored encoders never change (DETRIS's frozen towers).
 
 A score is then a function of image and sentence. The cache lives in memory on the host, 2 bytes per patch: 2 KB for
-32 x 32 patches, 0.25 GB for all 120,624 training sentences of RefCOCO. Each process has its own and starts empty, also
-after a resume. Looking keys up reads the batch's ids from the device, the one wait that caching costs.
+32 x 32 patches, 0.25 GB for all 120,624 training sentences of RefCOCO. Each process has its own and starts empty,
+also after a resume. Looking keys up reads the batch's ids from the device, the one wait that caching costs.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """`launch/prepare_data.py` and `amltrain prepare`: original REFER files and images -> Parquet that `datasets` reads.
 
-    python launch/prepare_data.py --dataset refcoco refcoco+ refcocog --refer_root data/refer --image_root data/train2014
+    python launch/prepare_data.py --dataset combined --refer_root data/refer --image_root data/train2014
 
-Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), decodes every image once, and
-writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several data sets also get the list of images that a
+Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), decodes every image once,
+and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several data sets also get the list of images that a
 combined training leaves out. docs/data.md says where the original files are found.
 """
 

@@ -10,4 +10,5 @@ from amltrain.records import Batch, Sample
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack the samples; masks at the images' own sizes stay a tuple, for they differ in size."""
     *stacked, originals = zip(*samples, strict=True)
-    return Batch(*map(torch.stack, stacked), tuple(mask for mask in originals if mask is not None))
+    masks = tuple(mask for mask in originals if mask is not None)
+    return Batch(*map(torch.stack, stacked), original_target=masks)  # type: ignore[arg-type, call-arg, misc]

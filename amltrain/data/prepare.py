@@ -65,7 +65,8 @@ def prepare(
     # written aside on the same disk and renamed when whole: a killed run leaves nothing that looks finished
     aside = Path(tempfile.mkdtemp(prefix=f".{dataset}-", dir=folder.parent))
     try:
-        counts, skipped = {}, []
+        counts: dict[str, Counts] = {}
+        skipped: list[Skipped] = []
         for split in files.spec.splits:
             groups = list(image_groups(files, split))
             counts[split] = _write_split(aside, split, groups, images, skipped, progress)

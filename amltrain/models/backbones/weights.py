@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -85,12 +86,13 @@ def load_bert(bert: BertModel, weights: str) -> None:
         state = {_bert_name(key): value for key, value in read_state_dict(Path(weights)).items()}
     else:
         try:
-            found, report = BertModel.from_pretrained(weights, add_pooling_layer=False, output_loading_info=True)
+            loaded: Any = BertModel.from_pretrained(weights, add_pooling_layer=False, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
                 f"is a network and name the folder (model.text_weights)"
             ) from error
+        found, report = loaded
         absent = set(report["missing_keys"])  # transformers has filled these with random numbers
         state = {key: value for key, value in found.state_dict().items() if key not in absent}
     unused = ("pooler.", "cls.")
