@@ -3,8 +3,8 @@
     python launch/prepare_data.py --dataset combined --refer_root data/refer --image_root data/train2014
 
 Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), decodes every image once,
-and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several data sets also get the list of images that a
-combined training leaves out. docs/data.md says where the original files are found.
+and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several data sets also get the list of images
+that a combined training leaves out. docs/data.md says where the original files are found.
 """
 
 import argparse
