@@ -23,6 +23,7 @@ from amltrain.config import RunConfig, save_config
 from amltrain.data.collate import collate
 from amltrain.data.loaders import EpochSampler, build_train_loader
 from amltrain.errors import UserError
+from amltrain.evaluation.alignment import build_alignment_diagnostics
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.results import Results, table, write_results
@@ -144,8 +145,10 @@ class Trainer:
                 accelerator.backward(result["loss"])
                 losses.append(result["loss"].detach())
                 for name, value in result.items():
-                    if name != "loss":
+                    if name != "loss" and value.dim() == 0:
                         extras.setdefault(name, []).append(value.detach())
+                if self.diagnostics is not None:
+                    self.diagnostics.update(result)
                 if accelerator.sync_gradients:
                     norm = self._clip()
                     stats = self._reduce(losses, norm, extras)
@@ -206,6 +209,9 @@ class Trainer:
                     **stats.extras,
                 }
             )
+        if self.diagnostics is not None:
+            reduce, is_main = self.accelerator.reduce, self.accelerator.is_main_process
+            self._log(self.diagnostics.after_step(step, self.task, reduce, is_main) or {})
         evaluate = last or step % (config.evaluation.every_steps or self.steps_per_epoch) == 0
         improved = self._evaluate() if evaluate else False
         scheduled = step % config.checkpoint.every_steps == 0 if config.checkpoint.every_steps else evaluate
@@ -316,6 +322,7 @@ class Trainer:
         if self.resume_from is not None:
             self._resume(self.resume_from)
         self.history = History(self.output / "log.jsonl", self.progress.step, enabled=accelerator.is_main_process)
+        self.diagnostics = build_alignment_diagnostics(config.aml, self.parts.dataset, self.output, accelerator.device)
         start_trackers(accelerator, config)
         self.say(banner(config, self.parts, accelerator, self.plan, self.total_steps))
 
@@ -410,6 +417,8 @@ class Trainer:
         return broadcast_object_list(found)[0]
 
     def _log(self, values: dict[str, float]) -> None:
+        if not values:
+            return
         self.accelerator.log(values, step=self.progress.step)
         self.history.add(self.progress.step, values)
 
