@@ -1,12 +1,13 @@
 """The paper's recipes: each is a whole run on its own, trains full-size CARIS, and asks for what that model can do."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from amltrain.aml.presets import resolve
-from amltrain.config import parse_config
+from amltrain.config import RunConfig, parse_config
 from amltrain.models import create_model
 from amltrain.tasks import build_scorer, check_model
 
@@ -19,13 +20,18 @@ def caris():
         return create_model("caris_swin_base")
 
 
+@cache
+def parse(path: Path) -> RunConfig:
+    return parse_config(["--config", str(path)])
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe: Path, caris) -> None:
     header = recipe.read_text().split("\n\n")[0]
     assert f"--config configs/recipes/paper/{recipe.name}" in header
     assert "# Published: " in header
     assert "# Ours: " in header
-    run = parse_config(["--config", str(recipe)])
+    run = parse(recipe)
     assert run.model.name == "caris_swin_base"
     assert run.output.endswith(recipe.stem)
     assert (run.optim.lr, run.optim.weight_decay, run.optim.power) == (1e-4, 0.01, 0.9)
@@ -38,7 +44,7 @@ def test_recipe(recipe: Path, caris) -> None:
 
 
 def test_there_is_one_for_every_option() -> None:
-    runs = [resolve(parse_config(["--config", str(path)]).aml) for path in RECIPES]
+    runs = [resolve(parse(path).aml) for path in RECIPES]
     assert {r.features for r in runs} == {"early", "late", "pred"}
     assert {r.level for r in runs} == {"image", "feature", "random"}
     assert {r.dim for r in runs} == {1024, 2048, 4096}

@@ -1,0 +1,42 @@
+"""Temperature `auto`, solved on 64 samples as in training, judged on whole sets of scenes and of photographs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from amltrain.aml.temperature import TARGET_MEAN_SCORE
+from amltrain.config import DataConfig, PreprocessConfig
+from amltrain.data.collate import collate
+from amltrain.data.loaders import build_tokenizer, build_train_dataset
+from amltrain.data.prepare import prepare
+from amltrain.data.shapes import write_refshapes
+from tests.test_tasks import make_task
+
+
+def prepared_shapes(folder: Path, shared_dir: Path) -> list[str]:
+    write_refshapes(folder / "source", split_sizes={"train": 50}, progress=False)
+    prepare("refshapes", folder / "source", folder / "prepared", max_skipped=1.0, progress=False)
+    return ["refshapes"]
+
+
+def prepared_photographs(folder: Path, shared_dir: Path) -> list[str]:
+    names = ["refcoco", "refcocog"]
+    for name in names:
+        prepare(name, shared_dir / "data" / "refer_mini", folder / "prepared", progress=False)
+    return names
+
+
+@pytest.mark.parametrize("prepared", [prepared_shapes, prepared_photographs])
+def test_mean_score_after_calibration(prepared, tmp_path: Path, shared_dir: Path) -> None:
+    data = DataConfig(prepared=str(tmp_path / "prepared"), leak_filter=False, datasets=prepared(tmp_path, shared_dir))
+    preprocess = PreprocessConfig(96, "square", "imagenet", "wordpiece", 24, "sent")
+    tokenizer = build_tokenizer(data, preprocess)
+    dataset = build_train_dataset(data, preprocess, tokenizer, seed=0)
+    task = make_task({"vocab_size": tokenizer.vocab_size})
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    task.calibrate([collate([dataset[i] for i in order[:64]])])
+    everything = collate([dataset[i] for i in range(len(dataset))])
+    scores = task.score(everything)
+    assert scores.mean().item() == pytest.approx(TARGET_MEAN_SCORE, abs=0.02)
+    assert 0 < task.blocks(scores, everything).float().mean() < 0.5
