@@ -27,10 +27,26 @@ from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_g
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
 from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conversion import convert
 from amltrain.models.layers.deformable import MultiScaleDeformableAttention
 from amltrain.models.layers.position import cell_centres, sine_position
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+AlignmentText = Literal["prompted", "plain"]
+RENAMES = [
+    (r"^backbone\.vis_encoder\.", "vision."),
+    (r"^backbone\.lang_encoder\.", "text."),
+    (r"^backbone\.conditional_prompts\.", "prompts."),
+    (r"^pixel_decoder\.", "decoder."),
+]
+"""The release's key names to ours, as rules for `re.sub`: only the parts' names differ."""
+DROPS = [
+    (r".*\.attn\.relative_position_index", "an index table, recomputed from the window size"),
+    (r".*\.embeddings\.position_ids", "an index table of older transformers versions"),
+    (r"criterion\..*\.weight", "class weights are arguments of the loss"),
+    (r"aug\..*", "the AML release's projection, which inference does not use"),
+]
 
 
 class ConditionalPrompts(nn.Module):
@@ -245,7 +261,7 @@ class CARIS(RISModel):
         dim: int = 256,
         layers: int = 6,
         heads: int = 8,
-        alignment_text: Literal["prompted", "plain"] = "prompted",
+        alignment_text: AlignmentText = "prompted",
         encoder_lr_scale: float = 0.1,
     ) -> None:
         """vision, text: built encoders. dim: decoder width, a multiple of 32. layers, heads: of the decoder.
@@ -307,34 +323,8 @@ class CARIS(RISModel):
         return [{"name": name, **group} for name, group in groups.items()]
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
-        """Official keys differ in the parts' names only."""
-        prefixes = {
-            "backbone.vis_encoder.": "vision.",
-            "backbone.lang_encoder.": "text.",
-            "backbone.conditional_prompts.": "prompts.",
-            "pixel_decoder.": "decoder.",
-        }
-        reasons = {
-            "attn.relative_position_index": "recomputed from the window size",
-            "embeddings.position_ids": "recomputed from the number of positions",
-            "criterion.seg_criterion.weight": "class weights are arguments of the loss",
-            "criterion.ce_loss.weight": "class weights are arguments of the loss",
-        }
-        own = self.state_dict()
-        converted, renamed, dropped, unmatched = {}, {}, {}, []
-        for key, tensor in official.items():
-            reason = next((why for end, why in reasons.items() if key.endswith(end)), None)
-            if key.startswith("aug."):
-                reason = "the AML release's projection, which inference does not use"
-            prefix = next((p for p in prefixes if key.startswith(p)), None)
-            ours = prefixes[prefix] + key[len(prefix) :] if prefix else key
-            if reason:
-                dropped[key] = reason
-            elif ours in own:
-                converted[ours], renamed[key] = tensor, ours
-            else:
-                unmatched.append(key)
-        return Conversion(converted, renamed, dropped, unmatched, [key for key in own if key not in converted])
+        """Of the CARIS or the AML release."""
+        return convert(official, self.state_dict(), renames=RENAMES, drops=DROPS)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.vision.set_gradient_checkpointing(enabled)
@@ -363,13 +353,46 @@ def caris_swin_base(
     window_size: int = 7,
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
-    alignment_text: Literal["prompted", "plain"] = "prompted",
+    alignment_text: AlignmentText = "prompted",
 ) -> CARIS:
     """The release's model: Swin-B and BERT-base, 226.6 M parameters.
 
     vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
     """
     vision = Swin(window_size=window_size, drop_path_rate=drop_path_rate)
+    return _full_size(vision, vision_weights, text_weights, vocab_size, text_dropout, alignment_text)
+
+
+@register_model(_info(448, "bert-base-uncased"))
+def caris_swin_tiny(
+    *,
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vocab_size: int = 30522,
+    window_size: int = 7,
+    drop_path_rate: float = 0.3,
+    text_dropout: float = 0.1,
+    alignment_text: AlignmentText = "prompted",
+) -> CARIS:
+    """The release's smaller option, for which it publishes no numbers: Swin-T and BERT-base, 166.8 M parameters."""
+    vision = Swin(
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        window_size=window_size,
+        drop_path_rate=drop_path_rate,
+    )
+    return _full_size(vision, vision_weights, text_weights, vocab_size, text_dropout, alignment_text)
+
+
+def _full_size(
+    vision: Swin,
+    vision_weights: str | None,
+    text_weights: str | None,
+    vocab_size: int,
+    text_dropout: float,
+    alignment_text: AlignmentText,
+) -> CARIS:
     text = build_bert(vocab_size=vocab_size, dropout=text_dropout)
     load_encoders(vision, text, vision_weights, text_weights)
     return CARIS(vision=vision, text=text, alignment_text=alignment_text)
@@ -383,7 +406,7 @@ def caris_tiny(
     vocab_size: int = 512,
     drop_path_rate: float = 0.0,
     text_dropout: float = 0.0,
-    alignment_text: Literal["prompted", "plain"] = "prompted",
+    alignment_text: AlignmentText = "prompted",
 ) -> CARIS:
     """Small enough to learn synthetic scenes from scratch on two CPU cores."""
     vision = Swin(

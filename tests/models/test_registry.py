@@ -1,8 +1,6 @@
-"""What every registered model must do. A new baseline is tested here as soon as it is registered.
+"""What every registered model must do. A new baseline is tested as soon as it is registered.
 
-Its full-size parameter counts belong in `PARAMETERS`.
-
-Small models (fewer than 20 M parameters) run; full-size ones are built without memory on the meta device.
+Its full-size parameter counts belong in `PARAMETERS`. Small models (fewer than 20 M parameters) run; full-size ones are built without memory on the meta device.
 """
 
 import inspect
@@ -21,7 +19,10 @@ from amltrain.tasks import AMLTask, build_task
 
 PARAMETERS = {
     "caris_swin_base": (226_572_664, 226_572_664),
+    "caris_swin_tiny": (166_832_250, 166_832_250),
     "cgformer_swin_base": (249_506_171, 249_506_171),
+    "cris_r101": (161_251_682, 161_251_681),
+    "cris_r50": (146_849_122, 146_849_121),
     "detris_base": (175_529_778, 25_518_129),
     "detris_large": (394_106_930, 26_306_097),
     "detris_large_mixed": (424_327_842, 56_527_009),
