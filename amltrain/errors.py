@@ -16,7 +16,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error).rsplit(f"{UserError.__name__}: ", 1)[-1]  # a loader's worker wraps it in its own trace
+        print(f"error: {message.strip()}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -1,17 +1,17 @@
 """Prepared rows -> Samples. Map-style over a memory-mapped table; an index says which row, referent and sentence."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Literal, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.utils.data
 from PIL import Image
 
+from amltrain.data.rows import Rows
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
     dataset: str
     split: str
-    rows: datasets.Dataset
+    rows: Rows
 
 
 class SampleInfo(NamedTuple):
@@ -52,15 +52,14 @@ class _Index(NamedTuple):
 
 def _index_part(number: int, part: Part, excluded_images: AbstractSet[int]) -> _Index:
     """Built from the small columns alone; no image is read."""
-    table = part.rows.data
-    referents = table.column("referents").combine_chunks()
+    referents = part.rows.columns.column("referents").combine_chunks()
     per_row = np.asarray(pc.list_value_length(referents), dtype=np.int64)
     sentences = np.asarray(pc.list_value_length(pc.struct_field(pc.list_flatten(referents), "sentences")), np.int64)
     row = np.repeat(np.arange(len(per_row)), per_row)
     referent = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
     index = _Index(np.full(len(row), number), row, referent, sentences)
     if excluded_images:
-        images = np.asarray(table.column("image_id"))
+        images = np.asarray(part.rows.columns.column("image_id"))
         kept = ~np.isin(images, np.fromiter(excluded_images, np.int64, len(excluded_images)))[row]
         index = _Index(*(column[kept] for column in index))
     return index
@@ -119,6 +118,17 @@ class ReferDataset(torch.utils.data.Dataset):
         """Samples of every part, in order."""
         return np.bincount(self.index.part[self.referent_of[: self.length]], minlength=len(self.parts)).tolist()
 
+    def row_groups(self) -> np.ndarray | None:
+        """Which samples are read together, [samples] int64; None if every one can be read alone."""
+        entries = self.referent_of[: self.length]
+        number, row = self.index.part[entries], self.index.row[entries]
+        groups = np.empty(len(entries), np.int64)
+        for i, part in enumerate(self.parts):
+            if part.rows.row_group is None:
+                return None
+            groups[number == i] = (i << 32) + part.rows.row_group[row[number == i]]
+        return np.unique(groups, return_inverse=True)[1]
+
     def counts(self) -> dict[str, int]:
         """Images, refs and expressions in use, and samples an epoch."""
         used = np.unique(self.referent_of[: self.length])
@@ -141,19 +151,12 @@ class ReferDataset(torch.utils.data.Dataset):
             "shuffled_sentences": self.text_of is not None,
         }
 
-    def sentences(self) -> Iterator[str]:
-        """Every sentence of every part, in order; no image is read."""
-        for part in self.parts:
-            referents = pc.list_flatten(part.rows.data.column("referents").combine_chunks())
-            entries = pc.list_flatten(pc.struct_field(referents, "sentences"))
-            yield from pc.struct_field(entries, self.sentence_field).to_pylist()
-
     def __getitem__(self, draw: Draw | int) -> Sample:
         epoch, index = draw if isinstance(draw, tuple) else (0, int(draw))
         key = random_key(self.seed, epoch, index)
-        row, referent = self._referent(index)
+        referent = self._referent(index)
         mask = decode_rle(self._rle(referent))
-        image, target, geometry = self.transform(self._image(row, index), mask)
+        image, target, geometry = self.transform(self.picture(index), mask)
         input_ids, text_mask = self.tokenizer(self._sentence(index, referent, key)[self.sentence_field])
         assert target is not None
         return Sample(
@@ -170,13 +173,13 @@ class ReferDataset(torch.utils.data.Dataset):
 
     def info(self, sample_id: int) -> SampleInfo:
         """Where a sample comes from. With unit "referent" the sentence is the one of epoch 0."""
-        row, referent = self._referent(sample_id)
+        referent = self._referent(sample_id)
         sentence = self._sentence(sample_id, referent, random_key(self.seed, 0, sample_id))
-        part = self.parts[self.index.part[self.referent_of[sample_id]]]
+        part, row, _ = self._place(sample_id)
         return SampleInfo(
             part.dataset,
             part.split,
-            row["image_id"],
+            part.rows.columns.column("image_id")[row].as_py(),
             referent["ref_id"],
             sentence["sent_id"],
             sentence[self.sentence_field],
@@ -184,17 +187,31 @@ class ReferDataset(torch.utils.data.Dataset):
 
     def picture(self, sample_id: int) -> Image.Image:
         """The sample's image at its own size, RGB, as the transform gets it."""
-        return self._image(self._referent(sample_id)[0], sample_id)
+        part, row, _ = self._place(sample_id)
+        try:
+            image = Image.open(io.BytesIO(part.rows.image_bytes(row))).convert("RGB")
+        except (OSError, SyntaxError, TypeError) as error:
+            name = part.rows.columns.column("file_name")[row]
+            raise UserError(
+                f"image {name} (row {row}) of the prepared {part.dataset}/{part.split} cannot be decoded ({error}); "
+                f"remove the prepared folder and prepare it again"
+            ) from error
+        return image if self.perturb is None else self.perturb(image, sample_id)
 
-    def _referent(self, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _place(self, index: int) -> tuple[Part, int, int]:
+        """Part, row in the part, referent in the row."""
         entry = self.referent_of[index]
-        row = self.parts[self.index.part[entry]].rows[int(self.index.row[entry])]
-        return row, row["referents"][self.index.referent[entry]]
+        part, row, referent = (int(column[entry]) for column in self.index[:3])
+        return self.parts[part], row, referent
+
+    def _referent(self, index: int) -> dict[str, Any]:
+        part, row, referent = self._place(index)
+        return part.rows.columns.column("referents")[row][referent].as_py()
 
     def _sentence(self, index: int, referent: dict[str, Any], key: int) -> dict[str, Any]:
         if self.text_of is not None:
             index = int(self.text_of[index])
-            referent = self._referent(index)[1]
+            referent = self._referent(index)
         sentences = referent["sentences"]
         if self.unit == "referent":
             return sentences[random_key(key, 1) % len(sentences)]
@@ -206,21 +223,15 @@ class ReferDataset(torch.utils.data.Dataset):
             return exclusive
         return referent["mask"]
 
-    def _image(self, row: dict[str, Any], index: int) -> Image.Image:
-        image = self._decode(row)
-        return image if self.perturb is None else self.perturb(image, index)
-
-    def _decode(self, row: dict[str, Any]) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        except (OSError, SyntaxError, TypeError) as error:
-            raise UserError(
-                f"image {row['file_name']} of the prepared data cannot be decoded ({error}); remove the prepared "
-                f"folder and prepare it again"
-            ) from error
-
     def _image_id(self, part: int, row: int) -> int:
-        return self.parts[part].rows.data.column("image_id")[row].as_py()
+        return self.parts[part].rows.columns.column("image_id")[row].as_py()
+
+
+def read_sentences(rows: Rows, sentence_field: str) -> list[str]:
+    """Every sentence of every referent, in order; no image is read."""
+    referents = pc.list_flatten(rows.columns.column("referents").combine_chunks())
+    entries = pc.list_flatten(pc.struct_field(referents, "sentences"))
+    return pc.struct_field(entries, sentence_field).to_pylist()
 
 
 def _foreign_samples(referent_of: np.ndarray, seed: int) -> np.ndarray:

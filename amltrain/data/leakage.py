@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from amltrain.data.prepared import open_prepared
+from amltrain.data.rows import open_rows
 from amltrain.data.splits import Counts, dataset_spec
 from amltrain.errors import UserError
 
 
-def held_out_images(prepared: str, dataset_names: Sequence[str]) -> set[int]:
+def held_out_images(prepared: str, dataset_names: Sequence[str], *, streaming: bool = False) -> set[int]:
     """Ids of all images in a val or test split of any of the data sets."""
     held_out: set[int] = set()
     for name in dataset_names:
         for split in dataset_spec(name).evaluation_splits:
-            held_out.update(open_prepared(prepared, name, split)["image_id"])
+            rows = open_rows(prepared, name, split, streaming=streaming)
+            held_out.update(rows.columns.column("image_id").to_pylist())
     return held_out
 
 

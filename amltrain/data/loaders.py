@@ -11,9 +11,9 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from amltrain.config import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
 from amltrain.data.collate import collate
-from amltrain.data.dataset import Part, ReferDataset
+from amltrain.data.dataset import Part, ReferDataset, read_sentences
 from amltrain.data.leakage import held_out_images
-from amltrain.data.prepared import open_prepared
+from amltrain.data.rows import WINDOW, open_rows
 from amltrain.data.splits import dataset_spec
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
@@ -27,6 +27,8 @@ class EpochSampler(Sampler[Draw]):
     Every sample is drawn once an epoch also where the batch size does not divide the epoch: a batch may then hold the
     end of one epoch and the start of the next. The global batch of step s is draws s * G ... (s + 1) * G - 1, however
     many processes share it.
+
+    Rows that are read in groups (a stream) are shuffled group by group, and samples within a window of a few groups.
     """
 
     def __init__(
@@ -38,9 +40,14 @@ class EpochSampler(Sampler[Draw]):
         total_steps: int,
         first_step: int = 0,
         weights: Sequence[float] | None = None,
+        row_groups: np.ndarray | None = None,
     ) -> None:
-        """part_sizes: samples of each data set. weights: share of an epoch that each data set gets; None = its size."""
+        """part_sizes: samples of each data set. weights: share of an epoch that each data set gets; None = its size.
+
+        row_groups: [samples] int64, which samples are read together (`ReferDataset.row_groups`).
+        """
         self.part_sizes, self.weights, self.seed = list(part_sizes), weights, seed
+        self.row_groups = row_groups
         self.global_batch_size, self.total_steps, self.first_step = global_batch_size, total_steps, first_step
 
     def __len__(self) -> int:
@@ -59,17 +66,25 @@ class EpochSampler(Sampler[Draw]):
     def order(self, epoch: int) -> np.ndarray:
         """Indices of one epoch, [sum of part_sizes] int64."""
         generator = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch])
+        drawn = generator.permutation(self._drawn(generator))
+        if self.row_groups is None:
+            return drawn
+        place = generator.permutation(self.row_groups.max() + 1)  # of every row group in this epoch
+        return drawn[np.argsort(place[self.row_groups[drawn]] // WINDOW, kind="stable")]
+
+    def _drawn(self, generator: np.random.Generator) -> np.ndarray:
+        """Which samples an epoch holds: all of them once, or every data set's share."""
         length = sum(self.part_sizes)
         if self.weights is None:
-            return generator.permutation(length)
-        shares = np.cumsum([0, *self.weights]) / sum(self.weights)
-        bounds = np.round(shares * length).astype(int)
+            return np.arange(length)
+        bounds = np.round(np.cumsum([0, *self.weights]) / sum(self.weights) * length).astype(int)
         first = np.cumsum([0, *self.part_sizes])
-        drawn = [
-            first[part] + self._repeated(generator, size, bounds[part + 1] - bounds[part])
-            for part, size in enumerate(self.part_sizes)
-        ]
-        return generator.permutation(np.concatenate(drawn))
+        return np.concatenate(
+            [
+                first[part] + self._repeated(generator, size, bounds[part + 1] - bounds[part])
+                for part, size in enumerate(self.part_sizes)
+            ]
+        )
 
     @staticmethod
     def _repeated(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
@@ -89,13 +104,8 @@ def build_tokenizer(data: DataConfig, preprocess: PreprocessConfig) -> SentenceT
     assert preprocess.tokenizer and preprocess.max_tokens and preprocess.sentence_field
     if preprocess.tokenizer != "wordpiece":
         return SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens)
-    sentences = [
-        sentence[preprocess.sentence_field]
-        for name in data.datasets
-        for referents in open_prepared(data.prepared, name, data.train_split)["referents"]
-        for referent in referents
-        for sentence in referent["sentences"]
-    ]
+    parts = [_open_part(data, name, data.train_split) for name in data.datasets]
+    sentences = (sentence for part in parts for sentence in read_sentences(part.rows, preprocess.sentence_field))
     return SentenceTokenizer.train_wordpiece(sentences, preprocess.max_tokens)
 
 
@@ -104,12 +114,11 @@ def build_train_dataset(
 ) -> ReferDataset:
     """Training samples of all the data sets, without the images that any of them evaluates on (data.leak_filter)."""
     assert preprocess.sentence_field
-    if data.weights is not None and len(data.weights) != len(data.datasets):
-        raise UserError(f"data.weights has {len(data.weights)} numbers for {len(data.datasets)} data sets")
-    parts = [Part(n, data.train_split, open_prepared(data.prepared, n, data.train_split)) for n in data.datasets]
+    _check_weights(data)
+    parts = [_open_part(data, name, data.train_split) for name in data.datasets]
     excluded: AbstractSet[int] = frozenset()
     if data.leak_filter and len(data.datasets) > 1:
-        excluded = held_out_images(data.prepared, data.datasets)
+        excluded = held_out_images(data.prepared, data.datasets, streaming=data.streaming)
     dataset = ReferDataset(
         parts,
         build_transform(preprocess),
@@ -120,11 +129,31 @@ def build_train_dataset(
         seed=seed,
         excluded_images=excluded,
     )
-    if len(dataset) == 0:
-        raise UserError(
-            f"{', '.join(data.datasets)}: no training sample is left; check data.train_split and leak_filter"
-        )
+    empty = [part.dataset for part, size in zip(parts, dataset.part_sizes, strict=True) if size == 0]
+    if empty:
+        raise UserError(f"{', '.join(empty)}: no training sample is left; check data.train_split and leak_filter")
     return dataset
+
+
+def build_sampler(
+    dataset: ReferDataset,
+    data: DataConfig,
+    *,
+    seed: int,
+    global_batch_size: int,
+    total_steps: int,
+    first_step: int = 0,
+) -> EpochSampler:
+    """The draws of a training from `first_step` on."""
+    return EpochSampler(
+        dataset.part_sizes,
+        seed=seed,
+        global_batch_size=global_batch_size,
+        total_steps=total_steps,
+        first_step=first_step,
+        weights=data.weights,
+        row_groups=dataset.row_groups(),
+    )
 
 
 def build_train_loader(
@@ -138,13 +167,13 @@ def build_train_loader(
     first_step: int,
 ) -> DataLoader:
     """Micro-batches of the whole run from `first_step` on; Accelerate deals them to the processes in turn."""
-    sampler = EpochSampler(
-        dataset.part_sizes,
+    sampler = build_sampler(
+        dataset,
+        data,
         seed=seed,
         global_batch_size=global_batch_size,
         total_steps=total_steps,
         first_step=first_step,
-        weights=data.weights,
     )
     batches = BatchSampler(sampler, micro_batch_size, drop_last=False)  # type: ignore[arg-type]
     return _loader(dataset, data.workers, batch_sampler=batches)
@@ -169,7 +198,7 @@ def build_eval_loaders(
     for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets):
         assert preprocess.sentence_field
         dataset = ReferDataset(
-            [Part(dataset_name, split, open_prepared(data.prepared, dataset_name, split))],
+            [_open_part(data, dataset_name, split)],
             build_transform(preprocess),
             tokenizer,
             sentence_field=preprocess.sentence_field,
@@ -200,6 +229,19 @@ def resolve_splits(splits: Sequence[str], dataset_names: Sequence[str]) -> list[
                 (owner, split, split if len(dataset_names) == 1 and not dataset_name else f"{owner}:{split}")
             )
     return resolved
+
+
+def _check_weights(data: DataConfig) -> None:
+    if data.weights is None:
+        return
+    if len(data.weights) != len(data.datasets):
+        raise UserError(f"data.weights has {len(data.weights)} numbers for {len(data.datasets)} data sets")
+    if min(data.weights) < 0 or sum(data.weights) <= 0:
+        raise UserError(f"data.weights must be 0 or more, and not all 0; they are {data.weights}")
+
+
+def _open_part(data: DataConfig, name: str, split: str) -> Part:
+    return Part(name, split, open_rows(data.prepared, name, split, streaming=data.streaming))
 
 
 def _loader(dataset: ReferDataset, workers: int, **batching: object) -> DataLoader:

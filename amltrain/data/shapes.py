@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
+from amltrain.data.segmentation import decode_rle, referent_mask
 from amltrain.data.splits import dataset_spec
 
 COLOURS = {
@@ -42,6 +43,8 @@ PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 SPLIT_SIZES = {"train": 4000, "val": 250, "testA": 250, "testB": 250, "test": 250}
 IMAGE_FOLDER = "images/mscoco/images/train2014"
 
+Point = tuple[float, float]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -51,7 +54,7 @@ class Shape:
     colour: str
     texture: str
     form: str
-    centre: tuple[float, float]
+    centre: Point
     radius: float
     polygon: tuple[float, ...]
 
@@ -143,16 +146,16 @@ def draw_scene(generator: np.random.Generator, size: int, *, crowded: bool, twin
     places = _place(generator, size, [_radius(generator, size, words["size"]) for words in attributes])
     shapes = [
         Shape(**words, centre=centre, radius=radius, polygon=_polygon(generator, words["form"], centre, radius))
-        for words, (centre, radius) in zip(attributes, places, strict=False)
+        for words, (centre, radius) in ((attributes[i], place) for i, place in places.items())
     ]
     ground = _ground(generator, size)
     canvas = Image.fromarray(ground)
     masks: list[np.ndarray] = []
     for shape in shapes:
-        mask = Image.new("L", (size, size))
-        ImageDraw.Draw(mask).polygon(shape.polygon, fill=255)
-        canvas.paste(Image.fromarray(_surface(generator, shape, size)), mask=mask)
-        covered = np.asarray(mask) > 0
+        covered = decode_rle(referent_mask([[list(shape.polygon)]], size, size).union) > 0  # as the readers will
+        mask = Image.fromarray(covered)
+        box = mask.getbbox()
+        canvas.paste(Image.fromarray(_surface(generator, shape, box, size)), box, mask.crop(box))
         masks = [earlier & ~covered for earlier in masks] + [covered]
     return Scene(shapes, np.asarray(canvas), masks)
 
@@ -230,22 +233,20 @@ def _radius(generator: np.random.Generator, size: int, kind: str) -> float:
     return float(generator.uniform(low, high) * size)
 
 
-def _place(generator: np.random.Generator, size: int, radii: list[float]) -> list[tuple[tuple[float, float], float]]:
-    """Centres that keep every shape inside and let neighbours overlap by a fifth at most; unplaceable ones are dropped,
-    and three are always placed because the first ones find room."""
-    placed: list[tuple[tuple[float, float], float]] = []
-    for radius in radii:
+def _place(generator: np.random.Generator, size: int, radii: list[float]) -> dict[int, tuple[Point, float]]:
+    """Centre and radius of every shape, by its number. All lie inside, neighbours overlap by a fifth at most; a shape
+    that finds no room is left out."""
+    placed: dict[int, tuple[Point, float]] = {}
+    for number, radius in enumerate(radii):
         for _ in range(200):
             x, y = generator.uniform(radius, size - radius, 2).tolist()
-            if all(math.dist((x, y), centre) > 0.8 * (radius + other) for centre, other in placed):
-                placed.append(((x, y), radius))
+            if all(math.dist((x, y), centre) > 0.8 * (radius + other) for centre, other in placed.values()):
+                placed[number] = (x, y), radius
                 break
     return placed
 
 
-def _polygon(
-    generator: np.random.Generator, form: str, centre: tuple[float, float], radius: float
-) -> tuple[float, ...]:
+def _polygon(generator: np.random.Generator, form: str, centre: Point, radius: float) -> tuple[float, ...]:
     corners = {"square": 4, "circle": 24, "triangle": 3, "star": 10}[form]
     turn = {"square": math.pi / 4, "triangle": -math.pi / 2, "star": -math.pi / 2}.get(form, 0.0)
     turn += float(generator.uniform(-0.25, 0.25))
@@ -271,19 +272,17 @@ def _ground(generator: np.random.Generator, size: int) -> np.ndarray:
     return ground.clip(0, 255).astype(np.uint8)
 
 
-def _surface(generator: np.random.Generator, shape: Shape, size: int) -> np.ndarray:
-    """What a shape is cut out of: its colour, with dark stripes or dots, and some grain. [S, S, 3] uint8."""
-    rows, columns = np.mgrid[:size, :size]
-    surface = np.full((size, size, 3), COLOURS[shape.colour], np.float64) + generator.normal(0, 6, (size, size, 3))
+def _surface(generator: np.random.Generator, shape: Shape, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """What a shape is cut out of: its colour, with dark stripes or dots, and some grain; the box's part, uint8 RGB."""
+    left, top, right, bottom = box
+    rows, columns = np.mgrid[top:bottom, left:right]
+    surface = np.array(COLOURS[shape.colour], np.float64) + generator.normal(0, 6, (*rows.shape, 3))
     period = max(4, round(size / 16))
     if shape.texture == "striped":
-        dark = (rows + columns) % period < period / 2
+        surface[(rows + columns) % period < period / 2] *= 0.35
     elif shape.texture == "dotted":
         half = (period - 1) / 2
-        dark = np.hypot(rows % period - half, columns % period - half) < period / 3.2
-    else:
-        dark = np.zeros((size, size), bool)
-    surface[dark] *= 0.35
+        surface[np.hypot(rows % period - half, columns % period - half) < period / 3.2] *= 0.35
     return surface.clip(0, 255).astype(np.uint8)
 
 

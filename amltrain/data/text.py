@@ -34,7 +34,7 @@ class SentenceTokenizer:
 
     def __call__(self, sentence: str) -> tuple[Tensor, Tensor]:
         """input_ids [L] int64 padded with 0, text_mask [L] bool (True = a real token)."""
-        ids = self.tokenizer.encode(sentence)
+        ids = self.tokenizer.encode(sentence, verbose=False)  # it warns of what is cut below
         if len(ids) > self.max_tokens:
             end = ids[-1]
             ids = ids[: self.max_tokens]

@@ -49,9 +49,11 @@ class ImageTransform:
             pixels, target, geometry = self._square(image, mask)
         else:
             pixels, target, geometry = self._letterbox(np.asarray(image), mask)
-        normalised = (pixels.astype(np.float32) - self.mean) / self.std
+        channels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+        channels -= self.mean[:, None, None]
+        channels /= self.std[:, None, None]
         return Transformed(
-            torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1))),
+            torch.from_numpy(channels),
             None if target is None else torch.from_numpy(target),
             torch.tensor(geometry, dtype=torch.float64),
         )
@@ -83,14 +85,17 @@ class ImageTransform:
             _resampling(self.size, count, scale, shift, cubic=True)
             for count, shift in ((height, shift_y), (width, shift_x))
         )
-        warped = np.einsum("yh,hwc,xw->yxc", cubic_y, pixels - border, cubic_x, optimize=True) + border
+        rows = _resample(cubic_y, pixels - border)  # [S, w, 3]
+        warped = _resample(cubic_x, np.ascontiguousarray(rows.transpose(1, 0, 2))).transpose(1, 0, 2) + border
         target = None
         if mask is not None:
             linear_y, linear_x = (
                 _resampling(self.size, count, scale, shift, cubic=False)
                 for count, shift in ((height, shift_y), (width, shift_x))
             )
-            target = (linear_y @ (mask.astype(np.float32) * 255) @ linear_x.T).round().astype(np.uint8)
+            covered = _resample(linear_y, mask.astype(np.float32) * 255)  # [S, w]
+            covered = _resample(linear_x, np.ascontiguousarray(covered.T)).T
+            target = covered.round().astype(np.uint8)
         half = 0.5 * (1 - scale)  # from pixel indices to continuous coordinates
         geometry = (height, width, scale, scale, shift_y + half, shift_x + half)
         return warped.round().clip(0, 255), target, geometry
@@ -111,6 +116,19 @@ def _resampling(size: int, count: int, scale: float, shift: float, *, cubic: boo
         inside = (first + step >= 0) & (first + step < count)
         matrix[rows[inside], (first + step)[inside]] += weight[inside]
     return matrix
+
+
+def _resample(matrix: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """matrix [S, N] times source [N, ...]; a block of rows reads only the few source rows where it is not zero."""
+    result = np.zeros((len(matrix), *source.shape[1:]), np.float32)
+    flat, out = source.reshape(len(source), -1), result.reshape(len(matrix), -1)
+    for start in range(0, len(matrix), 32):
+        block = matrix[start : start + 32]
+        used = np.flatnonzero(block.any(axis=0))
+        if used.size:
+            read = slice(used[0], used[-1] + 1)
+            out[start : start + 32] = block[:, read] @ flat[read]
+    return result
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from amltrain.config import RunConfig, save_config
 from amltrain.data.collate import collate
-from amltrain.data.loaders import EpochSampler, build_train_loader
+from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.errors import UserError
 from amltrain.evaluation.alignment import build_alignment_diagnostics
 from amltrain.evaluation.evaluator import evaluate_model
@@ -358,12 +358,12 @@ class Trainer:
 
     def _calibration_batches(self) -> Iterator[Batch]:
         """This process's share of the first samples of the run."""
-        sampler = EpochSampler(
-            self.parts.dataset.part_sizes,
+        sampler = build_sampler(
+            self.parts.dataset,
+            self.config.data,
             seed=self.config.seed,
             global_batch_size=CALIBRATION_SAMPLES,
             total_steps=1,
-            weights=self.config.data.weights,
         )
         draws = list(sampler)[self.accelerator.process_index :: self.plan.processes]
         for start in range(0, len(draws), self.plan.micro):
