@@ -1,16 +1,18 @@
 """What every registered model must do. A new baseline is tested as soon as it is registered.
 
-Its full-size parameter counts belong in `PARAMETERS`. Small models (fewer than 20 M parameters) run; full-size ones are built without memory on the meta device.
+Its full-size parameter counts belong in `PARAMETERS`. Small models (fewer than 20 M parameters) run; full-size ones are
+built without memory on the meta device.
 """
 
 import inspect
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
-from amltrain.config import AMLConfig
+from amltrain.config import AMLConfig, parse_config
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import RISModel, check_param_groups, create_model, list_models, model_builder, model_info
@@ -103,6 +105,15 @@ def test_every_entry_is_complete(registered: str) -> None:
     assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters)
     assert {"vision_weights", "text_weights", "vocab_size"} <= {p.name for p in parameters}
     assert model_builder(registered).__doc__
+
+
+@pytest.mark.parametrize("registered", list_models())
+def test_every_model_has_a_config_that_builds_it(registered: str, repository: Path) -> None:
+    config = parse_config(["--config", str(repository / "configs" / "models" / f"{registered}.yaml")])
+    assert config.model.name == registered
+    assert config.loss.name in (None, model_info(registered).loss)
+    with torch.device("meta"):
+        create_model(registered, **config.model.kwargs)
 
 
 def test_an_argument_that_a_model_does_not_take_is_named(name: str) -> None:
