@@ -23,7 +23,8 @@ from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.evaluation.results import Results, table, write_results
 from amltrain.pretrained import Pretrained, load_pretrained
-from amltrain.training.setup import ensure_prepared, on_main_process
+from amltrain.training.engines import on_main_process
+from amltrain.training.setup import ensure_prepared
 
 
 def build_parser() -> ArgumentParser:

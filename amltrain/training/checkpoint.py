@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from amltrain.errors import UserError
@@ -115,22 +115,29 @@ def save_checkpoint(
     """
     final = output / checkpoint_name(step)
     aside = output / f".{final.name}.writing"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
+    fault = _attempt(lambda: _make_room(aside)) if accelerator.is_main_process else None
+    _refuse(accelerator, fault, aside, final)
     fault = _attempt(lambda: accelerator.save_state(str(aside / "state")))
     if accelerator.is_main_process and fault is None:
         fault = _attempt(lambda: _finish(aside, final, trainer_state, write_model))
-    # every process learns of a full disk on any of them, instead of waiting for it for ever
-    faults = [found for found in _gather(accelerator, fault) if found]
+    _refuse(accelerator, fault, aside, final)
+    if accelerator.is_main_process:
+        point(output, "last", final)
+    return final
+
+
+def _make_room(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _refuse(accelerator: Accelerator, fault: str | None, aside: Path, final: Path) -> None:
+    """Every process learns of a full disk on any of them, instead of waiting for it for ever."""
+    faults = [found for found in gather_object([fault]) if found]
     if faults:
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"could not save {final}: {faults[0]}; earlier checkpoints are intact, make room and run again")
-    if accelerator.is_main_process:
-        point(output, "last", final)
-    return final
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -183,16 +190,6 @@ def _attempt(action: Callable[[], None]) -> str | None:
     except (OSError, RuntimeError, SafetensorError, UserError) as error:
         return str(error).splitlines()[0]
     return None
-
-
-def _gather(accelerator: Accelerator, fault: str | None) -> list[str | None]:
-    """Every process's fault, on every process."""
-    if accelerator.num_processes == 1:
-        return [fault]
-    faults: list[str | None] = []
-    for rank in range(accelerator.num_processes):
-        faults += broadcast_object_list([fault if rank == accelerator.process_index else None], from_process=rank)
-    return faults
 
 
 def _flush(path: Path) -> None:

@@ -1,23 +1,15 @@
 """From a run's config to the built parts of a run. Every `build_*` here sees the config; what they build does not."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from amltrain.config import DataConfig, PreprocessConfig, ProtocolConfig, RunConfig, TrainConfig, override
+from amltrain.config import DataConfig, PreprocessConfig, ProtocolConfig, RunConfig, override
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.leakage import held_out_images, write_combined_manifest
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset
@@ -25,22 +17,13 @@ from amltrain.data.prepare import describe, prepare, read_manifest
 from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
+from amltrain.evaluation.results import Results, write_results
 from amltrain.losses import create_loss
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
 from amltrain.pretrained import load_pretrained, load_weights, save_pretrained
 from amltrain.tasks import AMLTask, SupervisedTask, build_task
 
-
-class BatchPlan(NamedTuple):
-    """How a global batch is shared: processes x micro x accumulation = samples per optimizer step."""
-
-    processes: int
-    micro: int
-    accumulation: int
-
-    @property
-    def samples(self) -> int:
-        return self.processes * self.micro * self.accumulation
+RESULTS_FILE = "results.json"
 
 
 class Parts(NamedTuple):
@@ -53,54 +36,6 @@ class Parts(NamedTuple):
     preprocess: PreprocessConfig
     protocol: ProtocolConfig
     model_kwargs: dict[str, Any]
-
-
-def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
-    """Keep the global batch size whatever the number of processes. Raises UserError if it does not divide."""
-    total = train.global_batch_size
-    micro = train.micro_batch_size or max(1, total // processes)
-    if total % (micro * processes):
-        raise UserError(
-            f"train.global_batch_size={total} is not a multiple of {processes} processes x micro batches of {micro}; "
-            f"change train.micro_batch_size or the number of processes"
-        )
-    return BatchPlan(processes, micro, total // (micro * processes))
-
-
-def build_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate with what this trainer relies on: the scheduler is ours, accumulation ignores epochs' ends."""
-    # the number of processes is known only once Accelerate has started, so accumulation is set afterwards
-    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=config.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=config.output, logging_dir=str(Path(config.output) / "logs")),
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if several_on_cpu else [],
-    )
-    plan = plan_batches(config.train, accelerator.num_processes)
-    accelerator.gradient_accumulation_steps = plan.accumulation
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        # DeepSpeed wants to know; it is given no loader to infer them from
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = plan.micro
-        plugin.deepspeed_config["gradient_accumulation_steps"] = plan.accumulation
-    return accelerator
-
-
-def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Run on the main process while the others wait; its UserError is raised on all of them."""
-    fault: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except UserError as error:
-            fault = [str(error)]
-    broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise UserError(fault[0])
 
 
 def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
@@ -136,12 +71,15 @@ def _synthetic(data: DataConfig) -> bool:
     return any("shapes" in name for name in data.datasets)
 
 
-def build_parts(config: RunConfig, *, processes: int, on_cuda: bool) -> Parts:
-    """Build model, loss, AML and data; the random start of the weights is a function of the seed."""
+def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from: Path | None = None) -> Parts:
+    """Build model, loss, AML and data; the random start of the weights is a function of the seed.
+
+    resume_from: the checkpoint that the run goes on from; its words keep their numbers.
+    """
     info = model_info(config.model.name)
     preprocess = override(info.preprocess, config.preprocess)
     protocol = override(info.protocol, config.evaluation.protocol)
-    tokenizer = build_tokenizer(config.data, preprocess)
+    tokenizer = choose_tokenizer(config, preprocess, resume_from)
     torch.manual_seed(config.seed)
     model, kwargs = build_model(config, tokenizer)
     task = build_task(model, build_loss(config, info), config.aml)
@@ -151,6 +89,17 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool) -> Parts:
     dataset = build_train_dataset(config.data, preprocess, tokenizer, seed=config.seed)
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
     return Parts(task, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
+
+
+def choose_tokenizer(config: RunConfig, preprocess: PreprocessConfig, resume_from: Path | None) -> SentenceTokenizer:
+    """The one that the weights were trained with, where there are any; else the protocol's."""
+    if resume_from is not None:
+        return SentenceTokenizer.load(resume_from / "model")
+    if config.model.checkpoint is not None and config.preprocess.tokenizer is None:
+        trained_with = load_pretrained(config.model.checkpoint).tokenizer
+        if trained_with is not None:
+            return SentenceTokenizer(trained_with.tokenizer, preprocess.max_tokens or trained_with.max_tokens)
+    return build_tokenizer(config.data, preprocess)
 
 
 def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISModel, dict[str, Any]]:
@@ -176,8 +125,10 @@ def build_loss(config: RunConfig, info: ModelInfo) -> nn.Module:
     return create_loss(name, **{**defaults, **config.loss.kwargs})
 
 
-def write_model_folder(folder: Path, config: RunConfig, parts: Parts, state_dict: dict[str, Any]) -> None:
-    """The model of a run as a folder that loads alone."""
+def write_model_folder(
+    folder: Path, config: RunConfig, parts: Parts, state_dict: dict[str, Any], results: Sequence[Results] = ()
+) -> None:
+    """The model of a run as a folder that loads alone; with its scores, if it was evaluated."""
     save_pretrained(
         folder,
         name=config.model.name,
@@ -187,3 +138,5 @@ def write_model_folder(folder: Path, config: RunConfig, parts: Parts, state_dict
         protocol=parts.protocol,
         tokenizer=parts.tokenizer,
     )
+    if results:
+        write_results(folder / RESULTS_FILE, results)

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 from amltrain import __version__
 from amltrain.config import RunConfig
 from amltrain.errors import UserError
-from amltrain.training.setup import BatchPlan, Parts
+from amltrain.training.engines import BatchPlan, precision_of
+from amltrain.training.setup import Parts
 
 
 def say(accelerator: Accelerator, text: str) -> None:
@@ -27,7 +28,7 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
     frozen = sum(p.numel() for p in parts.task.model.parameters() if not p.requires_grad)
     counts = parts.dataset.counts()
     epochs = total_steps * plan.samples / len(parts.dataset)
-    aml = f"{config.aml.preset}" if config.aml.enabled else "off"
+    aml = f"{config.aml.preset}{_temperature(parts)}" if config.aml.enabled else "off"
     p = parts.preprocess
     splits = [f"{name} ({len(loader.dataset):,})" for name, loader in parts.eval_loaders.items()]  # type: ignore
     lines = {
@@ -38,19 +39,28 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
         "epoch": f"every {config.data.train_unit} once",
         "evaluate": ", ".join(splits),
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
-        "batch": f"{plan.samples} = {plan.processes} processes x {plan.micro} x {plan.accumulation} accumulated",
+        "batch": str(plan),
         "steps": f"{total_steps:,} ({epochs:.1f} epochs)",
-        "precision": accelerator.mixed_precision,
+        "precision": precision_of(accelerator),
         "device": f"{accelerator.device}, {accelerator.distributed_type.value.lower()}",
         "output": config.output,
     }
     return f"amltrain {__version__}\n" + "\n".join(f"  {key:10} {value}" for key, value in lines.items())
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Start the trackers that the run names; none of them is asked for a login unless it is named."""
+def _temperature(parts: Parts) -> str:
+    scorer = getattr(parts.task, "scorer", None)
+    return "" if scorer is None else f", temperature {float(scorer.temperature):.4g}"
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int) -> None:
+    """Start the trackers that the run names; none of them is asked for a login unless it is named.
+
+    first_step: steps done; TensorBoard drops what a killed run had logged beyond them.
+    """
+    options = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.tracking.trackers else {}
     try:
-        accelerator.init_trackers("amltrain", config=_flat(asdict(config)))
+        accelerator.init_trackers("amltrain", config=_flat(asdict(config)), init_kwargs=options)
     except (ImportError, ValueError) as error:
         raise UserError(f"tracking.trackers={config.tracking.trackers}: {error}") from error
 

@@ -7,15 +7,15 @@ One number leaves the device per optimizer step: loss, gradient norm and request
 the processes, so that all of them take the same decision.
 """
 
+import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
-from torch import Tensor
+from accelerate.utils import DistributedType, send_to_device
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -24,41 +24,19 @@ from amltrain.data.collate import collate
 from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.errors import UserError
 from amltrain.evaluation.alignment import build_alignment_diagnostics
-from amltrain.evaluation.evaluator import evaluate_model
-from amltrain.evaluation.pictures import prediction_sheet, save_picture
-from amltrain.evaluation.results import Results, table, write_results
+from amltrain.evaluation.results import Results
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
+from amltrain.training.engines import build_accelerator, is_sharded, model_weights, on_main_process, skip_bad_steps
 from amltrain.training.interruption import REQUEUE_EXIT_CODE, Interruption, mark_requeue
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
-from amltrain.training.setup import (
-    build_accelerator,
-    build_parts,
-    ensure_prepared,
-    on_main_process,
-    plan_batches,
-    write_model_folder,
-)
+from amltrain.training.progress import Progress
+from amltrain.training.setup import build_parts, ensure_prepared, write_model_folder
 from amltrain.training.tracking import History, banner, say, start_trackers
+from amltrain.training.validation import best_value, evaluate_splits
 
 CALIBRATION_SAMPLES = 64
-
-
-@dataclass
-class Progress:
-    """What a resumed run must know besides weights and optimizer; saved as state/trainer.json.
-
-    step: optimizer steps done. skipped: steps whose loss or gradient was not finite; bad_in_a_row: the newest of them.
-    """
-
-    step: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    worse_in_a_row: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    spread: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -86,8 +64,8 @@ def train(config: RunConfig) -> list[Results]:
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(
             f"the GPU is out of memory with micro batches of {trainer.plan.micro}; set train.micro_batch_size to "
-            f"{max(1, trainer.plan.micro // 2)} (the rest is accumulated, the result stays the same) or "
-            f"model.gradient_checkpointing to true"
+            f"{max(1, trainer.plan.micro // 2)} (the rest is accumulated, the result stays the same), "
+            f"model.gradient_checkpointing to true, or train.mixed_precision to bf16"
         ) from error
     finally:
         trainer.accelerator.end_training()
@@ -98,16 +76,19 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.output = config, Path(config.output)
-        self.accelerator = build_accelerator(config)
-        self.plan = plan_batches(config.train, self.accelerator.num_processes)
+        self.accelerator, self.plan = build_accelerator(config)
         on_main_process(self.accelerator, self._prepare_output)
-        self.resume_from = self._find_resumable()
+        self.resume_from: Path | None = on_main_process(
+            self.accelerator, lambda: checkpoints.find_resumable(self.output, config.resume, self.say)
+        )
+        self._check_shared_folder()
         on_main_process(self.accelerator, lambda: ensure_prepared(config.data, self.say))
-        self.parts = build_parts(config, processes=self.plan.processes, on_cuda=self.accelerator.device.type == "cuda")
+        on_cuda = self.accelerator.device.type == "cuda"
+        self.parts = build_parts(config, processes=self.plan.processes, on_cuda=on_cuda, resume_from=self.resume_from)
         self.total_steps = self._count_steps()
         self.steps_per_epoch = max(1, round(len(self.parts.dataset) / self.plan.samples))
         self.interruption = Interruption(config.train.time_limit)
-        self.progress = Progress(spread=[self.plan.processes, self.plan.micro, self.plan.accumulation])
+        self.progress = Progress(spread=list(self.plan), seed=config.seed, samples=len(self.parts.dataset))
         self.results: list[Results] = []
 
     def run(self) -> list[Results]:
@@ -120,12 +101,15 @@ class Trainer:
             smoothing=0.05,
             disable=not self.accelerator.is_main_process,
         )
-        for batches in self._steps():
+        done = self._done()
+        for batches in () if done else self._steps():
             stats = self._optimizer_step(batches)
             bar.update()
-            self._after_step(stats, bar)
+            done = self._after_step(stats, bar)
+            if done:
+                break
         bar.close()
-        if not self.results:  # resumed after the last step
+        if not self.results:  # there was nothing left to train
             self._evaluate()
         self._finish()
         return self.results
@@ -145,7 +129,7 @@ class Trainer:
                 accelerator.backward(result["loss"])
                 losses.append(result["loss"].detach())
                 for name, value in result.items():
-                    if name != "loss" and value.dim() == 0:
+                    if name != "loss" and value.ndim == 0:
                         extras.setdefault(name, []).append(value.detach())
                 if self.diagnostics is not None:
                     self.diagnostics.update(result)
@@ -177,18 +161,17 @@ class Trainer:
         return StepStats(loss, grad_norm, stop_share > 0, dict(zip(extras, rest, strict=True)))
 
     def _count_bad(self, stats: StepStats, batches: list[Batch]) -> None:
-        overflow = self.accelerator.scaler is not None and math.isfinite(stats.loss)
-        if stats.finite or overflow:
-            self.progress.bad_in_a_row = 0
+        """Count a step that was not finite, name its samples, and give up after too many in a row."""
+        scaler = self.accelerator.scaler
+        # fp16's scaler overflows now and then by design, until it has nothing left to scale down
+        overflow = scaler is not None and math.isfinite(stats.loss) and not stats.finite and scaler.get_scale() >= 1
+        self.progress.count(bad=not stats.finite and not overflow)
+        if not self.progress.bad_in_a_row:
             return
-        self.progress.skipped += 1
-        self.progress.bad_in_a_row += 1
+        step = self.progress.step + 1
         ids = [int(i) for batch in batches for i in self.accelerator.gather(batch.sample_id).tolist()]
-        self.say(
-            f"step {self.progress.step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, "
-            f"samples {ids}"
-        )
-        self.history.add(self.progress.step + 1, {"skipped_samples": ids})
+        self.say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, samples {ids}")
+        self.history.add(step, {"skipped_samples": ids})
         if self.progress.bad_in_a_row >= self.config.train.max_bad_steps:
             good = [str(path) for path in checkpoints.checkpoints(self.output)[-1:]] or ["none yet"]
             raise UserError(
@@ -196,144 +179,118 @@ class Trainer:
                 f"fp16 (last good checkpoint: {good[0]})"
             )
 
-    def _after_step(self, stats: StepStats, bar: tqdm) -> None:
+    def _after_step(self, stats: StepStats, bar: tqdm) -> bool:
+        """Log, evaluate, save, leave if asked; whether the run is done."""
         step, config = self.progress.step, self.config
         last = step == self.total_steps
         bar.set_postfix(loss=f"{stats.loss:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
         if step % config.train.log_every == 0 or last:
-            self._log(
-                {
-                    "loss": stats.loss,
-                    "grad_norm": stats.grad_norm,
-                    "lr_factor": self._lr_factor(step - 1),
-                    **stats.extras,
-                }
-            )
-        if self.diagnostics is not None:
-            reduce, is_main = self.accelerator.reduce, self.accelerator.is_main_process
-            self._log(self.diagnostics.after_step(step, self.task, reduce, is_main) or {})
+            rate = {"lr_factor": self._lr_factor(step - 1)}
+            self._log({"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras})
+        self._diagnose()
         evaluate = last or step % (config.evaluation.every_steps or self.steps_per_epoch) == 0
         improved = self._evaluate() if evaluate else False
+        done = self._done()
         scheduled = step % config.checkpoint.every_steps == 0 if config.checkpoint.every_steps else evaluate
-        if scheduled or improved or last or stats.stop:
-            self._save(improved)
-        if stats.stop and not last:
+        if scheduled or improved or done or stats.stop:
+            self._save()
+        if stats.stop and not done:
             self._leave()
-        patience = config.evaluation.patience
-        if evaluate and patience is not None and self.progress.worse_in_a_row >= patience and not last:
-            self.say(f"no better {config.evaluation.best_metric} in {patience} evaluations: stopping early")
-            self.total_steps = step
+        return done
+
+    def _done(self) -> bool:
+        patience = self.config.evaluation.patience
+        if patience is not None and self.progress.worse_in_a_row >= patience:
+            self.say(f"no better {self.config.evaluation.best_metric} in {patience} evaluations: stopping early")
+            return True
+        return self.progress.step >= self.total_steps
+
+    def _diagnose(self) -> None:
+        if self.diagnostics is not None:
+            row = self.diagnostics.after_step(
+                self.progress.step, self.task, self.accelerator.reduce, self.accelerator.is_main_process
+            )
+            if row is not None:
+                self._log({f"alignment/{name}": value for name, value in row.items()})
 
     def _evaluate(self) -> bool:
         """Evaluate every split; whether the best metric improved."""
-        model = self._inference_model()
-        self.results = [
-            evaluate_model(
-                self.accelerator,
-                model,
-                loader,
-                self.parts.protocol,
-                pictures=self.config.evaluation.pictures,
-                provenance={
-                    "model": self.config.model.name,
-                    "step": self.progress.step,
-                    "seed": self.config.seed,
-                    "weights": "ema" if self.ema is not None else "raw",
-                    "shuffled_sentences": self.config.evaluation.shuffle_sentences,
-                    "max_samples": self.config.evaluation.max_samples,
-                },
-            )
-            for loader in self.parts.eval_loaders.values()
-        ]
-        values = {
-            f"{name}/{metric}": value
-            for name, results in zip(self.parts.eval_loaders, self.results, strict=True)
-            for metric, value in results.metrics.items()
-        }
+        if not self.parts.eval_loaders:
+            return False
+        values, self.results = evaluate_splits(
+            self.accelerator, self._inference_model(), self.parts, self.config, self.progress.step
+        )
         self._log(values)
-        self.say(f"step {self.progress.step}\n{table(self.results)}")
-        if self.accelerator.is_main_process:
-            write_results(self.output / "results.json", self.results)
-            for name, results in zip(self.parts.eval_loaders, self.results, strict=True):
-                if results.predictions:
-                    dataset = self.parts.eval_loaders[name].dataset
-                    picture = f"{checkpoints.checkpoint_name(self.progress.step)}-{name.replace(':', '-')}.png"
-                    save_picture(prediction_sheet(results, dataset), self.output / "pictures" / picture)
-        return self._judge(self._best_value())
+        return self.progress.judge(best_value(self.results, list(self.parts.eval_loaders), self.config.evaluation))
 
-    def _best_value(self) -> float:
-        """The metric that chooses the best checkpoint: `metric` of the first split, or `split/metric`."""
-        split, _, metric = self.config.evaluation.best_metric.rpartition("/")
-        names = list(self.parts.eval_loaders)
-        if split and split not in names:
-            raise UserError(f"evaluation.best_metric names split {split!r}; evaluated are {', '.join(names)}")
-        return self.results[names.index(split) if split else 0].score(metric)
-
-    def _judge(self, value: float) -> bool:
-        progress = self.progress
-        if value > progress.best:
-            progress.best, progress.best_step, progress.worse_in_a_row = value, progress.step, 0
-            return True
-        progress.worse_in_a_row += 1
-        return False
-
-    def _save(self, best: bool) -> None:
-        state = self.accelerator.get_state_dict(self.task)
-        weights = {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
-        if self.ema is not None:
-            weights = self.ema.module.state_dict()
+    def _save(self) -> None:
+        step, progress = self.progress.step, self.progress
+        weights = model_weights(self.accelerator, self.task) if self.ema is None else self.ema.module.state_dict()
+        results = [r for r in self.results if r.provenance["step"] == step]
         path = checkpoints.save_checkpoint(
             self.accelerator,
             self.output,
-            self.progress.step,
-            self.progress.__dict__,
-            lambda folder: write_model_folder(folder, self.config, self.parts, weights),
+            step,
+            progress.state_dict(),
+            lambda folder: write_model_folder(folder, self.config, self.parts, weights, results),
         )
         if self.accelerator.is_main_process:
-            if best:
+            if progress.best_step == step:
                 checkpoints.point(self.output, "best", path)
             checkpoints.prune(self.output, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
 
     def _start(self) -> None:
-        """Wrap for Accelerate, calibrate AML or resume, and say what will run."""
+        """Calibrate AML or resume, wrap for Accelerate, and say what will run."""
         accelerator, config = self.accelerator, self.config
         task = self.parts.task.to(accelerator.device)
         if self.resume_from is None and task.needs_calibration:
             calibration = task.calibrate(self._calibration_batches(), reduce=accelerator.reduce)
             self.say(f"AML temperature {calibration.temperature:.4g}: mean score {calibration.mean_score:.3f}")
-        groups = task.param_groups(config.optim.lr, config.optim.weight_decay)
-        o = config.optim
+        groups, o = task.param_groups(config.optim.lr, config.optim.weight_decay), config.optim
         optimizer = build_optimizer(groups, o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad)
-        decay = config.train.ema_decay
-        self.ema = (
-            None
-            if decay is None
-            else AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        )
-        if self.ema is not None:
-            if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-                raise UserError("train.ema_decay needs whole weights on every process: use DDP, or leave it out")
-            accelerator.register_for_checkpointing(self.ema)
+        self.ema = self._average(task.model)
+        # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
+        self.whole_model = copy.deepcopy(task.model) if is_sharded(accelerator) else None
+        self.diagnostics = build_alignment_diagnostics(config.aml, self.parts.dataset, self.output, accelerator.device)
         if config.train.compile:
             task.compile()
         self.task, self.optimizer = accelerator.prepare(task, optimizer)
+        skip_bad_steps(accelerator, self.optimizer)
         self.task.train()
         if self.resume_from is not None:
             self._resume(self.resume_from)
         self.history = History(self.output / "log.jsonl", self.progress.step, enabled=accelerator.is_main_process)
-        self.diagnostics = build_alignment_diagnostics(config.aml, self.parts.dataset, self.output, accelerator.device)
-        start_trackers(accelerator, config)
+        start_trackers(accelerator, config, self.progress.step)
         self.say(banner(config, self.parts, accelerator, self.plan, self.total_steps))
 
+    def _average(self, model: nn.Module) -> AveragedModel | None:
+        decay = self.config.train.ema_decay
+        if decay is None:
+            return None
+        if is_sharded(self.accelerator):
+            raise UserError("train.ema_decay needs whole weights on every process: use DDP, or leave it out")
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.accelerator.register_for_checkpointing(average)
+        return average
+
     def _resume(self, path: Path) -> None:
-        self.accelerator.load_state(str(path / "state"))
-        spread = self.progress.spread
-        self.progress = Progress(**checkpoints.load_trainer_state(path))
-        if self.progress.spread != spread:
-            before, now = (" x ".join(map(str, s)) for s in (self.progress.spread, spread))
+        accelerator, saved = self.accelerator, checkpoints.load_trainer_state(path)
+        self.progress = self.progress.resumed(saved, str(path))
+        if saved["spread"] != self.progress.spread:
+            before, now = (" x ".join(map(str, spread)) for spread in (saved["spread"], self.progress.spread))
             self.say(f"the run was spread {before} (processes x micro x accumulated) and goes on as {now}")
-        self.progress.spread = spread
+            if accelerator.distributed_type == DistributedType.DEEPSPEED and saved["spread"][0] != self.plan.processes:
+                raise UserError(
+                    f"{path} was saved by DeepSpeed on {saved['spread'][0]} processes, and DeepSpeed resumes on that "
+                    f"many only; start as many, or start anew from {path}/model with --model.checkpoint"
+                )
+        accelerator.load_state(str(path / "state"))
+        accelerator.step = 0  # it counts micro-batches, of which a step may now have another number
+        if path.parent != self.output.resolve():
+            self.progress.best, self.progress.worse_in_a_row = -math.inf, 0  # the best one stays in its own folder
+        elif self.progress.best_step == self.progress.step and accelerator.is_main_process:
+            checkpoints.point(self.output, "best", path)  # a kill may have come between saving and pointing
         self.say(f"going on from {path} at step {self.progress.step}")
 
     def _steps(self) -> Iterator[list[Batch]]:
@@ -353,8 +310,6 @@ class Trainer:
             if len(waiting) == self.plan.accumulation:
                 yield waiting
                 waiting = []
-                if self.progress.step >= self.total_steps:  # stopped early
-                    return
 
     def _calibration_batches(self) -> Iterator[Batch]:
         """This process's share of the first samples of the run."""
@@ -370,9 +325,12 @@ class Trainer:
             batch = collate([self.parts.dataset[draw] for draw in draws[start : start + self.plan.micro]])
             yield send_to_device(batch, self.accelerator.device)
 
-    def _inference_model(self) -> Any:
+    def _inference_model(self) -> nn.Module:
         if self.ema is not None:
             return self.ema.module
+        if self.whole_model is not None:
+            self.whole_model.load_state_dict(model_weights(self.accelerator, self.task))
+            return self.whole_model
         return self.accelerator.unwrap_model(self.task).model
 
     def _lr_factor(self, step: int | None = None) -> float:
@@ -407,18 +365,12 @@ class Trainer:
         except OSError as error:
             raise UserError(f"cannot write to {self.output}: {error.strerror}; choose another --output") from error
 
-    def _find_resumable(self) -> Path | None:
-        found: list[Path | None] = [None]
-
-        def find() -> None:
-            found[0] = checkpoints.find_resumable(self.output, self.config.resume, self.say)
-
-        on_main_process(self.accelerator, find)
-        return broadcast_object_list(found)[0]
+    def _check_shared_folder(self) -> None:
+        """Every machine must see what the main process writes, or some of a checkpoint would lie elsewhere."""
+        if not (self.output / "config.yaml").is_file():
+            raise UserError(f"{self.output} is not shared by all machines; choose an --output on a common file system")
 
     def _log(self, values: dict[str, float]) -> None:
-        if not values:
-            return
         self.accelerator.log(values, step=self.progress.step)
         self.history.add(self.progress.step, values)
 
@@ -431,11 +383,11 @@ class Trainer:
         raise SystemExit(REQUEUE_EXIT_CODE)
 
     def _finish(self) -> None:
-        best = self.progress
-        self.say(
-            f"done: {self.progress.step} steps, {best.skipped} skipped; best {self.config.evaluation.best_metric} "
-            f"{best.best:.2f} at step {best.best_step}; {self.output}/best/model and {self.output}/last/model"
-        )
+        p, folders = self.progress, f"{self.output}/last/model"
+        if self.results:
+            folders = f"{self.output}/best/model and {folders}"
+            best = f"; best {self.config.evaluation.best_metric} {p.best:.2f} at step {p.best_step}"
+        self.say(f"done: {p.step} steps, {p.skipped} skipped{best if self.results else ''}; {folders}")
 
     def say(self, text: str) -> None:
         say(self.accelerator, text)

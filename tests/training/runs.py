@@ -1,12 +1,20 @@
-"""Small runs that the trainer's tests share."""
+"""Small runs that the trainer's tests share, in this process or in processes of their own.
+
+A fork server imports everything once, so that a process costs a fork instead of the seconds that torch takes to import.
+"""
 
 import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,7 +22,8 @@ from torch import Tensor
 from amltrain.config import RunConfig, parse_config
 from amltrain.training.trainer import train
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["amltrain.training.trainer", "amltrain.commands.train", "torch._dynamo"])
 
 
 def arguments(prepared: Path, output: Path, *extra: str) -> list[str]:
@@ -38,28 +47,94 @@ def run(prepared: Path, output: Path, *extra: str) -> RunConfig:
     return config
 
 
-def command(prepared: Path, output: Path, *extra: str, processes: int = 1) -> list[str]:
-    """The command line of the same run, in processes of its own."""
-    script = [str(REPOSITORY / "launch" / "train.py"), *arguments(prepared, output, *extra)]
-    if processes == 1:
-        return [sys.executable, *script]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return [*launcher, *script]
+class Launched:
+    """A run in processes of its own; what rank r says is in OUTPUT.log.r, errors included."""
+
+    def __init__(self, output: Path, processes: list[BaseProcess]) -> None:
+        self.output, self.processes = output, processes
+
+    def wait_until(self, happened: Callable[[], Any], seconds: float = 300) -> None:
+        """Until it happened, or the run ended."""
+        deadline = time.monotonic() + seconds
+        while self.processes[0].is_alive() and not happened():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        """A signal to every process."""
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def finish(self, seconds: float = 300) -> int:
+        """The exit code, when all processes have ended with the same one."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+        codes = {process.exitcode for process in self.processes}
+        assert len(codes) == 1, f"exit codes {codes}\n{self.said()}"
+        (code,) = codes
+        return code if code is not None else -1
+
+    def said(self) -> str:
+        return "\n".join(
+            _log_file(self.output, rank).read_text(errors="replace")[-4000:] for rank in range(len(self.processes))
+        )
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1"}
+def launch(
+    prepared: Path,
+    output: Path,
+    *extra: str,
+    processes: int = 1,
+    before: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Launched:
+    """Start `amltrain train` on so many processes, with the environment that torchrun gives them.
+
+    before: called in each of them first; environment: on top.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        given = dict(environment or {})
+        if processes > 1:
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | {k: str(v) for k, v in ranks.items()}
+        argv = arguments(prepared, output, *extra)
+        started.append(FORKS.Process(target=_main, args=(argv, _log_file(output, rank), given, before)))
+        started[-1].start()
+    return Launched(output, started)
 
 
-def launch(prepared: Path, output: Path, *extra: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(prepared, output, *extra, processes=processes),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+def finished(*arguments: Any, expected: int = 0, **keywords: Any) -> str:
+    """`launch`, waited for; what it said."""
+    launched = launch(*arguments, **keywords)
+    code = launched.finish()
+    assert code == expected, f"exit code {code}\n{launched.said()}"
+    return launched.said()
+
+
+def _log_file(output: Path, rank: int) -> Path:
+    return output.with_name(f"{output.name}.log.{rank}")
+
+
+def _main(argv: Sequence[str], log: Path, environment: dict[str, str], before: Callable[[], None] | None) -> None:
+    os.environ.update(environment)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    torch.set_num_threads(1)
+    from amltrain.commands.train import main
+
+    if before is not None:
+        before()
+    main(argv)
 
 
 def losses(output: Path) -> list[float]:
@@ -67,8 +142,21 @@ def losses(output: Path) -> list[float]:
 
 
 def log(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    path = output / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def weights(output: Path, checkpoint: str = "last") -> dict[str, Tensor]:
     return load_file(output / checkpoint / "model" / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Bit for bit."""
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max(float((a[key].float() - b[key].float()).abs().max()) for key in a if a[key].numel())

@@ -1,0 +1,64 @@
+"""Where a run stands: what a resumed run must know besides weights and optimizer."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from amltrain.errors import UserError
+
+
+@dataclass
+class Progress:
+    """Saved as state/trainer.json.
+
+    step            optimizer steps done; with the seed and the batch size it is also the position in the data
+    best, best_step best metric so far, and where; worse_in_a_row: evaluations since
+    skipped         steps whose loss or gradient was not finite; bad_in_a_row: the newest of them, without a gap
+    spread          processes, micro batch, accumulation
+    seed, samples   of the run and of its training set, which resuming must not change
+    """
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    worse_in_a_row: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    spread: list[int] = field(default_factory=list)
+    seed: int = 0
+    samples: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def resumed(self, saved: dict[str, Any], name: str) -> "Progress":
+        """What was saved, going on under this run's spread. Raises UserError if the samples would come otherwise.
+
+        name: of the checkpoint, for the message.
+        """
+        before = Progress(**saved)
+        for what, then, now in (
+            ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
+            ("seed", before.seed, self.seed),
+            ("the number of training samples", before.samples, self.samples),
+        ):
+            if then != now:
+                raise UserError(
+                    f"{name} was made with {what} {then}, not {now}; a resumed run goes on with the same samples: "
+                    f"set it back, or start anew in another --output"
+                )
+        before.spread = self.spread
+        return before
+
+    def judge(self, value: float) -> bool:
+        """Note an evaluation's best metric; whether it is the best so far. NaN never is."""
+        if value > self.best:
+            self.best, self.best_step, self.worse_in_a_row = value, self.step, 0
+            return True
+        self.worse_in_a_row += 1
+        return False
+
+    def count(self, *, bad: bool) -> None:
+        """Note a step whose loss and gradient were finite, or not."""
+        self.skipped += bad
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0

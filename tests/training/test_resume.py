@@ -1,0 +1,114 @@
+"""Whatever cuts a run short, going on gives the run that nothing had cut short, bit for bit on a CPU."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from amltrain.errors import UserError
+from amltrain.training import checkpoint as checkpoints
+from amltrain.training.interruption import REQUEUE_EXIT_CODE
+from tests.training import runs
+
+
+def test_in_the_middle_of_an_epoch(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    runs.run(shapes, tmp_path, "--resume", str(whole / "step-000002"))
+    assert runs.same_weights(whole, tmp_path)
+    assert runs.losses(tmp_path) == runs.losses(whole)[2:]
+
+
+def test_killed_between_saves_during_one_and_asked_to_stop(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    """kill -9 twice, SIGTERM once, then left alone; with a loader process."""
+    output, extra = tmp_path / "run", ("--data.workers", "1")
+    launched = runs.launch(shapes, output, *extra)
+    launched.wait_until(lambda: len(runs.losses(output)) >= 3)
+    launched.send(signal.SIGKILL)
+    assert launched.finish() == -signal.SIGKILL
+
+    launched = runs.launch(shapes, output, *extra)
+    launched.wait_until((output / ".step-000004.writing").exists)
+    launched.send(signal.SIGKILL)
+    assert launched.finish() == -signal.SIGKILL
+    assert checkpoints.step_of(output / "last") in (2, 4)
+
+    launched = runs.launch(shapes, output, *extra)
+    launched.wait_until(lambda: len(runs.losses(output)) >= 5)
+    launched.send(signal.SIGTERM)
+    assert launched.finish() == REQUEUE_EXIT_CODE, launched.said()
+    assert (output / "requeue").is_file()
+
+    runs.finished(shapes, output, *extra)
+    assert not (output / "requeue").exists()
+    assert not list(output.glob(".step-*"))
+    assert runs.same_weights(whole, output)
+    assert runs.losses(output) == runs.losses(whole)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_only(
+    whole: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, symlinks=True)
+    victim = output / "step-000008" / "state" / "optimizer.bin"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    runs.run(shapes, output)
+    assert "passing over a damaged checkpoint" in capsys.readouterr().out
+    assert runs.same_weights(whole, output)
+    assert checkpoints.find_fault(output / "last") is None
+
+
+def test_a_finished_run_is_scored_again_and_kept(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, symlinks=True)
+    (output / "best").unlink()  # killed after saving, before pointing at it
+    (output / "results.json").unlink()
+    runs.run(shapes, output)
+    assert (output / "best").resolve() == (output / "step-000008").resolve()
+    assert json.loads((output / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+    assert len(runs.losses(output)) == 8
+
+
+def test_the_words_keep_their_numbers(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    """A vocabulary built otherwise, by another version say, must not get between the weights and their words."""
+    checkpoint = tmp_path / "step-000008"
+    shutil.copytree(whole / "step-000008", checkpoint)
+    file = checkpoint / "model" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["left"], vocabulary["circle"] = vocabulary["circle"], vocabulary["left"]
+    file.write_text(json.dumps(words))
+    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "tokenizer" not in name}
+    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    runs.run(shapes, tmp_path / "run", "--resume", str(checkpoint), "--train.max_steps", "9")
+    kept = json.loads((tmp_path / "run" / "last" / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert kept == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(("--seed", "1"), "seed 0, not 1"), (("--train.global_batch_size", "4"), "train.global_batch_size 8, not 4")],
+)
+def test_other_samples_are_refused(
+    whole: Path, shapes: Path, tmp_path: Path, change: tuple[str, str], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        runs.run(shapes, tmp_path, *change, "--resume", str(whole / "step-000002"))
+
+
+def test_on_another_number_of_processes(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    """1 process x 1, then 2 x 2, then 1 x 4 accumulated after an odd number of micro-batches: one run."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, symlinks=True)
+    for step in (4, 6, 8):
+        shutil.rmtree(output / f"step-{step:06d}")
+    micro = ("--train.micro_batch_size", "2")
+    said = runs.finished(shapes, output, *micro, "--train.max_steps", "8", "--train.time_limit", "0", processes=2,
+                         expected=REQUEUE_EXIT_CODE)  # fmt: skip
+    assert "the run was spread 1 x 8 x 1 (processes x micro x accumulated) and goes on as 2 x 2 x 2" in said
+    assert checkpoints.step_of(output / "last") == 3
+    runs.run(shapes, output, *micro)
+    assert [entry["step"] for entry in runs.log(output) if "loss" in entry] == list(range(1, 9))
+    assert runs.losses(output) == pytest.approx(runs.losses(whole), abs=0.02)  # other micro-batches, other dropout
