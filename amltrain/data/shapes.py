@@ -17,7 +17,6 @@ import json
 import math
 import pickle
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,8 @@ def write_refshapes(
 
 
 def draw_scene(generator: np.random.Generator, size: int, *, crowded: bool, twins: bool) -> Scene:
-    """Three to five shapes (five or six when crowded) on a textured ground, later ones over earlier ones."""
-    count = int(generator.integers(5, 7) if crowded else generator.integers(3, 6))
+    """Three or four shapes (five or six when crowded) on a textured ground, later ones over earlier ones."""
+    count = int(generator.integers(5, 7) if crowded else generator.integers(3, 5))
     attributes = _attributes(generator, count, twins)
     places = _place(generator, size, [_radius(generator, size, words["size"]) for words in attributes])
     shapes = [
@@ -211,7 +210,7 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
         return str(generator.choice(list(options)))
 
     def random_look() -> dict[str, str]:
-        texture = pick(TEXTURES) if generator.random() < 0.5 else "plain"
+        texture = pick(TEXTURES) if generator.random() < 0.4 else "plain"
         return {"size": pick(SIZES), "colour": pick(COLOURS), "texture": texture, "form": pick(FORMS)}
 
     first = random_look()
@@ -229,7 +228,7 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
 
 
 def _radius(generator: np.random.Generator, size: int, kind: str) -> float:
-    low, high = (0.10, 0.125) if kind == "small" else (0.165, 0.21)
+    low, high = (0.125, 0.145) if kind == "small" else (0.19, 0.23)
     return float(generator.uniform(low, high) * size)
 
 
@@ -287,18 +286,14 @@ def _surface(generator: np.random.Generator, shape: Shape, box: tuple[int, int, 
 
 
 def _unique_words(scene: Scene, target: int) -> list[dict[str, str]]:
-    """Smallest sets of attribute words, always with the form, that fit the target alone."""
+    """Sets of attribute words that fit the target alone: colour and form, and what else is needed or can be said."""
     shape = scene.shapes[target]
-    kinds = ("size", "colour", "texture")
-    for length in range(len(kinds) + 1):
-        fitting = []
-        for chosen in combinations(kinds, length):
-            words = {kind: getattr(shape, kind) for kind in (*chosen, "form")}
-            if sum(other.fits(words) for other in scene.shapes) == 1:
-                fitting.append(words)
-        if fitting:
-            return fitting
-    return []
+    found = []
+    for extra in ((), ("texture",), ("size",), ("size", "texture")):
+        words = {kind: getattr(shape, kind) for kind in (*extra, "colour", "form")}
+        if sum(other.fits(words) for other in scene.shapes) == 1:
+            found.append(words)
+    return found
 
 
 def _phrase(words: dict[str, str]) -> str:
@@ -320,11 +315,10 @@ def _descriptions(generator: np.random.Generator, scene: Scene, target: int, fla
     shape = scene.shapes[target]
     sentences = [_phrase(words) for words in _unique_words(scene, target)]
     if flavour == "refshapes":
-        for kinds in (("form",), ("colour", "form")):
-            words = {kind: getattr(shape, kind) for kind in kinds}
-            place = _place_word(scene, target, words)
-            if place:
-                sentences += [f"{place} {_phrase(words)}", f"the {_phrase(words)} on the {place}"]
+        words = {"colour": shape.colour, "form": shape.form}
+        place = _place_word(scene, target, words)
+        if place:
+            sentences += [f"{place} {_phrase(words)}", f"the {_phrase(words)} on the {place}"]
     if flavour == "refshapesg":
         sentences = [_with_neighbour(generator, scene, target, words) for words in _unique_words(scene, target)]
     chosen = generator.permutation(len(sentences))[:3]
