@@ -220,7 +220,7 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
         {**random_look(), "colour": first["colour"], "form": pick(f for f in FORMS if f != first["form"])},
     ]
     while len(looks) < count:
-        if twins and len(looks) == 3 and generator.random() < 0.7:
+        if twins and len(looks) == 3 and generator.random() < 0.5:
             looks.append(dict(looks[int(generator.integers(3))]))
         else:
             looks.append(random_look())

@@ -413,11 +413,11 @@ def caris_tiny(
         embed_dim=32,
         depths=(2, 2, 2, 2),
         num_heads=(1, 2, 4, 8),
-        window_size=7,
+        window_size=6,
         drop_path_rate=drop_path_rate,
     )
     text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
     load_encoders(vision, text, vision_weights, text_weights)
     return CARIS(
-        vision=vision, text=text, dim=128, layers=2, heads=4, alignment_text=alignment_text, encoder_lr_scale=1.0
+        vision=vision, text=text, dim=64, layers=3, heads=4, alignment_text=alignment_text, encoder_lr_scale=1.0
     )
