@@ -154,7 +154,7 @@ def lavt_swin_base(
     text_weights: str | None = None,
     vocab_size: int = 30522,
     window_size: int = 12,
-    fusion_heads: int = 1,
+    fusion_heads: int | list[int] = 1,
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
     trained_text_layers: int | None = 10,

@@ -118,3 +118,9 @@ def test_text_features_can_be_kept_for_another_image(batch) -> None:
     features = model.encode(batch._replace(image=torch.zeros_like(batch.image)))
     again = model.reencode_image(batch, features)
     torch.testing.assert_close(model.decode(again, batch).logits, model(batch).logits)
+
+
+def test_heads_of_the_fusion_stage_by_stage() -> None:
+    with torch.device("meta"):
+        model = create_model("lavt_swin_base", fusion_heads=[1, 2, 4, 8])
+    assert [fusion.heads for fusion in model.backbone.fusion] == [1, 2, 4, 8]

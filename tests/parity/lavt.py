@@ -32,7 +32,7 @@ def build(config: Mapping[str, Any]) -> LAVT:
         max_positions=config["text_maxpos"],
         dropout=0.0,
     )
-    backbone = LanguageSwin(swin, text_dim=config["text_dim"], heads=config["mha"][0])
+    backbone = LanguageSwin(swin, text_dim=config["text_dim"], heads=config["mha"])
     return LAVT(backbone=backbone, text_encoder=text, trained_text_layers=None)
 
 

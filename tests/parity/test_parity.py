@@ -1,9 +1,12 @@
 """Every recorded case of every baseline that has an adapter, within the tolerances of its release."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import find_shared
 from tests.parity import compare
@@ -45,3 +48,16 @@ def test_a_changed_weight_is_noticed() -> None:
     config = compare.read_config(case.with_suffix(".json"))
     rows = compare.compare(compare.load_adapter("caris"), config, recorded, weights)
     assert not all(row.passed for row in rows)
+
+
+@pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
+def test_the_command_checks_a_case_from_anywhere(tmp_path: Path) -> None:
+    """A lone file outside the repository borrows sizes and weights of the recorded tiny case."""
+    recorded = load_file(SHARED / "goldens" / "caris" / "tiny_nopad.safetensors")
+    off = {**recorded, "output.logits": recorded["output.logits"] + 1e-3}
+    for tensors, code, said in ((recorded, 0, "0 beyond tolerance"), (off, 1, "BEYOND")):
+        save_file(tensors, tmp_path / "case2.safetensors")
+        command = [sys.executable, compare.__file__, "caris", str(tmp_path / "case2.safetensors")]
+        environment = {**os.environ, "AMLTRAIN_SHARED": str(SHARED)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout) == (code, True), done.stdout + done.stderr

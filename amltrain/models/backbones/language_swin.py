@@ -5,6 +5,8 @@ What leaves the backbone is the fused map, normed; what goes on to the next stag
 Dimensions: B batch, H W a map's size, C its width, L text tokens, D text width.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from amltrain.models.backbones.swin import Swin
@@ -29,15 +31,25 @@ class LanguageSwin(nn.Module):
     """A `Swin` with a `PixelWordAttention` after every stage and a `LanguageGate` before every merging."""
 
     def __init__(
-        self, swin: Swin, *, text_dim: int = 768, heads: int = 1, dropout: float = 0.0, gate_std: float = 0.02
+        self,
+        swin: Swin,
+        *,
+        text_dim: int = 768,
+        heads: int | Sequence[int] = 1,
+        dropout: float = 0.0,
+        gate_std: float = 0.02,
     ) -> None:
-        """gate_std: spread of the gates' first weights; at 0 they never open, because both of their gradients are 0
+        """heads: of the attention to words, for every stage or stage by stage.
+
+        gate_std: spread of the gates' first weights; at 0 they never open, because both of their gradients are 0
         (ReLA; LAVT and CGFormer start at 0.02)."""
         super().__init__()
         self.swin = swin
         self.channels = swin.channels
+        heads = [heads] * len(swin.channels) if isinstance(heads, int) else heads
         self.fusion = nn.ModuleList(
-            PixelWordAttention(dim, text_dim, heads=heads, dropout=dropout) for dim in swin.channels
+            PixelWordAttention(dim, text_dim, heads=count, dropout=dropout)
+            for dim, count in zip(swin.channels, heads, strict=True)
         )
         self.gates = nn.ModuleList(LanguageGate(dim, std=gate_std) for dim in swin.channels[:-1])
 
