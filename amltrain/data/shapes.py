@@ -153,7 +153,7 @@ def draw_scene(generator: np.random.Generator, size: int, *, crowded: bool, twin
     for shape in shapes:
         covered = decode_rle(referent_mask([[list(shape.polygon)]], size, size).union) > 0  # as the readers will
         mask = Image.fromarray(covered)
-        box = mask.getbbox()
+        box = mask.getbbox() or (0, 0, size, size)
         canvas.paste(Image.fromarray(_surface(generator, shape, box, size)), box, mask.crop(box))
         masks = [earlier & ~covered for earlier in masks] + [covered]
     return Scene(shapes, np.asarray(canvas), masks)
