@@ -138,7 +138,7 @@ def model_weights(accelerator: Accelerator, task: nn.Module) -> dict[str, Tensor
 def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Let DeepSpeed, which steps inside its backward, look for NaN and Inf in full precision as well."""
     if _zero_stage(accelerator):
-        optimizer.optimizer.check_grad_overflow = True
+        optimizer.optimizer.check_grad_overflow = True  # type: ignore[attr-defined]
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
