@@ -52,8 +52,8 @@ def gaussian_projections(visual_dim: int, text_dim: int, dim: int, seed: int = 0
     """
     generator = seeded(seed)
     scale = dim**-0.5
-    visual = torch.randn(dim, visual_dim, generator=generator) * scale
-    return visual, torch.randn(dim, text_dim, generator=generator) * scale
+    visual = torch.randn(dim, visual_dim, generator=generator, device="cpu") * scale
+    return visual, torch.randn(dim, text_dim, generator=generator, device="cpu") * scale
 
 
 class RandomProjection(nn.Module):

@@ -7,7 +7,8 @@
 All contenders train the same model with the same optimizer on random data. Rounds are interleaved: each times one step
 of every contender, so a slow minute of the machine slows all of them. Figures are medians over rounds; the ratio to the
 baseline is the median of each round's ratio. Peak memory is that of one more step, on its own: allocated bytes on a
-GPU, resident memory of the process on Linux. Prints a Markdown table and the hardware.
+GPU, resident memory of the process on Linux. GFLOP are counted, not timed: forward and backward of one sample. Prints
+a Markdown table and the hardware; `--count` only counts, in seconds and without memory, at any size.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from amltrain.config import AMLConfig
@@ -56,6 +59,17 @@ class Result(NamedTuple):
     ratio: float
     shares: tuple[float, ...]
     memory: int | None
+
+
+def contenders(size: int, stage1_size: int | None = None) -> dict[str, AMLConfig]:
+    """What is compared, the baseline first. size: side of the input; stage1_size: by default half of it."""
+    stage1_size = stage1_size or size // 2
+    return {
+        "baseline": AMLConfig(enabled=False),
+        "paper": AMLConfig(preset="paper"),
+        f"paper, stage1_size {stage1_size}": AMLConfig(preset="paper", stage1_size=stage1_size),
+        "released": AMLConfig(preset="released"),
+    }
 
 
 class Bench:
@@ -177,35 +191,39 @@ def random_batch(batch: int, size: int, tokens: int, vocab_size: int, device: to
     return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in parts))
 
 
-def build_bench(
-    model_name: str,
-    *,
-    batch: int,
-    size: int | None,
-    stage1_size: int | None,
-    precision: str,
-    device: torch.device,
-    only: Sequence[str] = (),
-) -> Bench:
-    """The four contenders around one model. only: names to keep, besides the baseline."""
+def count_flops(model_name: str, size: int, configs: dict[str, AMLConfig]) -> dict[str, float]:
+    """FLOPs (2 per multiply-add) of one sample's training step by contender, on tensors without data.
+
+    Counted are matrix products, convolutions and attention, as torch's counter does.
+    """
     info = model_info(model_name)
-    size = size or info.preprocess.size or 448
-    stage1_size = stage1_size or size // 2
+    with torch.device("meta"):
+        model = create_model(model_name).train()
+    counted = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # autocast knows no device "meta"
+        model = model.to_empty(device="cpu")
+        loss = create_loss(info.loss, **info.loss_kwargs)
+        data = random_batch(1, size, info.preprocess.max_tokens or 20, 500, torch.device("cpu"))
+        for name, aml in configs.items():
+            task = build_task(model, loss, aml)
+            with FlopCounterMode(display=False) as counter:
+                task(data)["loss"].backward()
+            counted[name] = float(counter.get_total_flops())
+    return counted
+
+
+def build_bench(
+    model_name: str, configs: dict[str, AMLConfig], *, batch: int, size: int, precision: str, device: torch.device
+) -> Bench:
+    """Contenders around one model and one optimizer; precision "bf16" is autocast."""
+    info = model_info(model_name)
     torch.manual_seed(0)
     model = create_model(model_name).to(device).train()
     optimizer = torch.optim.AdamW(model.param_groups(1e-6, 0.01), lr=1e-6)
     loss = create_loss(info.loss, **info.loss_kwargs).to(device)
-    contenders = {
-        "baseline": AMLConfig(enabled=False),
-        "paper": AMLConfig(preset="paper"),
-        f"paper, stage1_size {stage1_size}": AMLConfig(preset="paper", stage1_size=stage1_size),
-        "released": AMLConfig(preset="released"),
-    }
     data = random_batch(batch, size, info.preprocess.max_tokens or 20, 500, device)
     tasks = {}
-    for name, aml in contenders.items():
-        if only and name != "baseline" and not any(name.startswith(kept) for kept in only):
-            continue
+    for name, aml in configs.items():
         task = build_task(model, loss, aml).to(device)
         if task.needs_calibration:
             task.calibrate([data])
@@ -235,6 +253,13 @@ def table(results: Sequence[Result], batch: int) -> str:
     return "\n".join(lines)
 
 
+def counted_table(flops: dict[str, float]) -> str:
+    """Markdown: GFLOP of one sample's step, and their ratio to the baseline."""
+    baseline = next(iter(flops.values()))
+    lines = ["| step | GFLOP a sample | x baseline |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {n} | {f / 1e9:.1f} | {f / baseline:.3f} |" for n, f in flops.items())])
+
+
 def hardware(device: torch.device) -> str:
     """One line: processor, threads, versions."""
     if device.type == "cuda":
@@ -259,7 +284,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: fp32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--only", nargs="+", default=[], help="contenders besides the baseline, e.g. paper released")
+    parser.add_argument("--count", action="store_true", help="only count FLOPs; nothing is timed")
     return parser
 
 
@@ -271,19 +296,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.threads:
             torch.set_num_threads(options.threads)
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        size = options.size or model_info(options.model).preprocess.size or 448
+        configs = contenders(size, options.stage1_size)
+        if options.count:
+            print(f"{options.model}, {size} px, one sample, forward and backward")
+            print(counted_table(count_flops(options.model, size, configs)))
+            return
         bench = build_bench(
-            options.model,
-            batch=options.batch,
-            size=options.size,
-            stage1_size=options.stage1_size,
-            precision=options.precision,
-            device=device,
-            only=options.only,
+            options.model, configs, batch=options.batch, size=size, precision=options.precision, device=device
         )
         results = bench.run(options.rounds, options.warmup)
-        side = bench.batch.image.shape[-1]
-        print(
-            f"{options.model}, {side} px, batch {options.batch}, {options.precision}, median of {options.rounds} rounds"
-        )
+        print(f"{options.model}, {size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds")
         print(hardware(device))
         print(table(results, options.batch))

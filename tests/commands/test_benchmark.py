@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from amltrain.commands.benchmark import Timing, build_bench, main, stage_one_clock, summarise
+from amltrain.commands.benchmark import (
+    Timing,
+    build_bench,
+    contenders,
+    count_flops,
+    main,
+    stage_one_clock,
+    summarise,
+)
 from tests.test_tasks import make_batch, make_task
 
 
@@ -26,16 +34,26 @@ def test_stage_one_is_timed_and_restored() -> None:
 
 
 def test_contenders_share_a_model_and_differ_in_work(capsys: pytest.CaptureFixture) -> None:
-    bench = build_bench(
-        "caris_tiny", batch=1, size=64, stage1_size=None, precision="bf16", device=torch.device("cpu"), only=["paper"]
-    )
-    assert list(bench.tasks) == ["baseline", "paper", "paper, stage1_size 32"]
+    configs = contenders(64)
+    assert list(configs) == ["baseline", "paper", "paper, stage1_size 32", "released"]
+    del configs["released"]
+    bench = build_bench("caris_tiny", configs, batch=1, size=64, precision="bf16", device=torch.device("cpu"))
     assert len({id(task.model) for task in bench.tasks.values()}) == 1
     baseline, paper, _ = bench.run(rounds=1)
     assert baseline.ratio == 1.0
     assert baseline.shares[0] == 0
     assert 0 < paper.shares[0] < 0.6
     assert sum(paper.shares) == pytest.approx(1)
+
+
+def test_flops_of_full_size_caris() -> None:
+    """The floor that the timed ratios stand on: encoders without gradient are 17.5 % of a step."""
+    flops = count_flops("caris_swin_base", 448, contenders(448))
+    baseline, paper, small, released = flops.values()
+    assert baseline == pytest.approx(727.9e9, rel=0.005)
+    assert paper / baseline == pytest.approx(1.175, abs=0.001)
+    assert small / baseline < 1.06
+    assert released / baseline < 2.0
 
 
 def test_bad_numbers_are_one_line(capsys: pytest.CaptureFixture) -> None:
