@@ -16,29 +16,33 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
     prepared: the folder that holds `<dataset>/<split>-*.parquet`, or a Hub data set id with the same files.
     Raises UserError when they are not there, saying what is.
     """
-    check_split(dataset, split)
-    pattern = f"{dataset}/{split}-*.parquet"
-    folder = Path(prepared)
-    if folder.is_dir():
-        paths = sorted(str(path) for path in folder.glob(pattern))
-        if not paths:
-            there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
-            raise UserError(
-                f"{prepared} has no {pattern} (it holds {', '.join(there) or 'nothing prepared'}); "
-                f"run launch/prepare_data.py --dataset {dataset}"
-            )
-        source, data_files = "parquet", {split: paths}
-    elif prepared.count("/") == 1 and not prepared.startswith((".", "/")):
-        source, data_files = prepared, {split: [pattern]}
-    else:
-        raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
+    shards = local_shards(prepared, dataset, split)
+    source, files = (prepared, [f"{dataset}/{split}-*.parquet"]) if shards is None else ("parquet", shards)
     try:
         with _quiet():
             return datasets.load_dataset(
-                source, data_files=data_files, split=split, streaming=streaming, features=FEATURES
+                source, data_files={split: files}, split=split, streaming=streaming, features=FEATURES
             )
     except (OSError, ValueError) as error:
         raise UserError(f"could not read {dataset}/{split} from {prepared}: {error}") from error
+
+
+def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
+    """Paths of one split's Parquet files, in order; None if `prepared` is a Hub data set id. Raises UserError."""
+    check_split(dataset, split)
+    folder = Path(prepared)
+    if folder.is_dir():
+        paths = sorted(str(path) for path in folder.glob(f"{dataset}/{split}-*.parquet"))
+        if not paths:
+            there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+            raise UserError(
+                f"{prepared} has no {dataset}/{split}-*.parquet (it holds {', '.join(there) or 'nothing prepared'}); "
+                f"run launch/prepare_data.py --dataset {dataset}"
+            )
+        return paths
+    if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
+        return None
+    raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
 
 
 class _quiet:  # noqa: N801 - a context manager

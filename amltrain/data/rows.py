@@ -10,7 +10,6 @@ them at a time (see `EpochSampler`) gets the same samples with the same numbers 
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
@@ -20,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from amltrain.data.prepared import open_prepared
+from amltrain.data.prepared import local_shards, open_prepared
 from amltrain.data.schema import FEATURES
-from amltrain.data.splits import check_split
 from amltrain.errors import UserError
 
 WINDOW = 8
@@ -109,16 +107,13 @@ def open_rows(prepared: str, dataset: str, split: str, *, streaming: bool = Fals
     """Rows of one split of one data set, from a folder or a Hub data set id. Raises UserError if there are none."""
     if not streaming:
         return MappedRows(open_prepared(prepared, dataset, split))
-    check_split(dataset, split)
-    pattern = f"{dataset}/{split}-*.parquet"
-    if Path(prepared).is_dir():
-        urls = [str(path) for path in sorted(Path(prepared).glob(pattern))]
-    else:
+    urls = local_shards(prepared, dataset, split)
+    if urls is None:
         with _Reading(f"Hub data set {prepared}"):
-            files = fsspec.filesystem("hf").glob(f"datasets/{prepared}/{pattern}")
+            files = fsspec.filesystem("hf").glob(f"datasets/{prepared}/{dataset}/{split}-*.parquet")
+        if not files:
+            raise UserError(f"Hub data set {prepared} has no {dataset}/{split}-*.parquet")
         urls = [f"hf://{path}" for path in sorted(files)]
-    if not urls:
-        raise UserError(f"{prepared} has no {pattern}; run launch/prepare_data.py --dataset {dataset}")
     return StreamedRows(urls)
 
 

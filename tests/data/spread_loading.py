@@ -1,0 +1,41 @@
+"""Run by test_loaders under torchrun: which samples each process gets, in order, written as JSON lines.
+
+python spread_loading.py PREPARED OUTPUT GLOBAL_BATCH MICRO_BATCH FIRST_STEP STREAMING
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import InitProcessGroupKwargs
+
+from amltrain.config import DataConfig
+from amltrain.data.loaders import build_train_loader
+from tests.data.stand_in import shapes_dataset
+
+
+def main(prepared: str, output: str, *numbers: str) -> None:
+    total, micro, first_step, streaming = map(int, numbers)
+    accelerator = Accelerator(
+        cpu=True,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+    )
+    dataset = shapes_dataset(prepared, names=("refshapes", "refshapes+"), unit="referent", streaming=bool(streaming))
+    loader = build_train_loader(
+        dataset,
+        DataConfig(datasets=["refshapes", "refshapes+"], workers=1),
+        seed=5,
+        global_batch_size=total,
+        micro_batch_size=micro,
+        total_steps=6,
+        first_step=first_step,
+    )
+    with (Path(output) / f"{accelerator.process_index}.jsonl").open("w") as file:
+        for batch in accelerator.prepare_data_loader(loader):
+            file.write(json.dumps([batch.sample_id.tolist(), batch.random_key.tolist()]) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
