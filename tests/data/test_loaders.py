@@ -99,32 +99,29 @@ def test_workers_change_nothing(prepared: str, streaming: bool) -> None:
     assert one == other
 
 
-def spread(prepared: str, folder: Path, processes: int, *numbers: int) -> list[list[list[int]]]:
-    """[process][micro-batch] -> [sample ids, random keys], from real processes under torchrun."""
-    folder.mkdir()
-    program = [str(Path(__file__).with_name("spread_loading.py")), prepared, str(folder), *map(str, numbers)]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    else:
-        launcher = []
+@pytest.fixture(scope="module")
+def spread(prepared: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two real processes under torchrun draw: global batches of 12 as micro-batches of 3, from step 2 of 6 on."""
+    folder = tmp_path_factory.mktemp("spread")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    program = [str(Path(__file__).with_name("spread_loading.py")), prepared, str(folder), "12", "3", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *program], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*launcher, *program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    files = [folder / f"{process}.jsonl" for process in range(processes)]
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return folder
 
 
-@pytest.mark.parametrize("streaming", [0, 1])
-def test_two_processes_see_the_global_batches_of_one(prepared: str, tmp_path: Path, streaming: int) -> None:
+@pytest.mark.parametrize("way", ["mapped", "streamed"])
+def test_two_processes_see_the_global_batches_of_one(prepared: str, spread: Path, way: str) -> None:
     """1 process x 4 accumulated = 2 x 2 micro-batches of 3, also from the middle on; the sampler is the yardstick."""
-    dataset = shapes_dataset(prepared, names=tuple(BOTH), unit="referent", streaming=bool(streaming))
+    dataset = shapes_dataset(prepared, names=tuple(BOTH), unit="referent", streaming=way == "streamed")
     options = {"seed": 5, "global_batch_size": 12, "total_steps": 6, "row_groups": dataset.row_groups()}
     draws = list(EpochSampler(dataset.part_sizes, **options))
     expected = [[d.index for d in draws[step * 12 : step * 12 + 12]] for step in range(2, 6)]
-    ranks = spread(prepared, tmp_path / "two", 2, 12, 3, 2, streaming)
+    ranks = [[json.loads(line) for line in (spread / f"{way}-{rank}.jsonl").open()] for rank in (0, 1)]
     assert [len(batches) for batches in ranks] == [8, 8]
     together = [
         [i for k in (0, 1) for rank in ranks for i in rank[2 * step + k][0]]  # micro-batches are dealt in turn

