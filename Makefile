@@ -13,7 +13,7 @@ help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (about 10 minutes on 2 CPU cores)
-	$(BIN)/accelerate launch --config_file configs/accelerate/single.yaml launch/train.py --config configs/quickstart.yaml
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --config_file configs/accelerate/single.yaml launch/train.py --config configs/quickstart.yaml
 
 test: $(VENV)/.dev  ## run every test (under 15 minutes on 2 CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

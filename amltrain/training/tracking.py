@@ -1,6 +1,7 @@
 """What a run says: the banner, the log, the trackers. Only the main process speaks."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,19 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
         "batch": str(plan),
         "steps": f"{total_steps:,} ({epochs:.1f} epochs)",
         "precision": precision_of(accelerator),
-        "device": f"{accelerator.device}, {accelerator.distributed_type.value.lower()}",
+        "device": _device(accelerator),
         "output": config.output,
     }
     return f"amltrain {__version__}\n" + "\n".join(f"  {key:10} {value}" for key, value in lines.items())
+
+
+def _device(accelerator: Accelerator) -> str:
+    """Where a run computes. `accelerate launch` leaves one CPU thread where nothing else is said, so that is said here."""
+    name = f"{accelerator.device}, {accelerator.distributed_type.value.lower()}"
+    if accelerator.device.type != "cpu":
+        return name
+    threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
+    return f"{name}, {threads} threads" + (f" (OMP_NUM_THREADS={cores} uses every core)" if threads < cores else "")
 
 
 def _temperature(parts: Parts) -> str:
