@@ -50,7 +50,7 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
 
 
 def _device(accelerator: Accelerator) -> str:
-    """Where a run computes. `accelerate launch` leaves one CPU thread where nothing else is said, so that is said here."""
+    """Where a run computes; `accelerate launch` gives it one CPU thread unless told otherwise."""
     name = f"{accelerator.device}, {accelerator.distributed_type.value.lower()}"
     if accelerator.device.type != "cpu":
         return name
