@@ -109,24 +109,14 @@ def write_refshapes(
             annotation(scene, index, first_annotation + index, image_id) for index in range(len(scene.shapes))
         ]
         for targets, sentences in expressions(generator, scene, flavour):
+            named = {"ref_id": len(refs) + 1, "image_id": image_id, "split": split, "file_name": file_name}
+            categories = [FORMS.index(scene.shapes[target].form) + 1 for target in targets]
             ann_ids = [first_annotation + target for target in targets]
-            refs.append(
-                {
-                    "ref_id": len(refs) + 1,
-                    "image_id": image_id,
-                    "ann_id": (ann_ids or [-1]) if spec.generalised else ann_ids[0],
-                    "category_id": [FORMS.index(scene.shapes[t].form) + 1 for t in targets]
-                    if spec.generalised
-                    else FORMS.index(scene.shapes[targets[0]].form) + 1,
-                    "split": split,
-                    "file_name": file_name,
-                    "sent_ids": list(range(sent_id, sent_id + len(sentences))),
-                    "sentences": [
-                        {"sent_id": sent_id + i, "sent": s, "raw": s.capitalize(), "tokens": s.split()}
-                        for i, s in enumerate(sentences)
-                    ],
-                }
-            )
+            if spec.generalised:
+                named |= {"ann_id": ann_ids or [-1], "category_id": categories}
+            else:
+                named |= {"ann_id": ann_ids[0], "category_id": categories[0]}
+            refs.append({**named, **_sentences(sentences, sent_id)})
             sent_id += len(sentences)
     folder = root / spec.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +126,15 @@ def write_refshapes(
     else:
         (folder / f"{spec.refs_name}.p").write_bytes(pickle.dumps(refs, protocol=2))
     return folder
+
+
+def _sentences(sentences: list[str], first: int) -> dict[str, Any]:
+    """The part of a ref that holds its sentences, numbered from `first`."""
+    numbered = [
+        {"sent_id": first + i, "sent": sentence, "raw": sentence.capitalize(), "tokens": sentence.split()}
+        for i, sentence in enumerate(sentences)
+    ]
+    return {"sent_ids": [sentence["sent_id"] for sentence in numbered], "sentences": numbered}
 
 
 def draw_scene(generator: np.random.Generator, size: int, *, crowded: bool, twins: bool) -> Scene:
