@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
+    "push": ("amltrain.commands.push", "publish a model on the HuggingFace Hub"),
     "convert": ("amltrain.commands.convert", "an official checkpoint -> a model folder"),
     "models": ("amltrain.commands.models", "list the registered models"),
 }

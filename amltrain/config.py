@@ -230,11 +230,12 @@ class HubConfig:
     """Publishing on the HuggingFace Hub."""
 
     push: Literal["never", "best", "last"] = "never"
-    """Push the model folder of the best or last checkpoint when the run ends."""
+    """Push every new best, or every new last checkpoint's model, with a model card. This happens in the background: no
+    failure of it stops training, and what failed is tried again when the run ends."""
     repo: str | None = None
-    """Repository, user/name."""
+    """Repository, user/name; made when it is not there."""
     private: bool = True
-    """Create the repository private."""
+    """Make the repository private."""
 
 
 @dataclass

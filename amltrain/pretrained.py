@@ -5,6 +5,7 @@
       config.json                registered name, builder arguments, evaluation protocol, amltrain version
       preprocessor_config.json   input size, resize, normalization, sentence length and text field
       tokenizer files            as SentenceTokenizer.save writes them
+      results.json, training.json    what it scored and how it was trained, where that is known; model cards say it
 
 Nothing in it is code or a pickle, so loading a stranger's folder runs nothing of theirs.
 """
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from amltrain.data.text import SentenceTokenizer
 
 WEIGHTS_FILE, CONFIG_FILE, PREPROCESS_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+RESULTS_FILE, TRAINING_FILE = "results.json", "training.json"
+MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
+"""Patterns of a model folder's files: what goes to the Hub and comes from it."""
 INITIAL_WEIGHTS = ("vision_weights", "text_weights")
 """Builder arguments that name where training started from; the folder's own weights replace them."""
 
@@ -137,17 +141,20 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
             return folder
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE}; give a model folder, e.g. RUN/last/model")
-    files = [WEIGHTS_FILE, "*.json", "*.txt"]
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=list(MODEL_FILES)))
     except HFValidationError as error:
         raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no folder {source} here, and the Hub repository of that name could not be read ({reason}); "
+            f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line that a library's error says, or its kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -9,10 +9,18 @@ LAYERS = [
     {"errors", "records", "randomness", "config"},
     {"data", "models", "aml", "losses", "visualize"},
     {"tasks", "pretrained"},
-    {"evaluation", "training", "predictor", "official"},
+    {"evaluation", "training", "predictor", "official", "hub", "model_card"},
     {"commands", "cli"},
 ]
-ALLOWED_SIDEWAYS = {("training", "evaluation"), ("predictor", "evaluation"), ("evaluation", "predictor")}
+ALLOWED_SIDEWAYS = {
+    ("training", "evaluation"),
+    ("predictor", "evaluation"),
+    ("evaluation", "predictor"),
+    ("model_card", "evaluation"),
+    ("hub", "evaluation"),
+    ("hub", "model_card"),
+    ("training", "hub"),
+}
 PACKAGE = Path(__file__).resolve().parents[1] / "amltrain"
 
 

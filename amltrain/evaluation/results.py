@@ -86,6 +86,23 @@ def write_results(path: str | Path, results: Sequence[Results]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def read_results(path: str | Path) -> list[Results]:
+    """What `write_results` wrote, without samples and predictions. Raises UserError for any other file."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
+        return [_from_dict(entry) for entry in entries]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no results.json of amltrain ({type(error).__name__}: {error})") from error
+
+
+def _from_dict(entry: dict[str, Any]) -> Results:
+    metrics = {k: math.nan if v is None else float(v) for k, v in entry["metrics_percent"].items()}
+    named = {name: entry[name] for name in ("dataset", "split", "counts", "protocol", "provenance")}
+    return Results(metrics=metrics, **named)
+
+
 def _cell(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 

@@ -164,8 +164,8 @@ def prune(output: Path, keep: int) -> None:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Clear what a killed process left half-written or half-removed."""
-    for path in [*output.glob(".step-*.writing"), *output.glob(".step-*.removing")]:
+    """Clear what a killed process left half-written, half-removed or half-pushed."""
+    for path in [path for end in ("writing", "removing", "pushing") for path in output.glob(f".step-*.{end}")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """From a run's config to the built parts of a run. Every `build_*` here sees the config; what they build does not."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,9 @@ from amltrain.errors import UserError
 from amltrain.evaluation.results import Results, write_results
 from amltrain.losses import create_loss
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
-from amltrain.pretrained import load_pretrained, load_weights, save_pretrained
+from amltrain.pretrained import RESULTS_FILE, TRAINING_FILE, load_pretrained, load_weights, save_pretrained
 from amltrain.tasks import AMLTask, SupervisedTask, build_task
-
-RESULTS_FILE = "results.json"
+from amltrain.training.provenance import describe_training
 
 
 class Parts(NamedTuple):
@@ -128,7 +128,7 @@ def build_loss(config: RunConfig, info: ModelInfo) -> nn.Module:
 def write_model_folder(
     folder: Path, config: RunConfig, parts: Parts, state_dict: dict[str, Any], results: Sequence[Results] = ()
 ) -> None:
-    """The model of a run as a folder that loads alone; with its scores, if it was evaluated."""
+    """The model of a run as a folder that loads alone; with how it was trained and, if it was evaluated, its scores."""
     save_pretrained(
         folder,
         name=config.model.name,
@@ -138,5 +138,6 @@ def write_model_folder(
         protocol=parts.protocol,
         tokenizer=parts.tokenizer,
     )
+    (folder / TRAINING_FILE).write_text(json.dumps(describe_training(config), indent=2) + "\n", encoding="utf-8")
     if results:
         write_results(folder / RESULTS_FILE, results)

@@ -25,6 +25,7 @@ from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.errors import UserError
 from amltrain.evaluation.alignment import build_alignment_diagnostics
 from amltrain.evaluation.results import Results
+from amltrain.hub import Publisher, build_publisher
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
@@ -77,6 +78,7 @@ class Trainer:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.output = config, Path(config.output)
         self.accelerator, self.plan = build_accelerator(config)
+        self.publisher: Publisher | None = None
         on_main_process(self.accelerator, self._prepare_output)
         self.resume_from: Path | None = on_main_process(
             self.accelerator, lambda: checkpoints.find_resumable(self.output, config.resume, self.say)
@@ -237,6 +239,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if progress.best_step == step:
                 checkpoints.point(self.output, "best", path)
+            if self.publisher is not None and (self.config.hub.push == "last" or progress.best_step == step):
+                self.publisher.submit(path)
             checkpoints.prune(self.output, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
 
@@ -357,6 +361,7 @@ class Trainer:
         return max(1, self.config.train.epochs * len(self.parts.dataset) // self.plan.samples)
 
     def _prepare_output(self) -> None:
+        self.publisher = build_publisher(self.config.hub, self.say)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_leftovers(self.output)
@@ -388,6 +393,9 @@ class Trainer:
             folders = f"{self.output}/best/model and {folders}"
             best = f"; best {self.config.evaluation.best_metric} {p.best:.2f} at step {p.best_step}"
         self.say(f"done: {p.step} steps, {p.skipped} skipped{best if self.results else ''}; {folders}")
+        if self.publisher is not None:
+            final = self.output / self.config.hub.push
+            self.publisher.finish(final, f"push it later: amltrain push {final} {self.config.hub.repo}")
 
     def say(self, text: str) -> None:
         say(self.accelerator, text)

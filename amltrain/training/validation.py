@@ -11,8 +11,9 @@ from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.results import Results, table, write_results
+from amltrain.pretrained import RESULTS_FILE
 from amltrain.training.checkpoint import checkpoint_name
-from amltrain.training.setup import RESULTS_FILE, Parts
+from amltrain.training.setup import Parts
 from amltrain.training.tracking import say
 
 

@@ -1,0 +1,43 @@
+"""Publish a model on the HuggingFace Hub: weights, configs, tokenizer, scores and a model card, in one commit.
+
+    hf auth login                                           # once; or set HF_TOKEN
+    amltrain push runs/quickstart/best user/caris-refshapes --private
+    amltrain predict --checkpoint user/caris-refshapes --image street.jpg --sentence "the red car"
+
+The card says model, data, protocol and scores (also as the Hub's model-index), recipe, commit, hardware and licences,
+as far as the folder knows them. Scores are those of the run's own evaluation, or of --results. Pushing again makes a
+new commit; nothing is uploaded twice. A run pushes by itself with --hub.push best --hub.repo user/name.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from amltrain.errors import UserError, one_line_errors
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="amltrain push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="RUN/best, RUN/last, RUN/step-N or a model folder")
+    parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
+    parser.add_argument("--private", action="store_true", help="make the repository private (default: public)")
+    parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
+    parser.add_argument("--results", type=Path, help="results.json of launch/evaluate.py for the card")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    with one_line_errors():
+        from amltrain.hub import push_model  # once the arguments are known to be good: torch takes a while
+        from amltrain.training.checkpoint import MANIFEST, find_fault
+
+        for checkpoint in (args.folder, args.folder.parent):
+            if (checkpoint / MANIFEST).is_file() and (fault := find_fault(checkpoint)):
+                raise UserError(f"checkpoint {checkpoint} is damaged: {fault}; push another one")
+        address = push_model(
+            args.folder, args.repo, private=args.private, revision=args.revision, results_file=args.results
+        )
+        print(f"pushed to {address}")

@@ -1,0 +1,66 @@
+"""What a set of weights came from: recipe, code, libraries, hardware. A model card says it to whoever finds them."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amltrain import __version__
+from amltrain.config import RunConfig
+
+LIBRARIES = ("torch", "accelerate", "transformers", "timm", "datasets", "huggingface_hub")
+OF_THIS_MACHINE = ("output", "resume", "hub", "tracking")
+OF_THIS_DISK = ("prepared", "refer_root", "image_root", "workers")
+
+
+def describe_training(config: RunConfig) -> dict[str, Any]:
+    """JSON values: recipe, commit (None outside a git checkout), hardware, versions by library."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {
+        "recipe": recipe(config),
+        "commit": code_commit(),
+        "hardware": hardware(),
+        "versions": {"amltrain": __version__, "python": platform.python_version(), **versions},
+    }
+
+
+def recipe(config: RunConfig) -> dict[str, Any]:
+    """The run without what belongs to the machine it ran on; of files, the names alone."""
+    values = {key: value for key, value in asdict(config).items() if key not in OF_THIS_MACHINE}
+    values["data"] = {key: value for key, value in values["data"].items() if key not in OF_THIS_DISK}
+    for key in ("vision_weights", "text_weights", "checkpoint"):
+        name = values["model"][key]
+        values["model"][key] = Path(name).name if name is not None and Path(name).exists() else name
+    return values
+
+
+@cache
+def code_commit() -> str | None:
+    """Git commit of this package's checkout, with "-dirty" after it if files differ from it; None if it is none."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+@cache
+def hardware() -> str:
+    """One phrase: how many processes, on what."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{processes} {'process' if processes == 1 else 'processes'} on a CPU ({name}, {os.cpu_count()} cores)"
