@@ -1,6 +1,11 @@
 """Turn an official checkpoint into a model folder: `python launch/convert_checkpoint.py --help`."""
 
-from amltrain.commands.convert import main
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    # not launch/: its evaluate.py would hide the evaluate library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from amltrain.commands.convert import main
+
     main()

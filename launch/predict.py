@@ -1,6 +1,11 @@
 """Segment what sentences mean in an image: `python launch/predict.py --help`."""
 
-from amltrain.commands.predict import main
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    # not launch/: its evaluate.py would hide the evaluate library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from amltrain.commands.predict import main
+
     main()

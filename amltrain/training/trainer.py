@@ -26,6 +26,7 @@ from amltrain.errors import UserError
 from amltrain.evaluation.alignment import build_alignment_diagnostics
 from amltrain.evaluation.results import Results
 from amltrain.hub import Publisher, build_publisher
+from amltrain.models import model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
@@ -76,6 +77,7 @@ class Trainer:
     """A run: built from its config, then `run()`."""
 
     def __init__(self, config: RunConfig) -> None:
+        model_info(config.model.name)  # a misspelt name ends a run before anything is prepared
         self.config, self.output = config, Path(config.output)
         self.accelerator, self.plan = build_accelerator(config)
         self.publisher: Publisher | None = None
