@@ -209,7 +209,7 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
         return str(generator.choice(list(options)))
 
     def random_look() -> dict[str, str]:
-        texture = pick(TEXTURES) if generator.random() < 0.4 else "plain"
+        texture = pick(TEXTURES) if generator.random() < 0.3 else "plain"
         return {"size": pick(SIZES), "colour": pick(COLOURS), "texture": texture, "form": pick(FORMS)}
 
     first = random_look()
@@ -227,7 +227,7 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
 
 
 def _radius(generator: np.random.Generator, size: int, kind: str) -> float:
-    low, high = (0.125, 0.145) if kind == "small" else (0.19, 0.23)
+    low, high = (0.14, 0.16) if kind == "small" else (0.19, 0.23)
     return float(generator.uniform(low, high) * size)
 
 
@@ -250,7 +250,7 @@ def _polygon(generator: np.random.Generator, form: str, centre: Point, radius: f
     turn += float(generator.uniform(-0.25, 0.25))
     points: list[float] = []
     for corner in range(corners):
-        reach = radius * (0.45 if form == "star" and corner % 2 else 1.0)
+        reach = radius * (0.5 if form == "star" and corner % 2 else 1.0)
         angle = turn + 2 * math.pi * corner / corners
         points += [round(centre[0] + reach * math.cos(angle), 2), round(centre[1] + reach * math.sin(angle), 2)]
     return tuple(points)
