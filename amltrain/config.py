@@ -18,6 +18,9 @@ from amltrain.errors import UserError
 
 Fields = TypeVar("Fields")
 
+COMBINED = ("refcoco", "refcoco+", "refcocog")
+"""What `combined` stands for, the last one split by umd."""
+
 
 @dataclass
 class ShapesConfig:
@@ -39,7 +42,8 @@ class DataConfig:
 
     datasets: list[str] = field(default_factory=lambda: ["refshapes"])
     """Data sets to train on: refcoco, refcoco+, refcocog, refcocog-google, grefcoco, or synthetic refshapes,
-    refshapes+, refshapesg, grefshapes. More than one is combined training."""
+    refshapes+, refshapesg, grefshapes. More than one is combined training; [combined] means refcoco, refcoco+ and
+    refcocog, [combined-unfiltered] the same with leak_filter off."""
     prepared: str = "prepared"
     """Folder with the prepared Parquet data (one folder per data set), or a Hub data set id."""
     refer_root: str | None = None
@@ -50,6 +54,10 @@ class DataConfig:
     leak_filter: bool = True
     """In combined training drop every image that is in a val or test split of any of the data sets. false reproduces
     DETRIS- and UNINEXT-style numbers, whose test images are partly seen in training."""
+    also_held_out: list[str] = field(default_factory=list)
+    """Further prepared data sets whose val and test images the leak filter drops, e.g. refcocog-google, grefcoco."""
+    held_out_ids: str | None = None
+    """JSON list of further image ids that the leak filter drops."""
     weights: list[float] | None = None
     """Sampling weight of each data set in combined training; null = every referent once per epoch."""
     train_split: str = "train"
@@ -66,6 +74,11 @@ class DataConfig:
     """Share of expressions that may be unusable (counted, reported and skipped) before preparing gives up."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     """Synthetic scenes."""
+
+    def __post_init__(self) -> None:
+        if self.datasets in (["combined"], ["combined-unfiltered"]):
+            self.leak_filter = self.leak_filter and self.datasets == ["combined"]
+            self.datasets = list(COMBINED)
 
 
 @dataclass

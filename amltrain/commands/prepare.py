@@ -1,20 +1,26 @@
-"""`launch/prepare_data.py` and `amltrain prepare`: original REFER files and images -> Parquet that `datasets` reads.
+"""`launch/prepare_data.py` and `amltrain prepare`: annotations and images -> Parquet that `datasets` reads.
 
     python launch/prepare_data.py --dataset combined --refer_root data/refer --image_root data/train2014
+    python launch/prepare_data.py --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
 
-Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), decodes every image once,
-and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several data sets also get the list of images
-that a combined training leaves out. docs/data.md says where the original files are found.
+Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), or the same annotations
+from the Hub, decodes every image once, and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several
+data sets also get the list of images that a combined training leaves out. docs/data.md says where the files are found.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from amltrain.data.leakage import held_out_images, read_image_ids, write_combined_manifest
-from amltrain.data.prepare import describe, prepare
-from amltrain.data.splits import COMBINED, DATASETS, dataset_spec
-from amltrain.errors import one_line_errors
+from amltrain.config import COMBINED
+from amltrain.data.leakage import combined_path, excluded_images, write_combined_manifest
+from amltrain.data.prepare import describe, prepare, prepare_files
+from amltrain.data.splits import DATASETS, dataset_spec
+from amltrain.errors import UserError, one_line_errors
+
+GROUPS = {"combined": True, "combined-unfiltered": False}
+"""Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,9 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="NAME",
-        help=f"{', '.join(DATASETS)}; combined = {' '.join(COMBINED)}",
+        help=f"{', '.join(DATASETS)}; or combined = {' '.join(COMBINED)}, from whose training every image is dropped "
+        f"that any of them evaluates on; or combined-unfiltered, which keeps them",
     )
-    parser.add_argument("--refer_root", type=Path, required=True, help="folder in the original REFER layout")
+    parser.add_argument("--refer_root", type=Path, help="folder in the original REFER layout")
+    parser.add_argument(
+        "--hub",
+        nargs="+",
+        metavar="ID",
+        help="instead of refer_root: for every data set a Hub id like jxu124/refcoco, or a folder with its files",
+    )
     parser.add_argument("--image_root", type=Path, help="COCO train2014; default: looked for under refer_root")
     parser.add_argument("--output", type=Path, default=Path("prepared"), help="where the prepared data goes")
     parser.add_argument(
@@ -38,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--also_held_out", nargs="*", default=[], metavar="NAME", help="prepared data sets whose val and test count too"
     )
     parser.add_argument("--held_out_ids", type=Path, help="JSON list of further image ids to leave out")
-    parser.add_argument("--no_leak_filter", action="store_true", help="combined training keeps images of val and test")
     return parser
 
 
@@ -46,21 +58,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare what the arguments name and say what there is."""
     args = build_parser().parse_args(argv)
     with one_line_errors():
-        names = list(dict.fromkeys(n for name in args.dataset for n in (COMBINED if name == "combined" else [name])))
-        for name in names:
+        names = list(dict.fromkeys(n for name in args.dataset for n in (COMBINED if name in GROUPS else [name])))
+        for name, source in zip(names, _sources(names, args), strict=True):
             if dataset_spec(name).shares_images:
                 print(f"note: {name} trains and evaluates on the same images; the umd split (refcocog) does not")
-            manifest = prepare(
-                name, args.refer_root, args.output, image_root=args.image_root, max_skipped=args.max_skipped
-            )
-            print(describe(manifest))
+            print(describe(_prepare(name, source, args)))
         if len(names) > 1:
-            print(f"combined training: {combine(names, args)}")
+            leak_filter = all(GROUPS.get(name, True) for name in args.dataset)
+            excluded = excluded_images(
+                str(args.output), names, also_held_out=args.also_held_out, held_out_ids=args.held_out_ids
+            )
+            path = combined_path(str(args.output), names, leak_filter)
+            print(write_combined_manifest(path, str(args.output), names, excluded if leak_filter else set()))
 
 
-def combine(names: Sequence[str], args: argparse.Namespace) -> Path:
-    """Write the manifest of a combined training and return its path."""
-    excluded = held_out_images(str(args.output), [*names, *args.also_held_out])
-    if args.held_out_ids is not None:
-        excluded |= read_image_ids(args.held_out_ids)
-    return write_combined_manifest(str(args.output), names, excluded, leak_filter=not args.no_leak_filter)
+def _sources(names: Sequence[str], args: argparse.Namespace) -> list[str | None]:
+    """For every data set where on the Hub it comes from; None = from refer_root."""
+    if args.hub is None:
+        if args.refer_root is None:
+            raise UserError("give --refer_root, the folder with the original files, or --hub")
+        return [None] * len(names)
+    if args.image_root is None:
+        raise UserError("--hub needs --image_root, the folder with COCO's train2014 images")
+    if len(args.hub) != len(names):
+        raise UserError(f"--hub names {len(args.hub)} sources for {len(names)} data sets ({', '.join(names)})")
+    return list(args.hub)
+
+
+def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    if source is None:
+        return prepare(name, args.refer_root, args.output, image_root=args.image_root, max_skipped=args.max_skipped)
+    from amltrain.data.hub_schema import read_hub_schema  # imports torchvision
+
+    return prepare_files(read_hub_schema(source, name), args.output, args.image_root, max_skipped=args.max_skipped)

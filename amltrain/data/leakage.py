@@ -3,20 +3,34 @@ may be a test image of another. Every image of any evaluation split is dropped f
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from amltrain.data.prepared import open_prepared
-from amltrain.data.rows import open_rows
+import numpy as np
+import pyarrow.compute as pc
+
+from amltrain.data.rows import Rows, open_rows
 from amltrain.data.splits import Counts, dataset_spec
 from amltrain.errors import UserError
 
 
-def held_out_images(prepared: str, dataset_names: Sequence[str], *, streaming: bool = False) -> set[int]:
-    """Ids of all images in a val or test split of any of the data sets."""
-    held_out: set[int] = set()
-    for name in dataset_names:
+def excluded_images(
+    prepared: str,
+    dataset_names: Sequence[str],
+    *,
+    also_held_out: Sequence[str] = (),
+    held_out_ids: Path | str | None = None,
+    streaming: bool = False,
+) -> set[int]:
+    """Ids of all images in a val or test split of any of the data sets.
+
+    also_held_out: further prepared data sets whose val and test splits count. held_out_ids: a JSON list of further ids.
+    Raises UserError.
+    """
+    held_out: set[int] = set() if held_out_ids is None else read_image_ids(Path(held_out_ids))
+    for name in dict.fromkeys([*dataset_names, *also_held_out]):
         for split in dataset_spec(name).evaluation_splits:
             rows = open_rows(prepared, name, split, streaming=streaming)
             held_out.update(rows.columns.column("image_id").to_pylist())
@@ -31,36 +45,48 @@ def read_image_ids(path: Path) -> set[int]:
         raise UserError(f"{path} is no JSON list of image ids: {error}") from error
 
 
-def write_combined_manifest(
-    prepared: str, dataset_names: Sequence[str], excluded: Iterable[int], *, leak_filter: bool
-) -> Path:
-    """Say what combined training uses: counts before and after the filter and the dropped image ids.
+def combined_path(prepared: str, dataset_names: Sequence[str], leak_filter: bool) -> Path:
+    """Where the manifest of a combined training lies."""
+    return Path(prepared) / f"combined{'' if leak_filter else '-unfiltered'}-{'-'.join(dataset_names)}.json"
 
-    Returns `<prepared>/combined[-unfiltered]-<names>.json`.
+
+def write_combined_manifest(path: Path, prepared: str, dataset_names: Sequence[str], excluded: AbstractSet[int]) -> str:
+    """Write down what combined training uses: counts before and after the filter, and the dropped image ids.
+
+    excluded: images that training must not see; empty without the filter. Returns the counts for a person.
     """
-    excluded = set(excluded) if leak_filter else set()
-    per_dataset: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     dropped: set[int] = set()
+    lines = []
     for name in dataset_names:
-        table = open_prepared(prepared, name, "train").select_columns(["image_id", "referents"])
-        before, after = [0, 0, 0], [0, 0, 0]
-        for row in table:
-            amounts = (len(row["referents"]), sum(len(r["sentences"]) for r in row["referents"]), 1)
-            kept = row["image_id"] not in excluded
-            dropped.update(() if kept else (row["image_id"],))
-            for unit, amount in enumerate(amounts):
-                before[unit] += amount
-                after[unit] += amount * kept
-        per_dataset[name] = {"before": Counts(*before)._asdict(), "after": Counts(*after)._asdict()}
+        rows = open_rows(prepared, name, "train")
+        images = np.asarray(rows.columns.column("image_id"))
+        kept = ~np.isin(images, list(excluded))
+        dropped.update(images[~kept].tolist())
+        before, after = _count(rows, np.ones_like(kept)), _count(rows, kept)
+        counts[name] = {"before": before._asdict(), "after": after._asdict()}
+        lines.append(
+            f"  {name:10} {after.images:>7,} of {before.images:,} images, {after.refs:,} of {before.refs:,} refs"
+        )
     manifest = {
         "datasets": list(dataset_names),
-        "leak_filter": leak_filter,
-        "train": per_dataset,
+        "leak_filter": bool(excluded),
+        "train": counts,
         "dropped_images": sorted(dropped),
     }
-    kind = "combined" if leak_filter else "combined-unfiltered"
-    path = Path(prepared) / f"{kind}-{'-'.join(dataset_names)}.json"
     aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(manifest, indent=1))
-    os.replace(aside, path)
-    return path
+    try:
+        aside.write_text(json.dumps(manifest, indent=1))
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"could not write {path} ({error.strerror})") from error
+    return "\n".join([f"combined training, {len(dropped):,} images dropped ({path.name}):", *lines])
+
+
+def _count(rows: Rows, kept: np.ndarray) -> Counts:
+    """Refs, expressions and images of the rows where `kept` [rows] bool is true."""
+    referents = rows.columns.column("referents").combine_chunks()
+    refs = np.asarray(pc.list_value_length(referents), dtype=np.int64)
+    sentences = np.asarray(pc.list_value_length(pc.struct_field(pc.list_flatten(referents), "sentences")), np.int64)
+    return Counts(int(refs[kept].sum()), int(sentences[np.repeat(kept, refs)].sum()), int(kept.sum()))

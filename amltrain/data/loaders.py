@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from amltrain.config import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
 from amltrain.data.collate import collate
 from amltrain.data.dataset import Part, ReferDataset, read_sentences
-from amltrain.data.leakage import held_out_images
+from amltrain.data.leakage import excluded_images
 from amltrain.data.rows import WINDOW, open_rows
 from amltrain.data.splits import dataset_spec
 from amltrain.data.text import SentenceTokenizer
@@ -116,9 +116,7 @@ def build_train_dataset(
     assert preprocess.sentence_field
     _check_weights(data)
     parts = [_open_part(data, name, data.train_split) for name in data.datasets]
-    excluded: AbstractSet[int] = frozenset()
-    if data.leak_filter and len(data.datasets) > 1:
-        excluded = held_out_images(data.prepared, data.datasets, streaming=data.streaming)
+    excluded = leaks(data) if len(data.datasets) > 1 or data.also_held_out or data.held_out_ids else frozenset()
     dataset = ReferDataset(
         parts,
         build_transform(preprocess),
@@ -133,6 +131,19 @@ def build_train_dataset(
     if empty:
         raise UserError(f"{', '.join(empty)}: no training sample is left; check data.train_split and leak_filter")
     return dataset
+
+
+def leaks(data: DataConfig) -> AbstractSet[int]:
+    """Ids of the images that training must not see; none without the leak filter."""
+    if not data.leak_filter:
+        return frozenset()
+    return excluded_images(
+        data.prepared,
+        data.datasets,
+        also_held_out=data.also_held_out,
+        held_out_ids=data.held_out_ids,
+        streaming=data.streaming,
+    )
 
 
 def build_sampler(

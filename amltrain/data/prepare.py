@@ -1,42 +1,77 @@
-"""Original REFER files + images -> Parquet shards that `datasets` reads, once, checked, whole or not at all.
+"""Annotations + images -> Parquet shards that `datasets` reads, once, checked, whole or not at all.
 
 <output>/<dataset>/train-00000-of-00003.parquet ...
                    val-00000-of-00001.parquet ...
                    manifest.json   counts, comparison with the published ones, hashes of the sources, what was skipped
 """
 
-import hashlib
 import io
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from amltrain.data.refer import ImageGroup, ReferFiles, Skipped, image_groups, read_refer
+from amltrain.data.refer import ImageGroup, ReferFiles, Skipped, image_groups, load_json, read_refer
 from amltrain.data.schema import FEATURES
-from amltrain.data.splits import Counts
+from amltrain.data.splits import Counts, belongs
 from amltrain.errors import UserError
 
 FORMAT = 1
 ROWS_PER_GROUP = 64
 SHARD_BYTES = 512 * 2**20
-IMAGE_FOLDERS = ("", "images/mscoco/images/train2014", "train2014", "images/train2014", "mscoco/train2014", "images")
+IMAGE_FOLDERS = (
+    "",
+    "images/mscoco/images/train2014",
+    "train2014",
+    "images/train2014",
+    "mscoco/train2014",
+    "coco/train2014",
+    "images",
+)
+"""Where the releases, and who follows them, keep COCO's train2014."""
 
 
 class _Checked(NamedTuple):
     group: ImageGroup
     image: bytes | None
     fault: str
+
+
+class _SkipLog:
+    """What could not be used. Raises UserError as soon as that is more than a share of all expressions."""
+
+    def __init__(self, files: ReferFiles, max_skipped: float) -> None:
+        self.entries: list[Skipped] = []
+        self._lost: list[Skipped] = []
+        self._name, self._max_skipped = files.name, max_skipped
+        self._total = sum(len(ref["sentences"]) for ref in files.refs)
+        if self._total == 0:
+            raise UserError(f"{files.name}: {files.place} holds no expression at all")
+
+    def add(self, entries: Iterable[Skipped]) -> None:
+        new = list(entries)
+        self.entries += new
+        self._lost += [entry for entry in new if entry.expressions]
+        count = sum(entry.expressions for entry in self._lost)
+        if count > self._max_skipped * self._total:
+            first = "; ".join(f"{entry.what}: {entry.why}" for entry in self._lost[:3])
+            raise UserError(
+                f"{self._name}: {count} of {self._total} expressions cannot be used so far, more than max_skipped = "
+                f"{self._max_skipped:g} allows ({first}{'; ...' if len(self._lost) > 3 else ''}); mend the files or "
+                f"raise max_skipped; nothing was written"
+            )
 
 
 def prepare(
@@ -48,52 +83,93 @@ def prepare(
     max_skipped: float = 0.001,
     progress: bool = True,
 ) -> dict[str, Any]:
+    """Prepare one data set from the original files under `refer_root`; see `prepare_files`."""
+    files = read_refer(Path(refer_root), dataset)
+    return prepare_files(files, output, image_root or refer_root, max_skipped=max_skipped, progress=progress)
+
+
+def prepare_files(
+    files: ReferFiles,
+    output: Path | str,
+    image_root: Path | str,
+    *,
+    max_skipped: float = 0.001,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Prepare one data set under `output` and return its manifest; does nothing if that was done from the same files.
 
-    max_skipped: share of the refs that may be unusable before everything is given up. Raises UserError.
+    image_root: a folder that has the images, itself or in one of IMAGE_FOLDERS. max_skipped: share of the expressions
+    that may be unusable before everything is given up. Raises UserError; `output` then holds what it held before.
     """
-    files = read_refer(Path(refer_root), dataset)
-    folder = Path(output) / dataset
-    sources = {path.name: _sha256(path) for path in files.sources}
-    done = read_manifest(folder)
-    if done is not None:
-        if done["sources"] != sources or done["format"] != FORMAT:
-            raise UserError(f"{folder} was prepared from other files; remove the folder or choose another output")
-        return done
-    images = find_images(files, Path(image_root or refer_root))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # written aside on the same disk and renamed when whole: a killed run leaves nothing that looks finished
-    aside = Path(tempfile.mkdtemp(prefix=f".{dataset}-", dir=folder.parent))
+    folder = Path(output) / files.name
+    manifest = read_manifest(folder)
+    if manifest is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # one of several runs that start together prepares, the others find it done
+            with FileLock(folder.parent / f".{files.name}.lock"):
+                manifest = read_manifest(folder)
+                if manifest is None:
+                    return _prepare_aside(files, folder, Path(image_root), max_skipped, progress)
+        except OSError as error:
+            raise UserError(
+                f"could not write {folder} ({error.strerror or error}); nothing was left there; make room, or choose "
+                f"another output"
+            ) from error
+    if manifest["sources"] != files.sources or manifest["format"] != FORMAT:
+        raise UserError(f"{folder} was prepared from other files; remove the folder or choose another output")
+    return manifest
+
+
+def _prepare_aside(
+    files: ReferFiles, folder: Path, image_root: Path, max_skipped: float, progress: bool
+) -> dict[str, Any]:
+    """Write beside `folder` and rename when whole: a killed run leaves nothing that looks finished."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds something that was not prepared here; remove it or choose another output")
+    images = find_images(files, image_root)
+    skipped = _SkipLog(files, max_skipped)
+    skipped.add(_refs_of_no_split(files))
+    aside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir()
     try:
         counts: dict[str, Counts] = {}
-        skipped: list[Skipped] = []
         for split in files.spec.splits:
-            groups = list(image_groups(files, split))
-            counts[split] = _write_split(aside, split, groups, images, skipped, progress)
-        _check_skipped(dataset, files, skipped, max_skipped)
+            counts[split] = _write_split(aside, split, list(image_groups(files, split)), images, skipped, progress)
         manifest = {
             "format": FORMAT,
-            "dataset": dataset,
+            "dataset": files.name,
             "split_by": files.spec.split_by,
             "splits": {split: count._asdict() for split, count in counts.items()},
             "published": compare_with_published(files, counts),
-            "sources": sources,
-            "skipped": [entry._asdict() for entry in skipped],
+            "sources": files.sources,
+            "skipped": [entry._asdict() for entry in skipped.entries],
         }
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        os.chmod(aside, 0o755)
         os.replace(aside, folder)
-    except OSError as error:
-        raise UserError(f"could not write {folder} ({error.strerror or error}); nothing was left there") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
+def _refs_of_no_split(files: ReferFiles) -> list[Skipped]:
+    splits = Counter[str]()
+    for ref in files.refs:
+        if not any(belongs(ref["split"], split) for split in files.spec.splits):
+            splits[ref["split"]] += len(ref["sentences"])
+    return [Skipped(f"all refs of split {s!r}", f"{files.name} has no such split", n) for s, n in splits.items()]
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared data set; None if there is none."""
+    """The manifest of a prepared data set; None if there is none. Raises UserError if it is damaged."""
     path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = load_json(path)
+    if not isinstance(manifest, dict) or not {"format", "splits", "sources", "skipped"} <= set(manifest):
+        raise UserError(f"{path} is no manifest of prepared data; remove {folder} and prepare it again")
+    return manifest
 
 
 def find_images(files: ReferFiles, root: Path) -> Path:
@@ -104,21 +180,20 @@ def find_images(files: ReferFiles, root: Path) -> Path:
             return folder
     tried = ", ".join(sub or "." for sub in IMAGE_FOLDERS)
     raise UserError(
-        f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); set image_root"
+        f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); set image_root to the "
+        f"folder of COCO's train2014 images"
     )
 
 
 def compare_with_published(files: ReferFiles, counts: dict[str, Counts]) -> dict[str, str]:
-    """For every split: `as published`, or what differs."""
+    """For every split whose counts are published: `as published`, or what is."""
     verdicts = {}
     for split, expected in files.spec.published.items():
         found = counts[split]
-        wrong = [
-            f"{getattr(found, unit)} {unit} instead of {getattr(expected, unit)}"
-            for unit in Counts._fields
-            if getattr(expected, unit) is not None and getattr(found, unit) != getattr(expected, unit)
-        ]
-        verdicts[split] = ", ".join(wrong) or "as published"
+        published = {unit: count for unit, count in expected._asdict().items() if count is not None}
+        same = all(getattr(found, unit) == count for unit, count in published.items())
+        listed = ", ".join(f"{count:,} {unit}" for unit, count in published.items())
+        verdicts[split] = "as published" if same else f"published: {listed}"
     return verdicts
 
 
@@ -132,56 +207,82 @@ def describe(manifest: dict[str, Any]) -> str:
             + (f"  {verdict}" if verdict else "")
         )
     skipped = manifest["skipped"]
-    lines += [f"  skipped {entry['what']}: {entry['why']}" for entry in skipped[:5]]
+    if skipped:
+        lost = sum(entry["expressions"] for entry in skipped)
+        lines.append(f"  {lost} expressions skipped, {len(skipped)} faults in all:")
+    lines += [f"    {entry['what']}: {entry['why']}" for entry in skipped[:5]]
     if len(skipped) > 5:
-        lines.append(f"  ... and {len(skipped) - 5} more, all in manifest.json")
+        lines.append(f"    ... and {len(skipped) - 5} more, all in manifest.json")
     return "\n".join(lines)
 
 
+class _ShardWriter:
+    """Rows of a split -> Parquet shards of about SHARD_BYTES in row groups of ROWS_PER_GROUP."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._folder, self._split = folder, split
+        self._shards: list[Path] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._pending: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._pending.append(row)
+        if len(self._pending) == ROWS_PER_GROUP:
+            self._flush()
+
+    def __enter__(self) -> "_ShardWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """After a failure; a file that is given up may fail to close as well."""
+        with suppress(OSError):
+            self._close()
+
+    def finish(self) -> None:
+        """Write what is pending (a split without rows becomes an empty shard) and give the shards their names."""
+        if self._pending or not self._shards:
+            self._flush()
+        self._close()
+        for number, shard in enumerate(self._shards):
+            shard.rename(self._folder / f"{self._split}-{number:05d}-of-{len(self._shards):05d}.parquet")
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._shards.append(self._folder / f"{self._split}-{len(self._shards)}.parquet")
+            self._writer = pq.ParquetWriter(self._shards[-1], FEATURES.arrow_schema)
+        self._writer.write_table(pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema))
+        self._pending.clear()
+        if self._shards[-1].stat().st_size > SHARD_BYTES:
+            self._close()
+
+
 def _write_split(
-    folder: Path, split: str, groups: list[ImageGroup], images: Path, skipped: list[Skipped], progress: bool
+    folder: Path, split: str, groups: list[ImageGroup], images: Path, skipped: _SkipLog, progress: bool
 ) -> Counts:
-    """Write one split's shards; appends to `skipped` what could not be used."""
-    shards: list[Path] = []
-    writer: pq.ParquetWriter | None = None
+    """Write one split's shards; `skipped` gets what could not be used."""
     refs = expressions = rows = 0
     bar = tqdm(total=len(groups), desc=f"prepare {split}", unit="image", disable=not progress, leave=False)
-    pending: list[dict[str, Any]] = []
-
-    def flush() -> None:
-        nonlocal writer
-        if writer is None:
-            shards.append(folder / f"{split}-{len(shards)}.parquet")
-            writer = pq.ParquetWriter(shards[-1], FEATURES.arrow_schema)
-        writer.write_table(pa.Table.from_pylist(pending, schema=FEATURES.arrow_schema))
-        pending.clear()
-        if shards[-1].stat().st_size > SHARD_BYTES:
-            writer.close()
-            writer = None
-
-    for checked in _checked_images(groups, images):
-        bar.update()
-        group = checked.group
-        skipped += group.skipped
-        if checked.image is None and group.referents:
-            lost = sum(len(referent["sentences"]) for referent in group.referents)
-            what = f"image {group.file_name} with {len(group.referents)} refs"
-            skipped.append(Skipped(what, checked.fault, lost))
-        if checked.image is None or not group.referents:
-            continue
-        pending.append(_row(group, checked.image))
-        rows += 1
-        refs += len(group.referents)
-        expressions += sum(len(referent["sentences"]) for referent in group.referents)
-        if len(pending) == ROWS_PER_GROUP:
-            flush()
-    if pending or not shards:
-        flush()
-    if writer is not None:
-        writer.close()
-    bar.close()
-    for number, shard in enumerate(shards):
-        shard.rename(folder / f"{split}-{number:05d}-of-{len(shards):05d}.parquet")
+    with bar, _ShardWriter(folder, split) as writer:
+        for checked in _checked_images(groups, images):
+            bar.update()
+            group = checked.group
+            skipped.add(group.skipped)
+            if checked.image is None and group.referents:
+                lost = sum(len(referent["sentences"]) for referent in group.referents)
+                what = f"image {group.file_name} with {len(group.referents)} refs"
+                skipped.add([Skipped(what, checked.fault, lost)])
+            if checked.image is None or not group.referents:
+                continue
+            writer.add(_row(group, checked.image))
+            rows += 1
+            refs += len(group.referents)
+            expressions += sum(len(referent["sentences"]) for referent in group.referents)
+        writer.finish()
     return Counts(refs, expressions, rows)
 
 
@@ -214,7 +315,7 @@ def _check_image(group: ImageGroup, images: Path) -> _Checked:
     try:
         content = path.read_bytes()
     except OSError:
-        return _Checked(group, None, f"the file is missing in {images.name or images}")
+        return _Checked(group, None, f"the file is missing in {images}")
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
@@ -222,26 +323,7 @@ def _check_image(group: ImageGroup, images: Path) -> _Checked:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         return _Checked(group, None, f"the file is damaged ({error})")
     if size != (group.height, group.width):
-        return _Checked(group, None, f"it is {size} pixels, instances.json says {(group.height, group.width)}")
-    return _Checked(group, content, "")
-
-
-def _check_skipped(dataset: str, files: ReferFiles, skipped: list[Skipped], max_skipped: float) -> None:
-    total = sum(len(ref["sentences"]) for ref in files.refs)
-    lost = sum(entry.expressions for entry in skipped)
-    if total == 0:
-        raise UserError(f"{dataset}: the files hold no expression at all")
-    if lost > max_skipped * total:
-        first = "; ".join(f"{entry.what}: {entry.why}" for entry in skipped[:3])
-        raise UserError(
-            f"{dataset}: {lost} of {total} expressions cannot be used, more than max_skipped = {max_skipped:g} allows "
-            f"({first}{'; ...' if len(skipped) > 3 else ''}); mend the files or raise max_skipped"
+        return _Checked(
+            group, None, f"it is {size[0]} x {size[1]} pixels, its annotations say {group.height} x {group.width}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return _Checked(group, content, "")

@@ -1,5 +1,7 @@
 """Open prepared data: a local folder or a Hub repository of the same layout, memory-mapped or as a stream."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -16,12 +18,12 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
     prepared: the folder that holds `<dataset>/<split>-*.parquet`, or a Hub data set id with the same files.
     Raises UserError when they are not there, saying what is.
     """
-    shards = local_shards(prepared, dataset, split)
-    source, files = (prepared, [f"{dataset}/{split}-*.parquet"]) if shards is None else ("parquet", shards)
+    local_shards(prepared, dataset, split)
+    files = {split: [f"{dataset}/{split}-*.parquet"]}
     try:
         with _quiet():
             return datasets.load_dataset(
-                source, data_files={split: files}, split=split, streaming=streaming, features=FEATURES
+                prepared, data_files=files, split=split, streaming=streaming, features=FEATURES
             )
     except (OSError, ValueError) as error:
         raise UserError(f"could not read {dataset}/{split} from {prepared}: {error}") from error
@@ -45,13 +47,13 @@ def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
     raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
 
 
-class _quiet:  # noqa: N801 - a context manager
+@contextmanager
+def _quiet() -> Iterator[None]:
     """No progress bar for the memory-mapped copy, which takes a second."""
-
-    def __enter__(self) -> None:
-        self.enabled = not datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        if self.enabled:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
             datasets.enable_progress_bars()

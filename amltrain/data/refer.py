@@ -4,10 +4,11 @@ Layout and rules: lichengunc/refer (commit e3bbaa3) and henghuiding/gRefCOCO (co
 is not a file on disk; the image's is.
 """
 
+import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,19 @@ from amltrain.errors import UserError
 
 
 class ReferFiles(NamedTuple):
-    """The parsed files of one data set: refs in file order, the rest by id; `sources` are the files read."""
+    """The parsed files of one data set: refs in file order, the rest by id.
 
+    sources: what was read and its SHA-256, by file name. place: where annotations came from, for messages.
+    """
+
+    name: str
     spec: DatasetSpec
     refs: list[dict[str, Any]]
     images: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     categories: dict[int, str]
-    sources: list[Path]
+    sources: dict[str, str]
+    place: str
 
 
 class Skipped(NamedTuple):
@@ -59,8 +65,9 @@ class _ContainerUnpickler(pickle.Unpickler):
 
 def load_pickle(path: Path) -> Any:
     """Read a pickle of builtin containers (also Python 2's). Executes nothing; raises UserError for anything else."""
+    content = _read_bytes(path)
     try:
-        return _ContainerUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8", errors="replace").load()
+        return _ContainerUnpickler(io.BytesIO(content), encoding="utf-8", errors="replace").load()
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is no plain annotation pickle ({error}); download it again from a source you trust"
@@ -70,8 +77,9 @@ def load_pickle(path: Path) -> Any:
 
 
 def load_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(_read_bytes(path).decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged or no JSON ({error}); download it again") from error
 
@@ -84,9 +92,9 @@ def read_refer(root: Path, dataset: str) -> ReferFiles:
     refs_path = next((path for path in candidates if path.is_file()), None)
     instances_path = folder / "instances.json"
     if refs_path is None or not instances_path.is_file():
-        wanted = f"{candidates[0].name if refs_path is None else instances_path.name}"
+        wanted = candidates[spec.generalised] if refs_path is None else instances_path
         raise UserError(
-            f"{folder} has no {wanted}; put {dataset}'s original files there (docs/data.md says where to get them)"
+            f"{folder} has no {wanted.name}; put {dataset}'s original files there (docs/data.md says where to get them)"
         )
     refs = load_pickle(refs_path) if refs_path.suffix == ".p" else load_json(refs_path)
     instances = load_json(instances_path)
@@ -95,22 +103,52 @@ def read_refer(root: Path, dataset: str) -> ReferFiles:
             raise UserError(f"{instances_path} has no list {key!r}; it should be {dataset}'s instances.json")
     if not isinstance(refs, list):
         raise UserError(f"{refs_path} holds a {type(refs).__name__}, not a list of refs")
-    _check_refs(refs_path, refs)
+    check_refs(refs, str(refs_path))
     return ReferFiles(
+        dataset,
         spec,
         refs,
-        {image["id"]: image for image in instances["images"]},
-        {annotation["id"]: annotation for annotation in instances["annotations"]},
-        {category["id"]: category["name"] for category in instances["categories"]},
-        [refs_path, instances_path],
+        by_id(instances["images"], "image", ("file_name", "height", "width"), str(instances_path)),
+        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), str(instances_path)),
+        {key: entry["name"] for key, entry in by_id(instances["categories"], "category", ("name",), "").items()},
+        {path.name: sha256(path) for path in (refs_path, instances_path)},
+        str(instances_path),
     )
 
 
-def _check_refs(path: Path, refs: list[Any]) -> None:
+def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
+    """Entries by their `id`. Raises UserError for one that has no id or lacks a key."""
+    for number, entry in enumerate(entries):
+        missing = [key for key in ("id", *keys) if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise UserError(f"{place}: {kind} number {number} has no {missing[0]!r}; download the file again")
+    return {entry["id"]: entry for entry in entries}
+
+
+def check_refs(refs: Sequence[Any], place: str) -> None:
+    """Raise UserError for a ref or a sentence that lacks a key."""
     for number, ref in enumerate(refs):
         for key in ("ref_id", "image_id", "ann_id", "split", "sentences"):
             if not isinstance(ref, dict) or key not in ref:
-                raise UserError(f"{path}: ref number {number} has no {key!r}; download the file again")
+                raise UserError(f"{place}: ref number {number} has no {key!r}; download the file again")
+        if any(not isinstance(sentence, dict) or "sent_id" not in sentence for sentence in ref["sentences"]):
+            raise UserError(f"{place}: ref {ref['ref_id']} has a sentence without 'sent_id'; download the file again")
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"could not read {path} ({error.strerror})") from error
 
 
 def image_groups(files: ReferFiles, split: str) -> Iterator[ImageGroup]:
@@ -123,7 +161,7 @@ def image_groups(files: ReferFiles, split: str) -> Iterator[ImageGroup]:
         image = files.images.get(image_id)
         if image is None:
             expressions = sum(len(ref["sentences"]) for ref in refs)
-            skipped = [Skipped(f"image {image_id}", "instances.json does not list it", expressions)]
+            skipped = [Skipped(f"image {image_id}", f"{files.place} does not list it", expressions)]
             yield ImageGroup(image_id, "", 0, 0, [], skipped)
             continue
         referents, skipped = [], []
@@ -173,7 +211,7 @@ def _annotations(ann_ids: list[int], files: ReferFiles) -> list[dict[str, Any]]:
     """The named annotations; among several, crowds are left out (gRefCOCO's rule)."""
     missing = [ann_id for ann_id in ann_ids if ann_id not in files.annotations]
     if missing:
-        raise BrokenSegmentationError(f"instances.json has no annotation {missing[0]}")
+        raise BrokenSegmentationError(f"{files.place} has no annotation {missing[0]}")
     annotations = [files.annotations[ann_id] for ann_id in ann_ids]
     kept = [a for a in annotations if len(annotations) == 1 or not a.get("iscrowd", 0)]
     if not kept:

@@ -90,8 +90,6 @@ DATASETS: dict[str, DatasetSpec] = {
     "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True),
 }
 
-COMBINED = ("refcoco", "refcoco+", "refcocog")
-
 
 def dataset_spec(name: str) -> DatasetSpec:
     """The table's entry. Raises UserError for an unknown name, naming the right pair for `refcoco-umd` and the like."""

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from amltrain.config import DataConfig, PreprocessConfig, ProtocolConfig, RunConfig, override
 from amltrain.data.dataset import ReferDataset
-from amltrain.data.leakage import held_out_images, write_combined_manifest
-from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset
+from amltrain.data.leakage import combined_path, write_combined_manifest
+from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, leaks
 from amltrain.data.prepare import describe, prepare, read_manifest
 from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.data.text import SentenceTokenizer
@@ -62,9 +62,8 @@ def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
             )
         say(describe(manifest))
     if len(data.datasets) > 1:
-        excluded = held_out_images(data.prepared, data.datasets) if data.leak_filter else set()
-        path = write_combined_manifest(data.prepared, data.datasets, excluded, leak_filter=data.leak_filter)
-        say(f"combined training: counts and dropped images are in {path}")
+        path = combined_path(data.prepared, data.datasets, data.leak_filter)
+        say(write_combined_manifest(path, data.prepared, data.datasets, leaks(data)))
 
 
 def _synthetic(data: DataConfig) -> bool:

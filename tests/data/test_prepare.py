@@ -1,0 +1,275 @@
+"""Preparing through the command line: what bad input gets, and that nothing half-written is left."""
+
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from amltrain.commands.prepare import main
+from amltrain.data import prepare as module
+from amltrain.data.prepare import find_images, prepare, read_manifest
+from amltrain.data.prepared import open_prepared
+from amltrain.data.refer import read_refer
+from amltrain.data.splits import DATASETS, Counts
+from tests.data.original import IMAGES, Original
+
+MAKE_ROOM = "could not write .*refcoco.*; nothing was left there; make room, or choose another output"
+
+
+def run(original: Original, *options: str, output: str = "prepared") -> Path:
+    folder = original.root / output
+    main(["--dataset", original.dataset, "--refer_root", str(original.root), "--output", str(folder), *options])
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], original: Original, *options: str) -> str:
+    """The one line that is said, with exit code 2; nothing is left beside an empty output folder."""
+    with pytest.raises(SystemExit) as stop:
+        run(original, *options)
+    assert stop.value.code == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(said) == 1
+    left = [path.name for path in (original.root / "prepared").rglob("*") if not path.name.endswith(".lock")]
+    assert left == []
+    return said[0]
+
+
+def cut_image(o: Original) -> None:
+    o.image_file(1).write_bytes(o.image_file(1).read_bytes()[:400])
+
+
+def other_size(o: Original) -> None:
+    o.images[1]["width"] += 1
+    o.write()
+    o.image_file(1).write_bytes(o.image_file(0).read_bytes())
+
+
+def break_polygon(o: Original) -> None:
+    o.annotations[1]["segmentation"] = [[1, 2, 3]]
+    o.write()
+
+
+def empty_sentences(o: Original) -> None:
+    o.refs[1]["sentences"][0] |= {"sent": " ", "raw": ""}
+    o.write()
+
+
+def wrong_split(o: Original) -> None:
+    o.refs[1]["split"] = "trainn"
+    o.write()
+
+
+def no_annotation(o: Original) -> None:
+    o.refs[1]["ann_id"] = 77
+    o.write()
+
+
+def no_image_entry(o: Original) -> None:
+    o.refs[1]["image_id"] = 77
+    o.write()
+
+
+FAULTS: list[tuple[Callable[[Original], object], str, int]] = [
+    (
+        lambda o: o.image_file(1).unlink(),
+        r"image COCO_train2014_0+2\.jpg with 1 refs: the file is missing in",
+        2,
+    ),
+    (cut_image, r"image COCO_train2014_0+2\.jpg with 1 refs: the file is damaged", 2),
+    (other_size, "it is 30 x 40 pixels, its annotations say 30 x 41", 2),
+    (break_polygon, "ref 1002 of image 2: broken segmentation: a polygon has fewer than 3 points", 2),
+    (empty_sentences, "sentence 20 of ref 1002 of image 2: it is empty", 1),
+    (wrong_split, "all refs of split 'trainn': refcoco has no such split", 2),
+    (no_annotation, r"ref 1002 of image 2: broken segmentation: .*instances\.json has no annotation 77", 2),
+    (no_image_entry, r"image 77: .*instances\.json does not list it", 2),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message", "lost"), FAULTS)
+def test_a_fault_stops_the_run_or_is_counted_and_reported(
+    spoil: Callable[[Original], object],
+    message: str,
+    lost: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    original = Original(tmp_path).write()
+    spoil(original)
+    said = refused(capsys, original)
+    assert re.search(rf"refcoco: {lost} of 24 expressions cannot be used so far, more than max_skipped = 0.001", said)
+    assert re.search(message, said) and "mend the files or raise max_skipped" in said
+    folder = run(original, "--max_skipped", "0.1")
+    shown = capsys.readouterr().out
+    assert re.search(message, shown) and f"{lost} expressions skipped" in shown
+    manifest = read_manifest(folder / "refcoco")
+    assert sum(entry["expressions"] for entry in manifest["skipped"]) == lost
+    assert sum(split["expressions"] for split in manifest["splits"].values()) == 24 - lost
+    rows = [row for shard in (folder / "refcoco").glob("*.parquet") for row in pq.read_table(shard).to_pylist()]
+    assert sum(len(r["sentences"]) for row in rows for r in row["referents"]) == 24 - lost
+
+
+def test_a_dropped_polygon_is_reported_though_nothing_is_lost(tmp_path: Path) -> None:
+    original = Original(tmp_path)
+    original.annotations[1]["segmentation"].append([1, 2, 3])
+    manifest = prepare("refcoco", original.write().root, tmp_path / "prepared", progress=False)
+    assert [(e["what"], e["why"], e["expressions"]) for e in manifest["skipped"]] == [
+        ("a polygon of ref 1002 of image 2", "a polygon has fewer than 3 points", 0)
+    ]
+    assert manifest["splits"]["train"] == Counts(3, 6, 3)._asdict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "refcoco+-umd"], r"refcoco+ has no split by 'umd'; it has refcoco+ (unc)"),
+        (["--dataset", "refcoc"], "unknown data set 'refcoc'; did you mean refcoco"),
+        (["--dataset", "refcoco+"], "refcoco+ has no refs(unc).p; put refcoco+'s original files there"),
+        (["--image_root", "/nowhere"], "found no image such as COCO_train2014_000000000001.jpg under /nowhere"),
+        (["--hub", "jxu124/refcoco"], "--hub needs --image_root"),
+    ],
+)
+def test_wrong_arguments(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, Original(tmp_path).write(), *options)
+
+
+def test_no_image_folder_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = Original(tmp_path).write()
+    for number in range(len(original.images)):
+        original.image_file(number).unlink()
+    assert "set image_root to the folder of COCO's train2014 images" in refused(capsys, original)
+
+
+@pytest.mark.parametrize("sub", ["", "train2014", "images/train2014", "coco/train2014", IMAGES])
+def test_images_are_found_where_releases_put_them(sub: str, tmp_path: Path) -> None:
+    original = Original(tmp_path / "refer").write()
+    folder = tmp_path / "pictures" / sub
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (original.root / IMAGES).rename(folder)
+    assert find_images(read_refer(original.root, "refcoco"), tmp_path / "pictures") == folder
+
+
+def test_what_is_there_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = Original(tmp_path).write()
+    folder = run(original) / "refcoco"
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    run(original)  # the same files: nothing is done
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    original.refs[0]["sentences"][0]["sent"] = "another"
+    original.write()
+    for message in ("was prepared from other files; remove the folder", "is damaged or no JSON", "no manifest of"):
+        with pytest.raises(SystemExit):
+            run(original)
+        assert message in capsys.readouterr().err
+        (folder / "manifest.json").write_text("{" if "other" in message else "{}")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(SystemExit):
+        run(original)
+    assert "holds something that was not prepared here" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = Original(tmp_path).write()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        run(original, output="file/prepared")
+    assert "could not write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", [1, 3000])
+def test_a_full_disk_leaves_nothing(room: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The kernel refuses to let a file grow beyond `room` bytes, as a full disk would."""
+    original = Original(tmp_path, per_split=8).write()
+    (tmp_path / "prepared").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        said = refused(capsys, original)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.search(MAKE_ROOM, said)
+    run(original)
+
+
+def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
+    """SIGKILL, for a child that has begun to write; then the whole thing again in its place."""
+    original = Original(tmp_path, per_split=6).write()
+    child = os.fork()
+    if child == 0:
+        finish = module._ShardWriter.finish
+        module._ShardWriter.finish = lambda writer: (finish(writer), time.sleep(60))
+        os.closerange(0, 3)
+        prepare("refcoco", original.root, tmp_path / "prepared", progress=False)
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "prepared").glob(".refcoco.partial/train-00000-of-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert read_manifest(tmp_path / "prepared" / "refcoco") is None
+    run(original)
+    visible = [path.name for path in (tmp_path / "prepared").iterdir() if not path.name.endswith(".lock")]
+    assert visible == ["refcoco"]  # what the killed run had begun is gone
+    assert open_prepared(str(tmp_path / "prepared"), "refcoco", "train").num_rows == 6
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    original = Original(tmp_path, per_split=40).write()
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            prepare("refcoco", original.root, tmp_path / "prepared", progress=False)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert open_prepared(str(tmp_path / "prepared"), "refcoco", "train").num_rows == 40
+
+
+def test_large_data_is_cut_into_shards_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(module, "SHARD_BYTES", 6000)
+    manifest = prepare("refcoco", Original(tmp_path, per_split=18).write().root, tmp_path / "p", progress=False)
+    names = sorted(path.name for path in (tmp_path / "p" / "refcoco").glob("train-*"))
+    assert len(names) > 1 and names == [f"train-{i:05d}-of-{len(names):05d}.parquet" for i in range(len(names))]
+    rows = open_prepared(str(tmp_path / "p"), "refcoco", "train")
+    assert rows["image_id"][:] == list(range(1, 19)) and manifest["splits"]["train"]["images"] == 18
+    streamed = open_prepared(str(tmp_path / "p"), "refcoco", "train", streaming=True)
+    assert list(streamed) == list(rows)
+
+
+def test_counts_are_compared_with_the_published_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Original(tmp_path).write()
+    published = {"train": Counts(3, 6, 3), "val": Counts(3, 7), "testA": Counts(3, 6)}
+    monkeypatch.setitem(DATASETS, "refcoco", DATASETS["refcoco"]._replace(published=published))
+    folder = run(original)
+    assert read_manifest(folder / "refcoco")["published"] == {
+        "train": "as published",
+        "val": "published: 3 refs, 7 expressions",
+        "testA": "as published",
+    }
+    assert "as published" in capsys.readouterr().out
+
+
+def test_the_command_line_in_a_process_of_its_own(tmp_path: Path, repository: Path) -> None:
+    original = Original(tmp_path).write()
+    original.image_file(0).unlink()
+    command = [sys.executable, str(repository / "launch" / "prepare_data.py"), "--dataset", "refcoco"]
+    done = subprocess.run(
+        [*command, "--refer_root", str(tmp_path), "--output", str(tmp_path / "prepared")],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: refcoco: 2 of 24 expressions cannot be used")
+    assert list((tmp_path / "prepared").glob("[!.]*")) == []
