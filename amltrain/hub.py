@@ -6,11 +6,13 @@ nothing from here: `load_pretrained("user/name")` downloads a repository like an
 
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -125,6 +127,17 @@ def _reason(error: Exception, repo: str) -> str:
     return first_line(error)
 
 
+class Version(NamedTuple):
+    """A checkpoint as it was written once; written again (with its scores, say) it is another."""
+
+    name: str
+    written: int
+
+
+def _version(checkpoint: Path) -> Version:
+    return Version(checkpoint.name, (checkpoint / "model").stat().st_ctime_ns)
+
+
 class Publisher:
     """Pushes checkpoints of a run in the background. Training never waits for it, and no failure of it stops training.
 
@@ -135,23 +148,23 @@ class Publisher:
     def __init__(self, push: Callable[[Path], str], say: Callable[[str], None]) -> None:
         """push: pushes a model folder and returns its address. say: is called from another thread."""
         self.push, self.say = push, say
-        self.pushed: str | None = None
+        self._pushed: Version | None = None
         self._lock = threading.Lock()
-        self._waiting: tuple[str, Path] | None = None
+        self._waiting: tuple[Version, Path] | None = None
         self._thread: threading.Thread | None = None
 
     def submit(self, checkpoint: Path) -> None:
         """Push `checkpoint/model` as soon as no other push is under way; returns at once."""
         checkpoint = checkpoint.resolve()
-        aside = checkpoint.with_name(f".{checkpoint.name}.pushing")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(checkpoint / "model", aside, copy_function=_link)
+            version = _version(checkpoint)
+            aside = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
+            shutil.copytree(checkpoint / "model", aside, copy_function=_link, dirs_exist_ok=True)
         except OSError as error:
             self.say(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training goes on")
             return
         with self._lock:
-            replaced, self._waiting = self._waiting, (checkpoint.name, aside)
+            replaced, self._waiting = self._waiting, (version, aside)
             if self._thread is None:
                 # a daemon: a run that is asked to stop does not wait for an upload, and half of one is never seen
                 self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
@@ -167,16 +180,17 @@ class Publisher:
         if not checkpoint.exists():
             self.say(f"WARNING: nothing is on the Hub: there is no {checkpoint}")
             return
-        name = checkpoint.resolve().name
+        version = _version(checkpoint.resolve())
         deadline = time.monotonic() + LONGEST_PUSH
         self._wait(deadline)
         for pause in PAUSES:
-            if self.pushed == name or self._thread is not None:
+            if self._pushed == version or self._thread is not None:
                 break
             time.sleep(pause)
             self.submit(checkpoint)
             self._wait(deadline)
-        self.say(f"{name} is on the Hub" if self.pushed == name else f"WARNING: {name} is NOT on the Hub; {advice}")
+        done = self._pushed == version
+        self.say(f"{version.name} is on the Hub" if done else f"WARNING: {version.name} is NOT on the Hub; {advice}")
 
     def _wait(self, deadline: float) -> None:
         thread = self._thread
@@ -189,13 +203,13 @@ class Publisher:
                 if self._waiting is None:
                     self._thread = None
                     return
-                (name, folder), self._waiting = self._waiting, None
+                (version, folder), self._waiting = self._waiting, None
             try:
                 address = self.push(folder)
-                self.pushed = name
-                self.say(f"pushed {name}: {address}")
+                self._pushed = version
+                self.say(f"pushed {version.name}: {address}")
             except Exception as error:  # whatever it is, training goes on
-                self.say(f"WARNING: {name} was not pushed to the Hub: {first_line(error)}; training goes on")
+                self.say(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training goes on")
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -204,6 +204,11 @@ def test_training_does_not_wait_and_old_checkpoints_may_go(tmp_path: Path) -> No
     release.set()
     publisher.finish(tmp_path / "step-000003", "")
     assert pushed == ["1", "3"]
+    shutil.rmtree(checkpoint / "model")
+    (checkpoint / "model").mkdir()
+    (checkpoint / "model" / "weights").write_text("3 with its scores")
+    publisher.finish(checkpoint, "")
+    assert pushed == ["1", "3", "3 with its scores"]
     assert said[-1] == "step-000003 is on the Hub"
     assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
 

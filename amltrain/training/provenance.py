@@ -42,10 +42,13 @@ def recipe(config: RunConfig) -> dict[str, Any]:
 
 @cache
 def code_commit() -> str | None:
-    """Git commit of this package's checkout, with "-dirty" after it if files differ from it; None if it is none."""
+    """Git commit of this package's checkout, with "-dirty" after it if files differ from it.
+
+    Where there is no checkout, as in the docker image, what AMLTRAIN_COMMIT says; None if nothing does.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("AMLTRAIN_COMMIT") or None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
