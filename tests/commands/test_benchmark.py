@@ -50,7 +50,7 @@ def test_flops_of_full_size_caris() -> None:
     """The floor that the timed ratios stand on: encoders without gradient are 17.5 % of a step."""
     flops = count_flops("caris_swin_base", 448, contenders(448))
     baseline, paper, small, released = flops.values()
-    assert baseline == pytest.approx(727.9e9, rel=0.005)
+    assert baseline == pytest.approx(730.4e9, rel=0.005)
     assert paper / baseline == pytest.approx(1.175, abs=0.001)
     assert small / baseline < 1.06
     assert released / baseline < 2.0
