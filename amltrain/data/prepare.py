@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -81,11 +81,14 @@ def prepare(
     *,
     image_root: Path | str | None = None,
     max_skipped: float = 0.001,
+    drawn: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepare one data set from the original files under `refer_root`; see `prepare_files`."""
     files = read_refer(Path(refer_root), dataset)
-    return prepare_files(files, output, image_root or refer_root, max_skipped=max_skipped, progress=progress)
+    return prepare_files(
+        files, output, image_root or refer_root, max_skipped=max_skipped, drawn=drawn, progress=progress
+    )
 
 
 def prepare_files(
@@ -94,23 +97,26 @@ def prepare_files(
     image_root: Path | str,
     *,
     max_skipped: float = 0.001,
+    drawn: Mapping[str, int] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepare one data set under `output` and return its manifest; does nothing if that was done from the same files.
 
     image_root: a folder that has the images, itself or in one of IMAGE_FOLDERS. max_skipped: share of the expressions
-    that may be unusable before everything is given up. Raises UserError; `output` then holds what it held before.
+    that may be unusable before everything is given up. drawn: how synthetic scenes were made, kept in the manifest.
+    Raises UserError; `output` then holds what it held before.
     """
     folder = Path(output) / files.name
     manifest = read_manifest(folder)
     if manifest is None:
+        images = find_images(files, Path(image_root))
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # one of several runs that start together prepares, the others find it done
             with FileLock(folder.parent / f".{files.name}.lock"):
                 manifest = read_manifest(folder)
                 if manifest is None:
-                    return _prepare_aside(files, folder, Path(image_root), max_skipped, progress)
+                    return _prepare_aside(files, folder, images, max_skipped, drawn, progress)
         except OSError as error:
             raise UserError(
                 f"could not write {folder} ({error.strerror or error}); nothing was left there; make room, or choose "
@@ -122,12 +128,16 @@ def prepare_files(
 
 
 def _prepare_aside(
-    files: ReferFiles, folder: Path, image_root: Path, max_skipped: float, progress: bool
+    files: ReferFiles,
+    folder: Path,
+    images: Path,
+    max_skipped: float,
+    drawn: Mapping[str, int] | None,
+    progress: bool,
 ) -> dict[str, Any]:
     """Write beside `folder` and rename when whole: a killed run leaves nothing that looks finished."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that was not prepared here; remove it or choose another output")
-    images = find_images(files, image_root)
     skipped = _SkipLog(files, max_skipped)
     skipped.add(_refs_of_no_split(files))
     aside = folder.with_name(f".{folder.name}.partial")
@@ -145,6 +155,7 @@ def _prepare_aside(
             "published": compare_with_published(files, counts),
             "sources": files.sources,
             "skipped": [entry._asdict() for entry in skipped.entries],
+            **({} if drawn is None else {"drawn": dict(drawn)}),
         }
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.replace(aside, folder)

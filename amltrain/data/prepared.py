@@ -18,7 +18,7 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
     prepared: the folder that holds `<dataset>/<split>-*.parquet`, or a Hub data set id with the same files.
     Raises UserError when they are not there, saying what is.
     """
-    local_shards(prepared, dataset, split)
+    is_local = local_shards(prepared, dataset, split) is not None
     files = {split: [f"{dataset}/{split}-*.parquet"]}
     try:
         with _quiet():
@@ -26,7 +26,8 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
                 prepared, data_files=files, split=split, streaming=streaming, features=FEATURES
             )
     except (OSError, ValueError) as error:
-        raise UserError(f"could not read {dataset}/{split} from {prepared}: {error}") from error
+        fix = "prepare it again" if is_local else "it is no folder here either: run launch/prepare_data.py first"
+        raise UserError(f"could not read {dataset}/{split} from {prepared} ({error}); {fix}") from error
 
 
 def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, leaks
 from amltrain.data.prepare import describe, prepare, read_manifest
 from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
+from amltrain.data.splits import check_split
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results, write_results
@@ -41,16 +43,18 @@ class Parts(NamedTuple):
 def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
     """Prepare every data set that is not there yet: from `refer_root`, or drawn for the refshapes family."""
     prepared = Path(data.prepared)
+    for name in data.datasets:
+        check_split(name, data.train_split)
     if not prepared.exists() and data.prepared.count("/") == 1 and data.refer_root is None and not _synthetic(data):
         return  # a Hub data set
     for name in data.datasets:
         if read_manifest(prepared / name) is not None:
             continue
-        if name.endswith("shapes") or name.startswith("refshapes"):
+        if "shapes" in name:
             source = prepared / "source" / f"{name}-{data.shapes.size}px-seed{data.shapes.seed}"
             sizes = dict.fromkeys(SPLIT_SIZES, data.shapes.evaluation) | {"train": data.shapes.train}
             write_refshapes(source, name, split_sizes=sizes, size=data.shapes.size, seed=data.shapes.seed)
-            manifest = prepare(name, source, prepared, max_skipped=data.max_skipped)
+            manifest = prepare(name, source, prepared, max_skipped=data.max_skipped, drawn=asdict(data.shapes))
         elif data.refer_root is not None:
             manifest = prepare(
                 name, data.refer_root, prepared, image_root=data.image_root, max_skipped=data.max_skipped
@@ -66,6 +70,17 @@ def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
         say(write_combined_manifest(path, data.prepared, data.datasets, leaks(data)))
 
 
+def check_scenes(data: DataConfig) -> None:
+    """Raise UserError if synthetic scenes were drawn otherwise than data.shapes asks for, by an earlier run."""
+    for name in data.datasets:
+        drawn = (read_manifest(Path(data.prepared) / name) or {}).get("drawn")
+        if drawn is not None and drawn != asdict(data.shapes):
+            raise UserError(
+                f"{Path(data.prepared) / name} holds scenes drawn with {drawn}, data.shapes asks for "
+                f"{asdict(data.shapes)}; remove the folder or choose another data.prepared"
+            )
+
+
 def _synthetic(data: DataConfig) -> bool:
     return any("shapes" in name for name in data.datasets)
 
@@ -75,6 +90,7 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from
 
     resume_from: the checkpoint that the run goes on from; its words keep their numbers.
     """
+    check_scenes(config.data)
     info = model_info(config.model.name)
     preprocess = override(info.preprocess, config.preprocess)
     protocol = override(info.protocol, config.evaluation.protocol)

@@ -39,6 +39,14 @@ def test_every_data_set_is_read_from_its_own_files(dataset: str, tmp_path: Path)
                                   "instances.json"}  # fmt: skip
 
 
+def test_refs_of_ones_own_may_be_json(tmp_path: Path) -> None:
+    original = Original(tmp_path).write()
+    expected = [groups(read_refer(tmp_path, "refcoco"), split) for split in original.spec.splits]
+    original.refs_file.with_suffix(".json").write_text(json.dumps(original.refs))
+    original.refs_file.unlink()
+    assert [groups(read_refer(tmp_path, "refcoco"), split) for split in original.spec.splits] == expected
+
+
 def test_real_images_and_sentences(shared_dir: Path) -> None:
     """The counts that the data's own notes give, and boxes that fit the masks."""
     for dataset, expected in (

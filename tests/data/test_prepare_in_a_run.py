@@ -1,0 +1,56 @@
+"""A run prepares what is missing before it trains, and refuses before that what cannot be trained on."""
+
+from pathlib import Path
+
+import pytest
+
+from amltrain.config import DataConfig, ShapesConfig
+from amltrain.data.prepare import read_manifest
+from amltrain.errors import UserError
+from amltrain.training.setup import check_scenes, ensure_prepared
+from tests.data.original import Original
+
+
+def said(data: DataConfig) -> str:
+    lines: list[str] = []
+    ensure_prepared(data, lines.append)
+    return "\n".join(lines)
+
+
+def test_scenes_are_drawn_once_and_not_taken_for_others(tmp_path: Path) -> None:
+    scenes = ShapesConfig(train=3, evaluation=1, size=48)
+    data = DataConfig(prepared=str(tmp_path), shapes=scenes)
+    assert "refshapes (split by unc)" in said(data)
+    assert said(data) == ""
+    check_scenes(data)
+    assert read_manifest(tmp_path / "refshapes")["drawn"] == {"train": 3, "evaluation": 1, "size": 48, "seed": 0}
+    with pytest.raises(UserError, match=r"refshapes holds scenes drawn with .*'train': 3.* asks for .*'train': 9"):
+        check_scenes(DataConfig(prepared=str(tmp_path), shapes=ShapesConfig(train=9, evaluation=1, size=48)))
+
+
+def test_original_files_and_the_counts_of_combined_training(tmp_path: Path) -> None:
+    for number, name in enumerate(("refcoco", "refcocog")):
+        Original(tmp_path / "refer", name, first_image=1 + 6 * number).write()
+    data = DataConfig(
+        datasets=["refcoco", "refcocog"], prepared=str(tmp_path / "prepared"), refer_root=str(tmp_path / "refer")
+    )
+    shown = said(data)
+    assert "refcoco (split by unc)" in shown and "refcocog (split by umd)" in shown
+    assert "3 images dropped (combined-refcoco-refcocog.json)" in shown  # 7..9 of refcocog are 7..9 of refcoco's testA
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"datasets": ["refcoco+-umd"]}, r"refcoco\+ has no split by 'umd'"),
+        ({"train_split": "trian"}, "refcoco has no split 'trian'; it has train, val, testA, testB"),
+        ({"refer_root": None}, r"prepared/refcoco is not prepared; give data\.refer_root"),
+        ({"image_root": "/nowhere"}, "found no image such as .* under /nowhere"),
+    ],
+)
+def test_what_cannot_be_trained_on(options: dict, message: str, tmp_path: Path) -> None:
+    Original(tmp_path / "refer").write()
+    known = {"datasets": ["refcoco"], "prepared": str(tmp_path / "prepared"), "refer_root": str(tmp_path / "refer")}
+    with pytest.raises(UserError, match=message):
+        said(DataConfig(**{**known, **options}))
+    assert not (tmp_path / "prepared").exists()
