@@ -233,7 +233,7 @@ class CheckpointConfig:
     """What is saved and when."""
 
     every_steps: int | None = None
-    """Save every so many steps; null = with every evaluation."""
+    """Save every so many steps, besides before and after every evaluation; null = no other."""
     keep: int = 3
     """Newest checkpoints kept, besides best and last."""
 

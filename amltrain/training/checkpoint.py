@@ -27,6 +27,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from amltrain.errors import UserError
+from amltrain.pretrained import first_line
+from amltrain.training.mishaps import free_space
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
@@ -38,9 +40,8 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = [path for path in output.glob("step-*") if _NAME.search(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=step_of)
+    """Checkpoints by their names, oldest first. A folder gets such a name only when it is finished."""
+    return sorted((path for path in output.glob("step-*") if _NAME.search(path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -87,6 +88,12 @@ def find_resumable(output: Path, resume: str, warn: Warn) -> Path | None:
         fault = find_fault(named)
         if fault:
             raise UserError(f"checkpoint {resume} is damaged: {fault}; resume from another one, or with --resume auto")
+        newest = checkpoints(output)[-1:]
+        if named.parent == output.resolve() and step_of(newest[0]) > step_of(named):
+            raise UserError(
+                f"{output} goes on after {named.name} to {newest[0].name}; take that with --resume auto, or branch off "
+                f"from {named.name} in another --output"
+            )
         return named
     faults = []
     for checkpoint in reversed(checkpoints(output)):
@@ -118,7 +125,8 @@ def save_checkpoint(
     fault = _attempt(lambda: _make_room(aside)) if accelerator.is_main_process else None
     _refuse(accelerator, fault, aside, final)
     fault = _attempt(lambda: accelerator.save_state(str(aside / "state")))
-    if accelerator.is_main_process and fault is None:
+    _refuse(accelerator, fault, aside, final)  # all have written their part before it is hashed
+    if accelerator.is_main_process:
         fault = _attempt(lambda: _finish(aside, final, trainer_state, write_model))
     _refuse(accelerator, fault, aside, final)
     if accelerator.is_main_process:
@@ -137,7 +145,10 @@ def _refuse(accelerator: Accelerator, fault: str | None, aside: Path, final: Pat
     if faults:
         if accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"could not save {final}: {faults[0]}; earlier checkpoints are intact, make room and run again")
+        raise UserError(
+            f"could not save {final}: {faults[0]} ({free_space(final.parent)}); earlier checkpoints are intact, "
+            f"make room and run again"
+        )
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
@@ -157,10 +168,8 @@ def prune(output: Path, keep: int) -> None:
     pointed = {(output / name).resolve() for name in ("last", "best")}
     for checkpoint in checkpoints(output)[: -keep or None]:
         if checkpoint.resolve() not in pointed:
-            # out of sight first: a half-removed folder must not look like a checkpoint
-            aside = checkpoint.with_name(f".{checkpoint.name}.removing")
-            os.replace(checkpoint, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            _put_away(checkpoint)
+            shutil.rmtree(_removing(checkpoint), ignore_errors=True)
 
 
 def remove_leftovers(output: Path) -> None:
@@ -172,15 +181,34 @@ def remove_leftovers(output: Path) -> None:
 def _finish(aside: Path, final: Path, trainer_state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
     (aside / "state" / "trainer.json").write_text(json.dumps(trainer_state, indent=1))
     write_model(aside / "model")
+    _write_manifest(aside)
+    _rename(aside, final)
+
+
+def _write_manifest(aside: Path) -> None:
     files = sorted(path for path in aside.rglob("*") if path.is_file())
     entries = {str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     (aside / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
     for path in [*files, aside / MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
         _flush(path)
+
+
+def _rename(aside: Path, final: Path) -> None:
     if final.exists():
-        shutil.rmtree(final)
+        _put_away(final)
     os.replace(aside, final)
     _flush(final.parent)
+    shutil.rmtree(_removing(final), ignore_errors=True)
+
+
+def _removing(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.removing")
+
+
+def _put_away(checkpoint: Path) -> None:
+    """Out of sight, in one step: a half-removed folder must not look like a checkpoint."""
+    shutil.rmtree(_removing(checkpoint), ignore_errors=True)
+    os.replace(checkpoint, _removing(checkpoint))
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -188,7 +216,7 @@ def _attempt(action: Callable[[], None]) -> str | None:
     try:
         action()
     except (OSError, RuntimeError, SafetensorError, UserError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

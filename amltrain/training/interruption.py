@@ -1,30 +1,56 @@
 """Being asked to stop: SIGTERM or SIGUSR1 from a scheduler, or the run's own time limit.
 
 A request is only noted here. The loop looks at it once a step, together with all other processes, saves and leaves with
-exit code 75 (EX_TEMPFAIL: try again later), so that the next start goes on exactly there. Launchers of several
-processes turn every exit code into 1; the file `requeue` in the output folder says the same to them.
+exit code 75 (EX_TEMPFAIL: try again later), so that the next start goes on exactly there. While there is
+nothing to save, which is while it evaluates, a run leaves at once. Launchers of several processes turn every exit code
+into 1; the file `requeue` in the output folder says the same to them.
 """
 
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75
 REQUEUE_FILE = "requeue"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Whether this process was asked to stop. `reason` is None until it was."""
+    """Whether this process was asked to stop, while it listens. `reason` is None until it was."""
 
     def __init__(self, time_limit_hours: float | None = None) -> None:
         self.reason: str | None = None
         self.deadline = None if time_limit_hours is None else time.monotonic() + time_limit_hours * 3600
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self._leave: Callable[[], None] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Note signals instead of dying of them; afterwards they do what they did before."""
+        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def leaving_at_once(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Call `leave`, which raises, as soon as there is a request, without waiting for the next step."""
+        self._leave = leave
+        try:
+            if self.requested():
+                leave()
+            yield
+        finally:
+            self._leave = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
+        if self._leave is not None:
+            self._leave()
 
     def requested(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:

@@ -12,6 +12,7 @@ class Progress:
     """Saved as state/trainer.json.
 
     step            optimizer steps done; with the seed and the batch size it is also the position in the data
+    saved           step of the newest checkpoint; evaluated: of the newest evaluation
     best, best_step best metric so far, and where; worse_in_a_row: evaluations since
     skipped         steps whose loss or gradient was not finite; bad_in_a_row: the newest of them, without a gap
     spread          processes, micro batch, accumulation
@@ -19,6 +20,8 @@ class Progress:
     """
 
     step: int = 0
+    saved: int = 0
+    evaluated: int = 0
     best: float = -math.inf
     best_step: int = 0
     worse_in_a_row: int = 0
@@ -52,6 +55,7 @@ class Progress:
 
     def judge(self, value: float) -> bool:
         """Note an evaluation's best metric; whether it is the best so far. NaN never is."""
+        self.evaluated = self.step
         if value > self.best:
             self.best, self.best_step, self.worse_in_a_row = value, self.step, 0
             return True

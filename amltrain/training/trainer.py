@@ -32,11 +32,13 @@ from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.engines import build_accelerator, is_sharded, model_weights, on_main_process, skip_bad_steps
 from amltrain.training.interruption import REQUEUE_EXIT_CODE, Interruption, mark_requeue
+from amltrain.training.mishaps import explained
+from amltrain.training.nonfinite import NormStatistics, describe_samples
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
 from amltrain.training.progress import Progress
 from amltrain.training.setup import build_parts, ensure_prepared, write_model_folder
 from amltrain.training.tracking import History, banner, say, start_trackers
-from amltrain.training.validation import best_value, evaluate_splits
+from amltrain.training.validation import best_value, check_best_metric, evaluate_splits
 
 CALIBRATION_SAMPLES = 64
 
@@ -62,13 +64,8 @@ def train(config: RunConfig) -> list[Results]:
     """
     trainer = Trainer(config)
     try:
-        return trainer.run()
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU is out of memory with micro batches of {trainer.plan.micro}; set train.micro_batch_size to "
-            f"{max(1, trainer.plan.micro // 2)} (the rest is accumulated, the result stays the same), "
-            f"model.gradient_checkpointing to true, or train.mixed_precision to bf16"
-        ) from error
+        with explained(config, trainer.plan.micro):
+            return trainer.run()
     finally:
         trainer.accelerator.end_training()
 
@@ -81,14 +78,12 @@ class Trainer:
         self.config, self.output = config, Path(config.output)
         self.accelerator, self.plan = build_accelerator(config)
         self.publisher: Publisher | None = None
-        on_main_process(self.accelerator, self._prepare_output)
-        self.resume_from: Path | None = on_main_process(
-            self.accelerator, lambda: checkpoints.find_resumable(self.output, config.resume, self.say)
-        )
+        self.resume_from: Path | None = on_main_process(self.accelerator, self._prepare_output)
         self._check_shared_folder()
         on_main_process(self.accelerator, lambda: ensure_prepared(config.data, self.say))
         on_cuda = self.accelerator.device.type == "cuda"
         self.parts = build_parts(config, processes=self.plan.processes, on_cuda=on_cuda, resume_from=self.resume_from)
+        check_best_metric(config.evaluation, list(self.parts.eval_loaders))
         self.total_steps = self._count_steps()
         self.steps_per_epoch = max(1, round(len(self.parts.dataset) / self.plan.samples))
         self.interruption = Interruption(config.train.time_limit)
@@ -96,31 +91,34 @@ class Trainer:
         self.results: list[Results] = []
 
     def run(self) -> list[Results]:
-        self._start()
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.progress.step,
-            desc="train",
-            unit="step",
-            smoothing=0.05,
-            disable=not self.accelerator.is_main_process,
-        )
-        done = self._done()
-        for batches in () if done else self._steps():
-            stats = self._optimizer_step(batches)
-            bar.update()
-            done = self._after_step(stats, bar)
-            if done:
-                break
-        bar.close()
-        if not self.results:  # there was nothing left to train
-            self._evaluate()
+        with self.interruption.listening():
+            self._start()
+            if self._evaluation_is_due():  # the run was cut off before it could
+                self._evaluate_and_save()
+            bar = tqdm(
+                total=self.total_steps,
+                initial=self.progress.step,
+                desc="train",
+                unit="step",
+                smoothing=0.05,
+                disable=not self.accelerator.is_main_process,
+            )
+            with bar:
+                for batches in () if self._is_done() else self._steps():
+                    stats = self._optimizer_step(batches)
+                    bar.update()
+                    self._after_step(stats, bar)
+                    if self._is_done():
+                        break
+            if not self.results:  # there was nothing left to train
+                self._evaluate()
         self._finish()
         return self.results
 
     def _optimizer_step(self, batches: list[Batch]) -> StepStats:
         """One optimizer step over the micro-batches of one global batch."""
         accelerator, optimizer = self.accelerator, self.optimizer
+        self.norm_statistics.keep()
         set_lr(optimizer, self._lr_factor())
         losses: list[Tensor] = []
         extras: dict[str, list[Tensor]] = {}
@@ -143,7 +141,9 @@ class Trainer:
                     if stats.finite or accelerator.scaler is not None:  # fp16's scaler skips overflows by itself
                         optimizer.step()
                     optimizer.zero_grad()
-        if self.ema is not None and stats.finite:
+        if not stats.finite:
+            self.norm_statistics.take_back()
+        elif self.ema is not None:
             self.ema.update_parameters(accelerator.unwrap_model(self.task).model)
         self._count_bad(stats, batches)
         self.progress.step += 1
@@ -175,7 +175,7 @@ class Trainer:
         step = self.progress.step + 1
         ids = [int(i) for batch in batches for i in self.accelerator.gather(batch.sample_id).tolist()]
         self.say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, samples {ids}")
-        self.history.add(step, {"skipped_samples": ids})
+        self.history.add(step, {"skipped_samples": describe_samples(self.parts.dataset, ids)})
         if self.progress.bad_in_a_row >= self.config.train.max_bad_steps:
             good = [str(path) for path in checkpoints.checkpoints(self.output)[-1:]] or ["none yet"]
             raise UserError(
@@ -183,26 +183,37 @@ class Trainer:
                 f"fp16 (last good checkpoint: {good[0]})"
             )
 
-    def _after_step(self, stats: StepStats, bar: tqdm) -> bool:
-        """Log, evaluate, save, leave if asked; whether the run is done."""
+    def _after_step(self, stats: StepStats, bar: tqdm) -> None:
+        """Log, save, leave if asked, evaluate."""
         step, config = self.progress.step, self.config
-        last = step == self.total_steps
         bar.set_postfix(loss=f"{stats.loss:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
-        if step % config.train.log_every == 0 or last:
+        if step % config.train.log_every == 0 or step == self.total_steps:
             rate = {"lr_factor": self._lr_factor(step - 1)}
             self._log({"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras})
         self._diagnose()
-        evaluate = last or step % (config.evaluation.every_steps or self.steps_per_epoch) == 0
-        improved = self._evaluate() if evaluate else False
-        done = self._done()
-        scheduled = step % config.checkpoint.every_steps == 0 if config.checkpoint.every_steps else evaluate
-        if scheduled or improved or done or stats.stop:
+        if stats.stop or self._falls_on(config.checkpoint.every_steps or self._evaluation_interval()):
             self._save()
-        if stats.stop and not done:
+        if stats.stop:
             self._leave()
-        return done
+        if self._evaluation_is_due():
+            self._evaluate_and_save()
 
-    def _done(self) -> bool:
+    def _falls_on(self, interval: int) -> bool:
+        return self.progress.step % interval == 0 or self.progress.step == self.total_steps
+
+    def _evaluation_interval(self) -> int:
+        return self.config.evaluation.every_steps or self.steps_per_epoch
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether this step wants an evaluation that it has not had."""
+        progress = self.progress
+        return (
+            progress.evaluated < progress.step
+            and bool(self.parts.eval_loaders)
+            and self._falls_on(self._evaluation_interval())
+        )
+
+    def _is_done(self) -> bool:
         patience = self.config.evaluation.patience
         if patience is not None and self.progress.worse_in_a_row >= patience:
             self.say(f"no better {self.config.evaluation.best_metric} in {patience} evaluations: stopping early")
@@ -217,20 +228,29 @@ class Trainer:
             if row is not None:
                 self._log({f"alignment/{name}": value for name, value in row.items()})
 
-    def _evaluate(self) -> bool:
-        """Evaluate every split; whether the best metric improved."""
+    def _evaluate_and_save(self) -> None:
+        """What is trained is saved first: neither a kill nor a request to stop during the evaluation costs a step."""
+        if self.progress.saved < self.progress.step:
+            self._save()
+        with self.interruption.leaving_at_once(self._leave):
+            self._evaluate()
+        self._save()  # with its scores
+
+    def _evaluate(self) -> None:
+        """Evaluate every split, and note the best metric."""
         if not self.parts.eval_loaders:
-            return False
+            return
         values, self.results = evaluate_splits(
             self.accelerator, self._inference_model(), self.parts, self.config, self.progress.step
         )
         self._log(values)
-        return self.progress.judge(best_value(self.results, list(self.parts.eval_loaders), self.config.evaluation))
+        self.progress.judge(best_value(self.results, list(self.parts.eval_loaders), self.config.evaluation))
 
     def _save(self) -> None:
         step, progress = self.progress.step, self.progress
         weights = model_weights(self.accelerator, self.task) if self.ema is None else self.ema.module.state_dict()
         results = [r for r in self.results if r.provenance["step"] == step]
+        progress.saved = step
         path = checkpoints.save_checkpoint(
             self.accelerator,
             self.output,
@@ -239,9 +259,14 @@ class Trainer:
             lambda folder: write_model_folder(folder, self.config, self.parts, weights, results),
         )
         if self.accelerator.is_main_process:
-            if progress.best_step == step:
+            best = progress.best_step == step
+            if best:
                 checkpoints.point(self.output, "best", path)
-            if self.publisher is not None and (self.config.hub.push == "last" or progress.best_step == step):
+            if (
+                self.publisher is not None
+                and (best or self.config.hub.push == "last")
+                and not self._evaluation_is_due()
+            ):
                 self.publisher.submit(path)
             checkpoints.prune(self.output, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
@@ -263,6 +288,7 @@ class Trainer:
             task.compile()
         self.task, self.optimizer = accelerator.prepare(task, optimizer)
         skip_bad_steps(accelerator, self.optimizer)
+        self.norm_statistics = NormStatistics(accelerator.unwrap_model(self.task))
         self.task.train()
         if self.resume_from is not None:
             self._resume(self.resume_from)
@@ -293,7 +319,7 @@ class Trainer:
                 )
         accelerator.load_state(str(path / "state"))
         accelerator.step = 0  # it counts micro-batches, of which a step may now have another number
-        if path.parent != self.output.resolve():
+        if path.resolve().parent != self.output.resolve():
             self.progress.best, self.progress.worse_in_a_row = -math.inf, 0  # the best one stays in its own folder
         elif self.progress.best_step == self.progress.step and accelerator.is_main_process:
             checkpoints.point(self.output, "best", path)  # a kill may have come between saving and pointing
@@ -362,15 +388,18 @@ class Trainer:
             raise UserError("give train.epochs or train.max_steps")
         return max(1, self.config.train.epochs * len(self.parts.dataset) // self.plan.samples)
 
-    def _prepare_output(self) -> None:
+    def _prepare_output(self) -> Path | None:
+        """Make the output folder ready, on the main process; the checkpoint to go on from."""
         self.publisher = build_publisher(self.config.hub, self.say)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            resume_from = checkpoints.find_resumable(self.output, self.config.resume, self.say)
             checkpoints.remove_leftovers(self.output)
             mark_requeue(self.output, False)
             save_config(self.config, self.output / "config.yaml")
         except OSError as error:
             raise UserError(f"cannot write to {self.output}: {error.strerror}; choose another --output") from error
+        return resume_from
 
     def _check_shared_folder(self) -> None:
         """Every machine must see what the main process writes, or some of a checkpoint would lie elsewhere."""
@@ -385,8 +414,7 @@ class Trainer:
         self.say(
             f"asked to stop ({self.interruption.reason or 'by another process'}): saved at step {self.progress.step}"
         )
-        if self.accelerator.is_main_process:
-            mark_requeue(self.output, True)
+        mark_requeue(self.output, True)  # by whichever process leaves: another may not get that far
         raise SystemExit(REQUEUE_EXIT_CODE)
 
     def _finish(self) -> None:

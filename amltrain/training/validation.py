@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from amltrain.config import EvaluationConfig, RunConfig
-from amltrain.errors import UserError
+from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.results import Results, table, write_results
@@ -15,6 +15,8 @@ from amltrain.pretrained import RESULTS_FILE
 from amltrain.training.checkpoint import checkpoint_name
 from amltrain.training.setup import Parts
 from amltrain.training.tracking import say
+
+METRICS = ("oIoU", "mIoU", "cIoU", "gIoU", "N-acc", "T-acc", *(f"Pr@0.{tenths}" for tenths in range(5, 10)))
 
 
 def evaluate_splits(
@@ -49,9 +51,16 @@ def evaluate_splits(
     return values, results
 
 
-def best_value(results: list[Results], names: list[str], evaluation: EvaluationConfig) -> float:
+def check_best_metric(evaluation: EvaluationConfig, splits: list[str]) -> None:
+    """Refuse, before any training, a best_metric that no evaluation will give."""
+    split, _, metric = evaluation.best_metric.rpartition("/")
+    if metric not in METRICS:
+        raise unknown_name("evaluation.best_metric", metric, METRICS)
+    if split and split not in splits:
+        raise UserError(f"evaluation.best_metric names split {split!r}; evaluated are {', '.join(splits)}")
+
+
+def best_value(results: list[Results], splits: list[str], evaluation: EvaluationConfig) -> float:
     """The metric that chooses the best checkpoint: `metric` of the first split, or `split/metric`."""
     split, _, metric = evaluation.best_metric.rpartition("/")
-    if split and split not in names:
-        raise UserError(f"evaluation.best_metric names split {split!r}; evaluated are {', '.join(names)}")
-    return results[names.index(split) if split else 0].score(metric)
+    return results[splits.index(split) if split else 0].score(metric)

@@ -18,12 +18,13 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from amltrain.config import RunConfig, parse_config
 from amltrain.training.trainer import train
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["amltrain.training.trainer", "amltrain.commands.train", "torch._dynamo"])
+FORKS.set_forkserver_preload(["amltrain.training.trainer", "amltrain.commands.train", "torch._dynamo", "deepspeed"])
 
 
 def arguments(prepared: Path, output: Path, *extra: str) -> list[str]:
@@ -96,10 +97,7 @@ def launch(
 
     before: called in each of them first; environment: on top.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    started = []
+    port, started = _free_port(), []
     for rank in range(processes):
         given = dict(environment or {})
         if processes > 1:
@@ -109,6 +107,45 @@ def launch(
         started.append(FORKS.Process(target=_main, args=(argv, _log_file(output, rank), given, before)))
         started[-1].start()
     return Launched(output, started)
+
+
+def launch_nodes(
+    prepared: Path, output: Path, *extra: str, nodes: int, before: Callable[[], None] | None = None
+) -> Launched:
+    """`torchrun --nnodes NODES --rdzv_backend c10d` on every node, all nodes being this machine, with a worker each."""
+    endpoint, argv = f"127.0.0.1:{_free_port()}", arguments(prepared, output, *extra)
+    started = []
+    for _ in range(nodes):
+        started.append(
+            FORKS.Process(target=_node, args=(nodes, endpoint, argv, _log_file(output, len(started)), before))
+        )
+        started[-1].start()
+    return Launched(output, started)
+
+
+def _node(nodes: int, endpoint: str, argv: Sequence[str], log: Path, before: Callable[[], None] | None) -> None:
+    settings = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=1,
+        run_id=endpoint,
+        max_restarts=0,
+        rdzv_backend="c10d",
+        rdzv_endpoint=endpoint,
+        local_addr="127.0.0.1",
+        start_method="fork",
+        monitor_interval=0.1,
+    )
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    elastic_launch(settings, _main)(argv, log, {}, before)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def finished(*arguments: Any, expected: int = 0, **keywords: Any) -> str:
@@ -130,6 +167,7 @@ def _main(argv: Sequence[str], log: Path, environment: dict[str, str], before: C
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # what loaders find in a process that no server forked
     from amltrain.commands.train import main
 
     if before is not None:

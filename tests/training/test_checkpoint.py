@@ -48,7 +48,7 @@ def test_keep_spares_best_and_last(accelerator: Accelerator, tmp_path: Path) -> 
     assert [checkpoints.step_of(p) for p in checkpoints.checkpoints(tmp_path)] == [1, 3, 4]
 
 
-@pytest.mark.parametrize("damage", ["shorten", "change", "remove", "manifest"])
+@pytest.mark.parametrize("damage", ["shorten", "change", "remove", "manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_passed_over_aloud(accelerator: Accelerator, tmp_path: Path, damage: str) -> None:
     good, bad = save(accelerator, tmp_path, 1), save(accelerator, tmp_path, 2)
     victim = bad / "model" / "model.safetensors"
@@ -58,22 +58,41 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(accelerator: Accelerator, tmp
         victim.write_bytes(b"x" + victim.read_bytes()[1:])
     elif damage == "remove":
         victim.unlink()
+    elif damage == "no manifest":
+        (bad / checkpoints.MANIFEST).unlink()
     else:
         (bad / checkpoints.MANIFEST).write_text("{")
     said: list[str] = []
     assert checkpoints.find_resumable(tmp_path, "auto", said.append) == good
     assert "step-000002" in said[0]
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged|no checkpoint"):
         checkpoints.find_resumable(tmp_path, str(bad), say_nothing)
 
 
 def test_a_half_written_checkpoint_is_nobody(accelerator: Accelerator, tmp_path: Path) -> None:
     good = save(accelerator, tmp_path, 1)
     (tmp_path / ".step-000002.writing" / "state").mkdir(parents=True)
-    (tmp_path / "step-000003").mkdir()
     assert checkpoints.find_resumable(tmp_path, "auto", say_nothing) == good
     checkpoints.remove_leftovers(tmp_path)
     assert not (tmp_path / ".step-000002.writing").exists()
+
+
+def test_a_run_is_not_continued_from_its_middle(accelerator: Accelerator, tmp_path: Path) -> None:
+    """The later checkpoints would be taken for the new course's own at the next start."""
+    early, late = save(accelerator, tmp_path, 1), save(accelerator, tmp_path, 2)
+    with pytest.raises(UserError, match=r"goes on after step-000001 to step-000002.*another --output"):
+        checkpoints.find_resumable(tmp_path, str(early), say_nothing)
+    assert checkpoints.find_resumable(tmp_path, str(tmp_path / "last"), say_nothing) == late.resolve()
+    assert checkpoints.find_resumable(tmp_path / "elsewhere", str(early), say_nothing) == early.resolve()
+
+
+def test_a_step_saved_again_replaces_itself(accelerator: Accelerator, tmp_path: Path) -> None:
+    save(accelerator, tmp_path, 1)
+    (tmp_path / "step-000001" / "model" / "old").touch()
+    again = save(accelerator, tmp_path, 1)
+    assert not (again / "model" / "old").exists()
+    assert checkpoints.find_fault(again) is None
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_full_disk_leaves_earlier_checkpoints(accelerator: Accelerator, tmp_path: Path) -> None:

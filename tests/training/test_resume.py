@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from amltrain.errors import UserError
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.interruption import REQUEUE_EXIT_CODE
-from tests.training import runs
+from tests.training import runs, sabotage
 
 
 def test_in_the_middle_of_an_epoch(whole: Path, shapes: Path, tmp_path: Path) -> None:
@@ -68,6 +69,42 @@ def test_a_finished_run_is_scored_again_and_kept(whole: Path, shapes: Path, tmp_
     assert (output / "best").resolve() == (output / "step-000008").resolve()
     assert json.loads((output / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
     assert len(runs.losses(output)) == 8
+
+
+def test_the_best_stays_the_best(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where --output is relative, as it is by default."""
+    monkeypatch.chdir(tmp_path)
+    runs.run(shapes, Path("run"), "--train.max_steps", "2", "--evaluation.every_steps", "1")
+    saved = checkpoints.load_trainer_state(Path("run/last"))
+    runs.run(shapes, Path("run"), "--train.max_steps", "3", "--optim.lr", "0", "--evaluation.every_steps", "1")
+    resumed = checkpoints.load_trainer_state(Path("run/last"))
+    assert "going on from run/step-000002" in capsys.readouterr().out
+    assert (resumed["best"], resumed["best_step"]) == (saved["best"], saved["best_step"])
+    assert resumed["worse_in_a_row"] == saved["worse_in_a_row"] + 1
+
+
+def test_a_stream_goes_on_where_it_was(shapes: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch, with loader processes, which read ahead of the training."""
+    stream = ("--data.streaming", "true", "--data.workers", "2", "--train.max_steps", "6")
+    runs.run(shapes, tmp_path / "whole", *stream)
+    runs.run(shapes, tmp_path / "rest", *stream, "--resume", str(tmp_path / "whole" / "step-000004"))
+    assert runs.losses(tmp_path / "rest") == runs.losses(tmp_path / "whole")[4:]
+    assert runs.same_weights(tmp_path / "whole", tmp_path / "rest")
+
+
+def test_asked_to_stop_while_evaluating(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    """It leaves at once with nothing lost, and evaluates when it is started again."""
+    output = tmp_path / "run"
+    stop = partial(sabotage.signal_in_evaluation, signal.SIGTERM, 2)
+    said = runs.finished(shapes, output, before=stop, expected=REQUEUE_EXIT_CODE)
+    assert "asked to stop (SIGTERM): saved at step 8" in said
+    assert (output / "requeue").is_file() and not (output / "best").exists()
+    runs.finished(shapes, output)
+    assert (output / "best").resolve() == (output / "step-000008").resolve()
+    assert len(runs.losses(output)) == 8
+    assert runs.same_weights(whole, output)
 
 
 def test_the_words_keep_their_numbers(whole: Path, shapes: Path, tmp_path: Path) -> None:

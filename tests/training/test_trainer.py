@@ -1,6 +1,7 @@
 """What the loop promises of one uninterrupted run, on a tiny CARIS with AML and dropout."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from amltrain.errors import UserError
 from amltrain.pretrained import load_pretrained
 from amltrain.training import checkpoint as checkpoints
-from tests.training import runs
+from amltrain.training.trainer import Trainer
+from tests.training import runs, sabotage
 
 
 def test_a_run_leaves_what_it_promises(whole: Path) -> None:
@@ -23,28 +25,44 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert not any(key.startswith(("scorer", "loss")) for key in runs.weights(whole))
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(
+def test_steps_that_are_not_finite_leave_no_trace(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from amltrain.losses import WeightedCrossEntropy
-
-    calls = [0]
-    sound = WeightedCrossEntropy.forward
-
-    def sometimes_nan(self, output, batch):
-        calls[0] += 1
-        result = sound(self, output, batch)
-        return {"loss": result["loss"] * float("nan")} if calls[0] in (2, 3) else result
-
-    monkeypatch.setattr(WeightedCrossEntropy, "forward", sometimes_nan)
+    """Neither in weights nor in batch norms' statistics, which a forward pass changes before anybody looks at it."""
+    monkeypatch.setattr(Trainer, "_optimizer_step", Trainer._optimizer_step)
+    sabotage.nan_images((2, 3))
     runs.run(shapes, tmp_path / "goes-on", "--train.max_steps", "4")
     state = checkpoints.load_trainer_state(tmp_path / "goes-on" / "last")
     assert (state["skipped"], state["bad_in_a_row"]) == (2, 0)
     assert all(torch.isfinite(tensor).all() for tensor in runs.weights(tmp_path / "goes-on").values())
     assert "samples [" in capsys.readouterr().out
-    calls[0] = 0
-    with pytest.raises(UserError, match="2 steps in a row were not finite"):
+    skipped = [line["skipped_samples"] for line in runs.log(tmp_path / "goes-on") if "skipped_samples" in line]
+    assert [len(samples) for samples in skipped] == [8, 8]
+    assert skipped[0][0].keys() == {"sample_id", "dataset", "image_id", "ref_id"}
+    with pytest.raises(UserError, match=r"2 steps in a row were not finite.*last good checkpoint: \S*step-000002"):
         runs.run(shapes, tmp_path / "stops", "--train.max_bad_steps", "2")
+
+
+def test_out_of_memory_names_the_ways_out(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "_optimizer_step", Trainer._optimizer_step)
+    sabotage.out_of_memory(1)
+    with pytest.raises(UserError) as caught:
+        runs.run(shapes, tmp_path / "run")
+    message = str(caught.value)
+    assert "train.micro_batch_size to 4" in message and "global batch of 8 is accumulated" in message
+    assert "model.gradient_checkpointing" in message and "\n" not in message
+
+
+def test_a_metric_that_will_never_come_is_refused_at_once(shapes: Path, tmp_path: Path) -> None:
+    for metric, named in (("val/oiou", "did you mean oIoU"), ("testA/oIoU", "evaluated are val")):
+        with pytest.raises(UserError, match=named):
+            runs.run(shapes, tmp_path, "--evaluation.best_metric", metric)
+    assert not runs.log(tmp_path)
+
+
+def test_signals_do_again_what_they_did(shapes: Path, tmp_path: Path) -> None:
+    runs.run(shapes, tmp_path, "--train.max_steps", "1")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == [signal.SIG_DFL] * 2
 
 
 def test_the_weights_average_is_what_is_exported(shapes: Path, tmp_path: Path) -> None:

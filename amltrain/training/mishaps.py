@@ -1,0 +1,59 @@
+"""What no code here can prevent (memory, disk, killed helpers), as one sentence with the way out."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from amltrain.config import RunConfig
+from amltrain.errors import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def explained(config: RunConfig, micro: int) -> Iterator[None]:
+    """Turn such errors of a run into a UserError. micro: samples per forward pass."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(_out_of_memory(config, micro)) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        name = error.filename or config.output
+        raise UserError(
+            f"cannot write {name}: {error.strerror} ({free_space(Path(config.output))}); saved checkpoints are intact, "
+            f"make room and run again"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"{str(error).strip().splitlines()[0]} It was probably killed for its memory: lower data.workers "
+            f"({config.data.workers}) or ask for more memory, and run again to go on from the last checkpoint"
+        ) from error
+
+
+def _out_of_memory(config: RunConfig, micro: int) -> str:
+    ways = []
+    if micro > 1:
+        ways.append(
+            f"set train.micro_batch_size to {micro // 2} (the rest of the global batch of "
+            f"{config.train.global_batch_size} is accumulated, which keeps the result)"
+        )
+    if not config.model.gradient_checkpointing:
+        ways.append("set model.gradient_checkpointing to true")
+    if (config.train.mixed_precision or "no") == "no":
+        ways.append("set train.mixed_precision to bf16")
+    if config.evaluation.batch_size > 1:
+        ways.append("lower evaluation.batch_size if it was evaluating")
+    return f"out of memory with {micro} samples per forward pass; " + ", or ".join(ways or ["use a smaller model"])
+
+
+def free_space(folder: Path) -> str:
+    """How much room is left where a folder lies."""
+    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"

@@ -1,0 +1,37 @@
+"""What a step that was not finite has already changed, taken back; and what it consisted of."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from amltrain.data.dataset import ReferDataset
+
+
+class NormStatistics:
+    """Running statistics of a model's batch norms. A forward pass changes them before anybody knows that it is NaN."""
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+        self.live: list[Tensor] = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self.kept = [buffer.clone() for buffer in self.live]
+
+    def keep(self) -> None:
+        """Remember them as they are; before every optimizer step."""
+        for kept, live in zip(self.kept, self.live, strict=True):
+            kept.copy_(live)
+
+    def take_back(self) -> None:
+        """Make them what they were."""
+        for kept, live in zip(self.kept, self.live, strict=True):
+            live.copy_(kept)
+
+
+def describe_samples(dataset: ReferDataset, sample_ids: Iterable[int]) -> list[dict[str, Any]]:
+    """Ids by which a user finds samples in the original files."""
+    infos = [(sample_id, dataset.info(sample_id)) for sample_id in sample_ids]
+    return [
+        {"sample_id": sample_id, "dataset": info.dataset, "image_id": info.image_id, "ref_id": info.ref_id}
+        for sample_id, info in infos
+    ]

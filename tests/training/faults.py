@@ -1,0 +1,281 @@
+"""Every way to cut a run short, at random moments; then the run is started again until it ends.
+
+    python -m tests.training.faults --rounds 3          prints the table of docs/long-runs.md
+
+A run is right if its final weights equal, bit for bit, those of a run that nothing cut short. Lost steps are those that
+had been done and were done again. A process costs a fork, so that one try takes seconds.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from amltrain.data.prepare import prepare
+from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
+from amltrain.training import checkpoint as checkpoints
+from amltrain.training.interruption import REQUEUE_EXIT_CODE
+from tests.training import runs, sabotage
+
+STEPS, SAVES_EVERY, EVALUATES_EVERY = 16, 4, 8
+SAVES = STEPS // SAVES_EVERY + STEPS // EVALUATES_EVERY
+USER_ERROR = 2
+RUN = (
+    *("--train.max_steps", str(STEPS), "--checkpoint.every_steps", str(SAVES_EVERY), "--checkpoint.keep", "2"),
+    *("--train.global_batch_size", "4", "--train.micro_batch_size", "2", "--data.workers", "1"),
+    *(
+        "--evaluation.every_steps",
+        str(EVALUATES_EVERY),
+        "--evaluation.batch_size",
+        "2",
+        "--evaluation.max_samples",
+        "8",
+    ),
+)
+
+
+@dataclass
+class Trial:
+    """One run that is cut short, and what became of it."""
+
+    prepared: Path
+    output: Path
+    random: random.Random
+    extra: tuple[str, ...] = ()
+    processes: int = 1
+    restarts: int = 0
+    lost: list[int] = field(default_factory=list)
+
+    def start(self, *extra: str, before: Callable[[], None] | None = None) -> runs.Launched:
+        argv = (*RUN, *self.extra, *extra)
+        return runs.launch(self.prepared, self.output, *argv, processes=self.processes, before=before)
+
+    def steps(self) -> int:
+        """Steps done so far."""
+        return max((entry["step"] for entry in runs.log(self.output) if "loss" in entry), default=0)
+
+    def some_step(self) -> int:
+        return self.random.randint(1, STEPS - 1)
+
+    def cut_at(self, step: int, number: int, expected: int) -> None:
+        """Send a signal soon after a step."""
+        launched = self.start()
+        launched.wait_until(lambda: self.steps() >= step)
+        time.sleep(self.random.random() * 0.2)
+        launched.send(number)
+        self.expect(launched, expected)
+
+    def plant(self, fault: Callable[[], None], expected: int, *extra: str) -> None:
+        """Run into a fault of `sabotage`."""
+        self.expect(self.start(*extra, before=fault), expected)
+
+    def expect(self, launched: runs.Launched, code: int) -> None:
+        found = launched.finish()
+        assert found in (code, 0), f"exit code {found}, expected {code}\n{launched.said()}"  # 0: it ended first
+
+    def newest(self) -> Path:
+        return checkpoints.checkpoints(self.output)[-1]
+
+    def finish(self) -> None:
+        """Start again until the run ends by itself."""
+        while True:
+            before, log = self.steps(), self.output.with_name(f"{self.output.name}.log.0")
+            already = len(log.read_text(errors="replace"))
+            code = self.start().finish()
+            said = log.read_text(errors="replace")[already:]
+            resumed = re.search(r"going on from \S+ at step (\d+)", said)
+            self.lost.append(before - (int(resumed[1]) if resumed else 0))
+            self.restarts += 1
+            if code == 0:
+                return
+            assert self.restarts < 5, said
+
+
+def signalled(number: int, expected: int) -> Callable[[Trial], None]:
+    return lambda trial: trial.cut_at(trial.some_step(), number, expected)
+
+
+def killed_in_save(moment: str) -> Callable[[Trial], None]:
+    def harm(trial: Trial) -> None:
+        trial.plant(partial(sabotage.kill_in_save, moment, trial.random.randint(2, SAVES)), -signal.SIGKILL)
+
+    return harm
+
+
+def signalled_in_evaluation(number: int, expected: int) -> Callable[[Trial], None]:
+    def harm(trial: Trial) -> None:
+        trial.plant(partial(sabotage.signal_in_evaluation, number, trial.random.randint(1, 8)), expected)
+
+    return harm
+
+
+def planted(fault: Callable[[int], None], expected: int, *extra: str, last: int = STEPS - 1) -> Callable[[Trial], None]:
+    """A fault of `sabotage` with a number of its own, 1 to `last`."""
+    return lambda trial: trial.plant(partial(fault, trial.random.randint(1, last)), expected, *extra)
+
+
+def not_a_number(trial: Trial) -> None:
+    first = trial.random.randrange(STEPS // SAVES_EVERY) * SAVES_EVERY + trial.random.randint(1, SAVES_EVERY - 1)
+    trial.plant(partial(sabotage.nan_images, (first, first + 1)), USER_ERROR, "--train.max_bad_steps", "2")
+
+
+def out_of_time(trial: Trial) -> None:
+    seconds = trial.random.uniform(0.5, 6)
+    trial.expect(trial.start("--train.time_limit", str(seconds / 3600)), REQUEUE_EXIT_CODE)
+
+
+def one_of_two_killed(trial: Trial) -> None:
+    launched = trial.start()
+    launched.wait_until(lambda: trial.steps() >= trial.some_step())
+    launched.processes[trial.random.randrange(2)].kill()
+    for process in launched.processes:  # a launcher ends the rest of them
+        process.join(20)
+        process.kill()
+        process.join()
+
+
+def damaged(harm: Callable[[Trial, Path], Any]) -> Callable[[Trial], None]:
+    """Killed, and then something happens to the newest checkpoint."""
+
+    def kill_and_harm(trial: Trial) -> None:
+        trial.cut_at(trial.random.randint(2 * SAVES_EVERY, STEPS - 1), signal.SIGKILL, -signal.SIGKILL)
+        harm(trial, trial.newest())
+
+    return kill_and_harm
+
+
+def truncate(trial: Trial, checkpoint: Path) -> None:
+    model = checkpoint / "model" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[: -trial.random.randint(1, 10_000)])
+
+
+def flip(trial: Trial, checkpoint: Path) -> None:
+    path = trial.random.choice(sorted(path for path in (checkpoint / "state").iterdir() if path.stat().st_size))
+    content = bytearray(path.read_bytes())
+    content[trial.random.randrange(len(content))] ^= 1 << trial.random.randrange(8)
+    path.write_bytes(content)
+
+
+def remove_a_file(trial: Trial, checkpoint: Path) -> None:
+    trial.random.choice(sorted(path for path in checkpoint.rglob("*") if path.is_file())).unlink()
+
+
+def mislead(trial: Trial, checkpoint: Path) -> None:
+    """`last` is gone or points at nothing, `best` at nothing."""
+    (trial.output / "last").unlink()
+    if trial.random.random() < 0.5:
+        (trial.output / "last").symlink_to("step-999999")
+    (trial.output / "best").unlink(missing_ok=True)
+    (trial.output / "best").symlink_to("step-999998")
+
+
+FAULTS: dict[str, Callable[[Trial], None]] = {
+    "kill -9 in a step": signalled(signal.SIGKILL, -signal.SIGKILL),
+    **{f"kill -9 in a save: {moment}": killed_in_save(moment) for moment in sabotage.SAVE_MOMENTS},
+    "kill -9 in an evaluation": signalled_in_evaluation(signal.SIGKILL, -signal.SIGKILL),
+    "SIGTERM": signalled(signal.SIGTERM, REQUEUE_EXIT_CODE),
+    "SIGUSR1": signalled(signal.SIGUSR1, REQUEUE_EXIT_CODE),
+    "SIGTERM in an evaluation": signalled_in_evaluation(signal.SIGTERM, REQUEUE_EXIT_CODE),
+    "time limit": out_of_time,
+    "disk full in a save": planted(sabotage.full_disk, USER_ERROR, last=SAVES),
+    "out of memory": planted(sabotage.out_of_memory, USER_ERROR),
+    "NaN until it gives up": not_a_number,
+    "unreadable image": planted(sabotage.unreadable_image, USER_ERROR, last=50),
+    "loader process killed": planted(sabotage.kill_a_loader, USER_ERROR),
+    "model file cut off": damaged(truncate),
+    "bit flipped in a state file": damaged(flip),
+    "manifest deleted": damaged(lambda trial, checkpoint: (checkpoint / checkpoints.MANIFEST).unlink()),
+    "some file deleted": damaged(remove_a_file),
+    "newest checkpoint deleted": damaged(lambda trial, checkpoint: shutil.rmtree(checkpoint)),
+    "last, best: deleted or dangling": damaged(mislead),
+    "one of two processes killed": one_of_two_killed,
+}
+OF_TWO = ("one of two processes killed",)
+
+
+@dataclass
+class Outcome:
+    """Of one kind of fault: tries, how many ended with the same bits, steps lost in each, what went wrong."""
+
+    tries: int = 0
+    equal: int = 0
+    lost: list[int] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def draw_scenes(folder: Path) -> Path:
+    sizes = dict.fromkeys(SPLIT_SIZES, 4) | {"train": 20}
+    write_refshapes(folder / "source", split_sizes=sizes, progress=False)
+    prepare("refshapes", folder / "source", folder / "prepared", progress=False)
+    return folder / "prepared"
+
+
+def try_faults(names: Sequence[str], rounds: int, prepared: Path, folder: Path, seed: int = 0) -> dict[str, Outcome]:
+    """Try every named fault so many times."""
+    outcomes = {name: Outcome() for name in names}
+    whole: dict[int, Path] = {}
+    for name, number in tqdm([(name, number) for number in range(rounds) for name in names], unit="try", smoothing=0):
+        processes = 2 if name in OF_TWO else 1
+        if processes not in whole:
+            whole[processes] = folder / f"whole-{processes}"
+            runs.finished(prepared, whole[processes], *RUN, processes=processes)
+        trial = Trial(prepared, folder / "run", random.Random(json.dumps([name, number, seed])), processes=processes)
+        outcome = outcomes[name]
+        outcome.tries += 1
+        try:
+            FAULTS[name](trial)
+            trial.finish()
+            same = runs.same_weights(whole[processes], trial.output) and trial.steps() == STEPS
+            outcome.equal += same
+            outcome.lost += trial.lost
+        except AssertionError as error:
+            outcome.wrong.append(str(error)[-2000:])
+        for path in folder.glob("run*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return outcomes
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    rows = [
+        "| fault | tries | same bits at the end | steps lost: mean, most |",
+        "| --- | --: | --: | --: |",
+        *(
+            f"| {name} | {o.tries} | {o.equal} | {sum(o.lost) / max(1, len(o.lost)):.1f}, {max(o.lost, default=0)} |"
+            for name, o in outcomes.items()
+        ),
+    ]
+    tries, equal = sum(o.tries for o in outcomes.values()), sum(o.equal for o in outcomes.values())
+    rows.append(f"| all {len(outcomes)} kinds | {tries} | {equal} | |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="tries of every kind (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--only", default="", help="kinds whose name contains this (default: all)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kinds = [kind for kind in FAULTS if arguments.only in kind]
+        outcomes = try_faults(kinds, arguments.rounds, draw_scenes(folder), folder, arguments.seed)
+    print(table(outcomes))
+    print(f"\nRuns of {STEPS} steps, saved every {SAVES_EVERY}, evaluated every {EVALUATES_EVERY}.")
+    for kind, outcome in outcomes.items():
+        for text in outcome.wrong:
+            print(f"\n{kind}:\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Faults that a test plants in the processes of a run before it starts: `launch(..., before=partial(FAULT, ...))`.
+
+Every function changes the code of the process that it is called in, so that the fault strikes at one certain moment.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from amltrain.data.dataset import ReferDataset
+from amltrain.evaluation import evaluator
+from amltrain.training import checkpoint as checkpoints
+from amltrain.training import trainer
+from amltrain.training.trainer import Trainer
+
+SAVE_MOMENTS = ("opened", "state written", "model written", "manifest written", "renamed", "linked", "pruned")
+
+
+def die() -> None:
+    """As by kill -9."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_save(moment: str, number: int) -> None:
+    """Die in the `number`-th save (from 1) of the main process, right after `moment` of SAVE_MOMENTS."""
+    owner, name = {
+        "opened": (checkpoints, "_make_room"),
+        "state written": (checkpoints, "_finish"),
+        "model written": (trainer, "write_model_folder"),
+        "manifest written": (checkpoints, "_rename"),
+        "renamed": (checkpoints, "point"),
+        "linked": (checkpoints, "prune"),
+        "pruned": (checkpoints, "prune"),
+    }[moment]
+    after = moment in ("opened", "model written", "pruned")
+    _on_call(owner, name, number, die, after=after)
+
+
+def signal_in_evaluation(number: int, batch: int) -> None:
+    """Send the process a signal while it scores the `batch`-th batch (from 1)."""
+    _on_call(evaluator, "_score", batch, lambda: os.kill(os.getpid(), number))
+
+
+def nan_images(steps: Sequence[int], everywhere: bool = True) -> None:
+    """The first image of these optimizer steps (from 1) is NaN; on all processes, or on the last one alone."""
+    if not everywhere and int(os.environ.get("RANK", "0")) != int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        return
+    sound = Trainer._optimizer_step
+
+    def step(self: Trainer, batches: list[Any]) -> Any:
+        if self.progress.step + 1 in steps:
+            batches[0].image[0] = torch.nan
+        return sound(self, batches)
+
+    Trainer._optimizer_step = step  # type: ignore[method-assign]
+
+
+def unreadable_image(index: int) -> None:
+    """The file of this training sample's image is cut off; loader processes, forked later, see the same."""
+    sound = ReferDataset.picture
+
+    def picture(self: ReferDataset, sample_id: int) -> Any:
+        part, row, _ = self._place(sample_id)
+        if sample_id == index and part.split == "train":
+            whole = part.rows.image_bytes(row)
+            part.rows.image_bytes = lambda wanted: whole[: len(whole) // 2]  # type: ignore[method-assign]
+        return sound(self, sample_id)
+
+    ReferDataset.picture = picture  # type: ignore[method-assign]
+
+
+def ask_to_stop(step: int) -> None:
+    """The last process alone is asked to stop in this optimizer step (from 1)."""
+    sound = Trainer._optimizer_step
+
+    def asked(self: Trainer, batches: list[Any]) -> Any:
+        if self.progress.step + 1 == step and self.accelerator.is_last_process:
+            self.interruption.reason = "a test"
+        return sound(self, batches)
+
+    Trainer._optimizer_step = asked  # type: ignore[method-assign]
+
+
+def out_of_memory(step: int) -> None:
+    """The device's memory is full in this optimizer step."""
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    _on_call(Trainer, "_optimizer_step", step, fail)
+
+
+def full_disk(number: int, size: int = 200_000) -> None:
+    """From the `number`-th save on no file can grow over `size` bytes; the system says so, as a full disk would."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _on_call(checkpoints, "_make_room", number, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def kill_a_loader(step: int) -> None:
+    """A data loading process dies in this optimizer step, as by the system's memory guard."""
+
+    def kill() -> None:
+        children = multiprocessing.active_children()
+        os.kill(children[0].pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    _on_call(Trainer, "_optimizer_step", step, kill)
+
+
+def _on_call(owner: Any, name: str, number: int, action: Callable[[], None], *, after: bool = False) -> None:
+    """Do `action` before (or after) the `number`-th call of a function."""
+    sound, calls = getattr(owner, name), [0]
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number and not after:
+            action()
+        result = sound(*arguments, **keywords)
+        if calls[0] == number and after:
+            action()
+        return result
+
+    setattr(owner, name, wrapped)
