@@ -61,6 +61,7 @@ class _SkipLog:
             raise UserError(f"{files.name}: {files.place} holds no expression at all")
 
     def add(self, entries: Iterable[Skipped]) -> None:
+        """Note them. Raises UserError."""
         new = list(entries)
         self.entries += new
         self._lost += [entry for entry in new if entry.expressions]
@@ -146,7 +147,7 @@ def _prepare_aside(
     try:
         counts: dict[str, Counts] = {}
         for split in files.spec.splits:
-            counts[split] = _write_split(aside, split, list(image_groups(files, split)), images, skipped, progress)
+            counts[split] = _write_split(aside, split, files, images, skipped, progress)
         manifest = {
             "format": FORMAT,
             "dataset": files.name,
@@ -220,7 +221,7 @@ def describe(manifest: dict[str, Any]) -> str:
     skipped = manifest["skipped"]
     if skipped:
         lost = sum(entry["expressions"] for entry in skipped)
-        lines.append(f"  {lost} expressions skipped, {len(skipped)} faults in all:")
+        lines.append(f"  {lost} expressions skipped; faults found: {len(skipped)}")
     lines += [f"    {entry['what']}: {entry['why']}" for entry in skipped[:5]]
     if len(skipped) > 5:
         lines.append(f"    ... and {len(skipped) - 5} more, all in manifest.json")
@@ -237,6 +238,7 @@ class _ShardWriter:
         self._pending: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
+        """Take a row of FEATURES; every ROWS_PER_GROUP of them are written."""
         self._pending.append(row)
         if len(self._pending) == ROWS_PER_GROUP:
             self._flush()
@@ -273,13 +275,14 @@ class _ShardWriter:
 
 
 def _write_split(
-    folder: Path, split: str, groups: list[ImageGroup], images: Path, skipped: _SkipLog, progress: bool
+    folder: Path, split: str, files: ReferFiles, images: Path, skipped: _SkipLog, progress: bool
 ) -> Counts:
     """Write one split's shards; `skipped` gets what could not be used."""
     refs = expressions = rows = 0
-    bar = tqdm(total=len(groups), desc=f"prepare {split}", unit="image", disable=not progress, leave=False)
+    total = len({ref["image_id"] for ref in files.refs if belongs(ref["split"], split)})
+    bar = tqdm(total=total, desc=f"prepare {split}", unit="image", disable=not progress, leave=False)
     with bar, _ShardWriter(folder, split) as writer:
-        for checked in _checked_images(groups, images):
+        for checked in _checked_images(image_groups(files, split), images):
             bar.update()
             group = checked.group
             skipped.add(group.skipped)
@@ -308,14 +311,13 @@ def _row(group: ImageGroup, image: bytes) -> dict[str, Any]:
     }
 
 
-def _checked_images(groups: list[ImageGroup], images: Path) -> Iterator[_Checked]:
+def _checked_images(groups: Iterator[ImageGroup], images: Path) -> Iterator[_Checked]:
     """Read and decode every image once, a few at a time beside the writing, in order."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        remaining = iter(groups)
-        queue = [pool.submit(_check_image, group, images) for group in islice(remaining, 32)]
+        queue = [pool.submit(_check_image, group, images) for group in islice(groups, 32)]
         while queue:
             checked = queue.pop(0).result()
-            queue += [pool.submit(_check_image, group, images) for group in islice(remaining, 1)]
+            queue += [pool.submit(_check_image, group, images) for group in islice(groups, 1)]
             yield checked
 
 

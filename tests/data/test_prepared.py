@@ -1,0 +1,41 @@
+"""The prepared form is opened from a folder and from a Hub id alike."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amltrain.data.prepared import open_prepared
+from amltrain.errors import UserError
+
+
+def test_a_folder_gives_the_same_rows_mapped_and_streamed(prepared: str) -> None:
+    for split in ("train", "val", "testB"):
+        mapped, streamed = (open_prepared(prepared, "refshapes+", split, streaming=s) for s in (False, True))
+        assert list(mapped) == list(streamed)
+
+
+def test_a_hub_id_gives_the_rows_of_the_same_folder(prepared: str, tmp_path: Path) -> None:
+    program = [sys.executable, str(Path(__file__).with_name("hub_files.py")), prepared]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "CACHE": str(tmp_path)}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = list(open_prepared(prepared, "refshapes", "val"))
+    expected = [[row["image_id"] for row in rows], [hashlib.sha1(row["image"]["bytes"]).hexdigest() for row in rows]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [expected] * 3
+
+
+def test_what_is_not_there_is_said(prepared: str, tmp_path: Path) -> None:
+    for place, message in (
+        ("nobody/nothing", "could not read refshapes/val from nobody/nothing .* run launch/prepare_data.py first"),
+        (str(tmp_path / "x"), "x is no folder; run launch/prepare_data.py --dataset refshapes"),
+        (str(tmp_path), r"has no refshapes/val-\*\.parquet \(it holds nothing prepared\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_prepared(place, "refshapes", "val")
+    with pytest.raises(UserError, match="refshapes has no split 'vall'"):
+        open_prepared(prepared, "refshapes", "vall")
