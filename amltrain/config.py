@@ -286,6 +286,9 @@ class AMLConfig:
     temperature: float | Literal["auto"] | None = None
     """Divides the similarities. auto: solved at the start of training so that the mean score is 0.75, then kept. 1.0 is
     the paper's formula to the letter, which blanks whole images."""
+    calibrate_every: int | None = None
+    """Solve an automatic temperature anew every so many steps, on the samples of that step; null = once. For encoders
+    that start from nothing: what they learn moves the scores away from where they were solved."""
     tau: float | None = None
     """Score under which a pixel is weak; 0 masks nothing."""
     rho: float | None = None

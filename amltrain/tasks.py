@@ -204,14 +204,16 @@ class AMLTask(nn.Module):
         return self.scorer is not None and not bool(self.scorer.calibrated)
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Batch], reduce: Reduce | None = None) -> Calibration | None:
-        """Solve the temperature on the first batches of a run; None when there is nothing (left) to solve.
+    def calibrate(
+        self, batches: Iterable[Batch], reduce: Reduce | None = None, *, again: bool = False
+    ) -> Calibration | None:
+        """Solve the temperature on batches of a run, by default its first; None when there is nothing (left) to solve.
 
-        batches: on the model's device, at least one, different ones on every rank.
+        batches: on the model's device, at least one, different ones on every rank. again: solve what is solved already.
         reduce: sums or averages a tensor over the ranks (`accelerator.reduce`); every rank calls this function.
         Call it before the task is wrapped for FSDP or ZeRO-3, which hide weights outside forward.
         """
-        if self.scorer is None or not self.needs_calibration:
+        if self.scorer is None or not (again or self.needs_calibration):
             return None
         scored = []
         for batch in batches:

@@ -59,7 +59,7 @@ def check_ranges(config: AMLConfig) -> None:
     for name, low, high in (("tau", 0.0, 1.0), ("rho", 0.0, 1.0), ("clean_loss_weight", 0.0, 1.0)):
         if not low <= getattr(config, name) <= high:
             raise UserError(f"aml.{name}={getattr(config, name)} must lie between {low:g} and {high:g}")
-    for name in ("dim", "block", "stage1_size", "diagnostics_every"):
+    for name in ("dim", "block", "stage1_size", "diagnostics_every", "calibrate_every"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"aml.{name}={value} must be at least 1")
@@ -79,6 +79,10 @@ def check_pairs(config: AMLConfig) -> None:
             )
         if config.features == "pred":
             raise UserError("aml.projection=learnable has nothing to learn where aml.features=pred projects nothing")
+    if config.calibrate_every is not None and (config.temperature != "auto" or config.cache_scores):
+        raise UserError(
+            "aml.calibrate_every solves the temperature anew: set aml.temperature=auto and aml.cache_scores=false"
+        )
     if config.explicit and config.projection != "random":
         raise UserError(f"aml.explicit belongs to aml.projection=random, not {config.projection}")
     if config.level == "feature" and config.clean_loss_weight:

@@ -118,6 +118,7 @@ class Trainer:
     def _optimizer_step(self, batches: list[Batch]) -> StepStats:
         """One optimizer step over the micro-batches of one global batch."""
         accelerator, optimizer = self.accelerator, self.optimizer
+        self._recalibrate(batches)
         self.norm_statistics.keep()
         set_lr(optimizer, self._lr_factor())
         losses: list[Tensor] = []
@@ -148,6 +149,16 @@ class Trainer:
         self._count_bad(stats, batches)
         self.progress.step += 1
         return stats
+
+    def _recalibrate(self, batches: list[Batch]) -> None:
+        """Solve AML's temperature anew where the run asks for it; what cannot be solved stays as it was."""
+        every, step = self.config.aml.calibrate_every, self.progress.step
+        if not (self.config.aml.enabled and every and step and step % every == 0):
+            return
+        try:
+            self.accelerator.unwrap_model(self.task).calibrate(batches, reduce=self.accelerator.reduce, again=True)
+        except UserError as error:
+            self.say(f"WARNING: step {step}: AML's temperature stays as it was: {error}")
 
     def _clip(self) -> Tensor:
         """Norm of the whole gradient before clipping; the same on every process."""
@@ -284,6 +295,8 @@ class Trainer:
         # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
         self.whole_model = copy.deepcopy(task.model) if is_sharded(accelerator) else None
         self.diagnostics = build_alignment_diagnostics(config.aml, self.parts.dataset, self.output, accelerator.device)
+        if config.aml.calibrate_every and is_sharded(accelerator):
+            raise UserError("aml.calibrate_every needs whole weights; leave it out, or use DDP or ZeRO-1/2")
         if config.train.compile:
             task.compile()
         self.task, self.optimizer = accelerator.prepare(task, optimizer)

@@ -221,3 +221,16 @@ def test_plain_text_of_caris() -> None:
     blue = batch._replace(image=batch.image + 1.0)
     text = [plain.model.alignment_features(b).text for b in (batch, blue)]
     assert torch.equal(*text)
+
+
+def test_a_temperature_solved_anew_follows_moved_weights() -> None:
+    task, batch = toy_task(), toy_batch()
+    task.calibrate([batch])
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert task.calibrate([batch]) is None
+    stale = task.score(batch).mean().item()
+    assert task.calibrate([batch], again=True).mean_score == pytest.approx(0.75, abs=0.01)
+    assert task.score(batch).mean().item() == pytest.approx(0.75, abs=0.01)
+    assert stale != pytest.approx(0.75, abs=0.01)
