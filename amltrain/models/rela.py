@@ -21,6 +21,7 @@ Dimensions: B batch, H W network input, C width, L text tokens, D text width, Q 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
@@ -280,7 +281,7 @@ def rela_tiny(
     swin = Swin(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=3, drop_path_rate=drop_path_rate)
     text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
     load_encoders(swin, text, vision_weights, text_weights)
-    return build_rela(
+    model = build_rela(
         LanguageSwin(swin, text_dim=128, gate_std=0.0),
         text,
         dim=128,
@@ -292,3 +293,9 @@ def rela_tiny(
         decoder_feedforward=256,
         trained_text_layers=None,
     )
+    # a mask is a sum over 100 regions: without pretrained weights it would start, and stay, far from zero
+    last = model.region_decoder.mask_embed[-1]
+    with torch.no_grad():
+        last.weight.mul_(0.02)
+        last.bias.zero_()
+    return model
