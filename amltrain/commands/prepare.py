@@ -24,6 +24,7 @@ GROUPS = {"combined": True, "combined-unfiltered": False}
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

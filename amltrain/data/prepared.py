@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from amltrain.data.schema import FEATURES
 from amltrain.data.splits import check_split
@@ -25,9 +26,14 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
             return datasets.load_dataset(
                 prepared, data_files=files, split=split, streaming=streaming, features=FEATURES
             )
-    except (OSError, ValueError) as error:
-        fix = "prepare it again" if is_local else "it is no folder here either: run launch/prepare_data.py first"
-        raise UserError(f"could not read {dataset}/{split} from {prepared} ({error}); {fix}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        fix = (
+            f"remove {prepared}/{dataset} and prepare it again"
+            if is_local
+            else "it is no folder here either: run launch/prepare_data.py first"
+        )
+        raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
 
 
 def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:

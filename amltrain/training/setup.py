@@ -51,9 +51,7 @@ def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
         if read_manifest(prepared / name) is not None:
             continue
         if "shapes" in name:
-            source = prepared / "source" / f"{name}-{data.shapes.size}px-seed{data.shapes.seed}"
-            sizes = dict.fromkeys(SPLIT_SIZES, data.shapes.evaluation) | {"train": data.shapes.train}
-            write_refshapes(source, name, split_sizes=sizes, size=data.shapes.size, seed=data.shapes.seed)
+            source = _draw_scenes(name, data)
             manifest = prepare(name, source, prepared, max_skipped=data.max_skipped, drawn=asdict(data.shapes))
         elif data.refer_root is not None:
             manifest = prepare(
@@ -68,6 +66,21 @@ def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
     if len(data.datasets) > 1:
         path = combined_path(data.prepared, data.datasets, data.leak_filter)
         say(write_combined_manifest(path, data.prepared, data.datasets, leaks(data)))
+
+
+def _draw_scenes(name: str, data: DataConfig) -> Path:
+    """Draw a data set of the refshapes family; returns its folder in the original layout."""
+    scenes = data.shapes
+    source = Path(data.prepared) / "source" / f"{name}-{scenes.size}px-seed{scenes.seed}"
+    sizes = dict.fromkeys(SPLIT_SIZES, scenes.evaluation) | {"train": scenes.train}
+    try:
+        write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed)
+    except OSError as error:
+        raise UserError(
+            f"could not draw scenes into {source} ({error.strerror or error}); make room, or choose another "
+            f"data.prepared"
+        ) from error
+    return source
 
 
 def check_scenes(data: DataConfig) -> None:

@@ -1,13 +1,14 @@
 """Preparing through the command line: what bad input gets, and that nothing half-written is left."""
 
-import os
+import multiprocessing
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -21,6 +22,7 @@ from amltrain.data.refer import read_refer
 from amltrain.data.splits import DATASETS, Counts
 from tests.data.original import IMAGES, Original
 
+FORK = multiprocessing.get_context("fork")
 MAKE_ROOM = "could not write .*refcoco.*; nothing was left there; make room, or choose another output"
 
 
@@ -183,19 +185,25 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
     assert "could not write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("room", [1, 3000])
-def test_a_full_disk_leaves_nothing(room: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The kernel refuses to let a file grow beyond `room` bytes, as a full disk would."""
-    original = Original(tmp_path, per_split=8).write()
-    (tmp_path / "prepared").mkdir()
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The kernel refuses to let a file grow beyond so many bytes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        said = refused(capsys, original)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("room", [1, 3000])
+def test_a_full_disk_leaves_nothing(room: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = Original(tmp_path, per_split=8).write()
+    (tmp_path / "prepared").mkdir()
+    with largest_file(room):
+        said = refused(capsys, original)
     assert re.search(MAKE_ROOM, said)
     run(original)
 
@@ -203,18 +211,20 @@ def test_a_full_disk_leaves_nothing(room: int, tmp_path: Path, capsys: pytest.Ca
 def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
     """SIGKILL, for a child that has begun to write; then the whole thing again in its place."""
     original = Original(tmp_path, per_split=6).write()
-    child = os.fork()
-    if child == 0:
+
+    def prepare_slowly() -> None:
         finish = module._ShardWriter.finish
         module._ShardWriter.finish = lambda writer: (finish(writer), time.sleep(60))
-        os.closerange(0, 3)
         prepare("refcoco", original.root, tmp_path / "prepared", progress=False)
-        os._exit(0)
-    deadline = time.monotonic() + 30
+
+    child = FORK.Process(target=prepare_slowly)
+    child.start()
+    deadline = time.monotonic() + 60
     while not list((tmp_path / "prepared").glob(".refcoco.partial/train-00000-of-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child.kill()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
     assert read_manifest(tmp_path / "prepared" / "refcoco") is None
     run(original)
     visible = [path.name for path in (tmp_path / "prepared").iterdir() if not path.name.endswith(".lock")]
@@ -224,14 +234,13 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
 
 def test_two_at_once(tmp_path: Path) -> None:
     original = Original(tmp_path, per_split=40).write()
-    children = []
-    for _ in range(2):
-        child = os.fork()
-        if child == 0:
-            prepare("refcoco", original.root, tmp_path / "prepared", progress=False)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    arguments = {"dataset": "refcoco", "refer_root": original.root, "output": tmp_path / "prepared", "progress": False}
+    children = [FORK.Process(target=prepare, kwargs=arguments) for _ in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
     assert open_prepared(str(tmp_path / "prepared"), "refcoco", "train").num_rows == 40
 
 

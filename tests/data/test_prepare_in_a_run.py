@@ -9,6 +9,7 @@ from amltrain.data.prepare import read_manifest
 from amltrain.errors import UserError
 from amltrain.training.setup import check_scenes, ensure_prepared
 from tests.data.original import Original
+from tests.data.test_prepare import largest_file
 
 
 def said(data: DataConfig) -> str:
@@ -54,3 +55,10 @@ def test_what_cannot_be_trained_on(options: dict, message: str, tmp_path: Path) 
     with pytest.raises(UserError, match=message):
         said(DataConfig(**{**known, **options}))
     assert not (tmp_path / "prepared").exists()
+
+
+def test_a_full_disk_while_drawing(tmp_path: Path) -> None:
+    data = DataConfig(prepared=str(tmp_path), shapes=ShapesConfig(train=3, evaluation=1, size=48))
+    with largest_file(100), pytest.raises(UserError, match=r"could not draw scenes into .*make room"):
+        said(data)
+    assert "refshapes (split by unc)" in said(data)  # what was begun is no obstacle

@@ -39,3 +39,12 @@ def test_what_is_not_there_is_said(prepared: str, tmp_path: Path) -> None:
             open_prepared(place, "refshapes", "val")
     with pytest.raises(UserError, match="refshapes has no split 'vall'"):
         open_prepared(prepared, "refshapes", "vall")
+
+
+def test_a_truncated_file_is_said(prepared: str, tmp_path: Path) -> None:
+    folder = tmp_path / "refshapes"
+    folder.mkdir()
+    (source,) = Path(prepared).glob("refshapes/val-*")
+    (folder / source.name).write_bytes(source.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"could not read refshapes/val .*corrupted.*remove .*refshapes and prepare it"):
+        open_prepared(str(tmp_path), "refshapes", "val")
