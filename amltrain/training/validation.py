@@ -30,6 +30,8 @@ def evaluate_splits(
         "model": config.model.name,
         "step": step,
         "seed": config.seed,
+        "trained_on": config.data.datasets,
+        "leak_filter": config.data.leak_filter,
         "weights": "raw" if config.train.ema_decay is None else "ema",
         "max_samples": config.evaluation.max_samples,
     }
