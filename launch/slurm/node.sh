@@ -4,15 +4,16 @@
 # processes, its children, are sent it directly.
 set -euo pipefail
 
-accelerate launch --machine_rank "$SLURM_NODEID" "$@" &
-launcher=$!
-
+launcher=
 # shellcheck disable=SC2329 # called by the trap
 save_and_stop() {
   echo "node $SLURM_NODEID: asking the training processes to save and stop"
-  pkill -USR1 --parent "$launcher" --full launch/train.py || true
+  [[ -z $launcher ]] || pkill -USR1 --parent "$launcher" --full launch/train.py || true
 }
 trap save_and_stop USR1 TERM
+
+accelerate launch --machine_rank "$SLURM_NODEID" "$@" &
+launcher=$!
 
 # A trapped signal ends a wait, not the launcher.
 while kill -0 "$launcher" 2>/dev/null; do

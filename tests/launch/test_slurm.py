@@ -74,7 +74,7 @@ class Job:
 
     def wait_until_it_trains(self) -> None:
         deadline = time.monotonic() + 60
-        while len(list(self.folder.glob("training.*"))) < self.nodes:
+        while min(len(list(self.folder.glob("training.*"))), len(self.lines("tasks"))) < self.nodes:
             assert time.monotonic() < deadline and self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
 
