@@ -59,13 +59,17 @@ def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
 
 def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     """Accelerate with what this trainer relies on: the schedule is ours, accumulation ignores where an epoch ends."""
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = told_cpu or not torch.accelerator.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed and told_cpu:
+        raise UserError("ACCELERATE_USE_CPU turns DeepSpeed off; leave it out: without a GPU the CPU is used anyway")
     precision = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if deepspeed and precision == "fp16":
         raise UserError("fp16 is not offered under DeepSpeed, whose loss scaling is its own; use bf16, or DDP for fp16")
     accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,  # DDP over CPUs has to be asked for, and DeepSpeed is not used where it is
         mixed_precision="no" if deepspeed else config.train.mixed_precision,
         log_with=config.tracking.trackers or None,
         project_config=ProjectConfiguration(project_dir=config.output, logging_dir=str(Path(config.output) / "logs")),
@@ -127,7 +131,7 @@ def model_weights(accelerator: Accelerator, task: nn.Module) -> dict[str, Tensor
     """Whole weights of the prepared task's model, without the loss and AML, on every process; every process calls."""
     inner = accelerator.unwrap_model(task)
     if _zero_stage(accelerator) == 3:
-        from deepspeed.zero import GatheredParameters  # an extra
+        from deepspeed.runtime.zero import GatheredParameters  # an extra
 
         with GatheredParameters(list(inner.parameters())):
             return {key: tensor.detach().clone() for key, tensor in inner.model.state_dict().items()}

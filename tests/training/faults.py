@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -52,14 +53,13 @@ class Trial:
     prepared: Path
     output: Path
     random: random.Random
-    extra: tuple[str, ...] = ()
     processes: int = 1
+    struck: bool = True
     restarts: int = 0
     lost: list[int] = field(default_factory=list)
 
     def start(self, *extra: str, before: Callable[[], None] | None = None) -> runs.Launched:
-        argv = (*RUN, *self.extra, *extra)
-        return runs.launch(self.prepared, self.output, *argv, processes=self.processes, before=before)
+        return runs.launch(self.prepared, self.output, *RUN, *extra, processes=self.processes, before=before)
 
     def steps(self) -> int:
         """Steps done so far."""
@@ -82,7 +82,8 @@ class Trial:
 
     def expect(self, launched: runs.Launched, code: int) -> None:
         found = launched.finish()
-        assert found in (code, 0), f"exit code {found}, expected {code}\n{launched.said()}"  # 0: it ended first
+        assert found in (code, 0), f"exit code {found}, expected {code}\n{launched.said()}"
+        self.struck = found == code  # else the run ended first
 
     def newest(self) -> Path:
         return checkpoints.checkpoints(self.output)[-1]
@@ -173,7 +174,7 @@ def remove_a_file(trial: Trial, checkpoint: Path) -> None:
 
 def mislead(trial: Trial, checkpoint: Path) -> None:
     """`last` is gone or points at nothing, `best` at nothing."""
-    (trial.output / "last").unlink()
+    (trial.output / "last").unlink(missing_ok=True)
     if trial.random.random() < 0.5:
         (trial.output / "last").symlink_to("step-999999")
     (trial.output / "best").unlink(missing_ok=True)
@@ -201,14 +202,19 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "last, best: deleted or dangling": damaged(mislead),
     "one of two processes killed": one_of_two_killed,
 }
-OF_TWO = ("one of two processes killed",)
+
+
+def processes_of(name: str) -> int:
+    return 2 if "two processes" in name else 1
 
 
 @dataclass
 class Outcome:
-    """Of one kind of fault: tries, how many ended with the same bits, steps lost in each, what went wrong."""
+    """Of one kind of fault: tries, how many of them cut the run short and how many ended with the same bits, steps lost
+    in each, what went wrong."""
 
     tries: int = 0
+    struck: int = 0
     equal: int = 0
     lost: list[int] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -221,42 +227,53 @@ def draw_scenes(folder: Path) -> Path:
     return folder / "prepared"
 
 
-def try_faults(names: Sequence[str], rounds: int, prepared: Path, folder: Path, seed: int = 0) -> dict[str, Outcome]:
-    """Try every named fault so many times."""
+def try_faults(
+    names: Sequence[str], rounds: int, prepared: Path, folder: Path, *, seed: int = 0, jobs: int = 1
+) -> dict[str, Outcome]:
+    """Try every named fault so many times, `jobs` of them at once."""
     outcomes = {name: Outcome() for name in names}
-    whole: dict[int, Path] = {}
-    for name, number in tqdm([(name, number) for number in range(rounds) for name in names], unit="try", smoothing=0):
-        processes = 2 if name in OF_TWO else 1
-        if processes not in whole:
-            whole[processes] = folder / f"whole-{processes}"
-            runs.finished(prepared, whole[processes], *RUN, processes=processes)
-        trial = Trial(prepared, folder / "run", random.Random(json.dumps([name, number, seed])), processes=processes)
-        outcome = outcomes[name]
-        outcome.tries += 1
+    whole = {processes: folder / f"whole-{processes}" for processes in {processes_of(name) for name in names}}
+    for processes, output in whole.items():
+        runs.finished(prepared, output, *RUN, processes=processes)
+
+    def one(job: tuple[int, str]) -> tuple[Trial, bool, str | None]:
+        number, name = job
+        output, moments = folder / f"run-{names.index(name)}-{number}", random.Random(json.dumps([name, number, seed]))
+        trial = Trial(prepared, output, moments, processes_of(name))
+        reference, wrong = whole[trial.processes], None
         try:
             FAULTS[name](trial)
             trial.finish()
-            same = runs.same_weights(whole[processes], trial.output) and trial.steps() == STEPS
-            outcome.equal += same
-            outcome.lost += trial.lost
         except AssertionError as error:
-            outcome.wrong.append(str(error)[-2000:])
-        for path in folder.glob("run*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            wrong = str(error)[-2000:]
+        equal = not wrong and runs.same_weights(reference, output) and runs.losses(reference) == runs.losses(output)
+        shutil.rmtree(output)
+        return trial, equal, wrong
+
+    tries = [(number, name) for number in range(rounds) for name in names]
+    with ThreadPoolExecutor(jobs) as pool:
+        found = tqdm(pool.map(one, tries), total=len(tries), unit="try", smoothing=0)
+        for (_, name), (trial, equal, wrong) in zip(tries, found, strict=True):
+            outcome = outcomes[name]
+            outcome.tries += 1
+            outcome.struck += trial.struck
+            outcome.equal += equal
+            outcome.lost += trial.lost
+            outcome.wrong += [wrong] if wrong else []
     return outcomes
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
     rows = [
-        "| fault | tries | same bits at the end | steps lost: mean, most |",
-        "| --- | --: | --: | --: |",
-        *(
-            f"| {name} | {o.tries} | {o.equal} | {sum(o.lost) / max(1, len(o.lost)):.1f}, {max(o.lost, default=0)} |"
-            for name, o in outcomes.items()
-        ),
+        "| fault | tries | cut short | same bits at the end | steps lost: mean, most |",
+        "| --- | --: | --: | --: | --: |",
     ]
-    tries, equal = sum(o.tries for o in outcomes.values()), sum(o.equal for o in outcomes.values())
-    rows.append(f"| all {len(outcomes)} kinds | {tries} | {equal} | |")
+    for name, outcome in outcomes.items():
+        lost = outcome.lost or [0]
+        counts = f"{outcome.tries} | {outcome.struck} | {outcome.equal}"
+        rows.append(f"| {name} | {counts} | {sum(lost) / len(lost):.1f}, {max(lost)} |")
+    sums = [sum(getattr(outcome, what) for outcome in outcomes.values()) for what in ("tries", "struck", "equal")]
+    rows.append(f"| all {len(outcomes)} kinds | {' | '.join(map(str, sums))} | |")
     return "\n".join(rows)
 
 
@@ -264,12 +281,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="tries of every kind (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="tries at once (default: 1)")
     parser.add_argument("--only", default="", help="kinds whose name contains this (default: all)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kinds = [kind for kind in FAULTS if arguments.only in kind]
-        outcomes = try_faults(kinds, arguments.rounds, draw_scenes(folder), folder, arguments.seed)
+        outcomes = try_faults(
+            kinds, arguments.rounds, draw_scenes(folder), folder, seed=arguments.seed, jobs=arguments.jobs
+        )
     print(table(outcomes))
     print(f"\nRuns of {STEPS} steps, saved every {SAVES_EVERY}, evaluated every {EVALUATES_EVERY}.")
     for kind, outcome in outcomes.items():

@@ -61,12 +61,12 @@ def nan_images(steps: Sequence[int], everywhere: bool = True) -> None:
 
 
 def unreadable_image(index: int) -> None:
-    """The file of this training sample's image is cut off; loader processes, forked later, see the same."""
+    """The file of this training sample's image is cut off, as the loader processes, forked later, see it."""
     sound = ReferDataset.picture
 
     def picture(self: ReferDataset, sample_id: int) -> Any:
         part, row, _ = self._place(sample_id)
-        if sample_id == index and part.split == "train":
+        if sample_id == index and part.split == "train" and torch.utils.data.get_worker_info() is not None:
             whole = part.rows.image_bytes(row)
             part.rows.image_bytes = lambda wanted: whole[: len(whole) // 2]  # type: ignore[method-assign]
         return sound(self, sample_id)

@@ -14,6 +14,7 @@ SOME = (
 
 def test_runs_end_as_if_nothing_had_happened(shapes: Path, tmp_path: Path) -> None:
     outcomes = try_faults(SOME, 1, shapes, tmp_path)
-    assert {name: (outcome.equal, outcome.wrong) for name, outcome in outcomes.items()} == dict.fromkeys(SOME, (1, []))
+    found = {name: (outcome.struck, outcome.equal, outcome.wrong) for name, outcome in outcomes.items()}
+    assert found == dict.fromkeys(SOME, (1, 1, []))
     assert len(table(outcomes).splitlines()) == len(SOME) + 3
     assert len(FAULTS) > 12
