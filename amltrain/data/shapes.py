@@ -29,7 +29,7 @@ from amltrain.data.splits import dataset_spec
 
 COLOURS = {
     "red": (208, 48, 44),
-    "green": (52, 152, 66),
+    "green": (40, 180, 60),
     "blue": (50, 84, 200),
     "yellow": (226, 196, 48),
     "purple": (140, 62, 168),
@@ -227,21 +227,23 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
 
 
 def _radius(generator: np.random.Generator, size: int, kind: str) -> float:
-    low, high = (0.14, 0.16) if kind == "small" else (0.19, 0.23)
+    low, high = (0.155, 0.175) if kind == "small" else (0.2, 0.24)
     return float(generator.uniform(low, high) * size)
 
 
 def _place(generator: np.random.Generator, size: int, radii: list[float]) -> dict[int, tuple[Point, float]]:
     """Centre and radius of every shape, by its number. All lie inside, neighbours overlap by a fifth at most; a shape
-    that finds no room is left out."""
-    placed: dict[int, tuple[Point, float]] = {}
-    for number, radius in enumerate(radii):
-        for _ in range(200):
-            x, y = generator.uniform(radius, size - radius, 2).tolist()
-            if all(math.dist((x, y), centre) > 0.8 * (radius + other) for centre, other in placed.values()):
-                placed[number] = (x, y), radius
-                break
-    return placed
+    that finds no room is left out, but three are always there."""
+    while True:
+        placed: dict[int, tuple[Point, float]] = {}
+        for number, radius in enumerate(radii):
+            for _ in range(200):
+                x, y = generator.uniform(radius, size - radius, 2).tolist()
+                if all(math.dist((x, y), centre) > 0.8 * (radius + other) for centre, other in placed.values()):
+                    placed[number] = (x, y), radius
+                    break
+        if len(placed) >= 3:
+            return placed
 
 
 def _polygon(generator: np.random.Generator, form: str, centre: Point, radius: float) -> tuple[float, ...]:
