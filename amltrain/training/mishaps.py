@@ -2,6 +2,7 @@
 
 import errno
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,14 @@ def explained(config: RunConfig, micro: int) -> Iterator[None]:
             f"{str(error).strip().splitlines()[0]} It was probably killed for its memory: lower data.workers "
             f"({config.data.workers}) or ask for more memory, and run again to go on from the last checkpoint"
         ) from error
+
+
+def release(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold. Loader processes end with the iterator that reads from them, and a
+    process that ends while it has some waits for them for ever: they leave signals to the trainer."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _out_of_memory(config: RunConfig, micro: int) -> str:

@@ -32,7 +32,7 @@ from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.engines import build_accelerator, is_sharded, model_weights, on_main_process, skip_bad_steps
 from amltrain.training.interruption import REQUEUE_EXIT_CODE, Interruption, mark_requeue
-from amltrain.training.mishaps import explained
+from amltrain.training.mishaps import explained, release
 from amltrain.training.nonfinite import NormStatistics, describe_samples
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
 from amltrain.training.progress import Progress
@@ -66,6 +66,9 @@ def train(config: RunConfig) -> list[Results]:
     try:
         with explained(config, trainer.plan.micro):
             return trainer.run()
+    except BaseException as error:
+        release(error)
+        raise
     finally:
         trainer.accelerator.end_training()
 

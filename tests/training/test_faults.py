@@ -9,6 +9,7 @@ SOME = (
     "SIGUSR1",
     "disk full in a save",
     "loader process killed",
+    "unreadable image",
 )
 
 
