@@ -180,8 +180,10 @@ def losses(output: Path) -> list[float]:
 
 
 def log(output: Path) -> list[dict[str, Any]]:
+    """What the run has logged, without a line that is being written, or that a kill cut off."""
     path = output / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def weights(output: Path, checkpoint: str = "last") -> dict[str, Tensor]:
