@@ -28,10 +28,12 @@ from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPRes
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
+    OFFICIAL_DECODER_NAMES,
     PixelTextDecoder,
     SentenceKernel,
     at_image_size,
     conv_norm_relu,
+    suppressed_at,
     with_coordinates,
 )
 from amltrain.models.registry import ModelInfo, register_model
@@ -55,9 +57,7 @@ RENAMES = [
     (r"^neck\.aggr\.", "neck.aggregate."),
     (r"^neck\.coordconv\.0\.conv1\.", "neck.locate.0."),
     (r"^neck\.coordconv\.1\.", "neck.locate.1."),
-    (r"^(decoder\..*)\.multihead_attn\.", r"\1.cross_attn."),
-    (r"^proj\.vis\.", "head.visual."),
-    (r"^proj\.txt\.", "head.kernel."),
+    *OFFICIAL_DECODER_NAMES,
 ]
 """The release's key names to ours, as rules for `re.sub`."""
 
@@ -138,10 +138,9 @@ class CRIS(RISModel):
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 1, H / 4, W / 4]; at the image's own size where that is no multiple of 32."""
-        sentence, suppressed = features.extra["sentence"], features.suppressed
+        sentence = features.extra["sentence"]
         x = self.neck(features.visual, sentence)
-        if suppressed is not None:
-            suppressed = F.interpolate(suppressed[:, None].float(), size=x.shape[-2:])[:, 0] > 0.5
+        suppressed = suppressed_at(features.suppressed, (x.shape[-2], x.shape[-1]))
         fused = self.decoder(x, features.text, features.text_mask, suppressed)
         logits = at_image_size(
             self.head(fused, sentence), (batch.image.shape[-2], batch.image.shape[-1]), stride=STRIDE

@@ -33,12 +33,12 @@ from amltrain.models.backbones.dinov2 import DINOv2, load_dinov2
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
+    OFFICIAL_DECODER_NAMES,
     PixelTextDecoder,
     SentenceKernel,
     at_image_size,
-    conv_norm_relu,
-    with_coordinates,
 )
+from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
@@ -56,15 +56,8 @@ RENAMES = [
     (r"(\.dense\..*)\.conv\.", r"\1.0."),
     (r"(\.dense\..*)\.bn\.", r"\1.1."),
     (r"\.cross\.multihead_attn\.", ".cross.attention."),
-    (r"^neck\.txt_proj\.", "neck.sentence_proj."),
-    *((rf"^neck\.f{i + 3}_proj\.", f"neck.projections.{i}.") for i in range(3)),
-    *((rf"^neck\.fusion{i + 3}\.multihead_attn\.", f"neck.gates.{i}.") for i in range(3)),
-    (r"^neck\.aggr\.", "neck.aggregate."),
-    (r"^neck\.coordconv\.0\.conv1\.", "neck.locate.0."),
-    (r"^neck\.coordconv\.1\.", "neck.locate.1."),
-    (r"^(decoder\..*)\.multihead_attn\.", r"\1.cross_attn."),
-    (r"^proj\.vis\.", "head.visual."),
-    (r"^proj\.txt\.", "head.kernel."),
+    *OFFICIAL_NECK_NAMES,
+    *OFFICIAL_DECODER_NAMES,
 ]
 """The release's key names to ours, as rules for `re.sub`."""
 
@@ -156,33 +149,6 @@ def _init_aligner(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class Neck(nn.Module):
-    """Three maps gated by the sentence, joined, and told where every cell is."""
-
-    def __init__(self, vision_dim: int, sentence_dim: int, dim: int, heads: int = 8) -> None:
-        super().__init__()
-        self.sentence_proj = nn.Linear(sentence_dim, dim)
-        # a 1 x 1 transposed convolution differs in its weight's layout and first values only
-        convs = [nn.Conv2d, nn.Conv2d, nn.ConvTranspose2d]
-        self.projections = nn.ModuleList(
-            nn.Sequential(conv(vision_dim, dim, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()) for conv in convs
-        )
-        self.gates = nn.ModuleList(nn.MultiheadAttention(dim, heads, batch_first=True) for _ in convs)
-        self.aggregate = conv_norm_relu(3 * dim, dim)
-        self.locate = nn.Sequential(conv_norm_relu(dim + 2, dim, 3), conv_norm_relu(dim, dim, 3))
-
-    def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """maps of [B, C, h, w], sentence [B, E] -> [B, D, h, w]."""
-        key = self.sentence_proj(sentence)[:, None]
-        gated = []
-        for project, gate, features in zip(self.projections, self.gates, maps, strict=True):
-            # one key: every query gets the same answer, so one query is enough
-            answer = gate(key, key, key, need_weights=False)[0]
-            gated.append(project(features) * answer.transpose(1, 2)[..., None])
-        joined = self.aggregate(torch.cat(gated, dim=1))
-        return joined + self.locate(with_coordinates(joined))
-
-
 class DETRIS(RISModel):
     """DINOv2 with dense aligners, CLIP text with adapters, CRIS' decoder; one-channel logits, four per patch side."""
 
@@ -219,7 +185,7 @@ class DETRIS(RISModel):
             {str(i): DenseAligner(vision.embed_dim, text.width, vision_adapter_dim, dropout) for i in vision_adapters}
         )
         self.text_adapters = nn.ModuleDict({str(i): TextAdapter(text.width, text_adapter_dim) for i in text_adapters})
-        self.neck = Neck(vision.embed_dim, text.embed_dim, text.width)
+        self.neck = GatedNeck([vision.embed_dim] * 3, text.embed_dim, text.width, residual=True)
         self.decoder = PixelTextDecoder(
             text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
         )

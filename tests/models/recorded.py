@@ -1,4 +1,4 @@
-"""Full-size weights and inputs that the recorded cases describe by a recipe instead of storing them (CRIS, DETRIS)."""
+"""Full-size weights and inputs that recorded cases describe by a recipe and do not store (CRIS, ETRIS, DETRIS)."""
 
 import json
 import zlib

@@ -30,7 +30,7 @@ from amltrain.losses import create_loss, upsample_logits  # noqa: E402
 from amltrain.models import RISModel  # noqa: E402
 from amltrain.records import Batch, ModelOutput  # noqa: E402
 
-RECORDED = ("input.", "inter.", "output.", "grad.", "train.", "post.", "f64.")
+RECORDED = ("input.", "extra.", "inter.", "output.", "grad.", "train.", "post.", "f64.")
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 ReadOutput = Callable[[ModelOutput, Batch], Tensor]
 

@@ -44,9 +44,12 @@ _HUGGINGFACE_NAMES = {
 Adapter = Callable[[Tensor], Tensor]
 """The residual stream between attention and MLP [B, L, W] -> what is added to the block's output, [B, L, W]."""
 
+Between = Callable[[int, Tensor], Tensor]
+"""(0, 1 or 2, an image tower's map after that third of it [B, C, h, w]) -> the map that it goes on with."""
 
-class CLIPTextBlock(nn.Module):
-    """Pre-norm transformer block."""
+
+class CLIPBlock(nn.Module):
+    """Pre-norm transformer block, of the text tower and of the image tower."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -55,8 +58,8 @@ class CLIPTextBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, 4 * width, act_layer=QuickGELU)
 
-    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x [B, L, W], mask [L, L] bool (True = may not be read) -> [B, L, W]."""
+    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, L, W], mask [L, L] bool (True = may not be read; None = all is read) -> [B, L, W]."""
         normed = self.norm1(x)
         return x + self.attn(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
 
@@ -81,7 +84,7 @@ class CLIPText(nn.Module):
         self.width, self.embed_dim = width, embed_dim
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(max_positions, width))
-        self.blocks = nn.ModuleList(CLIPTextBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(CLIPBlock(width, heads) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         # CLIP's contrastive temperature: in the official file, read by nothing here
@@ -111,7 +114,10 @@ class CLIPText(nn.Module):
         token's feature, projected. CLIP's end token is the last real one.
         Raises UserError when a sentence is longer than the position table.
         """
-        adapters = adapters or {}
+        return self.finish(self.run(self.embed(input_ids, text_mask), adapters=adapters), text_mask)
+
+    def embed(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """What enters the first block, [B, L, W]."""
         length = input_ids.shape[1]
         if length > len(self.positional_embedding):
             raise UserError(
@@ -119,13 +125,24 @@ class CLIPText(nn.Module):
                 "positions; lower preprocess.max_tokens"
             )
         # whatever a tokenizer pads with: these towers were tuned with zeros there
-        x = self.token_embedding(input_ids.masked_fill(~text_mask, 0)) + self.positional_embedding[:length]
+        return self.token_embedding(input_ids.masked_fill(~text_mask, 0)) + self.positional_embedding[:length]
+
+    def run(
+        self, x: Tensor, first: int = 0, end: int | None = None, adapters: Mapping[int, Adapter] | None = None
+    ) -> Tensor:
+        """Blocks from `first` to before `end`, by default all: [B, L, W] -> [B, L, W]."""
+        adapters = adapters or {}
+        length = x.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[first:end], first):
             attended = self._recomputed(block.attend, x, mask)
             x = self._recomputed(block.transform, attended)
             if i in adapters:
                 x = x + adapters[i](attended)
+        return x
+
+    def finish(self, x: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What leaves the last block -> normed tokens [B, L, W] and the sentence's vector [B, E]."""
         tokens = self.ln_final(x)
         last = (text_mask.sum(dim=1) - 1).clamp(min=0)
         return tokens, tokens[torch.arange(len(last), device=x.device), last] @ self.text_projection

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 
+from amltrain.models.backbones.clip import Between
 from amltrain.models.backbones.torchscript import is_torchscript, read_torchscript
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict, timm_state
 from amltrain.models.layers.recompute import recompute
@@ -48,6 +49,10 @@ class MapAttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, h, w] -> [B, E, h, w]."""
+        return F.relu(self.attend(x) + self.connect(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """What CLIP itself makes of every cell, [B, C, h, w] -> [B, E, h, w]."""
         height, width = x.shape[-2:]
         table = self.pos_embed[1:].T.unflatten(1, (self.table_size, self.table_size))[None]
         position = F.interpolate(table.float(), size=(height, width), mode="bicubic").to(x.dtype)
@@ -56,11 +61,13 @@ class MapAttentionPool(nn.Module):
             project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
         )
         read = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return F.relu(read.transpose(1, 2).unflatten(2, (height, width)) + self.connect(x))
+        return read.transpose(1, 2).unflatten(2, (height, width))
 
 
 class CLIPResNet(nn.Module):
     """Maps at strides 8 and 16, and the pooled map at stride 32. The defaults are RN50."""
+
+    stride = 32
 
     def __init__(
         self,
@@ -92,16 +99,30 @@ class CLIPResNet(nn.Module):
         self.stem, self.stages = body.stem, body.stages
         self.pool = MapAttentionPool(dims[-1], embed_dim, heads=width // 2, table_size=table_size)
         self.channels = (dims[1], dims[2], embed_dim)
+        self.stream_channels = (dims[1], dims[2], dims[3])
         self.gradient_checkpointing = False
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """image [B, 3, H, W], sides multiples of 32 -> maps at strides 8, 16 and 32, `channels` wide."""
+    def forward(self, image: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """image [B, 3, H, W], sides multiples of 32 -> maps at strides 8, 16 and 32, `channels` wide.
+
+        between: what works on the maps of the last three stages, `stream_channels` wide, before anything reads them.
+        """
+        fine, middle, coarse = self._stages(image, between)
+        return fine, middle, self.pool(coarse)
+
+    def shared(self, image: Tensor) -> Tensor:
+        """CLIP's own answer at every cell, in the space that it shares with the text: [B, E, H / 32, W / 32]."""
+        return self.pool.attend(self._stages(image)[2])
+
+    def _stages(self, image: Tensor, between: Between | None = None) -> list[Tensor]:
         x = self.stem(image)
         maps = []
-        for stage in self.stages:
+        for i, stage in enumerate(self.stages, -1):
             x = recompute(stage, x) if self.gradient_checkpointing and self.training else stage(x)
+            if between is not None and i >= 0:
+                x = between(i, x)
             maps.append(x)
-        return maps[1], maps[2], self.pool(maps[3])
+        return maps[1:]
 
 
 def load_clip_resnet(vision: CLIPResNet, weights: str) -> None:

@@ -12,6 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+OFFICIAL_DECODER_NAMES = [
+    (r"^(decoder\..*)\.multihead_attn\.", r"\1.cross_attn."),
+    (r"^proj\.vis\.", "head.visual."),
+    (r"^proj\.txt\.", "head.kernel."),
+]
+"""The releases' key names of decoder and head (modules `decoder` and `head` here) to ours, as rules for `re.sub`."""
+
 
 def conv_norm_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
     """Convolution without bias that keeps the size, batch norm, ReLU."""
@@ -127,6 +134,13 @@ class SentenceKernel(nn.Module):
         weight, bias = parameters[:, :-1].reshape(batch, dim, 3, 3), parameters[:, -1]
         # every sample has its own kernel: the samples become groups of one convolution
         return F.conv2d(x.flatten(0, 1)[None], weight, bias, padding=1, groups=batch).transpose(0, 1)
+
+
+def suppressed_at(suppressed: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+    """Suppressed positions [B, h, w] bool of a coarser map, at the size of the decoder's: [B, *size] bool."""
+    if suppressed is None:
+        return None
+    return F.interpolate(suppressed[:, None].float(), size=size)[:, 0] > 0.5
 
 
 def at_image_size(logits: Tensor, size: tuple[int, int], stride: int) -> Tensor:

@@ -1,0 +1,86 @@
+"""Recorded tensors of the ETRIS release (commit cdc6d8e), on both kinds of image tower, and where our model computes
+them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from amltrain.models.backbones.clip import CLIPText
+from amltrain.models.backbones.clip_resnet import CLIPResNet
+from amltrain.models.backbones.clip_vit import CLIPViT
+from amltrain.models.etris import ETRIS
+from tests.parity.compare import Adapter, Read
+from tests.parity.detris import batch, first_gated_map, item, whole
+
+
+def build(config: Mapping[str, Any]) -> ETRIS:
+    """The tiny cases' JSON has the release's own configuration under "cfg" and the encoders' sizes under "clip"."""
+    cfg, clip = config["cfg"], config["clip"]
+    vision: CLIPResNet | CLIPViT
+    if clip["vision_patch_size"] is None:
+        vision = CLIPResNet(
+            width=clip["vision_width"],
+            depths=clip["vision_layers"],
+            embed_dim=clip["embed_dim"],
+            table_size=clip["image_resolution"] // 32,
+        )
+    else:
+        vision = CLIPViT(
+            width=clip["vision_width"],
+            layers=clip["vision_layers"],
+            heads=4,  # forced in the recording, as its JSON says
+            patch_size=clip["vision_patch_size"],
+            table_size=config["input_size"] // clip["vision_patch_size"],
+            embed_dim=clip["embed_dim"],
+        )
+    return ETRIS(
+        vision=vision,
+        text=CLIPText(
+            width=clip["transformer_width"],
+            layers=clip["transformer_layers"],
+            heads=clip["transformer_heads"],
+            vocab_size=clip["vocab_size"],
+            max_positions=clip["context_length"],
+            embed_dim=clip["embed_dim"],
+        ),
+        bridge_dim=cfg["ladder_dim"],
+        bridge_heads=cfg["nhead"],
+        layers=cfg["num_layers"],
+        heads=cfg["num_head"],
+        feedforward=cfg["dim_ffn"],
+        dropout=0.0,
+    )
+
+
+def tokens_first(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    """[B, n, d] -> [n, B, d]."""
+    return output.transpose(0, 1)
+
+
+CAPTURES: dict[str, tuple[str, Read]] = {
+    "inter.bridger.fusion_v0": ("bridges.0.image_reads", tokens_first),
+    "inter.bridger.fusion_t0": ("bridges.0.text_reads", tokens_first),
+    "inter.bridger.zoom_out1": ("bridges.1.expand_image", whole),
+    "inter.bridger.linear2_2": ("bridges.2.expand_text", tokens_first),
+    **{f"inter.vis.v{i + 3}": ("vision", item(i)) for i in range(3)},
+    "inter.text.tokens": ("text.ln_final", whole),
+    "inter.text.state": ("head.kernel", lambda inputs, output: inputs[0]),
+    "inter.neck.fusion3": ("neck.aggregate", first_gated_map),
+    "inter.neck.out": ("neck", whole),
+    "inter.decoder.layer0": ("decoder.layers.0", tokens_first),
+    "inter.decoder.out": ("decoder", lambda inputs, output: output.flatten(2)),
+    "inter.proj.vis": ("head.visual", whole),
+}
+
+ADAPTER = Adapter(
+    build=build,
+    loss="binary_cross_entropy",
+    captures=CAPTURES,
+    batch=batch,
+    absolute=3e-5,
+    tolerances={"output.logits": 1e-5, "inter.bridger.fusion_v0": 8e-5, "inter.neck.fusion3": 9e-5},
+    loss_tolerance=1e-5,
+    gradient=1e-4,
+)
+"""1e-5 for logits as the card says; activations at three times the release's own distance from float64 or 3e-5."""
