@@ -4,6 +4,11 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+PLAIN_TYPES = (bool, int, float, str, type(None))
+UNIONS = (Union, UnionType)
 
 
 class UserError(ValueError):
@@ -27,3 +32,28 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}."
     return UserError(f"unknown {kind} {name!r}; {hint}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line that a library's error says, or its kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of an annotated type: plain types, Literals and unions of them are checked."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in UNIONS:
+        return any(fits(value, option) for option in get_args(kind))
+    if kind not in PLAIN_TYPES:
+        return True
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def type_name(kind: Any) -> str:
+    """An annotated type in words: "int", "square or letterbox or null"."""
+    if get_origin(kind) is Literal or get_origin(kind) in UNIONS:
+        return " or ".join(type_name(option) for option in get_args(kind))
+    if kind is type(None):
+        return "null"
+    return kind.__name__ if isinstance(kind, type) else str(kind)

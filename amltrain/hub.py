@@ -22,7 +22,7 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 
 from amltrain.config import HubConfig
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results
 from amltrain.model_card import build_model_card
 from amltrain.pretrained import (
@@ -32,7 +32,6 @@ from amltrain.pretrained import (
     TRAINING_FILE,
     WEIGHTS_FILE,
     find_model_folder,
-    first_line,
 )
 
 PAUSES = (0.0, 10.0, 30.0, 60.0)

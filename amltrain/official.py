@@ -7,7 +7,6 @@ CARIS) and numpy numbers (best scores); these plain values are admitted by name,
 import argparse
 import codecs
 import json
-import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from amltrain.errors import UserError
+from amltrain.models.backbones.weights import load_plain
 from amltrain.models.base import Conversion
 from amltrain.models.registry import create_model, model_info
 from amltrain.pretrained import INITIAL_WEIGHTS, load_weights, save_pretrained
@@ -62,28 +59,10 @@ def read_official(path: str | Path, entry: str | None = None) -> dict[str, Tenso
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_plain_values()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"a {found.group(1)}" if found else "something that is not plain data"
-        raise UserError(
-            f"{path} holds {what}; loading it could run code, so it is refused: save its state dict alone in a new file"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or not a checkpoint ({_first_line(error)})") from error
+    content = load_plain(path, _plain_values())
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return dict(content)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def convert_official(

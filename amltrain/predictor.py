@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from amltrain.data.images import to_rgb
 from amltrain.data.loaders import build_transform
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
@@ -44,7 +45,7 @@ class Predictor:
 
     def __init__(self, pretrained: Pretrained, device: str | torch.device = "cpu", batch_size: int = 8) -> None:
         if pretrained.tokenizer is None:
-            raise UserError("this model folder has no tokenizer files; save or convert it again with a tokenizer")
+            raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
         self.model = pretrained.model.eval().to(device)
         self.rule = complete(pretrained.protocol)
         self.tokenizer = pretrained.tokenizer
@@ -59,13 +60,13 @@ class Predictor:
     def __call__(self, image: Image.Image, sentences: str | Sequence[str]) -> list[Segmentation]:
         """Segment what each sentence means.
 
-        image: any mode and size; an EXIF rotation is applied first, so masks fit the image as viewers show it. Raises
-        UserError for an empty sentence.
+        image: any size and any mode that `to_rgb` takes; an EXIF rotation is applied first, so masks fit the image as
+        viewers show it. Raises UserError for an empty sentence or an image of float pixels.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         if not all(s.strip() for s in sentences):
             raise UserError("a sentence is empty; say what to look for")
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = to_rgb(ImageOps.exif_transpose(image))
         pixels, _, geometry = self.transform(image, None)
         found: list[Segmentation] = []
         for start in range(0, len(sentences), self.batch_size):
@@ -107,11 +108,10 @@ class Predictor:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file whole. Raises UserError for a file that is absent, truncated or no image."""
+    """Read an image file as RGB, upright. Raises UserError for a file that is absent, truncated or no image."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return to_rgb(ImageOps.exif_transpose(image), str(path))
     except FileNotFoundError as error:
         raise UserError(f"there is no image {path}") from error
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from amltrain import __version__
 from amltrain.config import PreprocessConfig, ProtocolConfig
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model
 
@@ -52,6 +52,7 @@ class Pretrained(NamedTuple):
     tokenizer: "SentenceTokenizer | None"
     name: str
     kwargs: dict[str, Any]
+    folder: str | Path = "this model folder"
 
 
 def save_pretrained(
@@ -115,14 +116,15 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     """
     folder = find_model_folder(source, revision)
     config = _read_json(folder / CONFIG_FILE)
-    for key in ("model", "kwargs", "protocol"):
-        if key not in config:
-            raise UserError(f"{folder / CONFIG_FILE} has no {key!r}; was it written by save_pretrained?")
+    for key, kind, what in (("model", str, "name"), ("kwargs", dict, "object"), ("protocol", dict, "object")):
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{folder / CONFIG_FILE} has no {key!r} {what}; was it written by save_pretrained?")
     preprocess = _from_dict(PreprocessConfig, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
     protocol = _from_dict(ProtocolConfig, config["protocol"], folder / CONFIG_FILE)
     model = create_model(config["model"], **config["kwargs"])
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
-    return Pretrained(model.eval(), preprocess, protocol, _tokenizer(folder), config["model"], config["kwargs"])
+    tokenizer = _tokenizer(folder)
+    return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
 
 
 def _tokenizer(folder: Path) -> "SentenceTokenizer | None":
@@ -152,18 +154,16 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line that a library's error says, or its kind where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
-
-
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder. Raises UserError where they are absent, pickled or damaged."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        hint = f"; {pickled[0]} is a pickle: turn it into a model folder with launch/convert_checkpoint.py"
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}{hint if pickled else ''}")
+        if pickled:
+            fix = f"{pickled[0]} is a pickle: turn it into a model folder with launch/convert_checkpoint.py"
+        else:
+            fix = "copy or download the folder again"
+        raise UserError(f"{folder} has no {WEIGHTS_FILE}; {fix}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -205,8 +205,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _from_dict(kind: type[Config], values: dict[str, Any], path: Path) -> Config:
-    known = {f.name for f in fields(kind)}
-    for key in values:
+    known = get_type_hints(kind)
+    for key, value in values.items():
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}; it was written by another version of amltrain")
+        if not fits(value, known[key]):
+            raise UserError(f"{path}: {key} is {value!r}, not {type_name(known[key])}; correct it there")
     return kind(**values)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -112,8 +113,12 @@ def test_damaged_and_absent_files(tmp_path: Path):
     for name in ("half.pth", "page.pth"):
         with pytest.raises(UserError, match=name):
             read_official(tmp_path / name)
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match=r"none\.pth does not exist"):
         read_official(tmp_path / "none.pth")
+    for seed in range(20):
+        (tmp_path / "junk.pth").write_bytes(np.random.default_rng(seed).bytes(400))
+        with pytest.raises(UserError, match=r"junk\.pth is damaged or no checkpoint \([^\n]*\); download it again$"):
+            read_official(tmp_path / "junk.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(UserError, match="holds no weights; it has epoch"):
         read_official(tmp_path / "empty.pth")
@@ -193,3 +198,17 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         convert.main([*given, "--tokenizer", "none", "--entry", "ema"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'official.pth'} has no entry 'ema'; it has model\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "caris_tiny", "--kwargs", '{"vocab_size": "a"}', "--tokenizer", "none"], "vocab_size .* not int"),
+        (["--model", "caris_swin_base", "--tokenizer", "nobody/nothing"], "--tokenizer FOLDER, or --tokenizer none"),
+    ],
+)
+def test_mistakes_on_the_command_line_get_one_line(tmp_path: Path, capsys, flags: list[str], message: str):
+    torch.save({"model": WEIGHTS}, tmp_path / "official.pth")
+    with pytest.raises(SystemExit):
+        convert.main([*flags, "--file", str(tmp_path / "official.pth"), "--output", str(tmp_path / "ours")])
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)

@@ -84,6 +84,21 @@ def test_a_rotated_photo_is_seen_upright(scene, tmp_path: Path):
     assert iou(found[0].mask, truth) > 0.9
 
 
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_photo_of_16_bits_is_seen_as_one_of_8(scene, tmp_path: Path, upright: bool):
+    image, _ = scene
+    exif = Image.Exif()
+    exif[0x0112] = 1 if upright else 6
+    deep = Image.fromarray((np.asarray(image).astype(np.uint16) // 2) * np.uint16(257))
+    (deep if upright else deep.rotate(90, expand=True)).save(tmp_path / "deep.png", exif=exif)
+    expected = predictor()(image.point(lambda v: v // 2), "the bright one")[0]
+    for given in (read_image(tmp_path / "deep.png"), Image.open(tmp_path / "deep.png")):
+        assert np.array_equal(predictor()(given, "the bright one")[0].probability, expected.probability)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "depth.tif")
+    with pytest.raises(UserError, match=r"depth\.tif has float pixels"):
+        read_image(tmp_path / "depth.tif")
+
+
 def test_bad_input(scene, tmp_path: Path):
     with pytest.raises(UserError, match="a sentence is empty"):
         predictor()(scene[0], ["fine", " "])
@@ -95,8 +110,8 @@ def test_bad_input(scene, tmp_path: Path):
     for name in ("half.jpg", "text.jpg"):
         with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
             read_image(tmp_path / name)
-    with pytest.raises(UserError, match="no tokenizer files"):
-        Predictor(Pretrained(SeesBright(), PreprocessConfig(), ProtocolConfig(), None, "x", {}))
+    with pytest.raises(UserError, match="a/model has no tokenizer files"):
+        Predictor(Pretrained(SeesBright(), PreprocessConfig(), ProtocolConfig(), None, "x", {}, "a/model"))
 
 
 def test_the_model_sees_what_the_loader_would_give(scene):

@@ -145,6 +145,35 @@ def test_pickled_weights_are_never_opened(tmp_path: Path):
         load_pretrained(folder)
 
 
+def test_a_folder_without_weights_is_named(tmp_path: Path):
+    folder = save(tmp_path / "model", TwoLinears(4))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"{folder} has no model.safetensors; copy or download"):
+        load_pretrained(folder)
+
+
+def test_values_of_another_type_are_named(tmp_path: Path):
+    path = save(tmp_path / "model", TwoLinears(4)) / "config.json"
+    whole = json.loads(path.read_text())
+    for change, message in (
+        ({"protocol": whole["protocol"] | {"threshold": "x"}}, "threshold is 'x', not float or null"),
+        ({"protocol": whole["protocol"] | {"ties": "lt"}}, "ties is 'lt', not ge or gt or null"),
+        ({"protocol": []}, "has no 'protocol' object"),
+        ({"model": ["two_linears"]}, "has no 'model' name"),
+        ({"kwargs": {"width": "wide"}}, "argument width of model two_linears is 'wide', not int"),
+    ):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match=message):
+            load_pretrained(tmp_path / "model")
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path):
+    folder = save(tmp_path / "model", TwoLinears(4))
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"the tokenizer files in {folder} are missing or damaged"):
+        load_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

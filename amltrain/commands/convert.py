@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         preprocess = model_info(args.model).preprocess
         name = args.tokenizer or str(preprocess.tokenizer)
-        tokenizer = None if name == "none" else SentenceTokenizer.load(name, preprocess.max_tokens)
+        fix = "give --tokenizer FOLDER, or --tokenizer none to leave it out"
+        tokenizer = None if name == "none" else SentenceTokenizer.load(name, preprocess.max_tokens, fix)
         conversion = convert_official(
             args.model, args.file, args.output, kwargs=args.kwargs, entry=args.entry, tokenizer=tokenizer
         )

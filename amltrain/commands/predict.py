@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from amltrain.errors import UserError, one_line_errors
 from amltrain.predictor import Predictor, Segmentation, read_image
@@ -36,7 +36,7 @@ def predict(
     checkpoint: str, image: str, sentences: Sequence[str], output: str | Path, device: str | None = None
 ) -> list[Segmentation]:
     """Segment, write the pictures and print a line for each sentence."""
-    picture = ImageOps.exif_transpose(read_image(image)).convert("RGB")
+    picture = read_image(image)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = Predictor.from_pretrained(checkpoint, device)(picture, sentences)
     try:

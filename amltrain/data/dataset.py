@@ -11,6 +11,7 @@ import torch
 import torch.utils.data
 from PIL import Image
 
+from amltrain.data.images import to_rgb
 from amltrain.data.rows import Rows
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.text import SentenceTokenizer
@@ -188,13 +189,12 @@ class ReferDataset(torch.utils.data.Dataset):
     def picture(self, sample_id: int) -> Image.Image:
         """The sample's image at its own size, RGB, as the transform gets it."""
         part, row, _ = self._place(sample_id)
+        name = f"image {part.rows.columns.column('file_name')[row]} (row {row}) of {part.dataset}/{part.split}"
         try:
-            image = Image.open(io.BytesIO(part.rows.image_bytes(row))).convert("RGB")
+            image = to_rgb(Image.open(io.BytesIO(part.rows.image_bytes(row))), name)
         except (OSError, SyntaxError, TypeError) as error:
-            name = part.rows.columns.column("file_name")[row]
             raise UserError(
-                f"image {name} (row {row}) of the prepared {part.dataset}/{part.split} cannot be decoded ({error}); "
-                f"remove the prepared folder and prepare it again"
+                f"{name} cannot be decoded ({error}); remove the prepared folder and prepare it again"
             ) from error
         return image if self.perturb is None else self.perturb(image, sample_id)
 

@@ -16,11 +16,14 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line
 
 # loader processes are forked after the tokenizer was used; its own threads would then only warn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+TRAIN_WORDPIECE = (
+    "name a folder that has it, or set preprocess.tokenizer to wordpiece to build one from the training sentences"
+)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -54,14 +57,21 @@ class SentenceTokenizer:
         self.tokenizer.save_pretrained(str(folder))
 
     @classmethod
-    def load(cls, name: str | Path, max_tokens: int | None = None) -> "SentenceTokenizer":
-        """From a folder or a Hub id; without `max_tokens`, the length that `save` kept. Raises UserError."""
+    def load(cls, name: str | Path, max_tokens: int | None = None, fix: str = TRAIN_WORDPIECE) -> "SentenceTokenizer":
+        """From a folder or a Hub id; without `max_tokens`, the length that `save` kept.
+
+        fix: what to do where there is none. Raises UserError for one that cannot be had, or whose files are damaged.
+        """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # files that are no tokenizer's can raise almost anything
+            if Path(name).is_dir():
+                raise UserError(
+                    f"the tokenizer files in {name} are missing or damaged ({type(error).__name__}: "
+                    f"{first_line(error)}); copy or download them again"
+                ) from error
             raise UserError(
-                f"tokenizer {str(name)!r} is no folder and cannot be fetched from the Hub; name a folder that has it, "
-                f"or set preprocess.tokenizer to wordpiece to build one from the training sentences"
+                f"tokenizer {str(name)!r} is no folder and cannot be fetched from the Hub; {fix}"
             ) from error
         return cls(tokenizer, max_tokens or tokenizer.model_max_length)
 

@@ -7,10 +7,10 @@ def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from amltrain.config import PreprocessConfig, ProtocolConfig
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.models.base import RISModel
 
 
@@ -71,7 +71,7 @@ def model_builder(name: str) -> Callable[..., RISModel]:
 def create_model(name: str, **kwargs: Any) -> RISModel:
     """Build a registered model; `kwargs` are the builder's own keyword arguments.
 
-    Raises UserError for an unknown name or an argument that the builder does not take.
+    Raises UserError for an unknown name, and an argument that the builder does not take or that is of another type.
     """
     builder = model_builder(name)
     accepted = inspect.signature(builder).parameters
@@ -79,4 +79,8 @@ def create_model(name: str, **kwargs: Any) -> RISModel:
         if key not in accepted:
             error = unknown_name(f"argument of model {name}", key, accepted)
             raise UserError(f"{error} (model.kwargs.{key})")
+    kinds = get_type_hints(builder)
+    for key, value in kwargs.items():
+        if key in kinds and not fits(value, kinds[key]):
+            raise UserError(f"argument {key} of model {name} is {value!r}, not {type_name(kinds[key])}")
     return builder(**kwargs)

@@ -120,6 +120,10 @@ def test_damaged_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "half.safetensors").write_bytes(b"\x08")
     with pytest.raises(UserError, match=r"half\.safetensors is damaged"):
         read_state_dict(tmp_path / "half.safetensors")
+    (tmp_path / "page.pth").write_text("<html>too many downloads</html>")
+    with pytest.raises(UserError, match=r"^[^\n]*page\.pth is damaged or no checkpoint[^\n]*$") as error:
+        read_state_dict(tmp_path / "page.pth")
+    assert "weights_only" not in str(error.value)
     with pytest.raises(UserError, match=r"absent\.pth does not exist"):
         load_swin(swin(), str(tmp_path / "absent.pth"))
     torch.save({"epoch": 3}, tmp_path / "empty.pth")

@@ -1,19 +1,19 @@
 """Pretrained encoders, by timm or Hub name or from the official files. Files are read as tensors only: no code runs."""
 
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line
 from amltrain.models.backbones.swin import Swin
 
 
@@ -31,19 +31,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Takes the dict under "model" or "state_dict" where there is one, and drops a "module." prefix (DDP).
     Raises UserError for a file that is missing, damaged, holds code, or holds no tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; name a weights file")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} holds more than tensors, and is not read because it could run code: {error}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no weights file ({error}); download it again") from error
+    content = load_plain(path)
     for container in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
             content = content[container]
@@ -53,6 +41,30 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{path} holds no tensors")
     return tensors
+
+
+def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
+    """What a .safetensors or .pth/.pt/.bin file holds: tensors, plain containers and the classes of `allowed`.
+
+    Raises UserError for a file that is missing, damaged or holds anything else, which is not run.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a weights file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(
+                f"{path} holds a {refused[1]}; loading it could run code, so it is refused: "
+                "save its state dict alone in a new file"
+            ) from error
+        advice = isinstance(error, pickle.UnpicklingError)  # torch's own: to read the file with its code
+        reason = type(error).__name__ if advice else first_line(error).split(". ")[0]
+        raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from error
 
 
 def load_swin(swin: Swin, weights: str) -> None:
@@ -131,7 +143,7 @@ def timm_state(name: str) -> dict[str, Tensor]:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # timm and the Hub raise many kinds; all mean that the name gave no weights
         raise UserError(
-            f"vision encoder {name!r} is no weights file and timm cannot fetch it ({error}); "
+            f"vision encoder {name!r} is no weights file and timm cannot fetch it ({first_line(error)}); "
             f"download it where there is a network and name the file (model.vision_weights)"
         ) from error
 
