@@ -37,6 +37,8 @@ def read_hub_schema(source: str, dataset: str) -> ReferFiles:
     annotations: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(_rows(source)):
         place = f"{source}, row {number}"
+        if not row["image_path"]:
+            raise UserError(f"{place}: image_path is empty; download the data set again")
         image = {**_json(row, "raw_image_info", place), "file_name": Path(row["image_path"]).name}
         annotation = _json(row, "raw_anns", place)
         images |= by_id([image], "image", ("file_name", "height", "width"), place)

@@ -57,8 +57,6 @@ class _SkipLog:
         self._lost: list[Skipped] = []
         self._name, self._max_skipped = files.name, max_skipped
         self._total = sum(len(ref["sentences"]) for ref in files.refs)
-        if self._total == 0:
-            raise UserError(f"{files.name}: {files.place} holds no expression at all")
 
     def add(self, entries: Iterable[Skipped]) -> None:
         """Note them. Raises UserError."""

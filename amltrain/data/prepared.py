@@ -1,10 +1,13 @@
 """Open prepared data: a local folder or a Hub repository of the same layout, memory-mapped or as a stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
@@ -19,21 +22,33 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
     prepared: the folder that holds `<dataset>/<split>-*.parquet`, or a Hub data set id with the same files.
     Raises UserError when they are not there, saying what is.
     """
-    is_local = local_shards(prepared, dataset, split) is not None
+    shards = local_shards(prepared, dataset, split)
     files = {split: [f"{dataset}/{split}-*.parquet"]}
     try:
+        for shard in shards or ():  # `datasets` would fill a column that is not there with nulls
+            check_columns(shard, pq.read_schema(shard).names)
         with _quiet():
             return datasets.load_dataset(
                 prepared, data_files=files, split=split, streaming=streaming, features=FEATURES
             )
-    except (OSError, ValueError, DatasetsError) as error:
-        why = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    except UserError:
+        raise
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        why = shorten(str(cause), 300)  # `datasets` prints whole schemas
         fix = (
             f"remove {prepared}/{dataset} and prepare it again"
-            if is_local
+            if shards is not None
             else "it is no folder here either: run launch/prepare_data.py first"
         )
         raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
+
+
+def check_columns(place: str, columns: Sequence[str]) -> None:
+    """Raise UserError unless a Parquet file has the columns of prepared data."""
+    missing = sorted(set(FEATURES) - set(columns))
+    if missing:
+        raise UserError(f"{place} has no column {', '.join(missing)}; make it with launch/prepare_data.py")
 
 
 def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:

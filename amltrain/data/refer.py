@@ -8,7 +8,8 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +85,8 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged or no JSON ({error}); download it again") from error
 
 
-def read_refer(root: Path, dataset: str) -> ReferFiles:
-    """Read the files of `dataset` under a REFER root. Raises UserError naming the file and what it lacks."""
+def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:
+    """Where the refs and the instances of `dataset` lie under a REFER root. Raises UserError if one is missing."""
     spec = dataset_spec(dataset)
     folder = root / spec.folder
     candidates = [folder / f"{spec.refs_name}{ending}" for ending in (".p", ".json")]
@@ -96,6 +97,13 @@ def read_refer(root: Path, dataset: str) -> ReferFiles:
         raise UserError(
             f"{folder} has no {wanted.name}; put {dataset}'s original files there (docs/data.md says where to get them)"
         )
+    return refs_path, instances_path
+
+
+def read_refer(root: Path, dataset: str) -> ReferFiles:
+    """Read the files of `dataset` under a REFER root. Raises UserError naming the file and what it lacks."""
+    spec = dataset_spec(dataset)
+    refs_path, instances_path = refer_paths(root, dataset)
     refs = load_pickle(refs_path) if refs_path.suffix == ".p" else load_json(refs_path)
     instances = load_json(instances_path)
     for key in ("images", "annotations", "categories"):
@@ -104,35 +112,71 @@ def read_refer(root: Path, dataset: str) -> ReferFiles:
     if not isinstance(refs, list):
         raise UserError(f"{refs_path} holds a {type(refs).__name__}, not a list of refs")
     check_refs(refs, str(refs_path))
+    place = str(instances_path)
     return ReferFiles(
         dataset,
         spec,
         refs,
-        by_id(instances["images"], "image", ("file_name", "height", "width"), str(instances_path)),
-        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), str(instances_path)),
-        {key: entry["name"] for key, entry in by_id(instances["categories"], "category", ("name",), "").items()},
+        by_id(instances["images"], "image", ("file_name", "height", "width"), place),
+        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), place),
+        {key: entry["name"] for key, entry in by_id(instances["categories"], "category", ("name",), place).items()},
         {path.name: sha256(path) for path in (refs_path, instances_path)},
-        str(instances_path),
+        place,
     )
 
 
 def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
-    """Entries by their `id`. Raises UserError for one that has no id or lacks a key."""
+    """Entries by their `id`. Raises UserError for one that lacks a key, or whose value cannot be used."""
     for number, entry in enumerate(entries):
-        missing = [key for key in ("id", *keys) if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise UserError(f"{place}: {kind} number {number} has no {missing[0]!r}; download the file again")
+        _check_entry(entry, ("id", *keys), f"{kind} number {number}", place)
     return {entry["id"]: entry for entry in entries}
 
 
 def check_refs(refs: Sequence[Any], place: str) -> None:
-    """Raise UserError for a ref or a sentence that lacks a key."""
+    """Raise UserError for a ref or a sentence that lacks a key or whose value cannot be used, and for no sentence."""
     for number, ref in enumerate(refs):
-        for key in ("ref_id", "image_id", "ann_id", "split", "sentences"):
-            if not isinstance(ref, dict) or key not in ref:
-                raise UserError(f"{place}: ref number {number} has no {key!r}; download the file again")
-        if any(not isinstance(sentence, dict) or "sent_id" not in sentence for sentence in ref["sentences"]):
-            raise UserError(f"{place}: ref {ref['ref_id']} has a sentence without 'sent_id'; download the file again")
+        _check_entry(ref, ("ref_id", "image_id", "ann_id", "split", "sentences"), f"ref number {number}", place)
+        for sentence in ref["sentences"]:
+            _check_entry(sentence, ("sent_id",), f"a sentence of ref {ref['ref_id']}", place)
+    if not any(ref["sentences"] for ref in refs):
+        raise UserError(f"{place} holds no sentence at all; download the file again")
+
+
+def _check_entry(entry: Any, keys: Sequence[str], what: str, place: str) -> None:
+    """Raise UserError unless the entry has the keys, with values that can be used."""
+    for key in keys:
+        if not isinstance(entry, dict) or key not in entry:
+            raise UserError(f"{place}: {what} has no {key!r}; download the file again")
+        fits, wanted = _VALUES.get(key, (lambda value: True, ""))
+        if not fits(entry[key]):
+            raise UserError(f"{place}: {what} has {key!r} {reprlib.repr(entry[key])}, not {wanted}; mend the file")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_side(value: Any) -> bool:
+    return _is_id(value) and value > 0
+
+
+def _is_ann_id(value: Any) -> bool:
+    return _is_id(value) or (isinstance(value, list) and all(map(_is_id, value)))
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("id", "ref_id", "sent_id", "image_id", "category_id"), (_is_id, "a whole number")),
+    **dict.fromkeys(("height", "width"), (_is_side, "a whole number above 0")),
+    **dict.fromkeys(("split", "file_name", "name"), (lambda value: isinstance(value, str), "a text")),
+    "ann_id": (_is_ann_id, "a whole number or a list of them"),
+    "bbox": (_is_box, "four numbers"),
+    "sentences": (lambda value: isinstance(value, list), "a list"),
+}
+"""What the values of an entry have to be, and how to say it. A segmentation is judged where it is read."""
 
 
 def sha256(path: Path) -> str:
@@ -178,8 +222,8 @@ def _referent(
     name, skipped = f"ref {ref['ref_id']} of image {image['id']}", []
     sentences = []
     for sentence in ref["sentences"]:
-        sent = str(sentence.get("sent", "")).strip()
-        raw = str(sentence.get("raw", sent)).strip()
+        sent = str(sentence.get("sent") or "").strip()
+        raw = str(sentence.get("raw") or sent).strip()
         if sent or raw:
             sentences.append({"sent_id": sentence["sent_id"], "sent": sent or raw.lower(), "raw": raw or sent})
         else:

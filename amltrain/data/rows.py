@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from amltrain.data.prepared import local_shards, open_prepared
+from amltrain.data.prepared import check_columns, local_shards, open_prepared
 from amltrain.data.schema import FEATURES
 from amltrain.errors import UserError
 
@@ -69,9 +69,7 @@ class StreamedRows:
         for url in tqdm(self.urls, desc="read index", unit="file", leave=False, disable=len(self.urls) < 2):
             with _Reading(url), _open(url) as file:
                 parquet = pq.ParquetFile(file, pre_buffer=True)
-                missing = sorted(set(FEATURES) - set(parquet.schema_arrow.names))
-                if missing:
-                    raise UserError(f"{url} has no column {', '.join(missing)}; make it with launch/prepare_data.py")
+                check_columns(url, parquet.schema_arrow.names)
                 self._metadata.append(parquet.metadata)
                 tables.append(parquet.read(columns=_SMALL))
         self.columns = pa.concat_tables(tables)

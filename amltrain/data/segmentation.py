@@ -83,10 +83,12 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
         return "a polygon has fewer than 3 points"  # pycocotools would read four numbers as a box
     if len(polygon) % 2:
         return "a polygon has an odd number of coordinates"
+    if not all(isinstance(coordinate, (int, float)) for coordinate in polygon):
+        return "a polygon has a coordinate that is no number"
     try:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
-        return "a polygon has a coordinate that is no number"
+    except OverflowError:  # an integer of hundreds of digits
+        return "a polygon lies far outside the image"
     if not np.isfinite(points).all():
         return "a polygon has a coordinate that is no finite number"
     side = max(height, width)
@@ -95,9 +97,12 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
     return None
 
 
-def _run_lengths(rle: dict[str, Any], height: int, width: int) -> Rle:
-    if list(rle.get("size", [])) != [height, width]:
-        raise BrokenSegmentationError(f"its run lengths are for size {rle.get('size')}, the image is {[height, width]}")
+def _run_lengths(rle: Any, height: int, width: int) -> Rle:
+    if not isinstance(rle, dict):
+        raise BrokenSegmentationError("it mixes run lengths and polygons")
+    size = rle.get("size")
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise BrokenSegmentationError(f"its run lengths are for size {size}, the image is {[height, width]}")
     counts = rle.get("counts")
     if isinstance(counts, bytes):
         counts = counts.decode("ascii", errors="replace")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from amltrain.data.segmentation import decode_rle, referent_mask
 from amltrain.data.splits import dataset_spec
+from amltrain.errors import UserError
 
 COLOURS = {
     "red": (208, 48, 44),
@@ -40,6 +41,8 @@ TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "big")
 PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 SPLIT_SIZES = {"train": 4000, "val": 250, "testA": 250, "testB": 250, "test": 250}
+SMALLEST_SCENE = 16
+"""Side in pixels; below half of it a shape may cover no pixel."""
 IMAGE_FOLDER = "images/mscoco/images/train2014"
 
 Point = tuple[float, float]
@@ -82,10 +85,11 @@ def write_refshapes(
     """Write one flavour under a REFER root and return its annotation folder.
 
     split_sizes: scenes per split; splits that the flavour does not have are ignored. size: side in pixels.
-    testB scenes are more crowded than the others.
+    testB scenes are more crowded than the others. Raises UserError, before anything is written.
     """
     spec = dataset_spec(flavour)
     root, sizes = Path(root), {**SPLIT_SIZES, **(split_sizes or {})}
+    _check_request({split: sizes[split] for split in spec.splits}, size, seed)
     image_folder = root / IMAGE_FOLDER
     image_folder.mkdir(parents=True, exist_ok=True)
     scenes = [(split, number) for split in spec.splits for number in range(sizes[split])]
@@ -126,6 +130,17 @@ def write_refshapes(
     else:
         (folder / f"{spec.refs_name}.p").write_bytes(pickle.dumps(refs, protocol=2))
     return folder
+
+
+def _check_request(split_sizes: dict[str, int], size: int, seed: int) -> None:
+    empty = [split for split, scenes in split_sizes.items() if scenes < 1]
+    if empty:
+        option = "train" if empty[0] == "train" else "evaluation"
+        raise UserError(f"data.shapes.{option} is {split_sizes[empty[0]]}; a split needs at least 1 scene")
+    if size < SMALLEST_SCENE:
+        raise UserError(f"data.shapes.size is {size}; the shapes need scenes of at least {SMALLEST_SCENE} pixels")
+    if seed < 0:
+        raise UserError(f"data.shapes.seed is {seed}; choose 0 or more")
 
 
 def _sentences(sentences: list[str], first: int) -> dict[str, Any]:

@@ -115,6 +115,7 @@ def spoilt(tmp_path: Path, **changes: Any) -> str:
         ({"raw_anns": '{"id": 1'}, "hub, row 1: raw_anns is no JSON"),
         ({"raw_anns": "[1]"}, "hub, row 1: raw_anns is no JSON object"),
         ({"raw_image_info": '{"id": 1, "height": 3}'}, "hub, row 1: image number 0 has no 'width'"),
+        ({"image_path": ""}, "hub, row 1: image_path is empty"),
     ],
 )
 def test_damaged_rows_are_named(changes: dict, message: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from amltrain.data.prepared import open_prepared
@@ -39,6 +40,14 @@ def test_what_is_not_there_is_said(prepared: str, tmp_path: Path) -> None:
             open_prepared(place, "refshapes", "val")
     with pytest.raises(UserError, match="refshapes has no split 'vall'"):
         open_prepared(prepared, "refshapes", "vall")
+
+
+def test_a_missing_column_is_said(prepared: str, tmp_path: Path) -> None:
+    (source,) = Path(prepared).glob("refshapes/val-*")
+    (tmp_path / "refshapes").mkdir()
+    pq.write_table(pq.read_table(source).drop_columns("referents"), tmp_path / "refshapes" / source.name)
+    with pytest.raises(UserError, match=rf"refshapes/{source.name} has no column referents; make it with"):
+        open_prepared(str(tmp_path), "refshapes", "val")
 
 
 def test_a_truncated_file_is_said(prepared: str, tmp_path: Path) -> None:

@@ -47,6 +47,13 @@ def test_refs_of_ones_own_may_be_json(tmp_path: Path) -> None:
     assert [groups(read_refer(tmp_path, "refcoco"), split) for split in original.spec.splits] == expected
 
 
+def test_a_sentence_without_its_raw_form_is_used_as_it_is(tmp_path: Path) -> None:
+    original = Original(tmp_path)
+    original.refs[0]["sentences"][0]["raw"] = None
+    (referent,) = groups(read_refer(original.write().root, "refcoco"))[0].referents
+    assert referent["sentences"][0]["raw"] == "the square"
+
+
 def test_real_images_and_sentences(shared_dir: Path) -> None:
     """The counts that the data's own notes give, and boxes that fit the masks."""
     for dataset, expected in (
@@ -135,6 +142,16 @@ def spoil_refs(original: Original, content: bytes) -> None:
 
 def drop_key(original: Original, kind: str, key: str) -> None:
     del getattr(original, kind)[1][key]
+    write_annotations(original)
+
+
+def set_key(original: Original, kind: str, key: str, value: object) -> None:
+    getattr(original, kind)[1][key] = value
+    write_annotations(original)
+
+
+def write_annotations(original: Original) -> None:
+    """Without the images, whose files need a size."""
     (original.folder / "instances.json").write_text(
         json.dumps({"images": original.images, "annotations": original.annotations, "categories": []})
     )
@@ -154,6 +171,25 @@ def drop_key(original: Original, kind: str, key: str) -> None:
         (lambda o: drop_key(o, "refs", "split"), r"refs\(unc\)\.p: ref number 1 has no 'split'"),
         (lambda o: drop_key(o, "images", "height"), r"instances\.json: image number 1 has no 'height'"),
         (lambda o: drop_key(o, "annotations", "segmentation"), "annotation number 1 has no 'segmentation'"),
+        (lambda o: spoil_refs(o, pickle.dumps([])), r"refs\(unc\)\.p holds no sentence at all"),
+        (
+            lambda o: set_key(o, "refs", "sentences", None),
+            r"refs\(unc\)\.p: ref number 1 has 'sentences' None, not a li",
+        ),
+        (lambda o: set_key(o, "refs", "sentences", [3]), r"a sentence of ref 1002 has no 'sent_id'"),
+        (lambda o: set_key(o, "refs", "split", 3), "ref number 1 has 'split' 3, not a text"),
+        (
+            lambda o: set_key(o, "refs", "ann_id", ["x"]),
+            r"ref number 1 has 'ann_id' \['x'\], not a whole number or a li",
+        ),
+        (
+            lambda o: set_key(o, "images", "height", "480"),
+            "image number 1 has 'height' '480', not a whole number above 0",
+        ),
+        (
+            lambda o: set_key(o, "annotations", "bbox", [1, 2]),
+            r"annotation number 1 has 'bbox' \[1, 2\], not four numb",
+        ),
     ],
 )
 def test_damaged_files_are_named(spoil, message: str, tmp_path: Path) -> None:

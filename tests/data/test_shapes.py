@@ -12,6 +12,7 @@ from amltrain.data.prepare import prepare
 from amltrain.data.prepared import open_prepared
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.shapes import COLOURS, FORMS, SIZES, TEXTURES, Scene, draw_scene, expressions, write_refshapes
+from amltrain.errors import UserError
 
 FLAVOURS = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
 KINDS = {word: kind for kind, words in
@@ -138,3 +139,24 @@ def test_more_scenes_leave_the_first_ones_as_they_are(tmp_path: Path) -> None:
         write_refshapes(tmp_path / name, split_sizes=sizes, size=48, progress=False)
     images = "images/mscoco/images/train2014/COCO_train2014_000000000002.jpg"
     assert (tmp_path / "few" / images).read_bytes() == (tmp_path / "many" / images).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"split_sizes": {"train": 0}}, r"data\.shapes\.train is 0; a split needs at least 1 scene"),
+        ({"split_sizes": {"testB": -5}}, r"data\.shapes\.evaluation is -5"),
+        ({"size": 4}, r"data\.shapes\.size is 4; the shapes need scenes of at least 16 pixels"),
+        ({"seed": -1}, r"data\.shapes\.seed is -1"),
+    ],
+)
+def test_scenes_that_cannot_be_drawn_leave_nothing_behind(request_: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        write_refshapes(tmp_path / "refer", progress=False, **request_)
+    assert not (tmp_path / "refer").exists()
+
+
+def test_the_smallest_scenes_are_whole(tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("train", "val", "testA", "testB"), 20)
+    write_refshapes(tmp_path / "refer", split_sizes=sizes, size=16, progress=False)
+    assert prepare("refshapes", tmp_path / "refer", tmp_path / "prepared", progress=False)["skipped"] == []
