@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from amltrain.errors import UserError
+from amltrain.ranges import check_ranges
 
 Fields = TypeVar("Fields")
 
@@ -342,6 +343,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.hub.push != "never" and not self.hub.repo:
             raise UserError(f"hub.push={self.hub.push} needs --hub.repo user/name")
+        check_ranges(self)
 
 
 def override(defaults: Fields, own: Fields) -> Fields:
@@ -376,9 +378,10 @@ def _parser(prog: str) -> ArgumentParser:
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train a referring image segmentation model. Without arguments: configs/quickstart.yaml. "
-        "A --config file holds what is listed here; any value can be given on the command line as well, "
-        "e.g. --model.name caris_swin_base --aml.enabled false --train.global_batch_size 16.",
+        description="Train a referring image segmentation model. A --config file holds what is listed here; any value "
+        "can be given on the command line as well, e.g. --model.name caris_swin_base --aml.enabled false "
+        "--train.global_batch_size 16. Without a --config it is configs/quickstart.yaml that the flags change, "
+        "with one the defaults listed here.",
     )
     parser.add_argument("--config", action="config", help="YAML file with a run; give several to layer them.")
     parser.add_class_arguments(RunConfig)

@@ -17,13 +17,16 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For a command line: a UserError ends the program with its message alone on stderr and exit code 2."""
+    """For a command line: a UserError ends the program with its message alone on stderr and code 2, Ctrl-C with 130."""
     try:
         yield
     except UserError as error:
         message = str(error).rsplit(f"{UserError.__name__}: ", 1)[-1]  # a loader's worker wraps it in its own trace
         print(f"error: {message.strip()}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

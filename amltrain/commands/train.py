@@ -11,10 +11,12 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these arguments (default: the command line's); without any, the quickstart."""
+    """Run with these arguments (default: the command line's); without a --config they change the quickstart."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        arguments = ["--config", str(QUICKSTART), *arguments]
     with one_line_errors():
-        config = parse_config(arguments or ["--config", str(QUICKSTART)])
+        config = parse_config(arguments)
         from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
 
         train(config)

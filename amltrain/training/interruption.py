@@ -1,9 +1,10 @@
-"""Being asked to stop: SIGTERM or SIGUSR1 from a scheduler, or the run's own time limit.
+"""Being asked to stop: SIGTERM or SIGUSR1 from a scheduler, the run's own time limit, or Ctrl-C.
 
 A request is only noted here. The loop looks at it once a step, together with all other processes, saves and leaves with
 exit code 75 (EX_TEMPFAIL: try again later), so that the next start goes on exactly there. While there is
 nothing to save, which is while it evaluates, a run leaves at once. Launchers of several processes turn every exit code
-into 1; the file `requeue` in the output folder says the same to them.
+into 1; the file `requeue` in the output folder says the same to them. Ctrl-C saves too, and leaves with 130, which no
+scheduler takes for a wish to go on; a second one ends the run where it stands.
 """
 
 import signal
@@ -12,10 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 REQUEUE_EXIT_CODE = 75
 REQUEUE_FILE = "requeue"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption:
@@ -47,7 +50,16 @@ class Interruption:
         finally:
             self._leave = None
 
+    def leave(self, output: Path) -> NoReturn:
+        """End this process with the exit code that says why."""
+        if self.reason == CTRL_C:
+            raise SystemExit(CTRL_C_EXIT_CODE)
+        mark_requeue(output, True)  # by whichever process leaves: another may not get that far
+        raise SystemExit(REQUEUE_EXIT_CODE)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == CTRL_C:
+            raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
         if self._leave is not None:
             self._leave()

@@ -1,12 +1,14 @@
-"""What a step that was not finite has already changed, taken back; and what it consisted of."""
+"""What a step that was not finite has already changed, taken back; what it consisted of; and weights that went bad."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from amltrain.data.dataset import ReferDataset
+from amltrain.errors import UserError
 
 
 class NormStatistics:
@@ -35,3 +37,15 @@ def describe_samples(dataset: ReferDataset, sample_ids: Iterable[int]) -> list[d
         {"sample_id": sample_id, "dataset": info.dataset, "image_id": info.image_id, "ref_id": info.ref_id}
         for sample_id, info in infos
     ]
+
+
+def check_weights(weights: Mapping[str, Tensor], step: int, last_good: str) -> None:
+    """Raise UserError if a weight is NaN or infinite: an optimizer may spoil them though every gradient was finite."""
+    floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    finite = torch.stack([tensor.isfinite().all().cpu() for tensor in floats.values()]) if floats else torch.ones(1)
+    if not finite.all():
+        name = list(floats)[int(finite.logical_not().nonzero()[0])]
+        raise UserError(
+            f"the weights are not finite after step {step} ({name}) and were not saved; lower optim.lr or raise "
+            f"optim.eps (last good checkpoint: {last_good})"
+        )

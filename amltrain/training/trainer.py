@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from amltrain.config import RunConfig, save_config
+from amltrain.config import RunConfig
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.errors import UserError
@@ -31,10 +31,11 @@ from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.engines import build_accelerator, is_sharded, model_weights, on_main_process, skip_bad_steps
-from amltrain.training.interruption import REQUEUE_EXIT_CODE, Interruption, mark_requeue
+from amltrain.training.interruption import Interruption
 from amltrain.training.mishaps import explained, release
-from amltrain.training.nonfinite import NormStatistics, describe_samples
+from amltrain.training.nonfinite import NormStatistics, check_weights, describe_samples
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
+from amltrain.training.output import check_shared, prepare_output, write_config
 from amltrain.training.progress import Progress
 from amltrain.training.setup import build_parts, ensure_prepared, write_model_folder
 from amltrain.training.tracking import History, banner, say, start_trackers
@@ -81,8 +82,8 @@ class Trainer:
         self.config, self.output = config, Path(config.output)
         self.accelerator, self.plan = build_accelerator(config)
         self.publisher: Publisher | None = None
-        self.resume_from: Path | None = on_main_process(self.accelerator, self._prepare_output)
-        self._check_shared_folder()
+        self.resume_from: Path | None = on_main_process(self.accelerator, self._open_output)
+        check_shared(self.accelerator, self.output)
         on_main_process(self.accelerator, lambda: ensure_prepared(config.data, self.say))
         on_cuda = self.accelerator.device.type == "cuda"
         self.parts = build_parts(config, processes=self.plan.processes, on_cuda=on_cuda, resume_from=self.resume_from)
@@ -191,11 +192,14 @@ class Trainer:
         self.say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, samples {ids}")
         self.history.add(step, {"skipped_samples": describe_samples(self.parts.dataset, ids)})
         if self.progress.bad_in_a_row >= self.config.train.max_bad_steps:
-            good = [str(path) for path in checkpoints.checkpoints(self.output)[-1:]] or ["none yet"]
             raise UserError(
                 f"{self.progress.bad_in_a_row} steps in a row were not finite; lower optim.lr, or use bf16 instead of "
-                f"fp16 (last good checkpoint: {good[0]})"
+                f"fp16 (last good checkpoint: {self._last_good()})"
             )
+
+    def _last_good(self) -> str:
+        """The newest checkpoint: weights that are not finite are never saved."""
+        return next((str(path) for path in reversed(checkpoints.checkpoints(self.output))), "none yet")
 
     def _after_step(self, stats: StepStats, bar: tqdm) -> None:
         """Log, save, leave if asked, evaluate."""
@@ -263,6 +267,7 @@ class Trainer:
     def _save(self) -> None:
         step, progress = self.progress.step, self.progress
         weights = model_weights(self.accelerator, self.task) if self.ema is None else self.ema.module.state_dict()
+        on_main_process(self.accelerator, lambda: check_weights(weights, step, self._last_good()))
         results = [r for r in self.results if r.provenance["step"] == step]
         progress.saved = step
         path = checkpoints.save_checkpoint(
@@ -308,6 +313,7 @@ class Trainer:
         self.task.train()
         if self.resume_from is not None:
             self._resume(self.resume_from)
+        on_main_process(accelerator, lambda: write_config(config))
         self.history = History(self.output / "log.jsonl", self.progress.step, enabled=accelerator.is_main_process)
         start_trackers(accelerator, config, self.progress.step)
         self.say(banner(config, self.parts, accelerator, self.plan, self.total_steps))
@@ -404,23 +410,9 @@ class Trainer:
             raise UserError("give train.epochs or train.max_steps")
         return max(1, self.config.train.epochs * len(self.parts.dataset) // self.plan.samples)
 
-    def _prepare_output(self) -> Path | None:
-        """Make the output folder ready, on the main process; the checkpoint to go on from."""
+    def _open_output(self) -> Path | None:
         self.publisher = build_publisher(self.config.hub, self.say)
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            resume_from = checkpoints.find_resumable(self.output, self.config.resume, self.say)
-            checkpoints.remove_leftovers(self.output)
-            mark_requeue(self.output, False)
-            save_config(self.config, self.output / "config.yaml")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.output}: {error.strerror}; choose another --output") from error
-        return resume_from
-
-    def _check_shared_folder(self) -> None:
-        """Every machine must see what the main process writes, or some of a checkpoint would lie elsewhere."""
-        if not (self.output / "config.yaml").is_file():
-            raise UserError(f"{self.output} is not shared by all machines; choose an --output on a common file system")
+        return prepare_output(self.config, self.say)
 
     def _log(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.progress.step)
@@ -428,10 +420,10 @@ class Trainer:
 
     def _leave(self) -> None:
         self.say(
-            f"asked to stop ({self.interruption.reason or 'by another process'}): saved at step {self.progress.step}"
+            f"asked to stop ({self.interruption.reason or 'by another process'}): saved at step {self.progress.step}; "
+            f"the same command goes on from there"
         )
-        mark_requeue(self.output, True)  # by whichever process leaves: another may not get that far
-        raise SystemExit(REQUEUE_EXIT_CODE)
+        self.interruption.leave(self.output)
 
     def _finish(self) -> None:
         p, folders = self.progress, f"{self.output}/last/model"

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from amltrain.data.prepare import prepare
 from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.interruption import REQUEUE_EXIT_CODE
+from amltrain.training.interruption import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 STEPS, SAVES_EVERY, EVALUATES_EVERY = 16, 4, 8
@@ -187,6 +187,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "kill -9 in an evaluation": signalled_in_evaluation(signal.SIGKILL, -signal.SIGKILL),
     "SIGTERM": signalled(signal.SIGTERM, REQUEUE_EXIT_CODE),
     "SIGUSR1": signalled(signal.SIGUSR1, REQUEUE_EXIT_CODE),
+    "Ctrl-C": signalled(signal.SIGINT, CTRL_C_EXIT_CODE),
     "SIGTERM in an evaluation": signalled_in_evaluation(signal.SIGTERM, REQUEUE_EXIT_CODE),
     "time limit": out_of_time,
     "disk full in a save": planted(sabotage.full_disk, USER_ERROR, last=SAVES),

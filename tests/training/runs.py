@@ -23,20 +23,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from amltrain.config import RunConfig, parse_config
 from amltrain.training.trainer import train
 
+SHORT_RUN = Path(__file__).with_name("short_run.yaml")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["amltrain.training.trainer", "amltrain.commands.train", "torch._dynamo", "deepspeed"])
 
 
 def arguments(prepared: Path, output: Path, *extra: str) -> list[str]:
-    """A run of 8 steps of 8 samples that saves every 2."""
-    return [
-        *("--output", str(output), "--data.prepared", str(prepared), "--data.workers", "0"),
-        *("--preprocess.size", "64", "--train.max_steps", "8", "--train.global_batch_size", "8"),
-        *("--train.log_every", "1", "--evaluation.every_steps", "8", "--evaluation.batch_size", "8"),
-        *("--evaluation.pictures", "0", "--checkpoint.every_steps", "2", "--checkpoint.keep", "9"),
-        *("--optim.lr", "1e-3", "--tracking.trackers", "[]", "--model.kwargs.text_dropout", "0.1"),
-        *extra,
-    ]
+    """A short run with these flags on top."""
+    return ["--config", str(SHORT_RUN), "--output", str(output), "--data.prepared", str(prepared), *extra]
 
 
 def run(prepared: Path, output: Path, *extra: str) -> RunConfig:

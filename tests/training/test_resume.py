@@ -78,7 +78,7 @@ def test_the_best_stays_the_best(
     monkeypatch.chdir(tmp_path)
     runs.run(shapes, Path("run"), "--train.max_steps", "2", "--evaluation.every_steps", "1")
     saved = checkpoints.load_trainer_state(Path("run/last"))
-    runs.run(shapes, Path("run"), "--train.max_steps", "3", "--optim.lr", "0", "--evaluation.every_steps", "1")
+    runs.run(shapes, Path("run"), "--train.max_steps", "3", "--evaluation.every_steps", "1")
     resumed = checkpoints.load_trainer_state(Path("run/last"))
     assert "going on from run/step-000002" in capsys.readouterr().out
     assert (resumed["best"], resumed["best_step"]) == (saved["best"], saved["best_step"])

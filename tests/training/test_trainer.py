@@ -43,6 +43,16 @@ def test_steps_that_are_not_finite_leave_no_trace(
         runs.run(shapes, tmp_path / "stops", "--train.max_bad_steps", "2")
 
 
+def test_weights_that_are_not_finite_are_never_saved(shapes: Path, tmp_path: Path) -> None:
+    """An update of 0 / 0 spoils them, though its loss and gradient were finite."""
+    runs.run(shapes, tmp_path, "--train.max_steps", "2")
+    branch = tmp_path / "branch"
+    without_eps = ("--optim.eps", "0", "--optim.clip_norm", "1e-30", "--model.checkpoint", str(tmp_path / "last"))
+    with pytest.raises(UserError, match=r"weights are not finite after step 1 .* \(last good checkpoint: none yet\)"):
+        runs.run(shapes, branch, *without_eps, "--checkpoint.every_steps", "1")
+    assert not checkpoints.checkpoints(branch)
+
+
 def test_out_of_memory_names_the_ways_out(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_optimizer_step", Trainer._optimizer_step)
     sabotage.out_of_memory(1)

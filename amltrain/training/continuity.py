@@ -1,0 +1,82 @@
+"""Whether a checkpoint may go on under a config that has changed since: what would make it another run is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from amltrain.config import RunConfig
+from amltrain.errors import UserError
+from amltrain.pretrained import TRAINING_FILE
+from amltrain.training.provenance import recipe
+
+FREE = (
+    "aml.cache_scores",
+    "aml.diagnostics_every",
+    "checkpoint",
+    "data.max_skipped",
+    "data.streaming",
+    "evaluation.batch_size",
+    "evaluation.every_steps",
+    "evaluation.max_samples",
+    "evaluation.patience",
+    "evaluation.pictures",
+    "evaluation.protocol",
+    "evaluation.shuffle_sentences",
+    "evaluation.splits",
+    "model.gradient_checkpointing",
+    "train.compile",
+    "train.log_every",
+    "train.max_bad_steps",
+    "train.micro_batch_size",
+    "train.time_limit",
+)
+"""Keys and groups of keys that change nothing about what is learnt."""
+SAID = ("train.epochs", "train.max_steps", "train.mixed_precision")
+"""Keys that do, and that one may mean to change: the length of the run, with its schedule, and the precision."""
+
+
+def check_recipe(checkpoint: Path, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Compare a run's config with the one that the checkpoint was made with, and say what differs.
+
+    Raises UserError naming the first key that a resumed run may not change.
+    """
+    path = checkpoint / "model" / TRAINING_FILE
+    if not path.is_file():
+        return
+    before = _flat(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    now = _flat(json.loads(json.dumps(recipe(config))))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or _belongs(key, FREE) or not _comparable(key, before, now):
+            continue
+        change = f"{checkpoint} was made with {key} {_shown(before, key)}, not {_shown(now, key)}"
+        if key not in SAID:
+            raise UserError(
+                f"{change}; set it back, or start anew in another --output (from these weights with "
+                f"--model.checkpoint {checkpoint / 'model'})"
+            )
+        say(f"WARNING: {change}; the run goes on with the new value")
+
+
+def _comparable(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """A key that only one of the two has belongs to another version of amltrain, unless users name such keys."""
+    return (key in before and key in now) or ".kwargs." in key
+
+
+def _belongs(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return json.dumps(values.get(key)).strip('"')
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
