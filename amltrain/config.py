@@ -6,6 +6,7 @@ the only code that knows the config library.
 
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from amltrain.config_files import check_config_files, groups_of
 from amltrain.errors import UserError
 from amltrain.ranges import check_ranges
 
@@ -80,6 +82,13 @@ class DataConfig:
         if self.datasets in (["combined"], ["combined-unfiltered"]):
             self.leak_filter = self.leak_filter and self.datasets == ["combined"]
             self.datasets = list(COMBINED)
+        if not self.datasets:
+            raise UserError("data.datasets is empty; name at least one data set")
+        twice = {name for name in self.datasets if self.datasets.count(name) > 1}
+        if twice:
+            raise UserError(
+                f"data.datasets names {', '.join(sorted(twice))} more than once; data.weights says how much"
+            )
 
 
 @dataclass
@@ -357,6 +366,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "launch/train
 
     Raises UserError for a key or a value that does not fit, naming it. `--help` and `--print_config` print and exit.
     """
+    check_config_files(sys.argv[1:] if argv is None else argv, groups_of(RunConfig))
     parser = _parser(prog)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
@@ -402,8 +412,12 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         key, reasons, given = value.groups()
         choices = re.findall(r"Literal\[([^\]]*)\]", reasons)
         types = re.findall(r"Expected an? <class '(\w+)'>", reasons)
-        expected = [*choices, *types] or [reasons.strip(" .\n")]
-        return f"{key}: {given} does not fit; expected {' or '.join(expected).replace('NoneType', 'null')}"
+        expected = list(dict.fromkeys([*choices, *types])) or [reasons.strip(" .\n")]
+        sentence = f"{key}: {given} does not fit; expected {' or '.join(expected).replace('NoneType', 'null')}"
+        return sentence + (f", e.g. '[{given}]'" if "list" in types and given[:1] != "[" else "")
+    part = re.search(r'key "([^"]+)":\s+Unable to load config \'([^\']+)\'', message)
+    if part:
+        return "{}: {} is no part file that can be read; give a YAML file's path, or single keys".format(*part.groups())
     return " ".join(message.split())
 
 

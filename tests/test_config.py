@@ -57,7 +57,12 @@ def test_a_saved_run_repeats(tmp_path: Path) -> None:
         (["--train.epochs", "many"], "train.epochs: many"),
         (["--aml.preset", "papr"], "'paper', 'released'"),
         (["--hub.push", "best"], "--hub.repo"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "--config: could not read nowhere.yaml"),
+        (["--model", "nowhere.yaml"], "model: nowhere.yaml is no part file"),
+        (["--evaluation.splits", "val"], "expected list, e.g. '[val]'"),
+        (["--train.mixed_precision", "fp32"], "fp32 does not fit; expected 'no', 'fp16', 'bf16' or null"),
+        (["--data.datasets", "[refcoco,refcocog,refcoco]"], "data.datasets names refcoco more than once"),
+        (["--data.datasets", "[]"], "data.datasets is empty"),
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], named: str) -> None:

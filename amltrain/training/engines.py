@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
+    LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
@@ -25,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from amltrain.config import RunConfig, TrainConfig
-from amltrain.errors import UserError
+from amltrain.errors import UserError, unknown_name
 
 LONGEST_WAIT = timedelta(hours=2)  # for the process that prepares data sets while the others wait
 
@@ -57,8 +59,20 @@ def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
     return BatchPlan(processes, micro, total // (micro * processes))
 
 
+def check_trackers(names: list[str]) -> None:
+    """Raise UserError for a tracker that Accelerate does not know, or would leave out because it is not installed."""
+    known = [tracker.value for tracker in LoggerType if tracker != LoggerType.ALL]
+    available = [LoggerType(tracker).value for tracker in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise unknown_name("tracker (tracking.trackers)", name, known)
+        if name not in available:
+            raise UserError(f"tracking.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
 def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     """Accelerate with what this trainer relies on: the schedule is ours, accumulation ignores where an epoch ends."""
+    check_trackers(config.tracking.trackers)
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     on_cpu = told_cpu or not torch.accelerator.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1

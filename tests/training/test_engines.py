@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from amltrain.errors import UserError
 from amltrain.training import checkpoint as checkpoints
+from amltrain.training import engines
 from amltrain.training.interruption import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
@@ -105,3 +107,19 @@ def test_processes_agree_to_skip(shapes: Path, tmp_path: Path) -> None:
     assert (state["skipped"], state["bad_in_a_row"]) == (2, 0)
     assert all(torch.isfinite(tensor).all() for tensor in runs.weights(output).values())
     assert [len(line["skipped_samples"]) for line in runs.log(output) if "skipped_samples" in line] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("wandbb", r"unknown tracker \(tracking\.trackers\) 'wandbb'; did you mean .*wandb"),
+        ("wandb", "tracking.trackers: wandb is not installed; pip install wandb, or leave it out"),
+    ],
+)
+def test_a_tracker_that_cannot_be_used_stops_the_run_at_once(
+    named: str, message: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(UserError, match=message):
+        runs.run(shapes, tmp_path / "run", "--tracking.trackers", f"[tensorboard,{named}]")
+    assert not (tmp_path / "run").exists()
