@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
     "push": ("amltrain.commands.push", "publish a model on the HuggingFace Hub"),
     "convert": ("amltrain.commands.convert", "an official checkpoint -> a model folder"),
+    "benchmark": ("amltrain.commands.benchmark", "what AML costs, beside the baseline"),
     "models": ("amltrain.commands.models", "list the registered models"),
 }
 

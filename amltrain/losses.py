@@ -41,6 +41,26 @@ def create_loss(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"loss {name}: {error} (loss.kwargs)") from error
 
 
+def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> None:
+    """Refuse a loss that reads another number of channels than a model's logits have; None = not known.
+
+    A loss class says its number as `channels`, and `needs_heads` where it reads more than the logits.
+    """
+    wanted = getattr(loss, "channels", None)
+    if channels is None or wanted in (None, channels):
+        return
+    name = next((name for name, made in _LOSSES.items() if made is type(loss)), type(loss).__name__)
+    fitting = [
+        name
+        for name, made in sorted(_LOSSES.items())
+        if getattr(made, "channels", None) == channels and not hasattr(made, "needs_heads")
+    ]
+    raise UserError(
+        f"loss.name={name} reads logits of {wanted} channels and {model_name} gives {channels}; "
+        f"use {' or '.join(fitting)}, or leave loss.name out for the model's own loss"
+    )
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision becomes float32; float64 stays, so that a loss can be compared with one recorded in float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -61,6 +81,7 @@ class WeightedCrossEntropy(nn.Module):
     The logits are brought to the target's size; a pixel that is at least half covered is the referent's.
     """
 
+    channels = 2
     weight: Tensor
 
     def __init__(self, background_weight: float = 0.9, referent_weight: float = 1.1) -> None:
@@ -81,6 +102,8 @@ class BinaryCrossEntropy(nn.Module):
     The target is brought to the logits' size by nearest neighbour and keeps its soft edges.
     """
 
+    channels = 1
+
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 1, h, w], batch.target [B, H, W] uint8."""
         logits = output.logits.float()
@@ -99,6 +122,8 @@ class RegionLoss(nn.Module):
     of regions, is exactly 1.
     """
 
+    channels = 2
+    needs_heads = True
     weight: Tensor
 
     def __init__(
@@ -151,6 +176,9 @@ class GroupingLoss(nn.Module):
     Source: Tang et al., CVPR 2023, and its release (SooLab/CGFormer). Kept from it: the assignments, which are 0 or 1
     already, pass a sigmoid as if they were logits.
     """
+
+    channels = 1
+    needs_heads = True
 
     def __init__(self, assignment_weights: Sequence[float] = (0.001, 0.01, 0.1)) -> None:
         super().__init__()

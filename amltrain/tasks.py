@@ -24,6 +24,7 @@ from amltrain.aml.statistics import alignment_sums
 from amltrain.aml.temperature import Calibration, Reduce, solve_temperature, warn_if_literal
 from amltrain.config import AMLConfig
 from amltrain.errors import UserError
+from amltrain.losses import check_channels
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
@@ -250,6 +251,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def build_task(model: RISModel, loss: nn.Module, aml: AMLConfig) -> SupervisedTask | AMLTask:
     """The training task that a run's `aml` section asks for. Raises UserError for what this model cannot do."""
+    check_channels(loss, type(model).__name__, model.mask_channels)
     if not aml.enabled:
         return SupervisedTask(model, loss)
     chosen = resolve(aml)

@@ -33,13 +33,13 @@ def tint(
     image: Image.Image,
     mask: NDArray[np.bool_],
     colour: Colour = PREDICTION,
-    opacity: float = 0.45,
+    opacity: float = 0.25,
     side: int | None = None,
 ) -> Image.Image:
-    """Colour the masked pixels and outline them.
+    """Outline the masked pixels, with a white rim that shows on an object of the same colour, and tint them faintly.
 
-    image: RGB of any size; mask: [height, width] bool at that size; opacity: 0..1 of the fill; side: scale the longer
-    side to so many pixels first (outlines stay sharp on tiny images). Returns RGB.
+    image: RGB of any size; mask: [height, width] bool at that size; opacity: 0..1 of the fill, 0 = the outline alone;
+    side: scale the longer side to so many pixels first (outlines stay sharp on tiny images). Returns RGB.
     """
     image = image.convert("RGB")
     area = Image.fromarray(mask.astype(np.uint8) * 255)
@@ -50,10 +50,18 @@ def tint(
         area = area.resize(size, Image.Resampling.BILINEAR).point(lambda v: 255 if v > 127 else 0)
     fill = Image.new("RGB", image.size, colour)
     image = Image.composite(Image.blend(image, fill, opacity), image, area)
-    width = 2 * max(1, round(max(image.size) / 320)) + 1
-    inner = area.filter(ImageFilter.MinFilter(width))
-    edge = Image.fromarray(np.asarray(area) & ~np.asarray(inner))
-    return Image.composite(fill, image, edge)
+    width = max(1, round(max(image.size) / 110))
+    within, rim = _shrunk(area, width), _shrunk(area, width + max(1, width // 2))
+    image = Image.composite(Image.new("RGB", image.size, PAPER), image, _without(within, rim))
+    return Image.composite(fill, image, _without(area, within))
+
+
+def _shrunk(area: Image.Image, pixels: int) -> Image.Image:
+    return area.filter(ImageFilter.MinFilter(2 * pixels + 1))
+
+
+def _without(area: Image.Image, part: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(area) & ~np.asarray(part))
 
 
 def overlay(image: Image.Image, mask: NDArray[np.bool_], sentence: str, note: str = "") -> Image.Image:
@@ -68,11 +76,12 @@ def overlay(image: Image.Image, mask: NDArray[np.bool_], sentence: str, note: st
 def sheet(examples: Sequence[Example], columns: int = 2, side: int = 220) -> Image.Image:
     """Examples in a grid, each the truth (green, where there is one) beside the prediction (orange).
 
+    The truth is an outline alone, so that the objects keep the colours that sentences name.
     side: longest side of a picture in pixels. Returns a small blank page when there are no examples.
     """
     cells = []
     for e in examples:
-        panels = [] if e.truth is None else [(tint(e.image, e.truth, TRUTH, side=side), "truth")]
+        panels = [] if e.truth is None else [(tint(e.image, e.truth, TRUTH, opacity=0, side=side), "truth")]
         panels.append((tint(e.image, e.prediction, PREDICTION, side=side), f"prediction  {e.note}"))
         cells.append(_captioned(panels, e.sentence, _font(14), _font(12), side))
     if not cells:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amltrain.errors import UserError
-from amltrain.losses import create_loss, upsample_logits
+from amltrain.losses import check_channels, create_loss, upsample_logits
 from amltrain.records import Batch, ModelOutput
 
 
@@ -66,6 +66,13 @@ def test_losses_compute_in_float32_at_least(dtype: torch.dtype) -> None:
 
 def test_class_weights_are_not_part_of_a_checkpoint() -> None:
     assert create_loss("weighted_cross_entropy").state_dict() == {}
+
+
+def test_channels_that_are_not_known_are_not_checked() -> None:
+    check_channels(torch.nn.Identity(), "Mine", 2)
+    check_channels(create_loss("binary_cross_entropy"), "Mine", None)
+    with pytest.raises(UserError, match="Mine gives 2"):
+        check_channels(create_loss("binary_cross_entropy"), "Mine", 2)
 
 
 def test_what_a_user_may_get_wrong() -> None:

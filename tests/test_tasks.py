@@ -137,6 +137,18 @@ def test_the_models_limits_are_named() -> None:
         build_task(model, loss, AMLConfig(text="plain"))
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_loss_of_other_channels_is_refused(enabled: bool) -> None:
+    aml = AMLConfig(enabled=enabled)
+    for model, loss, fitting in (
+        ("caris_tiny", "binary_cross_entropy", "CARIS gives 2; use weighted_cross_entropy, or"),
+        ("cris_tiny", "weighted_cross_entropy", "CRIS gives 1; use binary_cross_entropy, or"),
+        ("rela_tiny", "cgformer", "ReLA gives 2; use weighted_cross_entropy, or"),
+    ):
+        with pytest.raises(UserError, match=f"loss.name={loss} reads logits of . channels and {fitting}"):
+            build_task(create_model(model), create_loss(loss), aml)
+
+
 def test_presets_can_be_overridden_field_by_field() -> None:
     task = make_task(preset="released", selection="patch", clean_loss_weight=0.0, rho=0.5)
     assert (task.selection, task.clean_loss_weight, task.rho, task.tau) == ("patch", 0.0, 0.5, 0.4)

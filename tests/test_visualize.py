@@ -24,6 +24,15 @@ def test_tint_outlines_and_fills_the_mask_only():
     assert np.array_equal(changed, MASK)
 
 
+def test_the_truth_leaves_colours_as_they_are():
+    yellow = Image.new("RGB", (60, 40), (255, 255, 0))
+    page = sheet([Example(yellow, "the yellow one", np.zeros_like(MASK), MASK)], side=120)
+    within = np.asarray(tint(yellow, MASK, TRUTH, opacity=0))[13:27, 18:42]
+    assert (within == (255, 255, 0)).all()
+    assert count(page, (255, 255, 0)) > 2 * 120 * 80 * 0.9  # the empty prediction is beside it
+    assert count(page, TRUTH) > 100
+
+
 def test_tint_scales_without_blurring_the_outline():
     big = tint(IMAGE, MASK, side=600)
     assert big.size == (600, 400)

@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from amltrain.commands.device import choose_device
 from amltrain.config import AMLConfig
 from amltrain.errors import UserError, one_line_errors
 from amltrain.losses import create_loss
@@ -288,14 +289,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_ranges(options: argparse.Namespace) -> None:
+    """Raise UserError naming the first flag whose number is too small; None is a default."""
+    smallest = {"size": 2, "batch": 1, "stage1_size": 1, "rounds": 1, "warmup": 0, "threads": 1}
+    for name, least in smallest.items():
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise UserError(f"--{name.replace('_', '-')} is {given}, but must be at least {least}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     with one_line_errors():
-        if min(options.batch, options.rounds) < 1:
-            raise UserError("--batch and --rounds must be at least 1")
+        check_ranges(options)
         if options.threads:
             torch.set_num_threads(options.threads)
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device(options.device)
         size = options.size or model_info(options.model).preprocess.size or 448
         configs = contenders(size, options.stage1_size)
         if options.count:

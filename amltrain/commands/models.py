@@ -1,12 +1,21 @@
-"""`amltrain models`: what is registered."""
+"""List the registered models: a Markdown table of name, parameters, paper, licence of the release, what AML scores.
+
+amltrain models
+"""
+
+import argparse
+from collections.abc import Sequence
 
 import torch
 
 from amltrain.models import create_model, list_models, model_info
 
 
-def main() -> None:
-    """Print a Markdown table: name, parameters, paper, release, what AML scores."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="amltrain models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args(arguments)
     print("| model | parameters (trained) | paper | licence of the release | AML scores |")
     print("| --- | ---: | --- | --- | --- |")
     for name in list_models():

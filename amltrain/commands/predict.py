@@ -9,12 +9,14 @@ the model is and how much of the image the mask covers.
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
+from amltrain.commands.device import choose_device
+from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError, one_line_errors
 from amltrain.predictor import Predictor, Segmentation, read_image
 from amltrain.visualize import overlay
@@ -37,8 +39,11 @@ def predict(
 ) -> list[Segmentation]:
     """Segment, write the pictures and print a line for each sentence."""
     picture = read_image(image)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = Predictor.from_pretrained(checkpoint, device)(picture, sentences)
+    predictor = Predictor.from_pretrained(checkpoint, choose_device(device))
+    for sentence in sentences:
+        for line in unread(predictor.tokenizer, sentence):
+            print(f"warning: {line}", file=sys.stderr)
+    found = predictor(picture, sentences)
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         for name, sentence, segmentation in zip(_names(image, sentences), sentences, found, strict=True):
@@ -49,6 +54,17 @@ def predict(
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror or error}") from error
     return found
+
+
+def unread(tokenizer: SentenceTokenizer, sentence: str) -> list[str]:
+    """A line for each reason why the model does not read a sentence as it was typed."""
+    lines = []
+    if cut := tokenizer.cut(sentence):
+        lines.append(f'"{sentence}" is cut after {tokenizer.max_tokens} tokens; not read: {cut}')
+    unknown = tokenizer.unknown(sentence)
+    if 2 * len(unknown) > len(sentence.split()):
+        lines.append(f'"{sentence}": the model\'s vocabulary lacks most of it: {" ".join(unknown)}')
+    return lines
 
 
 def describe(segmentation: Segmentation) -> str:

@@ -47,6 +47,20 @@ class SentenceTokenizer:
         input_ids[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return input_ids, torch.arange(self.max_tokens) < len(ids)
 
+    def cut(self, sentence: str) -> str:
+        """The words from the first that is cut, wholly or in part; empty where all are read."""
+        words = sentence.split()
+        room = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
+        read = len(words)
+        while read and len(self.tokenizer.encode(" ".join(words[:read]), verbose=False)) > room:
+            read -= 1
+        return " ".join(words[read:])
+
+    def unknown(self, sentence: str) -> list[str]:
+        """The words that have a piece that is not in the vocabulary; the model does not know them apart."""
+        unknown = self.tokenizer.unk_token_id
+        return [w for w in sentence.split() if unknown in self.tokenizer.encode(w, add_special_tokens=False)]
+
     @property
     def vocab_size(self) -> int:
         return len(self.tokenizer)

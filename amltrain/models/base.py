@@ -31,6 +31,8 @@ class RISModel(nn.Module):
     No device, rank, accelerator or config object inside; nothing but dropout, drop-path and batch norm depends on
     `self.training`. Parts that a release freezes have `requires_grad=False` from construction on.
 
+    mask_channels is the K of its logits [B, K, h, w], 2 for background and referent or 1; a loss is checked against it.
+
     Attributes for AML. A subclass must set alignment_dims; the others where it has more to offer.
     alignment_dims        (C_v, C_t), the widths of what `alignment_features` returns
     fused_dims            (C_v, C_t), the widths of aux["fused_visual"] and aux["fused_text"]; None = it gives neither
@@ -38,6 +40,7 @@ class RISModel(nn.Module):
     alignment_is_frozen   what `alignment_features` returns never changes in training
     """
 
+    mask_channels: int | None = None
     alignment_dims: tuple[int, int]
     fused_dims: tuple[int, int] | None = None
     supports_suppression: bool = False

@@ -251,6 +251,7 @@ def _init_linear(module: nn.Module) -> None:
 class CARIS(RISModel):
     """Swin, BERT with image prompts, and the fusion decoder; two-channel logits at stride 4."""
 
+    mask_channels = 2
     supports_suppression = True
 
     def __init__(

@@ -234,6 +234,7 @@ class CGFormer(EarlyFusionModel):
     """BERT, a Swin that reads it, and the grouping decoder."""
 
     backbone: LanguageSwin
+    mask_channels = 1
     supports_suppression = True
 
     def __init__(

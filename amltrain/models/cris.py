@@ -99,6 +99,7 @@ def _twice(x: Tensor) -> Tensor:
 class CRIS(RISModel):
     """CLIP ResNet and text, the pyramid and CRIS' decoder; one-channel logits at stride 4."""
 
+    mask_channels = 1
     supports_suppression = True
 
     def __init__(

@@ -152,6 +152,7 @@ def _init_aligner(module: nn.Module) -> None:
 class DETRIS(RISModel):
     """DINOv2 with dense aligners, CLIP text with adapters, CRIS' decoder; one-channel logits, four per patch side."""
 
+    mask_channels = 1
     supports_suppression = True
 
     def __init__(

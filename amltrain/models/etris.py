@@ -136,6 +136,7 @@ def _init_bridge(module: nn.Module) -> None:
 class ETRIS(RISModel):
     """CLIP's two towers with bridges, the neck and CRIS' decoder; one-channel logits at stride 4."""
 
+    mask_channels = 1
     supports_suppression = True
 
     def __init__(

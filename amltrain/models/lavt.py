@@ -89,6 +89,8 @@ class LevelDecoder(nn.Module):
 class LAVT(EarlyFusionModel):
     """BERT, a Swin that reads it, and the decoder."""
 
+    mask_channels = 2
+
     def __init__(
         self,
         *,

@@ -93,6 +93,7 @@ DROPS = [
 class ReLA(EarlyFusionModel):
     """Region queries over a pixel decoder over fused (Swin) or purely visual (ResNet-50) maps."""
 
+    mask_channels = 2
     supports_suppression = True
 
     def __init__(

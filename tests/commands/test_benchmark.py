@@ -56,7 +56,19 @@ def test_flops_of_full_size_caris() -> None:
     assert released / baseline < 2.0
 
 
-def test_bad_numbers_are_one_line(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--batch", "0", "--batch is 0, but must be at least 1"),
+        ("--rounds", "-1", "--rounds is -1, but must be at least 1"),
+        ("--size", "0", "--size is 0, but must be at least 2"),
+        ("--stage1-size", "0", "--stage1-size is 0, but must be at least 1"),
+        ("--threads", "0", "--threads is 0, but must be at least 1"),
+        ("--warmup", "-1", "--warmup is -1, but must be at least 0"),
+        ("--device", "foo", "there is no --device foo here"),
+    ],
+)
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture, flag: str, value: str, message: str) -> None:
     with pytest.raises(SystemExit):
-        main(["--batch", "0"])
-    assert "error: --batch and --rounds must be at least 1" in capsys.readouterr().err
+        main([flag, value])
+    assert capsys.readouterr().err.startswith(f"error: {message}")

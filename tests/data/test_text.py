@@ -65,6 +65,20 @@ def test_a_long_clip_sentence_keeps_its_end(clip_folder: Path) -> None:
     assert mask.tolist() == [True, True, True, False, False]
 
 
+def test_words_that_are_cut(bert_folder: Path, clip_folder: Path) -> None:
+    """Of BERT's style only words count: [SEP] is cut first. A word of which a part is cut counts as cut."""
+    assert SentenceTokenizer.load(bert_folder, 5).cut("the left red man") == ""
+    assert SentenceTokenizer.load(bert_folder, 4).cut("the left red man") == "man"
+    assert SentenceTokenizer.load(bert_folder, 4).cut("the left woman in red") == "woman in red"
+    assert SentenceTokenizer.load(clip_folder, 5).cut("a man a") == ""
+    assert SentenceTokenizer.load(clip_folder, 5).cut("a man a b") == "b"
+
+
+def test_words_that_are_unknown(bert_folder: Path, clip_folder: Path) -> None:
+    assert SentenceTokenizer.load(bert_folder, 8).unknown("the left zebra man") == ["zebra"]
+    assert SentenceTokenizer.load(clip_folder, 8).unknown("a man") == []
+
+
 def test_wordpiece_knows_frequent_words_whole_and_every_word_somehow() -> None:
     tokenizer = SentenceTokenizer.train_wordpiece(SENTENCES, 12, vocab_size=60)
     pieces = tokenizer.tokenizer.convert_ids_to_tokens(tokenizer("Left, MANED réd")[0].tolist())

@@ -219,6 +219,13 @@ def test_param_groups(name: str) -> None:
 
 
 @torch.no_grad()
+def test_channels_of_its_logits_and_its_loss(name: str, batch: Batch) -> None:
+    info = model_info(name)
+    channels = build(name).eval()(batch).logits.shape[1]
+    assert channels == build(name).mask_channels == create_loss(info.loss, **info.loss_kwargs).channels
+
+
+@torch.no_grad()
 def test_what_aml_scores(name: str, batch: Batch) -> None:
     model = build(name).eval()
     scored = model.alignment_features(batch)
