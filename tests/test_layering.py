@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = [
-    {"errors", "records", "randomness", "config", "config_files"},
+    {"errors", "records", "randomness", "config", "config_files", "ranges"},
     {"data", "models", "aml", "losses", "visualize"},
     {"tasks", "pretrained"},
     {"evaluation", "training", "predictor", "official", "hub", "model_card"},

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from amltrain.config import COMBINED
-from amltrain.data.leakage import combined_path, excluded_images, write_combined_manifest
+from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
 from amltrain.data.prepare import describe, prepare, prepare_files
+from amltrain.data.refer import refer_paths
 from amltrain.data.splits import DATASETS, dataset_spec
 from amltrain.errors import UserError, one_line_errors
 
@@ -60,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     with one_line_errors():
         names = list(dict.fromkeys(n for name in args.dataset for n in (COMBINED if name in GROUPS else [name])))
-        for name, source in zip(names, _sources(names, args), strict=True):
+        leak_filter = all(GROUPS.get(name, True) for name in args.dataset)
+        sources = _sources(names, args)
+        _check_options(names, args, leaves_out=len(names) > 1 and leak_filter)
+        _check_sources(names, sources, args.refer_root)
+        for name, source in zip(names, sources, strict=True):
             if dataset_spec(name).shares_images:
                 print(f"note: {name} trains and evaluates on the same images; the umd split (refcocog) does not")
             print(describe(_prepare(name, source, args)))
         if len(names) > 1:
-            leak_filter = all(GROUPS.get(name, True) for name in args.dataset)
             excluded = excluded_images(
                 str(args.output), names, also_held_out=args.also_held_out, held_out_ids=args.held_out_ids
             )
@@ -79,11 +83,43 @@ def _sources(names: Sequence[str], args: argparse.Namespace) -> list[str | None]
         if args.refer_root is None:
             raise UserError("give --refer_root, the folder with the original files, or --hub")
         return [None] * len(names)
+    if args.refer_root is not None:
+        raise UserError("--hub stands for --refer_root; leave one of them out (the images come from --image_root)")
     if args.image_root is None:
         raise UserError("--hub needs --image_root, the folder with COCO's train2014 images")
     if len(args.hub) != len(names):
         raise UserError(f"--hub names {len(args.hub)} sources for {len(names)} data sets ({', '.join(names)})")
     return list(args.hub)
+
+
+def _check_options(names: Sequence[str], args: argparse.Namespace, *, leaves_out: bool) -> None:
+    """Raise UserError for what would fail after all the images were read, or would do nothing."""
+    if not 0 <= args.max_skipped <= 1:
+        raise UserError(f"--max_skipped is {args.max_skipped}; it is a share of the expressions, from 0 to 1")
+    held_out = "--held_out_ids" if args.held_out_ids else "--also_held_out" if args.also_held_out else None
+    if held_out and not leaves_out:
+        raise UserError(
+            f"{held_out} leaves images out of a combined training, and {' '.join(args.dataset)} is none that does; "
+            f"drop it, or for one data set give it to the training (data.{held_out[2:]})"
+        )
+    if args.held_out_ids:
+        read_image_ids(args.held_out_ids)
+    for name in args.also_held_out:
+        dataset_spec(name)
+        if name not in names and not any((args.output / name).glob("*.parquet")):
+            raise UserError(f"--also_held_out {name}: {args.output / name} is not prepared; prepare it first")
+
+
+def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_root: Path) -> None:
+    """Raise UserError unless every data set's annotations are there, before the first one's images are read."""
+    for name, source in zip(names, sources, strict=True):
+        dataset_spec(name)
+        if source is None:
+            refer_paths(refer_root, name)
+        else:
+            from amltrain.data.hub_schema import check_source  # imports torchvision
+
+            check_source(source)
 
 
 def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,8 @@ jxu124/refcoco, jxu124/refcocoplus and jxu124/refcocog (umd) are the original fi
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,27 @@ def read_hub_schema(source: str, dataset: str) -> ReferFiles:
     return ReferFiles(dataset, spec, refs, images, annotations, _coco_categories(), {source: digest}, source)
 
 
-def _rows(source: str) -> Iterable[dict[str, Any]]:
-    """The rows of all splits, one split after the other."""
+def check_source(source: str) -> None:
+    """Raise UserError if a Hub data set cannot be reached, or a folder has no data. Reads no row."""
+    with _reaching(source):
+        datasets.load_dataset_builder(source)
+
+
+@contextmanager
+def _reaching(source: str) -> Iterator[None]:
     try:
-        splits = datasets.load_dataset(source)
+        yield
     except Exception as error:  # the library raises its own kinds beside OSError and ValueError
         raise UserError(
             f"could not read {source} ({' '.join(str(error).split())}); give a Hub data set id that can be reached, or "
             f"a folder with its Parquet files"
         ) from error
+
+
+def _rows(source: str) -> Iterable[dict[str, Any]]:
+    """The rows of all splits, one split after the other."""
+    with _reaching(source):
+        splits = datasets.load_dataset(source)
     for name, rows in splits.items():
         missing = [column for column in COLUMNS if column not in rows.column_names]
         if missing:

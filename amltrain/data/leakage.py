@@ -40,7 +40,10 @@ def excluded_images(
 def read_image_ids(path: Path) -> set[int]:
     """Image ids from a JSON list of numbers or of digit strings (PolyFormer's list has "000000000025")."""
     try:
-        return {int(entry) for entry in json.loads(path.read_text())}
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise TypeError(f"it holds a {type(entries).__name__}")
+        return {int(entry) for entry in entries}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no JSON list of image ids: {error}") from error
 

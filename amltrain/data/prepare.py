@@ -111,7 +111,8 @@ def prepare_files(
         images = find_images(files, Path(image_root))
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # one of several runs that start together prepares, the others find it done
+            # one of several runs that start together prepares, the others find it done; the lock's file stays, because
+            # removing it would give those that wait for it and those that come later two different locks
             with FileLock(folder.parent / f".{files.name}.lock"):
                 manifest = read_manifest(folder)
                 if manifest is None:

@@ -138,7 +138,8 @@ def test_names_in_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_list_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "ids.json").write_text('{"a": ["x"]}')
-    for path in (tmp_path / "ids.json", tmp_path / "missing.json"):
+    (tmp_path / "ids.json").write_text('["x"]')
+    (tmp_path / "table.json").write_text('{"25": "x"}')
+    for path in (tmp_path / "ids.json", tmp_path / "table.json", tmp_path / "missing.json"):
         with pytest.raises(UserError, match=f"{path.name} is no JSON list of image ids"):
             read_image_ids(path)

@@ -135,11 +135,60 @@ def test_a_dropped_polygon_is_reported_though_nothing_is_lost(tmp_path: Path) ->
         (["--dataset", "refcoc"], "unknown data set 'refcoc'; did you mean refcoco"),
         (["--dataset", "refcoco+"], "refcoco+ has no refs(unc).p; put refcoco+'s original files there"),
         (["--image_root", "/nowhere"], "found no image such as COCO_train2014_000000000001.jpg under /nowhere"),
-        (["--hub", "jxu124/refcoco"], "--hub needs --image_root"),
+        (["--hub", "jxu124/refcoco"], "--hub stands for --refer_root; leave one of them out"),
+        (["--max_skipped", "nan"], "--max_skipped is nan; it is a share"),
+        (["--max_skipped", "-1"], "--max_skipped is -1.0; it is a share"),
+        (
+            ["--held_out_ids", "ids.json"],
+            "--held_out_ids leaves images out of a combined training, and refcoco is none",
+        ),
+        (["--also_held_out", "grefcoco"], "give it to the training (data.also_held_out)"),
+        (["--dataset", "combined-unfiltered", "--held_out_ids", "ids.json"], "and combined-unfiltered is none"),
     ],
 )
 def test_wrong_arguments(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(capsys, Original(tmp_path).write(), *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "combined"], "refcoco+ has no refs(unc).p; put refcoco+'s original files there"),
+        (["--held_out_ids", "ids.json"], "ids.json is no JSON list of image ids"),
+        (["--also_held_out", "grefcoco"], "--also_held_out grefcoco: "),
+        (["--also_held_out", "grefcocoo"], "unknown data set 'grefcocoo'"),
+    ],
+)
+def test_a_late_fault_is_found_before_anything_is_read(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("refcoco", "refcocog"):
+        original = Original(tmp_path, name).write()
+    monkeypatch.setattr(module, "read_refer", lambda *_: pytest.fail("the annotations were read"))
+    assert message in refused(capsys, original, "--dataset", "refcoco", "refcocog", *options)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_annotations_from_the_hub_need_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--dataset", "refcoco", "--output", str(tmp_path / "prepared"), "--hub", "jxu124/refcoco"])
+    assert "--hub needs --image_root" in capsys.readouterr().err
+
+
+def test_an_empty_hub_folder_is_found_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "one" / "train.csv").write_text("no,referents")
+    hub = ["--hub", str(tmp_path / "one"), str(tmp_path / "two"), "--image_root", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        main(["--dataset", "refcoco", "refcocog", "--output", str(tmp_path / "prepared"), *hub])
+    assert f"could not read {tmp_path / 'two'}" in capsys.readouterr().err
 
 
 def test_no_image_folder_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
