@@ -56,7 +56,7 @@ def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> No
         if getattr(made, "channels", None) == channels and not hasattr(made, "needs_heads")
     ]
     raise UserError(
-        f"loss.name={name} reads logits of {wanted} channels and {model_name} gives {channels}; "
+        f"loss.name={name} reads {wanted}-channel logits and {model_name} gives {channels}; "
         f"use {' or '.join(fitting)}, or leave loss.name out for the model's own loss"
     )
 

@@ -145,7 +145,7 @@ def test_a_loss_of_other_channels_is_refused(enabled: bool) -> None:
         ("cris_tiny", "weighted_cross_entropy", "CRIS gives 1; use binary_cross_entropy, or"),
         ("rela_tiny", "cgformer", "ReLA gives 2; use weighted_cross_entropy, or"),
     ):
-        with pytest.raises(UserError, match=f"loss.name={loss} reads logits of . channels and {fitting}"):
+        with pytest.raises(UserError, match=f"loss.name={loss} reads .-channel logits and {fitting}"):
             build_task(create_model(model), create_loss(loss), aml)
 
 

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from amltrain.data.images import to_rgb
+
 Resize = Literal["square", "letterbox"]
 Normalization = Literal["imagenet", "clip", "half"]
 
@@ -44,7 +46,7 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image, mask: np.ndarray | None = None) -> Transformed:
         """image: any mode, (width, height) w x h; mask: [h, w] uint8, 0 or 1."""
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = image if image.mode == "RGB" else to_rgb(image)
         if self.resize == "square":
             pixels, target, geometry = self._square(image, mask)
         else:

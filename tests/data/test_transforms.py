@@ -91,3 +91,10 @@ def test_any_image_mode_is_read_as_rgb(mode: str, resize: str) -> None:
     assert result.target is None
     assert result.image.shape == (3, 32, 32) and result.image.dtype == torch.float32
     assert torch.equal(result.image, ImageTransform(32, resize)(image.convert("RGB")).image)
+
+
+def test_an_image_of_16_bits_is_the_one_of_8() -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+    deep = Image.fromarray(grey.astype(np.uint16) * np.uint16(257))
+    transform = ImageTransform(32)
+    assert torch.equal(transform(deep).image, transform(Image.fromarray(grey)).image)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line
 
 _DTYPES = {
     "FloatStorage": torch.float32,
@@ -92,8 +92,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             module = _Unpickler(archive, root).load()
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} holds more than a module's weights, and is not read: {error}") from error
-    except (zipfile.BadZipFile, StopIteration, KeyError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no TorchScript archive ({error}); download it again") from error
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise UserError(
+            f"{path} is damaged or no TorchScript archive ({first_line(error)}); download it again"
+        ) from error
     return dict(_tensors(module, ""))
 
 

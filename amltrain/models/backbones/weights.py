@@ -62,8 +62,9 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
                 f"{path} holds a {refused[1]}; loading it could run code, so it is refused: "
                 "save its state dict alone in a new file"
             ) from error
-        advice = isinstance(error, pickle.UnpicklingError)  # torch's own: to read the file with its code
-        reason = type(error).__name__ if advice else first_line(error).split(". ")[0]
+        reason = first_line(error).split(". ")[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch then advises to run the file's code
+            reason = "it holds something that is not plain data"
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from error
 
 
