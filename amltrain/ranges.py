@@ -12,6 +12,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "data.workers": (0, ANY),
     "data.max_skipped": (0, 1),
+    "data.shapes.train": (1, ANY),
+    "data.shapes.evaluation": (1, ANY),
+    "data.shapes.size": (16, ANY),  # amltrain.data.shapes.SMALLEST_SCENE
+    "data.shapes.seed": (0, ANY),
     "preprocess.size": (1, ANY),
     "preprocess.max_tokens": (1, ANY),
     "optim.lr": (0, ANY),

@@ -15,6 +15,8 @@ from amltrain.ranges import RANGES, check_ranges
         ("optim.clip_norm", "0", "optim.clip_norm is 0.0 and must be more than 0"),
         ("optim.betas", "[1.5,0.9]", "optim.betas is 1.5 and must lie between 0 and 1"),
         ("optim.milestones", "[30]", "optim.milestones is 30.0 and must lie between 0 and 1"),
+        ("data.shapes.train", "0", "data.shapes.train is 0 and must be at least 1"),
+        ("data.shapes.size", "4", "data.shapes.size is 4 and must be at least 16"),
         ("train.max_steps", "0", "train.max_steps is 0 and must be at least 1"),
         ("train.global_batch_size", "-4", "train.global_batch_size is -4 and must be at least 1"),
         ("evaluation.protocol.threshold", "2", "evaluation.protocol.threshold is 2.0 and must lie between 0 and 1"),
