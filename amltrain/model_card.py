@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from amltrain.evaluation.results import Results, table
 from amltrain.models.registry import ModelInfo, model_info
-from amltrain.pretrained import CONFIG_FILE, TRAINING_FILE
+from amltrain.pretrained import CONFIG_FILE, read_training
 
 HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0", "GPL-3.0": "gpl-3.0"}
 TASK = "referring image segmentation"
@@ -28,7 +28,7 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
     protocol and counts.
     """
     model = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]
-    training = json.loads((folder / TRAINING_FILE).read_text()) if (folder / TRAINING_FILE).is_file() else None
+    training = read_training(folder)
     info = model_info(model)
     aml = training is not None and training["recipe"]["aml"]["enabled"]
     data = ModelCardData(

@@ -154,6 +154,12 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """How the model of a folder was trained (recipe, commit, hardware, versions); None where nothing says so."""
+    path = folder / TRAINING_FILE
+    return _read_json(path) if path.is_file() else None
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a model folder. Raises UserError where they are absent, pickled or damaged."""
     path = folder / WEIGHTS_FILE

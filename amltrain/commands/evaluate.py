@@ -3,7 +3,7 @@
     accelerate launch launch/evaluate.py --checkpoint runs/caris/best/model --data.datasets [refcoco] --splits val testA
 
 Prints a table and writes results.json (with the protocol inside) and a sheet of predictions. The scores are the same at
-any number of processes.
+any number of processes. Without --data.datasets it scores on the data sets that the model was trained on.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturb
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.evaluation.results import Results, table, write_results
-from amltrain.pretrained import Pretrained, load_pretrained
+from amltrain.pretrained import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.ranges import ANY, check_number
 from amltrain.training.engines import on_main_process
-from amltrain.training.setup import ensure_prepared
+from amltrain.training.setup import check_scenes, ensure_prepared
 
 
 def build_parser() -> ArgumentParser:
@@ -41,8 +42,11 @@ def build_parser() -> ArgumentParser:
         default=["val"],
         help="splits, e.g. val testA; `refcoco+:val` names the data set",
     )
-    parser.add_argument("--output", type=str, default="evaluation", help="folder for results.json and pictures")
+    parser.add_argument(
+        "--output", type=str | None, help="folder for results.json and pictures; null = evaluation/ and the checkpoint"
+    )
     parser.add_class_arguments(DataConfig, "data")
+    parser.set_defaults({"data.datasets": []})
     parser.add_argument(
         "--preset", type=str | None, help="score as this release does: lavt, caris, cris, detris, rela, ..."
     )
@@ -68,11 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parser = build_parser()
         try:
+            checkpoint = parser.parse_args(arguments).checkpoint
+            parser.set_defaults(_as_trained(checkpoint))
             args = parser.instantiate(parser.parse_args(arguments))
         except UserError:
             raise
         except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
             raise UserError(one_line(str(error), parser)) from error
+        _check_flags(args)
         results = evaluate(args)
         if PartialState().is_main_process:
             print(table(results))
@@ -81,21 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def evaluate(args: Namespace) -> list[Results]:
     """Score every split under every perturbation; every process returns the same results, the main one writes them."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    output = Path(args.output or _default_output(args.checkpoint))
     pretrained = load_pretrained(args.checkpoint)
     model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
     on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print))
+    check_scenes(args.data)
     protocol = override(named_protocol(args.preset) if args.preset else pretrained.protocol, args.protocol)
     results: list[Results] = []
     for perturbation in _perturbations(args):
-        for name, loader in _loaders(args, pretrained, protocol, perturbation).items():
+        loaders = _loaders(args, pretrained, protocol, perturbation)
+        on_main_process(accelerator, lambda: _make_folder(output))  # before minutes of scoring, not after
+        for name, loader in loaders.items():
             result = evaluate_model(
                 accelerator, model, loader, protocol, pictures=args.pictures, provenance=_provenance(args, perturbation)
             )
             results.append(result)
             if accelerator.is_main_process:  # after every split, so that a long evaluation that dies leaves what it had
-                write_results(Path(args.output) / "results.json", results)
+                write_results(output / "results.json", results)
                 picture = "-".join([name.replace(":", "-"), *([perturbation.name] if perturbation else [])])
-                save_picture(prediction_sheet(result, loader.dataset), Path(args.output) / f"{picture}.png")
+                save_picture(prediction_sheet(result, loader.dataset), output / f"{picture}.png")
     return results
 
 
@@ -128,9 +139,46 @@ def _loaders(
 
 
 def _provenance(args: Namespace, perturbation: Perturbation | None) -> dict[str, Any]:
+    training = read_training(find_model_folder(args.checkpoint))
+    data = training["recipe"]["data"] if training else {}
     return {
         "checkpoint": args.checkpoint,
+        "trained_on": data.get("datasets"),
+        "train_split": data.get("train_split"),
+        "leak_filter": data.get("leak_filter"),
+        "commit": training["commit"] if training else None,
         "max_samples": args.max_samples,
         "perturbation": perturbation.describe() if perturbation else None,
         "seed": args.seed,
     }
+
+
+def _as_trained(checkpoint: str) -> dict[str, Any]:
+    """Defaults of the data to score on: what the model was trained on, as its folder says."""
+    training = read_training(find_model_folder(checkpoint))
+    if training is None:
+        return {}
+    data = training["recipe"]["data"]
+    shapes = {f"data.shapes.{key}": value for key, value in data["shapes"].items()}
+    return {"data.datasets": data["datasets"], "data.mask_parts": data["mask_parts"], **shapes}
+
+
+def _check_flags(args: Namespace) -> None:
+    if args.severity is not None and not args.perturbations:
+        raise UserError("--severity is of perturbations; give --perturbations as well")
+    for flag, low in (("batch_size", 1), ("max_samples", 1), ("pictures", 0), ("severity", 0)):
+        check_number(f"--{flag}", args[flag], low, ANY)
+    check_number("--protocol.threshold", args.protocol.threshold, 0, 1)
+
+
+def _default_output(checkpoint: str) -> str:
+    """evaluation/RUN-best for RUN/best/model, evaluation/user-name for a Hub repository."""
+    parts = [part for part in Path(checkpoint).parts if part not in ("/", "..", "model")]
+    return str(Path("evaluation") / "-".join(parts[-2:]))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,7 +127,17 @@ def table(results: Sequence[Results]) -> str:
             lines.append(f"{name}: {count['empty_unions']} samples with an empty union count as IoU 0.")
         if count.get("not_finite"):
             lines.append(f"{name}: the logits of {count['not_finite']} samples are NaN or infinite!")
+        lines += [f"{name}: {seen}" for seen in _seen_in_training(r)]
     return "\n".join(lines)
+
+
+def _seen_in_training(result: Results) -> Iterator[str]:
+    """What a reader must know of scores on data that the model may have learnt."""
+    trained_on = result.provenance.get("trained_on") or []
+    if result.dataset in trained_on and result.split == result.provenance.get("train_split"):
+        yield "the model was trained on this split."
+    elif len(trained_on) > 1 and not result.provenance.get("leak_filter", True):
+        yield f"trained on {', '.join(trained_on)} without the leak filter: images of this split may be among them."
 
 
 def _label(result: Results) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from amltrain.config import RunConfig
 from amltrain.errors import UserError
-from amltrain.pretrained import TRAINING_FILE
+from amltrain.pretrained import read_training
 from amltrain.training.provenance import recipe
 
 FREE = (
@@ -41,10 +41,10 @@ def check_recipe(checkpoint: Path, config: RunConfig, say: Callable[[str], None]
 
     Raises UserError naming the first key that a resumed run may not change.
     """
-    path = checkpoint / "model" / TRAINING_FILE
-    if not path.is_file():
+    training = read_training(checkpoint / "model")
+    if training is None:
         return
-    before = _flat(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    before = _flat(training["recipe"])
     now = _flat(json.loads(json.dumps(recipe(config))))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or _belongs(key, FREE) or not _comparable(key, before, now):

@@ -63,6 +63,11 @@ def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
                 f"launch/prepare_data.py --dataset {name}"
             )
         say(describe(manifest))
+
+
+def ensure_training_data(data: DataConfig, say: Callable[[str], None]) -> None:
+    """Prepare what is missing, and write down what combined training drops."""
+    ensure_prepared(data, say)
     if len(data.datasets) > 1:
         path = combined_path(data.prepared, data.datasets, data.leak_filter)
         say(write_combined_manifest(path, data.prepared, data.datasets, leaks(data)))

@@ -37,7 +37,7 @@ from amltrain.training.nonfinite import NormStatistics, check_weights, describe_
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
 from amltrain.training.output import check_shared, prepare_output, write_config
 from amltrain.training.progress import Progress
-from amltrain.training.setup import build_parts, ensure_prepared, write_model_folder
+from amltrain.training.setup import build_parts, ensure_training_data, write_model_folder
 from amltrain.training.tracking import History, banner, say, start_trackers
 from amltrain.training.validation import best_value, check_best_metric, evaluate_splits
 
@@ -84,7 +84,7 @@ class Trainer:
         self.publisher: Publisher | None = None
         self.resume_from: Path | None = on_main_process(self.accelerator, self._open_output)
         check_shared(self.accelerator, self.output)
-        on_main_process(self.accelerator, lambda: ensure_prepared(config.data, self.say))
+        on_main_process(self.accelerator, lambda: ensure_training_data(config.data, self.say))
         on_cuda = self.accelerator.device.type == "cuda"
         self.parts = build_parts(config, processes=self.plan.processes, on_cuda=on_cuda, resume_from=self.resume_from)
         check_best_metric(config.evaluation, list(self.parts.eval_loaders))

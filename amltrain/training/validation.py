@@ -31,6 +31,7 @@ def evaluate_splits(
         "step": step,
         "seed": config.seed,
         "trained_on": config.data.datasets,
+        "train_split": config.data.train_split,
         "leak_filter": config.data.leak_filter,
         "weights": "raw" if config.train.ema_decay is None else "ema",
         "max_samples": config.evaluation.max_samples,

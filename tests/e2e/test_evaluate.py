@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from amltrain.commands.evaluate import main
-from amltrain.config import DataConfig, EvaluationConfig
+from amltrain.config import DataConfig, EvaluationConfig, RunConfig
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer
 from amltrain.data.prepare import prepare
 from amltrain.evaluation.evaluator import evaluate_model
@@ -96,6 +98,9 @@ def test_data_that_is_not_prepared_yet_is(run: Path, shared_dir: Path, tmp_path:
         (["--protocol.frame", "orig"], "protocol.frame"),
         (["--perturbations", "fog"], "unknown perturbation 'fog'"),
         (["--chekpoint", "x"], "chekpoint"),
+        (["--severity", "2"], "give --perturbations"),
+        (["--batch_size", "0"], "--batch_size is 0 and must be at least 1"),
+        (["--data.datasets", "[]"], "data.datasets is empty"),
     ],
 )
 def test_mistakes_get_one_line(
@@ -108,6 +113,33 @@ def test_mistakes_get_one_line(
     assert message in said[-1]
     assert said[-1].startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_scoring(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(options(run, tmp_path / "file" / "out"))
+    said = capsys.readouterr().err
+    assert "choose another --output" in said and "evaluate:" not in said
+
+
+def test_a_model_that_knows_its_data_is_scored_on_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """And the table says where training and scores meet."""
+    recipe = asdict(RunConfig(data=DataConfig(datasets=["refcoco"], train_split="testB", mask_parts="exclusive")))
+    shutil.copytree(run / "last", tmp_path / "run" / "last")
+    training = {"recipe": recipe, "commit": "abc", "hardware": "", "versions": {}}
+    (tmp_path / "run" / "last" / "model" / "training.json").write_text(json.dumps(training))
+    monkeypatch.chdir(tmp_path)
+    given = ["--checkpoint", "run/last/model", "--data.prepared", str(run / "prepared"), "--data.workers", "0"]
+    main([*given, "--splits", "testB", "--max_samples", "3"])
+    result = json.loads(Path("evaluation/run-last/results.json").read_text())["results"][0]
+    assert (result["dataset"], result["protocol"]["mask_parts"]) == ("refcoco", "exclusive")
+    assert (result["provenance"]["trained_on"], result["provenance"]["train_split"]) == (["refcoco"], "testB")
+    assert "refcoco testB: the model was trained on this split." in capsys.readouterr().out
 
 
 @pytest.mark.e2e
