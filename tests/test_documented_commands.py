@@ -1,0 +1,67 @@
+"""Every command that README and docs show is one that today's programs take."""
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from amltrain.cli import COMMANDS
+from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
+from amltrain.config import parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md"]
+PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
+PARSERS: dict[str, Callable[[list[str]], object]] = {
+    "train": parse_config,
+    "evaluate": evaluate.build_parser().parse_args,
+    "predict": predict.build_parser().parse_args,
+    "prepare": prepare.build_parser().parse_args,
+    "convert": convert.build_parser().parse_args,
+    "benchmark": benchmark.build_parser().parse_args,
+    "push": push.build_parser().parse_args,
+}
+SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
+STAND_INS = {
+    "configs/models/NAME.yaml": "configs/models/lavt_tiny.yaml",
+    "configs/models/my_model_tiny.yaml": "configs/models/lavt_tiny.yaml",
+    "RECIPE.yaml": "configs/quickstart.yaml",
+    "SEED": "1",
+}
+
+
+def commands(page: str) -> Iterator[str]:
+    """The lines of code on a page that start one of our programs; continued lines joined."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        code = re.match(r"(?:    |)((?:[A-Z_]+=\S+ +)*(?:python|accelerate launch|torchrun|amltrain) .*)", line)
+        if code and re.search(r"launch/\w+\.py|amltrain \w+ -", code[1]):
+            yield code[1]
+
+
+SHOWN = [(page, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), SHOWN)
+def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    words = [STAND_INS.get(word, word) for word in shlex.split(command, comments=True) if word != "…"]
+    program = next(i for i, word in enumerate(words) if word == "amltrain" or word.startswith("launch/"))
+    if words[program] == "amltrain":
+        name, arguments = words[program + 1], words[program + 2 :]
+        assert name in COMMANDS
+    else:
+        assert os.path.isfile(words[program])
+        script = Path(words[program]).stem
+        name, arguments = SCRIPTS.get(script, script), words[program + 1 :]
+    if {"--help", "--print_config"} & set(arguments):
+        return
+    PARSERS[name](arguments)
+
+
+def test_they_are_found() -> None:
+    assert {page for page, _ in SHOWN} >= {"README.md", "docs/data.md", "docs/aml.md", "docs/evaluation.md"}
+    assert len(SHOWN) > 20
