@@ -42,7 +42,7 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
         "batch": str(plan),
         "steps": f"{total_steps:,} ({epochs:.1f} epochs)",
-        "precision": precision_of(accelerator),
+        "precision": precision_of(accelerator).replace("no", "fp32"),
         "device": _device(accelerator),
         "output": config.output,
     }
@@ -51,7 +51,8 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
 
 def _device(accelerator: Accelerator) -> str:
     """Where a run computes; `accelerate launch` gives it one CPU thread unless told otherwise."""
-    name = f"{accelerator.device}, {accelerator.distributed_type.value.lower()}"
+    spread = "one process" if accelerator.num_processes == 1 else accelerator.distributed_type.value.lower()
+    name = f"{accelerator.device}, {spread}"
     if accelerator.device.type != "cpu":
         return name
     threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
