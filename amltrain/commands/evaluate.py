@@ -6,6 +6,7 @@ Prints a table and writes results.json (with the protocol inside) and a sheet of
 any number of processes. Without --data.datasets it scores on the data sets that the model was trained on.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch.utils.data import DataLoader
 
 from amltrain.config import DataConfig, EvaluationConfig, ProtocolConfig, one_line, override
+from amltrain.config_files import Groups, check_config_files
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import evaluate_model
@@ -71,6 +73,8 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parser = build_parser()
+        groups: Groups = {"data": DataConfig, "protocol": ProtocolConfig}
+        check_config_files(sys.argv[1:] if arguments is None else arguments, groups)
         try:
             checkpoint = parser.parse_args(arguments).checkpoint
             parser.set_defaults(_as_trained(checkpoint))

@@ -16,6 +16,7 @@ from amltrain.data.dataset import ReferDataset
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, leaks
 from amltrain.data.prepare import describe, prepare, read_manifest
+from amltrain.data.refer import refer_paths
 from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.data.splits import check_split
 from amltrain.data.text import SentenceTokenizer
@@ -47,22 +48,30 @@ def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
         check_split(name, data.train_split)
     if not prepared.exists() and data.prepared.count("/") == 1 and data.refer_root is None and not _synthetic(data):
         return  # a Hub data set
-    for name in data.datasets:
-        if read_manifest(prepared / name) is not None:
-            continue
+    missing = [name for name in data.datasets if read_manifest(prepared / name) is None]
+    for name in missing:  # of every one, before the first takes its minutes
+        _check_source(name, data)
+    for name in missing:
         if "shapes" in name:
             source = _draw_scenes(name, data)
             manifest = prepare(name, source, prepared, max_skipped=data.max_skipped, drawn=asdict(data.shapes))
-        elif data.refer_root is not None:
+        else:
             manifest = prepare(
                 name, data.refer_root, prepared, image_root=data.image_root, max_skipped=data.max_skipped
             )
-        else:
-            raise UserError(
-                f"{prepared / name} is not prepared; give data.refer_root (and data.image_root), or run "
-                f"launch/prepare_data.py --dataset {name}"
-            )
         say(describe(manifest))
+
+
+def _check_source(name: str, data: DataConfig) -> None:
+    """Raise UserError if there is nothing that a data set could be prepared from."""
+    if "shapes" in name:
+        return
+    if data.refer_root is None:
+        raise UserError(
+            f"{Path(data.prepared) / name} is not prepared; give data.refer_root (and data.image_root), or run "
+            f"launch/prepare_data.py --dataset {name}"
+        )
+    refer_paths(Path(data.refer_root), name)
 
 
 def ensure_training_data(data: DataConfig, say: Callable[[str], None]) -> None:

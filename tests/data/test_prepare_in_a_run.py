@@ -7,14 +7,14 @@ import pytest
 from amltrain.config import DataConfig, ShapesConfig
 from amltrain.data.prepare import read_manifest
 from amltrain.errors import UserError
-from amltrain.training.setup import check_scenes, ensure_prepared
+from amltrain.training.setup import check_scenes, ensure_training_data
 from tests.data.original import Original
 from tests.data.test_prepare import largest_file
 
 
 def said(data: DataConfig) -> str:
     lines: list[str] = []
-    ensure_prepared(data, lines.append)
+    ensure_training_data(data, lines.append)
     return "\n".join(lines)
 
 
@@ -38,6 +38,14 @@ def test_original_files_and_the_counts_of_combined_training(tmp_path: Path) -> N
     shown = said(data)
     assert "refcoco (split by unc)" in shown and "refcocog (split by umd)" in shown
     assert "3 images dropped (combined-refcoco-refcocog.json)" in shown  # 7..9 of refcocog are 7..9 of refcoco's testA
+
+
+def test_a_missing_source_is_found_before_the_first_is_prepared(tmp_path: Path) -> None:
+    Original(tmp_path / "refer", "refcoco").write()
+    prepared = tmp_path / "prepared"
+    with pytest.raises(UserError, match=r"put refcocog's original files there"):
+        said(DataConfig(datasets=["refcoco", "refcocog"], prepared=str(prepared), refer_root=str(tmp_path / "refer")))
+    assert not prepared.exists()
 
 
 @pytest.mark.parametrize(
