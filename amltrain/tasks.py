@@ -218,7 +218,7 @@ class AMLTask(nn.Module):
             return None
         scored = []
         for batch in batches:
-            features = self._stage1(batch)
+            features = self._calibration_features(batch)
             scored.append((self.scorer.logits(features), self.scorer.token_mask(features)))
         if not scored:
             raise UserError("aml.temperature=auto needs at least one batch to be solved on; there was none")
@@ -226,6 +226,18 @@ class AMLTask(nn.Module):
         self.scorer.temperature.fill_(calibration.temperature)
         self.scorer.calibrated.fill_(True)
         return calibration
+
+    def _calibration_features(self, batch: Batch) -> Any:
+        """What is scored, under the dropout that it will be scored under; batch norms forget that they saw it."""
+        if self.level != "feature" and not self.clean_loss_weight:
+            return self._stage1(batch)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with torch.random.fork_rng([batch.image.device.index] if batch.image.is_cuda else []):
+            features = self.model.encode(batch)
+            output = self.model.decode(features, batch) if self.clean_loss_weight else None
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return self._stage1(batch, features, output)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Optimizer groups of everything this task trains: the model's own, and a learnable projection's."""

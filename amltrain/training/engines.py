@@ -131,6 +131,15 @@ def precision_of(accelerator: Accelerator) -> str:
     return "bf16" if plugin is not None and "torch_autocast" in plugin.deepspeed_config else accelerator.mixed_precision
 
 
+def check_shardable(accelerator: Accelerator, task: nn.Module) -> None:
+    """Raise UserError for a model that FSDP2 cannot shard: it refuses parameters without dimensions."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    for name, parameter in task.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(f"FSDP2 cannot shard {name}, which is a single number; train this model with DDP or ZeRO")
+
+
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a process holds only a part of the weights between steps (FSDP, ZeRO-3)."""
     return accelerator.distributed_type == DistributedType.FSDP or _zero_stage(accelerator) == 3

@@ -30,7 +30,14 @@ from amltrain.models import model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.engines import build_accelerator, is_sharded, model_weights, on_main_process, skip_bad_steps
+from amltrain.training.engines import (
+    build_accelerator,
+    check_shardable,
+    is_sharded,
+    model_weights,
+    on_main_process,
+    skip_bad_steps,
+)
 from amltrain.training.interruption import Interruption
 from amltrain.training.mishaps import explained, release
 from amltrain.training.nonfinite import NormStatistics, check_weights, describe_samples
@@ -307,6 +314,7 @@ class Trainer:
             raise UserError("aml.calibrate_every needs whole weights; leave it out, or use DDP or ZeRO-1/2")
         if config.train.compile:
             task.compile()
+        check_shardable(accelerator, task)
         self.task, self.optimizer = accelerator.prepare(task, optimizer)
         skip_bad_steps(accelerator, self.optimizer)
         self.norm_statistics = NormStatistics(accelerator.unwrap_model(self.task))
@@ -371,7 +379,7 @@ class Trainer:
             self.parts.dataset,
             self.config.data,
             seed=self.config.seed,
-            global_batch_size=CALIBRATION_SAMPLES,
+            global_batch_size=max(CALIBRATION_SAMPLES, self.plan.processes),
             total_steps=1,
         )
         draws = list(sampler)[self.accelerator.process_index :: self.plan.processes]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from amltrain.aml.temperature import TARGET_MEAN_SCORE
+from amltrain.commands.benchmark import random_batch
 from amltrain.config import DataConfig, PreprocessConfig
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_tokenizer, build_train_dataset
@@ -40,3 +41,18 @@ def test_mean_score_after_calibration(prepared, tmp_path: Path, shared_dir: Path
     scores = task.score(everything)
     assert scores.mean().item() == pytest.approx(TARGET_MEAN_SCORE, abs=0.02)
     assert 0 < task.blocks(scores, everything).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("variant", [{"level": "feature"}, {"clean_loss_weight": 0.5}])
+def test_what_is_scored_in_training_mode_is_calibrated_in_it(variant: dict) -> None:
+    """Dropout and drop path move the scores; batch norms and the random numbers of the run must not notice."""
+    torch.manual_seed(0)
+    task = make_task({"vocab_size": 500, "drop_path_rate": 0.3, "text_dropout": 0.1}, **variant)
+    batch = random_batch(32, 96, 12, 500, torch.device("cpu"))
+    buffers = {name: buffer.clone() for name, buffer in task.model.named_buffers()}
+    before = torch.get_rng_state()
+    task.calibrate([batch])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in task.model.named_buffers())
+    with torch.no_grad():
+        assert task(batch)["mean_score"].item() == pytest.approx(TARGET_MEAN_SCORE, abs=0.02)
