@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from amltrain.config import PreprocessConfig, override
 from amltrain.errors import UserError
 from amltrain.models.backbones.weights import load_plain
 from amltrain.models.base import Conversion
@@ -72,13 +73,15 @@ def convert_official(
     *,
     kwargs: Mapping[str, Any] | None = None,
     entry: str | None = None,
+    preprocess: PreprocessConfig | None = None,
     tokenizer: Any = None,
 ) -> Conversion:
     """Turn a release's checkpoint into a model folder, with the registry's preprocessing and protocol for that model.
 
-    name, kwargs: the registered model that the file belongs to. Writes `output` and in it conversion.json, which lists
-    every renamed and dropped key. Raises UserError, writing nothing, unless every key of the file is used or known to
-    be superfluous and every weight of the model is given in its shape.
+    name, kwargs: the registered model that the file belongs to. preprocess: what this file was trained with otherwise
+    than the registry says; a release may differ between its data sets. Writes `output` and in it conversion.json, which
+    lists every renamed and dropped key. Raises UserError, writing nothing, unless every key of the file is used or
+    known to be superfluous and every weight of the model is given in its shape.
     """
     kwargs = {k: v for k, v in (kwargs or {}).items() if k not in INITIAL_WEIGHTS}
     model, info = create_model(name, **kwargs), model_info(name)
@@ -93,7 +96,7 @@ def convert_official(
         name=name,
         kwargs=kwargs,
         state_dict=model.state_dict(),
-        preprocess=info.preprocess,
+        preprocess=override(info.preprocess, preprocess or PreprocessConfig()),
         protocol=info.protocol,
         tokenizer=tokenizer,
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 from amltrain.commands import convert
 from amltrain.config import PreprocessConfig
+from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.models import registry
@@ -200,10 +201,23 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == f"error: {tmp_path / 'official.pth'} has no entry 'ema'; it has model\n"
 
 
+def test_how_a_file_was_trained_is_kept_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save({"model": WEIGHTS}, tmp_path / "official.pth")
+    given = ["--model", "linear", "--file", str(tmp_path / "official.pth"), "--output", str(tmp_path / "ours")]
+    words = SentenceTokenizer.train_wordpiece(["a red car on the left of the blue one"], max_tokens=8)
+    words.save(tmp_path / "words")
+    convert.main([*given, "--tokenizer", str(tmp_path / "words"), "--max_tokens", "22", "--size", "64"])
+    loaded = load_pretrained(tmp_path / "ours")
+    assert (loaded.preprocess.max_tokens, loaded.preprocess.size, loaded.preprocess.resize) == (22, 64, "square")
+    assert loaded.tokenizer.max_tokens == 22
+    assert "input: 64 px square, 22 tokens a sentence\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model", "caris_tiny", "--kwargs", '{"vocab_size": "a"}', "--tokenizer", "none"], "vocab_size .* not int"),
+        (["--model", "linear", "--tokenizer", "none", "--max_tokens", "0"], "--max_tokens is 0 and must be at least 1"),
         (["--model", "caris_swin_base", "--tokenizer", "nobody/nothing"], "--tokenizer FOLDER, or --tokenizer none"),
     ],
 )

@@ -1,19 +1,23 @@
 """Turn a release's official checkpoint into a model folder that evaluate.py, predict.py and train.py load.
 
     python launch/convert_checkpoint.py --model caris_swin_base --file caris_refcoco.pth --output models/caris_refcoco
+    python launch/convert_checkpoint.py --model cris_r101 --file cris_g.pth --output models/cris_g --max_tokens 22
 
 Prints what was renamed, what was dropped and why; refuses a file that does not match the model, naming the keys.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from amltrain.config import PreprocessConfig, override
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import one_line_errors
 from amltrain.models.registry import model_info
 from amltrain.official import convert_official, summary
+from amltrain.ranges import check_number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,6 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tokenizer", help="folder or Hub id of the tokenizer; `none` leaves it out (default: the model's own)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=int, help="tokens per sentence that the file was trained with (default: the model's own)"
+    )
+    parser.add_argument(
+        "--size", type=int, help="side of the input that the file was trained with, pixels (default: the model's own)"
     )
     return parser
 
@@ -46,12 +56,22 @@ def _json_object(text: str) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        preprocess = model_info(args.model).preprocess
+        check_number("--max_tokens", args.max_tokens, 1, math.inf)
+        check_number("--size", args.size, 1, math.inf)
+        own = PreprocessConfig(size=args.size, max_tokens=args.max_tokens)
+        preprocess = override(model_info(args.model).preprocess, own)
         name = args.tokenizer or str(preprocess.tokenizer)
         fix = "give --tokenizer FOLDER, or --tokenizer none to leave it out"
         tokenizer = None if name == "none" else SentenceTokenizer.load(name, preprocess.max_tokens, fix)
         conversion = convert_official(
-            args.model, args.file, args.output, kwargs=args.kwargs, entry=args.entry, tokenizer=tokenizer
+            args.model,
+            args.file,
+            args.output,
+            kwargs=args.kwargs,
+            entry=args.entry,
+            preprocess=own,
+            tokenizer=tokenizer,
         )
         print(summary(conversion))
+        print(f"input: {preprocess.size} px {preprocess.resize}, {preprocess.max_tokens} tokens a sentence")
         print(f"written to {args.output}")
