@@ -238,13 +238,50 @@ def test_what_aml_scores(name: str, batch: Batch) -> None:
         assert (aux["fused_visual"].shape[1], aux["fused_text"].shape[2]) == model.fused_dims
 
 
-def test_aml_trains_it(name: str, batch: Batch) -> None:
+VARIANTS = [
+    {},
+    {"preset": "released"},
+    {"features": "late"},
+    {"features": "pred"},
+    {"level": "feature"},
+    {"level": "random"},
+    {"projection": "learnable"},
+    {"projection": "identity"},
+    {"stage1_size": 56},
+]
+IDENTITY = {"projection": "identity"}
+REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "etris_tiny": []}
+"""Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
+
+
+def aml_task(name: str, **options) -> AMLTask:
+    """Masks much: untrained features are much alike, and a test where nothing is masked tests little."""
     info = model_info(name)
-    task = build_task(build(name).train(), create_loss(info.loss, **info.loss_kwargs), AMLConfig(enabled=True))
-    assert isinstance(task, AMLTask)
+    aml = AMLConfig(**{"tau": 0.8, **options})
+    return build_task(build(name).train(), create_loss(info.loss, **info.loss_kwargs), aml)
+
+
+def check_aml_step(task: AMLTask, batch: Batch, autocast: torch.dtype | None = None) -> None:
     task.calibrate([batch])
-    result = task(batch)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        result = task(batch)
     result["loss"].backward()
     assert result["loss"].isfinite()
+    assert 0 < result["masked_share"] <= 1
+    assert 0 < result["mean_score"] <= 1
     assert not any(value.requires_grad for key, value in result.items() if key != "loss")
-    assert all(p.grad is not None for p in task.model.parameters() if p.requires_grad)
+    trained = {n: p.grad for n, p in task.named_parameters() if p.requires_grad}
+    assert [n for n, gradient in trained.items() if gradient is None or not gradient.isfinite().all()] == []
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_aml_trains_it(name: str, options: dict) -> None:
+    if options in REFUSED.get(name, [IDENTITY]):
+        with pytest.raises(UserError, match=r"^aml\.[^\n]*; use [^\n]*$"):
+            aml_task(name, **options)
+    else:
+        check_aml_step(aml_task(name, **options), make_batch(name, 70, 98, count=4))
+
+
+def test_aml_trains_it_in_half_precision(name: str) -> None:
+    check_aml_step(aml_task(name), make_batch(name, 70, 98, count=4), torch.bfloat16)
