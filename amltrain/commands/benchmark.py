@@ -19,9 +19,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from amltrain.records import Batch
 from amltrain.tasks import AMLTask, SupervisedTask, build_task
 
 STAGES = ("stage 1", "forward", "backward", "optimizer")
+Precision = Literal["fp32", "bf16", "fp16"]
+AUTOCAST: dict[Precision, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STAGE_ONE = ("score", "blocks", "masked_image")
 
 
@@ -81,27 +83,29 @@ class Bench:
         tasks: dict[str, SupervisedTask | AMLTask],
         optimizer: torch.optim.Optimizer,
         batch: Batch,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        precision: Precision = "fp32",
     ) -> None:
         """tasks: by name, the baseline first."""
-        self.tasks, self.optimizer, self.batch, self.autocast = tasks, optimizer, batch, autocast
-        self.device = batch.image.device
+        self.tasks, self.optimizer, self.batch = tasks, optimizer, batch
+        self.device, self.dtype = batch.image.device, AUTOCAST[precision]
+        # where the usual 65536 overflows, steps are skipped and cost less than they do in training
+        self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=precision == "fp16")
 
     def run(self, rounds: int, warmup: int = 1) -> list[Result]:
         """Warm up, time `rounds` interleaved rounds, measure memory."""
         timings: dict[str, list[Timing]] = {name: [] for name in self.tasks}
-        progress = tqdm(total=(warmup + rounds + 1) * len(self.tasks), unit="step", desc="benchmark", leave=False)
-        for number in range(warmup + rounds):
-            for name, task in self.tasks.items():
-                timing = self.step(task)
-                if number >= warmup:
-                    timings[name].append(timing)
-                progress.update()
         memory = {}
-        for name, task in self.tasks.items():
-            memory[name] = self.peak_memory(task)
-            progress.update()
-        progress.close()
+        steps = (warmup + rounds + 1) * len(self.tasks)
+        with tqdm(total=steps, unit="step", desc="benchmark", leave=False) as progress:
+            for number in range(warmup + rounds):
+                for name, task in self.tasks.items():
+                    timing = self.step(task)
+                    if number >= warmup:
+                        timings[name].append(timing)
+                    progress.update()
+            for name, task in self.tasks.items():
+                memory[name] = self.peak_memory(task)
+                progress.update()
         baseline = next(iter(timings.values()))
         return [summarise(name, timings[name], baseline, memory[name]) for name in self.tasks]
 
@@ -109,12 +113,13 @@ class Bench:
         """One training step, timed by stage."""
         with stage_one_clock(task, self.clock) as stage_one:
             start = self.clock()
-            with self.autocast():
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                 result = task(self.batch)
             forward = self.clock()
-        result["loss"].backward()
+        self.scaler.scale(result["loss"]).backward()
         backward = self.clock()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         end = self.clock()
         return Timing((stage_one[0], forward - start - stage_one[0], backward - forward, end - backward))
@@ -195,8 +200,10 @@ def random_batch(batch: int, size: int, tokens: int, vocab_size: int, device: to
 def count_flops(model_name: str, size: int, configs: dict[str, AMLConfig]) -> dict[str, float]:
     """FLOPs (2 per multiply-add) of one sample's training step by contender, on tensors without data.
 
-    Counted are matrix products, convolutions and attention, as torch's counter does.
+    Counted are matrix products, convolutions and attention, as torch's counter does; in a step of two samples, as some
+    models' batch norm cannot train on one.
     """
+    samples = 2
     info = model_info(model_name)
     with torch.device("meta"):
         model = create_model(model_name).train()
@@ -204,19 +211,19 @@ def count_flops(model_name: str, size: int, configs: dict[str, AMLConfig]) -> di
     with FakeTensorMode(allow_non_fake_inputs=True):  # autocast knows no device "meta"
         model = model.to_empty(device="cpu")
         loss = create_loss(info.loss, **info.loss_kwargs)
-        data = random_batch(1, size, info.preprocess.max_tokens or 20, 500, torch.device("cpu"))
+        data = random_batch(samples, size, info.preprocess.max_tokens or 20, 500, torch.device("cpu"))
         for name, aml in configs.items():
             task = build_task(model, loss, aml)
             with FlopCounterMode(display=False) as counter:
                 task(data)["loss"].backward()
-            counted[name] = float(counter.get_total_flops())
+            counted[name] = counter.get_total_flops() / samples
     return counted
 
 
 def build_bench(
-    model_name: str, configs: dict[str, AMLConfig], *, batch: int, size: int, precision: str, device: torch.device
+    model_name: str, configs: dict[str, AMLConfig], *, batch: int, size: int, precision: Precision, device: torch.device
 ) -> Bench:
-    """Contenders around one model and one optimizer; precision "bf16" is autocast."""
+    """Contenders around one model and one optimizer."""
     info = model_info(model_name)
     torch.manual_seed(0)
     model = create_model(model_name).to(device).train()
@@ -229,11 +236,18 @@ def build_bench(
         if task.needs_calibration:
             task.calibrate([data])
         tasks[name] = task
+    return Bench(tasks, optimizer, data, precision)
 
-    def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-    return Bench(tasks, optimizer, data, autocast)
+@contextmanager
+def too_few_samples_refused(batch: int) -> Iterator[None]:
+    """Batch norm's error for a single value per channel as a UserError: which models raise it only running tells."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(f"this model's batch norm cannot train on --batch {batch}; use --batch 2 or more") from error
 
 
 def table(results: Sequence[Result], batch: int) -> str:
@@ -282,7 +296,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage1-size", type=int, help="side that the third contender scores at (default: half)")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds (default: 10)")
     parser.add_argument("--warmup", type=int, default=2, help="rounds before, not timed (default: 2)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast (default: fp32)")
+    parser.add_argument(
+        "--precision", choices=list(AUTOCAST), default="fp32", help="of autocast; fp16 scales the loss (default: fp32)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--count", action="store_true", help="only count FLOPs; nothing is timed")
@@ -311,10 +327,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{options.model}, {size} px, one sample, forward and backward")
             print(counted_table(count_flops(options.model, size, configs)))
             return
-        bench = build_bench(
-            options.model, configs, batch=options.batch, size=size, precision=options.precision, device=device
-        )
-        results = bench.run(options.rounds, options.warmup)
+        with too_few_samples_refused(options.batch):
+            bench = build_bench(
+                options.model, configs, batch=options.batch, size=size, precision=options.precision, device=device
+            )
+            results = bench.run(options.rounds, options.warmup)
         print(f"{options.model}, {size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds")
         print(hardware(device))
         print(table(results, options.batch))

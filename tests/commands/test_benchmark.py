@@ -12,6 +12,7 @@ from amltrain.commands.benchmark import (
     stage_one_clock,
     summarise,
 )
+from amltrain.config import AMLConfig
 from tests.test_tasks import make_batch, make_task
 
 
@@ -54,6 +55,24 @@ def test_flops_of_full_size_caris() -> None:
     assert paper / baseline == pytest.approx(1.175, abs=0.001)
     assert small / baseline < 1.06
     assert released / baseline < 2.0
+
+
+def test_half_precision_scales_the_loss_and_still_steps() -> None:
+    configs = {"baseline": AMLConfig(enabled=False), "paper": AMLConfig()}
+    bench = build_bench("caris_tiny", configs, batch=2, size=64, precision="fp16", device=torch.device("cpu"))
+    before = [p.clone() for p in bench.tasks["paper"].model.parameters()]
+    bench.step(bench.tasks["paper"])
+    assert bench.scaler.get_scale() == 1024.0  # nothing overflowed
+    assert not all(map(torch.equal, before, bench.tasks["paper"].model.parameters()))
+
+
+def test_a_model_that_cannot_train_on_one_sample(capsys: pytest.CaptureFixture) -> None:
+    flops = count_flops("cris_tiny", 96, {"baseline": AMLConfig(enabled=False)})
+    assert 0.1e9 < flops["baseline"] < 10e9
+    with pytest.raises(SystemExit):
+        main(["--model", "cris_tiny", "--batch", "1", "--rounds", "1", "--warmup", "0"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("error: this model's batch norm cannot train on --batch 1; use --batch 2 or more")
 
 
 @pytest.mark.parametrize(
