@@ -292,7 +292,7 @@ def build_scorer(model: RISModel, chosen: AMLConfig) -> PatchScorer | None:
     visual_dim, text_dim = model.alignment_dims if chosen.features == "early" else model.fused_dims
     temperature = None if chosen.temperature == "auto" else float(chosen.temperature)
     if temperature is not None:
-        warn_if_literal(temperature, chosen.normalize, chosen.projection)
+        warn_if_literal(temperature, chosen.normalize)
     projection = create_projection(
         chosen.projection,
         visual_dim,

@@ -38,7 +38,8 @@ def alignment_sums(scores: Tensor, blocks: Tensor, target: Tensor, block: int) -
     referent = target.float() / 255
     inside = F.adaptive_avg_pool2d(referent[:, None], scores.shape[-2:])[:, 0]
     masked = spread_blocks(blocks.detach(), (target.shape[-2], target.shape[-1]), block)
-    patches, area, pixels = scores.new_tensor(scores.numel()), inside.sum(), scores.new_tensor(target.numel())
+    patches, pixels = (torch.full_like(scores[0, 0, 0], float(part.numel())) for part in (scores, target))
+    area = inside.sum()
     rows = [(scores.sum(), patches), (scores.square().sum(), patches)]
     rows += [((scores < tau).sum(), patches) for tau in TAUS]
     rows += [((scores >= level).sum(), patches) for level in LEVELS]

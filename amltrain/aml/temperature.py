@@ -69,11 +69,11 @@ def solve_temperature(
     return Calibration(temperature, reached, sum(logits.shape[0] * logits.shape[1] for logits, _ in scored))
 
 
-def warn_if_literal(temperature: float, normalize: bool, projection: str) -> None:
+def warn_if_literal(temperature: float, normalize: bool) -> None:
     """Warn about the formula as printed, which blanks images."""
-    if temperature == 1.0 and normalize and projection in ("random", "learnable"):
+    if temperature == 1.0 and normalize:
         warnings.warn(
-            "aml.temperature=1.0 takes the paper's formula literally: scores of projected unit vectors are then all "
+            "aml.temperature=1.0 takes the paper's formula literally: scores of unit vectors are then all "
             "about 1 / tokens, everything is under tau and whole images are blanked; use aml.temperature=auto",
             stacklevel=2,
         )

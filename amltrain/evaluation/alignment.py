@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from amltrain.aml.presets import resolve
 from amltrain.aml.statistics import summarise
 from amltrain.config import AMLConfig
 from amltrain.data.collate import collate
@@ -41,10 +42,12 @@ class AlignmentDiagnostics:
     Every rank calls `update` after each forward and `after_step` after each optimizer step.
     """
 
-    def __init__(self, folder: Path, every_steps: int, samples: FixedSamples | None = None) -> None:
+    def __init__(self, folder: Path, every_steps: int, samples: FixedSamples | None = None, *, block: int = 32) -> None:
+        """block: side of a masked block in pixels, `aml.block`."""
         self.folder = folder
         self.every_steps = every_steps
         self.samples = samples
+        self.block = block
         self.sums: Tensor | None = None
 
     def update(self, result: Mapping[str, Tensor]) -> None:
@@ -77,7 +80,7 @@ class AlignmentDiagnostics:
             if self.samples is not None and drawn is not None:
                 picture = self.folder / "alignment" / f"step-{step:07d}.png"
                 picture.parent.mkdir(exist_ok=True)
-                draw_alignment(self.samples, drawn["scores"], drawn["blocks"], picture)
+                draw_alignment(self.samples, drawn["scores"], drawn["blocks"], self.block, picture)
         return values
 
 
@@ -92,7 +95,7 @@ def build_alignment_diagnostics(
     images = [dataset.transform.denormalise(image) for image in batch.image]
     moved = Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
     samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices])
-    return AlignmentDiagnostics(folder, aml.diagnostics_every, samples)
+    return AlignmentDiagnostics(folder, aml.diagnostics_every, samples, block=resolve(aml).block)
 
 
 @torch.no_grad()

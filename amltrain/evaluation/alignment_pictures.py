@@ -12,14 +12,15 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from amltrain.aml.masking import spread_blocks
+from amltrain.aml.statistics import TAUS
 
 if TYPE_CHECKING:
     from amltrain.evaluation.alignment import FixedSamples
 
 PANELS = (
     ("alignment scores", ("score_mean", "score_std", "above_0.5", "above_0.9")),
-    ("share of patches below", ("below_0.2", "below_0.3", "below_0.4", "below_0.6")),
-    ("share of the referents below", ("referent_below_0.2", "referent_below_0.3", "referent_below_0.4")),
+    ("share of patches below", tuple(f"below_{tau}" for tau in TAUS)),
+    ("share of the referents below", tuple(f"referent_below_{tau}" for tau in TAUS)),
     ("share masked", ("masked_image", "masked_referent")),
 )
 
@@ -40,14 +41,14 @@ def plot_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def draw_alignment(samples: FixedSamples, scores: Tensor, blocks: Tensor, path: Path) -> None:
+def draw_alignment(samples: FixedSamples, scores: Tensor, blocks: Tensor, block: int, path: Path) -> None:
     """One row per sample: the image with the referent's outline, its scores (0..1), the image that stage 2 sees.
 
     scores [B, h, w], blocks [B, r, c] bool as an AMLTask built with `diagnostics` returns them; all on any device.
+    block: side of a block, pixels.
     """
     target = samples.batch.target.cpu()
     size = (target.shape[-2], target.shape[-1])
-    block = max(-(-size[0] // blocks.shape[-2]), -(-size[1] // blocks.shape[-1]))
     masked = spread_blocks(blocks.cpu(), size, block)
     count = len(samples.images)
     figure = Figure(figsize=(10, 3.4 * count), layout="constrained")

@@ -137,7 +137,7 @@ class Grouping(nn.Module):
         if noise is not None:
             scores = scores + noise
         soft = (scores / self.tau.clamp(max=0).exp()).softmax(dim=1)
-        hard = F.one_hot(soft.argmax(dim=1), soft.shape[1]).transpose(1, 2).to(soft.dtype)
+        hard = torch.zeros_like(soft).scatter_(1, soft.argmax(dim=1, keepdim=True), 1.0)
         assignment = hard - soft.detach() + soft
         read = assignment if suppressed is None else assignment * ~suppressed[:, None]
         share = read / (read.sum(dim=-1, keepdim=True) + 1)

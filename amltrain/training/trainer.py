@@ -180,7 +180,7 @@ class Trainer:
         return torch.as_tensor(norm, device=self.accelerator.device, dtype=torch.float32)
 
     def _reduce(self, losses: list[Tensor], norm: Tensor, extras: dict[str, list[Tensor]]) -> StepStats:
-        stop = torch.tensor(float(self.interruption.requested()), device=self.accelerator.device)
+        stop = torch.full_like(norm, float(self.interruption.requested()))
         means = [torch.stack(values).float().mean() for values in extras.values()]
         values = torch.stack([torch.stack(losses).float().mean(), norm, stop, *means])
         loss, grad_norm, stop_share, *rest = self.accelerator.reduce(values, reduction="mean").tolist()

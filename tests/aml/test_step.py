@@ -65,7 +65,9 @@ def test_one_forward_and_backward_under_ddp(options: dict, tmp_path: Path) -> No
         task.calibrate([toy_batch()])
         wrapped = DistributedDataParallel(task)
         for seed in range(2):
+            task.zero_grad()
             wrapped(toy_batch(seed))["loss"].backward()
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
     finally:
         torch.distributed.destroy_process_group()
 

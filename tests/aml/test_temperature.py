@@ -94,8 +94,8 @@ def test_features_without_contrast_are_an_error() -> None:
 
 def test_the_literal_value_warns() -> None:
     with pytest.warns(UserWarning, match="blanked"):
-        warn_if_literal(1.0, True, "random")
+        warn_if_literal(1.0, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_literal(1.0, False, "linear")  # the released preset's scores are not normalised
-        warn_if_literal(0.005, True, "random")
+        warn_if_literal(1.0, False)  # the released preset's scores are not normalised
+        warn_if_literal(0.005, True)

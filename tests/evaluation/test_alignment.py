@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from amltrain.aml.statistics import STATISTICS, alignment_sums, summarise
-from amltrain.evaluation.alignment import AlignmentDiagnostics, FixedSamples, append_row
+from amltrain.config import AMLConfig
+from amltrain.evaluation.alignment import AlignmentDiagnostics, FixedSamples, append_row, build_alignment_diagnostics
+from amltrain.evaluation.alignment_pictures import draw_alignment
+from tests.data.stand_in import shapes_dataset
 from tests.test_tasks import calibrated, make_batch, make_task
 
 IMAGES = [np.full((96, 96, 3), shade, np.uint8) for shade in (90, 200)]
@@ -78,6 +82,30 @@ def test_diagnostics_of_a_training_task(tmp_path: Path) -> None:
     assert (tmp_path / "alignment.csv").read_text().startswith("step,score_mean,score_std,below_0.2")
     for picture in ("alignment.png", "alignment/step-0000002.png"):
         assert (tmp_path / picture).stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("side", "block"), [(96, 32), (98, 32), (98, 16)])
+def test_pictures_show_the_blocks_that_were_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, block: int
+) -> None:
+    batch = make_batch(1, (side, side))
+    blocks = torch.zeros(1, -(-side // block), -(-side // block), dtype=torch.bool)
+    blocks[0, 0, 1] = True
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, image, **kw: shown.append(image) or imshow(axes, image, **kw))
+    samples = FixedSamples(batch, [np.full((side, side, 3), 90, np.uint8)], ["a red square"])
+    draw_alignment(samples, torch.rand(1, 6, 6), blocks, block, tmp_path / "step.png")
+    expected = np.zeros((side, side), bool)
+    expected[:block, block : 2 * block] = True
+    np.testing.assert_array_equal((shown[-1] == 0).all(-1), expected)
+
+
+def test_what_a_run_asks_for(shapes: Path, tmp_path: Path) -> None:
+    dataset, device = shapes_dataset(str(shapes)), torch.device("cpu")
+    assert build_alignment_diagnostics(AMLConfig(), dataset, tmp_path, device) is None
+    hook = build_alignment_diagnostics(AMLConfig(diagnostics_every=5), dataset, tmp_path, device, count=2)
+    assert (hook.every_steps, hook.block, len(hook.samples.sentences)) == (5, 32, 2)
+    assert build_alignment_diagnostics(AMLConfig(diagnostics_every=5, block=16), dataset, tmp_path, device).block == 16
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -58,12 +58,16 @@ class MultiScaleDeformableAttention(nn.Module):
             offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
             weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(dim=-1)
             weights = weights.unflatten(-1, (self.levels, self.points))
-            size = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=torch.float32)
-            places = (
-                reference[:, None, None, None] + offsets.float() / size[:, None]
-            )  # [B, Q, heads, levels, points, 2]
+            cells = offsets.float() / level_sizes(shapes, query.device)[:, None]
+            places = reference[:, None, None, None] + cells  # [B, Q, heads, levels, points, 2]
             read = multi_scale_deformable_attention(values.float(), shapes, places, weights.float())
             return self.output_proj(read.to(dtype))
+
+
+def level_sizes(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """(w, h) of every level, [levels, 2] float32, written on the device: a tensor of Python numbers is waited for."""
+    sides = [torch.full((1,), float(side), device=device) for h, w in shapes for side in (w, h)]
+    return torch.cat(sides).unflatten(0, (-1, 2))
 
 
 class DeformableEncoderLayer(nn.Module):
