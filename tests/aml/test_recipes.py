@@ -1,4 +1,4 @@
-"""The paper's recipes: each is a whole run on its own, trains full-size CARIS, and asks for what that model can do."""
+"""The paper's recipes: each trains full-size CARIS and asks for what that model can do."""
 
 from functools import cache
 from pathlib import Path
@@ -27,15 +27,8 @@ def parse(path: Path) -> RunConfig:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe: Path, caris) -> None:
-    header = recipe.read_text().split("\n\n")[0]
-    assert f"--config configs/recipes/paper/{recipe.name}" in header
-    assert "# Published: " in header
-    assert "# Ours: " in header
     run = parse(recipe)
     assert run.model.name == "caris_swin_base"
-    assert run.output.endswith(recipe.stem)
-    assert (run.optim.lr, run.optim.weight_decay, run.optim.power) == (1e-4, 0.01, 0.9)
-    assert run.train.global_batch_size == 16
     assert ("aml" in recipe.stem or "released" in recipe.stem) == run.aml.enabled
     if run.aml.enabled:
         chosen = resolve(run.aml)

@@ -1,0 +1,129 @@
+"""Every recipe trains as its release does: the numbers below are the releases', not read from the files.
+
+Written as the releases write them: lengths and milestones in epochs (steps for ReLA), batches over all GPUs.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from amltrain.config import RunConfig, parse_config
+from amltrain.models import model_info
+
+RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
+NAMES = [path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.glob("*/*.yaml"))]
+CLASSIC = ["refcoco", "refcoco+", "refcocog"]
+
+
+class Release(NamedTuple):
+    optimizer: str
+    lr: float
+    weight_decay: float
+    schedule: str
+    milestones: tuple[int, ...]
+    length: int
+    batch: int
+    precision: str
+    clip_norm: float | None
+    sync_batchnorm: bool
+    size: int
+    tokens: int
+    train_unit: str
+    best_metric: str
+    amsgrad: bool = False
+    warmup: int = 0
+
+
+CARIS = Release(
+    "adamw", 1e-4, 0.01, "poly_caris", (), 50, 16, "fp16", 1.0, False, 448, 20, "referent", "oIoU", warmup=1500
+)
+CGFORMER = Release("adamw", 1e-4, 1e-4, "poly", (), 50, 64, "fp16", None, True, 480, 20, "referent", "oIoU", True)
+CRIS = Release("adam", 1e-4, 0.0, "multistep", (35,), 50, 64, "fp16", None, True, 416, 17, "referent", "mIoU")
+DETRIS = Release("adam", 1e-4, 0.0, "multistep", (35, 55), 65, 32, "fp16", None, True, 448, 17, "referent", "mIoU")
+ETRIS = CRIS._replace(batch=32)
+LAVT = Release("adamw", 5e-5, 0.01, "poly", (), 40, 32, "no", None, True, 480, 20, "referent", "oIoU")
+MILESTONES = (110_000, 140_000)
+RELA = Release(
+    "adamw", 1e-5, 0.05, "multistep", MILESTONES, 150_000, 48, "fp16", 0.01, False, 480, 20, "sentence", "cIoU"
+)
+SHORT = DETRIS._replace(milestones=(35,), length=50)
+RELEASES = {
+    **{f"paper/{name}": CARIS for name in [*CLASSIC, "combined"]},
+    **{f"cgformer/{name}": CGFORMER for name in CLASSIC},
+    **{f"lavt/{name}": LAVT for name in CLASSIC},
+    **{f"cris/{name}": CRIS._replace(tokens=22 if name == "refcocog" else 17) for name in CLASSIC},
+    **{f"etris/{name}": ETRIS._replace(tokens=22 if name == "refcocog" else 17) for name in CLASSIC},
+    **{f"detris/{name}": DETRIS._replace(tokens=22 if name == "refcocog" else 17) for name in CLASSIC},
+    "detris/refcocog-google": SHORT,
+    "detris/mixed": SHORT,
+    "rela/grefcoco": RELA,
+    "rela/grefcoco_5k": RELA._replace(schedule="constant", milestones=(), length=5_000),  # the AML paper's row
+}
+
+
+@cache
+def parse(name: str) -> RunConfig:
+    return parse_config(["--config", str(RECIPES / name)])
+
+
+def as_trained(run: RunConfig) -> Release:
+    """The run's numbers in the releases' terms, what the recipe leaves to the model's own filled in."""
+    optim, train = run.optim, run.train
+    model = model_info(run.model.name).preprocess
+    length = train.max_steps or train.epochs
+    return Release(
+        optimizer=optim.optimizer,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        schedule=optim.schedule,
+        milestones=tuple(round(share * length, 6) for share in optim.milestones),
+        length=length,
+        batch=train.global_batch_size,
+        precision=train.mixed_precision,
+        clip_norm=optim.clip_norm,
+        sync_batchnorm=train.sync_batchnorm,
+        size=run.preprocess.size or model.size,
+        tokens=run.preprocess.max_tokens or model.max_tokens,
+        train_unit=run.data.train_unit,
+        best_metric=run.evaluation.best_metric.rpartition("/")[2],
+        amsgrad=optim.amsgrad,
+        warmup=optim.warmup_steps,
+    )
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_the_baseline_trains_as_its_release(name: str) -> None:
+    run = parse(f"{name}.yaml")
+    assert as_trained(run) == RELEASES[name]
+    assert (run.optim.betas, run.optim.eps, run.optim.gamma, run.optim.power) == ((0.9, 0.999), 1e-8, 0.1, 0.9)
+    assert run.train.ema_decay is None
+    assert not run.aml.enabled
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_aml" in name or "_released" in name])
+def test_aml_changes_nothing_else(name: str) -> None:
+    """Against the baseline's recipe, only `aml`, the output and, where the file's name says so, the length differ."""
+    baseline_name = re.sub(r"_(aml|released).*", ".yaml", name)
+    run, baseline = parse(name), parse(baseline_name)
+    expected = as_trained(baseline)
+    assert as_trained(run) == (expected._replace(length=10) if "10_epochs" in name else expected)
+    for part in ("data", "model", "loss", "preprocess"):
+        assert getattr(run, part) == getattr(baseline, part), part
+    assert run.aml.enabled
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_says_how_to_run_it(name: str) -> None:
+    header = (RECIPES / name).read_text().split("\n\n")[0]
+    assert f"--config configs/recipes/{name}" in header
+    assert "# Published" in header
+    assert "# Ours: " in header
+    assert parse(name).output == f"runs/{name.removesuffix('.yaml')}"
+
+
+def test_every_recipe_is_compared() -> None:
+    plain = {name.removesuffix(".yaml") for name in NAMES if "_aml" not in name and "_released" not in name}
+    assert plain == set(RELEASES)
