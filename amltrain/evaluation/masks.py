@@ -13,6 +13,7 @@ inverse affine map; bicubic then repeats OpenCV 4's `warpAffine` (a = -0.75, coo
 outside), which the CRIS family's evaluation uses, to float rounding and without OpenCV.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -78,7 +79,9 @@ def to_original(values: Tensor, geometry: Sequence[float], interpolation: Interp
     height, width = values.shape
     h0, w0 = int(geometry[0]), int(geometry[1])
     scale_y, scale_x, offset_y, offset_x = geometry[2:]
-    if (scale_y * h0, scale_x * w0) == (height, width) and offset_y == offset_x == 0:
+    # S / h0 * h0 is not S in floating point for many h0, 427 among them
+    stretched = math.isclose(scale_y * h0, height, rel_tol=1e-6) and math.isclose(scale_x * w0, width, rel_tol=1e-6)
+    if stretched and offset_y == offset_x == 0:
         return F.interpolate(values[None, None], (h0, w0), mode=interpolation, align_corners=True)[0, 0]
     index, weight = _taps(h0, height, scale_y, offset_y, interpolation, values.device)
     rows = (values[index] * weight[..., None]).sum(1)  # [h0, W]

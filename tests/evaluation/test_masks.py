@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
+from amltrain.data.transforms import ImageTransform
 from amltrain.evaluation.masks import network_probability, original_probability, referent_margin, to_original
 
 
@@ -51,14 +53,19 @@ def test_half_precision_logits_are_interpolated_in_float32():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_square_is_stretched_back(interpolation: str):
-    logits = torch.randn(2, 1, 24, 24)
-    geometry = [[30.0, 50.0, 24 / 30, 24 / 50, 0.0, 0.0], [12.0, 18.0, 24 / 12, 24 / 18, 0.0, 0.0]]
-    a, b = original_probability(logits, (24, 24), geometry, interpolation)
-    assert a.shape == (30, 50)
+@pytest.mark.parametrize("side", [448, 480])
+@pytest.mark.parametrize("shape", [(427, 640), (428, 640), (375, 500), (612, 612), (640, 457), (480, 640)])
+def test_square_is_stretched_back(interpolation: str, side: int, shape: tuple[int, int]):
+    """Every size by the releases' own rule, also where side / height * height is not the side in floating point."""
+    height, width = shape
+    geometry = ImageTransform(side, "square")(Image.new("RGB", (width, height))).geometry.tolist()
+    logits = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(0)) * 4
+    [found] = original_probability(logits, (side, side), [geometry], interpolation)
+
     values = logits.sigmoid() if interpolation == "bicubic" else logits
-    expected = F.interpolate(values[1:], (12, 18), mode=interpolation, align_corners=True)[0, 0]
-    torch.testing.assert_close(b, expected if interpolation == "bicubic" else expected.sigmoid())
+    for size in ((side, side), (height, width)):
+        values = F.interpolate(values, size, mode=interpolation, align_corners=True)
+    torch.testing.assert_close(found, (values if interpolation == "bicubic" else values.sigmoid())[0, 0])
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
