@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from amltrain.cli import COMMANDS
 from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
-from amltrain.config import parse_config
+from amltrain.config import RunConfig, parse_config
+from amltrain.training.engines import plan_batches
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md", "launch/slurm/train.sbatch"]
 PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs/recipes").rglob("*.yaml"))]
 PARSERS: dict[str, Callable[[list[str]], object]] = {
     "train": parse_config,
     "evaluate": evaluate.build_parser().parse_args,
@@ -28,17 +31,17 @@ SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
 STAND_INS = {
     "configs/models/NAME.yaml": "configs/models/lavt_tiny.yaml",
     "configs/models/my_model_tiny.yaml": "configs/models/lavt_tiny.yaml",
-    "RECIPE.yaml": "configs/quickstart.yaml",
+    "RECIPE.yaml": "configs/recipes/paper/refcoco_aml.yaml",
     "SEED": "1",
 }
 
 
 def commands(page: str) -> Iterator[str]:
-    """The lines of code on a page that start one of our programs; continued lines joined."""
+    """The lines of code on a page, or in a file's head, that start one of our programs; continued lines joined."""
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
-        code = re.match(r"(?:    |)((?:[A-Z_]+=\S+ +)*(?:python|accelerate launch|torchrun|amltrain) .*)", line)
-        if code and re.search(r"launch/\w+\.py|amltrain \w+ -", code[1]):
+        code = re.match(r"(?:#? {3,})?((?:[A-Z_]+=\S+ +)*(?:python|accelerate|torchrun|sbatch|amltrain) .*)", line)
+        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain \w+ -", code[1]):
             yield code[1]
 
 
@@ -57,11 +60,29 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert os.path.isfile(words[program])
         script = Path(words[program]).stem
         name, arguments = SCRIPTS.get(script, script), words[program + 1 :]
+    if "sbatch" in words:
+        arguments = ["--config", *arguments]
     if {"--help", "--print_config"} & set(arguments):
         return
-    PARSERS[name](arguments)
+    parsed = PARSERS[name](arguments)
+    if isinstance(parsed, RunConfig):
+        can_be_launched(parsed, " ".join(words[:program]))
+
+
+def can_be_launched(run: RunConfig, launcher: str) -> None:
+    """The processes that a launcher starts can share the batch, and its engine has the run's precision."""
+    engine = re.search(r"(?:ENGINE=|--config_file )(\S+)", launcher)
+    settings = yaml.safe_load((ROOT / engine[1]).read_text()) if engine else {}
+    count, nodes = re.search(r"--num_processes (\d+)", launcher), re.search(r"--nodes=(\d+)", launcher)
+    if "sbatch" in launcher:
+        processes = 8 * int(nodes[1] if nodes else 1)  # train.sbatch asks for 8 GPUs a node
+    else:
+        processes = int(count[1]) if count else settings.get("num_processes", 1)
+    plan_batches(run.train, processes)
+    assert settings.get("distributed_type") != "DEEPSPEED" or run.train.mixed_precision != "fp16"
 
 
 def test_they_are_found() -> None:
     assert {page for page, _ in SHOWN} >= {"README.md", "docs/data.md", "docs/aml.md", "docs/evaluation.md"}
+    assert len([command for _, command in SHOWN if "sbatch" in command]) > 5
     assert len(SHOWN) > 20

@@ -51,10 +51,20 @@ def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
     """Keep the global batch size whatever the number of processes. Raises UserError if it does not divide."""
     total = train.global_batch_size
     micro = train.micro_batch_size or max(1, total // processes)
+    if processes > total:
+        raise UserError(
+            f"train.global_batch_size={total} takes at most {total} processes, not {processes}; "
+            f"start fewer, as many as divide {total}"
+        )
+    if total % processes:
+        raise UserError(
+            f"train.global_batch_size={total} is not a multiple of {processes} processes; "
+            f"start as many as divide {total}"
+        )
     if total % (micro * processes):
         raise UserError(
-            f"train.global_batch_size={total} is not a multiple of {processes} processes x micro batches of {micro}; "
-            f"change train.micro_batch_size or the number of processes"
+            f"train.global_batch_size={total} is not a multiple of {processes} processes x "
+            f"train.micro_batch_size={micro}; leave the latter out, or choose one that divides {total // processes}"
         )
     return BatchPlan(processes, micro, total // (micro * processes))
 
@@ -81,7 +91,10 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
         raise UserError("ACCELERATE_USE_CPU turns DeepSpeed off; leave it out: without a GPU the CPU is used anyway")
     precision = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if deepspeed and precision == "fp16":
-        raise UserError("fp16 is not offered under DeepSpeed, whose loss scaling is its own; use bf16, or DDP for fp16")
+        raise UserError(
+            "fp16 is not offered under DeepSpeed, whose loss scaling is its own; "
+            "add --train.mixed_precision bf16, or use DDP for fp16"
+        )
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,  # DDP over CPUs has to be asked for, and DeepSpeed is not used where it is
         mixed_precision="no" if deepspeed else config.train.mixed_precision,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amltrain.config import RunConfig, TrainConfig
 from amltrain.errors import UserError
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training import engines
@@ -123,3 +124,25 @@ def test_a_tracker_that_cannot_be_used_stops_the_run_at_once(
     with pytest.raises(UserError, match=message):
         runs.run(shapes, tmp_path / "run", "--tracking.trackers", f"[tensorboard,{named}]")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("processes", "micro", "message"),
+    [
+        (32, None, "global_batch_size=16 takes at most 16 processes, not 32"),
+        (3, None, "16 is not a multiple of 3 processes; start as many as divide 16"),
+        (4, 3, "not a multiple of 4 processes x train.micro_batch_size=3; leave the latter out, or .* divides 4"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused_with_what_helps(
+    processes: int, micro: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        engines.plan_batches(TrainConfig(global_batch_size=16, micro_batch_size=micro), processes)
+
+
+def test_fp16_under_deepspeed_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with pytest.raises(UserError, match=r"add --train\.mixed_precision bf16"):
+        engines.build_accelerator(RunConfig(train=TrainConfig(mixed_precision="fp16")))
