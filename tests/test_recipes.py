@@ -1,4 +1,4 @@
-"""Every recipe trains as its release does: the numbers below are the releases', not read from the files.
+"""Every recipe, and every full-size model's file, trains as the release: the numbers are the releases', not the files'.
 
 Written as the releases write them: lengths and milestones in epochs (steps for ReLA), batches over all GPUs.
 """
@@ -13,7 +13,8 @@ import pytest
 from amltrain.config import RunConfig, parse_config
 from amltrain.models import model_info
 
-RECIPES = Path(__file__).parents[1] / "configs" / "recipes"
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = CONFIGS / "recipes"
 NAMES = [path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.glob("*/*.yaml"))]
 CLASSIC = ["refcoco", "refcoco+", "refcocog"]
 
@@ -62,6 +63,16 @@ RELEASES = {
     "rela/grefcoco": RELA,
     "rela/grefcoco_5k": RELA._replace(schedule="constant", milestones=(), length=5_000),  # the AML paper's row
 }
+LAYERS = {
+    **dict.fromkeys(["caris_swin_base", "caris_swin_tiny"], CARIS),
+    "cgformer_swin_base": CGFORMER,
+    **dict.fromkeys(["cris_r101", "cris_r50"], CRIS),
+    "detris_base": DETRIS,
+    **dict.fromkeys(["detris_large", "detris_large_mixed"], SHORT),
+    **dict.fromkeys(["etris_r101", "etris_r50", "etris_vit_base"], ETRIS),
+    "lavt_swin_base": LAVT,
+    **dict.fromkeys(["rela_swin_base", "rela_swin_tiny", "rela_r50"], RELA),
+}
 
 
 @cache
@@ -98,9 +109,23 @@ def as_trained(run: RunConfig) -> Release:
 def test_the_baseline_trains_as_its_release(name: str) -> None:
     run = parse(f"{name}.yaml")
     assert as_trained(run) == RELEASES[name]
+    nothing_else(run)
+    assert not run.aml.enabled
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_model_alone_trains_as_its_release(name: str) -> None:
+    """What a run of one's own gets that is layered on the model's file; in steps, such a run says how many."""
+    steps = ["--train.max_steps", str(RELA.length)] if LAYERS[name] is RELA else []
+    run = parse_config(["--config", str(CONFIGS / "models" / f"{name}.yaml"), *steps])
+    assert as_trained(run) == LAYERS[name]
+    nothing_else(run)
+
+
+def nothing_else(run: RunConfig) -> None:
+    """What all releases have in common."""
     assert (run.optim.betas, run.optim.eps, run.optim.gamma, run.optim.power) == ((0.9, 0.999), 1e-8, 0.1, 0.9)
     assert run.train.ema_decay is None
-    assert not run.aml.enabled
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "_aml" in name or "_released" in name])
@@ -127,3 +152,8 @@ def test_the_header_says_how_to_run_it(name: str) -> None:
 def test_every_recipe_is_compared() -> None:
     plain = {name.removesuffix(".yaml") for name in NAMES if "_aml" not in name and "_released" not in name}
     assert plain == set(RELEASES)
+
+
+def test_every_full_size_model_is_compared() -> None:
+    files = (CONFIGS / "models").glob("*.yaml")
+    assert {path.stem for path in files if "vision_weights" in path.read_text()} == set(LAYERS)
