@@ -20,6 +20,7 @@ from amltrain.errors import UserError
 from amltrain.ranges import check_ranges
 
 Fields = TypeVar("Fields")
+MaskParts = Literal["union", "exclusive"]
 
 COMBINED = ("refcoco", "refcoco+", "refcocog")
 """What `combined` stands for, the last one split by umd."""
@@ -67,8 +68,9 @@ class DataConfig:
     """Split to train on."""
     train_unit: Literal["referent", "sentence"] = "referent"
     """An epoch visits every referent once with a random sentence, or every sentence once."""
-    mask_parts: Literal["union", "exclusive"] = "union"
-    """Pixels covered by two polygons of one object: foreground (union, CARIS) or background (exclusive, LAVT)."""
+    mask_parts: MaskParts | None = None
+    """Pixels covered by two polygons of one object: foreground (union) or background (exclusive: LAVT, CGFormer).
+    null = the model's own; evaluation may be told otherwise by its protocol."""
     streaming: bool = False
     """Read the Parquet files as a stream instead of from a memory-mapped copy."""
     workers: int = 2
@@ -123,6 +125,9 @@ class ProtocolConfig:
     """Score every sentence of a referent, or its first only."""
     ties: Literal["ge", "gt"] | None = None
     """Pr@t counts IoU >= t (LAVT, CARIS, ReLA) or IoU > t (CRIS, DETRIS, which also add 1e-6 to every union)."""
+    mask_parts: MaskParts | None = None
+    """Ground truth where two polygons of one object overlap: foreground (union) or background (exclusive: LAVT,
+    CGFormer). null = data.mask_parts where that is given."""
     no_target_pixels: int | None = None
     """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this says "nothing in this image"
     (50 is said to be the GRES paper's rule); 0 = never."""

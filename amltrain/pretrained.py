@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amltrain import __version__
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config import MaskParts, PreprocessConfig, ProtocolConfig
 from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.models.base import RISModel
-from amltrain.models.registry import create_model
+from amltrain.models.registry import create_model, model_info
 
 if TYPE_CHECKING:
     from amltrain.data.text import SentenceTokenizer
@@ -121,10 +121,17 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
             raise UserError(f"{folder / CONFIG_FILE} has no {key!r} {what}; was it written by save_pretrained?")
     preprocess = _from_dict(PreprocessConfig, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
     protocol = _from_dict(ProtocolConfig, config["protocol"], folder / CONFIG_FILE)
+    protocol.mask_parts = protocol.mask_parts or _mask_parts(folder, config["model"])
     model = create_model(config["model"], **config["kwargs"])
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder)
     return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
+
+
+def _mask_parts(folder: Path, name: str) -> MaskParts | None:
+    """Of a folder from before config.json said it: what the model was trained on, or else its release's."""
+    training = read_training(folder)
+    return training["recipe"]["data"]["mask_parts"] if training else model_info(name).protocol.mask_parts
 
 
 def _tokenizer(folder: Path) -> "SentenceTokenizer | None":

@@ -61,6 +61,12 @@ def test_round_trip(tmp_path: Path):
         assert torch.equal(loaded.model.state_dict()[key], value)
 
 
+def test_a_trained_folder_that_does_not_name_its_ground_truth_was_trained_on_it(tmp_path: Path):
+    folder = save(tmp_path / "model", TwoLinears(4), protocol=replace(named_protocol("lavt"), mask_parts=None))
+    (folder / "training.json").write_text(json.dumps({"recipe": {"data": {"mask_parts": "union"}}}))
+    assert load_pretrained(folder).protocol == replace(named_protocol("lavt"), mask_parts="union")
+
+
 def test_a_checkpoint_folder_finds_its_model(tmp_path: Path):
     save(tmp_path / "step-100" / "model", TwoLinears(4))
     assert load_pretrained(tmp_path / "step-100").name == "two_linears"

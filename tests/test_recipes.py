@@ -34,21 +34,36 @@ class Release(NamedTuple):
     tokens: int
     train_unit: str
     best_metric: str
+    mask_parts: str
+    loss: str
     amsgrad: bool = False
     warmup: int = 0
 
 
 CARIS = Release(
-    "adamw", 1e-4, 0.01, "poly_caris", (), 50, 16, "fp16", 1.0, False, 448, 20, "referent", "oIoU", warmup=1500
+    *("adamw", 1e-4, 0.01, "poly_caris", (), 50, 16, "fp16", 1.0, False, 448, 20, "referent", "oIoU"),
+    *("union", "weighted_cross_entropy"),
+    warmup=1500,
 )
-CGFORMER = Release("adamw", 1e-4, 1e-4, "poly", (), 50, 64, "fp16", None, True, 480, 20, "referent", "oIoU", True)
-CRIS = Release("adam", 1e-4, 0.0, "multistep", (35,), 50, 64, "fp16", None, True, 416, 17, "referent", "mIoU")
-DETRIS = Release("adam", 1e-4, 0.0, "multistep", (35, 55), 65, 32, "fp16", None, True, 448, 17, "referent", "mIoU")
+CGFORMER = Release(
+    *("adamw", 1e-4, 1e-4, "poly", (), 50, 64, "fp16", None, True, 480, 20, "referent", "oIoU"),
+    *("exclusive", "cgformer"),
+    amsgrad=True,
+)
+CRIS = Release(
+    *("adam", 1e-4, 0.0, "multistep", (35,), 50, 64, "fp16", None, True, 416, 17, "referent", "mIoU"),
+    *("union", "binary_cross_entropy"),
+)
+DETRIS = CRIS._replace(milestones=(35, 55), length=65, batch=32, size=448)
 ETRIS = CRIS._replace(batch=32)
-LAVT = Release("adamw", 5e-5, 0.01, "poly", (), 40, 32, "no", None, True, 480, 20, "referent", "oIoU")
+LAVT = Release(
+    *("adamw", 5e-5, 0.01, "poly", (), 40, 32, "no", None, True, 480, 20, "referent", "oIoU"),
+    *("exclusive", "weighted_cross_entropy"),
+)
 MILESTONES = (110_000, 140_000)
 RELA = Release(
-    "adamw", 1e-5, 0.05, "multistep", MILESTONES, 150_000, 48, "fp16", 0.01, False, 480, 20, "sentence", "cIoU"
+    *("adamw", 1e-5, 0.05, "multistep", MILESTONES, 150_000, 48, "fp16", 0.01, False, 480, 20, "sentence", "cIoU"),
+    *("union", "rela"),
 )
 SHORT = DETRIS._replace(milestones=(35,), length=50)
 RELEASES = {
@@ -83,7 +98,7 @@ def parse(name: str) -> RunConfig:
 def as_trained(run: RunConfig) -> Release:
     """The run's numbers in the releases' terms, what the recipe leaves to the model's own filled in."""
     optim, train = run.optim, run.train
-    model = model_info(run.model.name).preprocess
+    info = model_info(run.model.name)
     length = train.max_steps or train.epochs
     return Release(
         optimizer=optim.optimizer,
@@ -96,10 +111,12 @@ def as_trained(run: RunConfig) -> Release:
         precision=train.mixed_precision,
         clip_norm=optim.clip_norm,
         sync_batchnorm=train.sync_batchnorm,
-        size=run.preprocess.size or model.size,
-        tokens=run.preprocess.max_tokens or model.max_tokens,
+        size=run.preprocess.size or info.preprocess.size,
+        tokens=run.preprocess.max_tokens or info.preprocess.max_tokens,
         train_unit=run.data.train_unit,
         best_metric=run.evaluation.best_metric.rpartition("/")[2],
+        mask_parts=run.data.mask_parts or info.protocol.mask_parts,
+        loss=run.loss.name or info.loss,
         amsgrad=optim.amsgrad,
         warmup=optim.warmup_steps,
     )

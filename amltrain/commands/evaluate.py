@@ -15,14 +15,14 @@ from accelerate import Accelerator, PartialState
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch.utils.data import DataLoader
 
-from amltrain.config import DataConfig, EvaluationConfig, ProtocolConfig, one_line, override
+from amltrain.config import DataConfig, EvaluationConfig, ProtocolConfig, one_line
 from amltrain.config_files import Groups, check_config_files
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.protocols import PROTOCOLS, named_protocol, run_protocol
 from amltrain.evaluation.results import Results, table, write_results
 from amltrain.pretrained import Pretrained, find_model_folder, load_pretrained, read_training
 from amltrain.ranges import ANY, check_number
@@ -49,9 +49,7 @@ def build_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(DataConfig, "data")
     parser.set_defaults({"data.datasets": []})
-    parser.add_argument(
-        "--preset", type=str | None, help="score as this release does: lavt, caris, cris, detris, rela, ..."
-    )
+    parser.add_argument("--preset", type=str | None, help=f"score as this release does: {', '.join(PROTOCOLS)}")
     parser.add_class_arguments(ProtocolConfig, "protocol")
     parser.add_argument("--batch_size", type=int, default=16, help="samples per forward pass on one process")
     parser.add_argument("--max_samples", type=int | None, help="score only the first so many samples of a split")
@@ -97,7 +95,8 @@ def evaluate(args: Namespace) -> list[Results]:
     model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
     on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print))
     check_scenes(args.data)
-    protocol = override(named_protocol(args.preset) if args.preset else pretrained.protocol, args.protocol)
+    own = named_protocol(args.preset) if args.preset else pretrained.protocol
+    protocol = run_protocol(own, args.data, args.protocol)
     results: list[Results] = []
     for perturbation in _perturbations(args):
         loaders = _loaders(args, pretrained, protocol, perturbation)
@@ -164,7 +163,7 @@ def _as_trained(checkpoint: str) -> dict[str, Any]:
         return {}
     data = training["recipe"]["data"]
     shapes = {f"data.shapes.{key}": value for key, value in data["shapes"].items()}
-    return {"data.datasets": data["datasets"], "data.mask_parts": data["mask_parts"], **shapes}
+    return {"data.datasets": data["datasets"], **shapes}
 
 
 def _check_flags(args: Namespace) -> None:

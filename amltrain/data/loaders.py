@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from amltrain.config import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
+from amltrain.config import DataConfig, EvaluationConfig, MaskParts, PreprocessConfig, ProtocolConfig
 from amltrain.data.collate import collate
 from amltrain.data.dataset import Part, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
@@ -110,9 +110,17 @@ def build_tokenizer(data: DataConfig, preprocess: PreprocessConfig) -> SentenceT
 
 
 def build_train_dataset(
-    data: DataConfig, preprocess: PreprocessConfig, tokenizer: SentenceTokenizer, *, seed: int
+    data: DataConfig,
+    preprocess: PreprocessConfig,
+    tokenizer: SentenceTokenizer,
+    *,
+    mask_parts: MaskParts,
+    seed: int,
 ) -> ReferDataset:
-    """Training samples of all the data sets, without the images that any of them evaluates on (data.leak_filter)."""
+    """Training samples of all the data sets, without the images that any of them evaluates on (data.leak_filter).
+
+    mask_parts: data.mask_parts, or what stands for null there.
+    """
     assert preprocess.sentence_field
     _check_weights(data)
     parts = [_open_part(data, name, data.train_split) for name in data.datasets]
@@ -123,7 +131,7 @@ def build_train_dataset(
         tokenizer,
         unit=data.train_unit,
         sentence_field=preprocess.sentence_field,
-        mask_parts=data.mask_parts,
+        mask_parts=mask_parts,
         seed=seed,
         excluded_images=excluded,
     )
@@ -207,13 +215,13 @@ def build_eval_loaders(
     """
     loaders = {}
     for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets):
-        assert preprocess.sentence_field
+        assert preprocess.sentence_field and protocol.mask_parts
         dataset = ReferDataset(
             [_open_part(data, dataset_name, split)],
             build_transform(preprocess),
             tokenizer,
             sentence_field=preprocess.sentence_field,
-            mask_parts=data.mask_parts,
+            mask_parts=protocol.mask_parts,
             seed=seed,
             first_sentence_only=protocol.sentences == "first",
             keep_original_target=protocol.frame == "original",

@@ -1,31 +1,16 @@
-"""How each release scores its test split, by name (`--preset`). They differ in these options only; the formulas are in
-`metrics`, the way from logits to a mask in `masks`."""
+"""How each release scores its test split, by name (`--preset`), as its models in the registry say. They differ in these
+options only; the formulas are in `metrics`, the way from logits to a mask in `masks`."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from amltrain.config import ProtocolConfig
+from amltrain.config import DataConfig, MaskParts, ProtocolConfig, override
 from amltrain.errors import UserError, unknown_name
-
-_NETWORK = ProtocolConfig(
-    frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", no_target_pixels=0
-)
-_CRIS = ProtocolConfig(
-    frame="original", threshold=0.35, interpolation="bicubic", sentences="all", ties="gt", no_target_pixels=0
-)
-_CGFORMER = ProtocolConfig(
-    frame="original", threshold=0.5, interpolation="bicubic", sentences="all", ties="gt", no_target_pixels=0
-)
+from amltrain.models import list_models, model_info
 
 PROTOCOLS: dict[str, ProtocolConfig] = {
-    "lavt": _NETWORK,
-    "caris": _NETWORK,
-    "rela": _NETWORK,
-    "polyformer": _NETWORK,
-    "cris": _CRIS,
-    "etris": _CRIS,
-    "detris": _CRIS,
-    "cgformer": _CGFORMER,
+    name.partition("_")[0]: model_info(name).protocol
+    for name in list_models()  # lavt_swin_base, lavt_tiny, ...: all models of a release are scored alike
 }
 
 
@@ -34,6 +19,11 @@ def named_protocol(name: str) -> ProtocolConfig:
     if name not in PROTOCOLS:
         raise unknown_name("evaluation preset", name, PROTOCOLS)
     return replace(PROTOCOLS[name])
+
+
+def run_protocol(own: ProtocolConfig, data: DataConfig, run: ProtocolConfig) -> ProtocolConfig:
+    """The model's or a preset's own protocol, over it data.mask_parts, over that what the run sets."""
+    return override(override(own, ProtocolConfig(mask_parts=data.mask_parts)), run)
 
 
 @dataclass(frozen=True)
@@ -45,6 +35,7 @@ class Rule:
     interpolation: Literal["bilinear", "bicubic"]
     sentences: Literal["all", "first"]
     ties: Literal["ge", "gt"]
+    mask_parts: MaskParts
     no_target_pixels: int
 
 

@@ -179,6 +179,8 @@ def describe(result: Results) -> str:
     text = (
         f"at {frame}, probability > {p['threshold']} ({p['interpolation']}), {p['sentences']} sentences, Pr@t: {ties}"
     )
+    if p.get("mask_parts") == "exclusive":
+        text += ", overlapping parts of an object are background"
     if p["metrics"] == "generalized":
         text += f", no target by {p['no_target_by']}"
     return text

@@ -339,7 +339,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
         licence="MIT",
         aml_scores="stride-32 Swin map x BERT tokens conditioned on the image",
         preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge"),
+        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )

@@ -188,7 +188,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         licence="MIT",
         aml_scores="pooled stride-32 CLIP map x tokens in CLIP's shared space",
         preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", 0),
+        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", "union"),
         loss="binary_cross_entropy",
     )
 

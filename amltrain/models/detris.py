@@ -251,7 +251,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         licence="MIT; its DINOv2 part Apache-2.0",
         aml_scores="last DINOv2 map without aligners x CLIP tokens without adapters, both frozen",
         preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", 0),
+        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", "union"),
         loss="binary_cross_entropy",
     )
 

@@ -256,7 +256,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         licence="MIT",
         aml_scores="CLIP's map x tokens in their shared space, towers without bridges",
         preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", 0),
+        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", "union"),
         loss="binary_cross_entropy",
     )
 

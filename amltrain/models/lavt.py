@@ -143,7 +143,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         licence="GPL-3.0",
         aml_scores="last Swin blocks without words x BERT tokens",
         preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "raw"),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge"),
+        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "exclusive"),
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )

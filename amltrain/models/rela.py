@@ -203,7 +203,7 @@ def _info(size: int, tokenizer: str, aml_scores: str, max_tokens: int = 20) -> M
         licence="MIT",
         aml_scores=aml_scores,
         preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "raw"),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge"),
+        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
         loss="rela",
     )
 

@@ -46,7 +46,7 @@ def check_recipe(checkpoint: Path, config: RunConfig, say: Callable[[str], None]
         return
     before = _flat(training["recipe"])
     now = _flat(json.loads(json.dumps(recipe(config))))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "model.name", key)):  # others follow from it
         if before.get(key) == now.get(key) or _belongs(key, FREE) or not _comparable(key, before, now):
             continue
         change = f"{checkpoint} was made with {key} {_shown(before, key)}, not {_shown(now, key)}"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from amltrain import __version__
-from amltrain.config import RunConfig
+from amltrain.config import MaskParts, RunConfig
+from amltrain.models import model_info
 
 LIBRARIES = ("torch", "accelerate", "transformers", "timm", "datasets", "huggingface_hub")
 OF_THIS_MACHINE = ("output", "resume", "hub", "tracking")
@@ -31,13 +32,22 @@ def describe_training(config: RunConfig) -> dict[str, Any]:
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:
-    """The run without what belongs to the machine it ran on; of files, the names alone."""
+    """The run without what belongs to the machine it ran on; of files, the names alone; what data.mask_parts stood for,
+    since the targets depend on it."""
     values = {key: value for key, value in asdict(config).items() if key not in OF_THIS_MACHINE}
     values["data"] = {key: value for key, value in values["data"].items() if key not in OF_THIS_DISK}
+    values["data"]["mask_parts"] = train_mask_parts(config)
     for key in ("vision_weights", "text_weights", "checkpoint"):
         name = values["model"][key]
         values["model"][key] = Path(name).name if name is not None and Path(name).exists() else name
     return values
+
+
+def train_mask_parts(config: RunConfig) -> MaskParts:
+    """How the masks that a run trains on treat overlapping polygons."""
+    mask_parts = config.data.mask_parts or model_info(config.model.name).protocol.mask_parts
+    assert mask_parts
+    return mask_parts
 
 
 @cache

@@ -21,12 +21,13 @@ from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.data.splits import check_split
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
+from amltrain.evaluation.protocols import run_protocol
 from amltrain.evaluation.results import Results, write_results
 from amltrain.losses import create_loss
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
 from amltrain.pretrained import RESULTS_FILE, TRAINING_FILE, load_pretrained, load_weights, save_pretrained
 from amltrain.tasks import AMLTask, SupervisedTask, build_task
-from amltrain.training.provenance import describe_training
+from amltrain.training.provenance import describe_training, train_mask_parts
 
 
 class Parts(NamedTuple):
@@ -120,7 +121,7 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from
     check_scenes(config.data)
     info = model_info(config.model.name)
     preprocess = override(info.preprocess, config.preprocess)
-    protocol = override(info.protocol, config.evaluation.protocol)
+    protocol = run_protocol(info.protocol, config.data, config.evaluation.protocol)
     tokenizer = choose_tokenizer(config, preprocess, resume_from)
     torch.manual_seed(config.seed)
     model, kwargs = build_model(config, tokenizer)
@@ -128,7 +129,8 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from
     if config.train.sync_batchnorm and processes > 1 and on_cuda:
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
         task = convert_sync_batchnorm(task)
-    dataset = build_train_dataset(config.data, preprocess, tokenizer, seed=config.seed)
+    mask_parts = train_mask_parts(config)
+    dataset = build_train_dataset(config.data, preprocess, tokenizer, mask_parts=mask_parts, seed=config.seed)
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
     return Parts(task, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
 

@@ -33,7 +33,7 @@ def test_mean_score_after_calibration(prepared, tmp_path: Path, shared_dir: Path
     data = DataConfig(prepared=str(tmp_path / "prepared"), leak_filter=False, datasets=prepared(tmp_path, shared_dir))
     preprocess = PreprocessConfig(96, "square", "imagenet", "wordpiece", 24, "sent")
     tokenizer = build_tokenizer(data, preprocess)
-    dataset = build_train_dataset(data, preprocess, tokenizer, seed=0)
+    dataset = build_train_dataset(data, preprocess, tokenizer, mask_parts="union", seed=0)
     task = make_task({"vocab_size": tokenizer.vocab_size})
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     task.calibrate([collate([dataset[i] for i in order[:64]])])

@@ -50,7 +50,7 @@ def prepared(leaky: Path, *options: str, dataset: tuple[str, ...] = ("combined",
 
 def trained_images(leaky: Path, **options) -> dict[str, set[int]]:
     config = DataConfig(prepared=str(leaky / "prepared"), workers=0, **options)
-    dataset = build_train_dataset(config, PREPROCESS, word_tokenizer(), seed=0)
+    dataset = build_train_dataset(config, PREPROCESS, word_tokenizer(), mask_parts="union", seed=0)
     infos = [dataset.info(i) for i in range(len(dataset))]
     return {name: {i.image_id for i in infos if i.dataset == name} for name in config.datasets}
 

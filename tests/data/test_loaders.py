@@ -135,17 +135,23 @@ def test_two_processes_see_the_global_batches_of_one(prepared: str, spread: Path
 def test_an_epoch_over_several_data_sets_leaves_held_out_images_out(prepared: str) -> None:
     config = data(prepared, datasets=BOTH)
     tokenizer = build_tokenizer(config, PREPROCESS)
-    dataset = build_train_dataset(config, PREPROCESS, tokenizer, seed=0)
+    dataset = build_train_dataset(config, PREPROCESS, tokenizer, mask_parts="union", seed=0)
     evaluated = {
         loader.dataset.info(i).image_id
         for loader in build_eval_loaders(
-            config, PREPROCESS, EvaluationConfig(["val", "testA", "testB"]), ProtocolConfig(), tokenizer
+            config,
+            PREPROCESS,
+            EvaluationConfig(["val", "testA", "testB"]),
+            ProtocolConfig(mask_parts="union"),
+            tokenizer,
         ).values()
         for i in range(len(loader.dataset))
     }
     used = {dataset.info(i).image_id for i in range(len(dataset))}
     assert used and not used & evaluated
-    unfiltered = build_train_dataset(data(prepared, datasets=BOTH, leak_filter=False), PREPROCESS, tokenizer, seed=0)
+    unfiltered = build_train_dataset(
+        data(prepared, datasets=BOTH, leak_filter=False), PREPROCESS, tokenizer, mask_parts="union", seed=0
+    )
     assert len(unfiltered) >= len(dataset)
 
 
@@ -156,7 +162,7 @@ def test_evaluation_sees_every_sentence_in_order(prepared: str, streaming: bool)
         config,
         PREPROCESS,
         EvaluationConfig(["val", "refshapes:testA"], batch_size=4),
-        ProtocolConfig(frame="original"),
+        ProtocolConfig(frame="original", mask_parts="exclusive"),
         word_tokenizer(),
     )
     assert list(loaders) == ["refshapes:val", "refshapes+:val", "refshapes:testA"]
@@ -191,7 +197,7 @@ def test_split_names() -> None:
 def test_what_cannot_be_loaded_is_said(prepared: str, options: dict, message: str, streaming: bool) -> None:
     config = data(**{"prepared": prepared, "datasets": BOTH, "streaming": streaming, **options})
     with pytest.raises(UserError, match=message):
-        build_train_dataset(config, PREPROCESS, word_tokenizer(), seed=0)
+        build_train_dataset(config, PREPROCESS, word_tokenizer(), mask_parts="union", seed=0)
 
 
 def test_a_split_that_nobody_has_is_said() -> None:

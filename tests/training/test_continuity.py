@@ -16,6 +16,7 @@ from tests.training import runs
         (("--model.name", "lavt_tiny"), "model.name caris_tiny, not lavt_tiny"),
         (("--train.ema_decay", "0.9"), "train.ema_decay null, not 0.9"),
         (("--preprocess.max_tokens", "5"), "preprocess.max_tokens null, not 5"),
+        (("--data.mask_parts", "exclusive"), "data.mask_parts union, not exclusive"),
         (("--model.kwargs.text_dropout", "0.3"), "model.kwargs.text_dropout 0.1, not 0.3"),
     ],
 )

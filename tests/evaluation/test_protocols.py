@@ -1,0 +1,42 @@
+"""Which rule a score is measured by: the release's, then what the data and the run say."""
+
+import pytest
+
+from amltrain.config import DataConfig, ProtocolConfig
+from amltrain.errors import UserError
+from amltrain.evaluation.protocols import PROTOCOLS, complete, named_protocol, run_protocol
+from amltrain.models import list_models, model_info
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_a_release_scores_all_its_models_alike(name: str) -> None:
+    protocol = model_info(name).protocol
+    assert protocol == named_protocol(name.split("_")[0])
+    assert complete(protocol).no_target_pixels == 0
+
+
+def test_every_release_has_a_preset() -> None:
+    assert sorted(PROTOCOLS) == ["caris", "cgformer", "cris", "detris", "etris", "lavt", "rela"]
+    assert {name for name, protocol in PROTOCOLS.items() if protocol.mask_parts == "exclusive"} == {"lavt", "cgformer"}
+
+
+@pytest.mark.parametrize(
+    ("data", "run", "expected"),
+    [
+        (None, None, "exclusive"),
+        ("union", None, "union"),
+        (None, "union", "union"),
+        ("union", "exclusive", "exclusive"),
+    ],
+)
+def test_the_ground_truth_is_the_releases_unless_data_or_run_say_otherwise(
+    data: str | None, run: str | None, expected: str
+) -> None:
+    wanted = ProtocolConfig(threshold=0.4, mask_parts=run)
+    found = run_protocol(named_protocol("lavt"), DataConfig(mask_parts=data), wanted)
+    assert (found.mask_parts, found.threshold, found.frame) == (expected, 0.4, "network")
+
+
+def test_an_open_field_is_named() -> None:
+    with pytest.raises(UserError, match=r"evaluation\.protocol\.mask_parts is not set"):
+        complete(ProtocolConfig("network", 0.5, "bilinear", "all", "ge"))
