@@ -13,7 +13,9 @@ Kept from the release on purpose:
   the optimizer;
 - padded tokens are read by the regions, and biases and BERT's LayerNorms decay.
 Not kept: the release's loader never loads `predictor.lang_weight`, so its evaluation runs with 0 in its place. Our
-conversion keeps the trained value; set `region_decoder.layers.0.read_words.weight` to 0 to repeat that evaluation.
+conversion keeps the trained value; set `region_decoder.layers.0.read_words.weight` to 0 to repeat that evaluation. The
+release scales polygons to 480 and draws them there; here a full-size mask is resized to the nearest pixel, for training
+and for scores. They agree but for edges: docs/evaluation.md says how far.
 
 Dimensions: B batch, H W network input, C width, L text tokens, D text width, Q regions.
 """
