@@ -215,6 +215,8 @@ class TrainConfig:
     """Steps between log lines."""
     max_bad_steps: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    collective_timeout: float = 10.0
+    """Minutes that processes wait for one that does not answer before the run ends."""
     time_limit: float | None = None
     """Hours after which the run saves and stops with exit code 75 (requeue me); null = none."""
 

@@ -34,6 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.ema_decay": (0, 1),
     "train.log_every": (1, ANY),
     "train.max_bad_steps": (1, ANY),
+    "train.collective_timeout": (POSITIVE, ANY),
     "train.time_limit": (0, ANY),
     "evaluation.every_steps": (1, ANY),
     "evaluation.batch_size": (1, ANY),

@@ -26,7 +26,7 @@ from amltrain.evaluation.protocols import PROTOCOLS, named_protocol, run_protoco
 from amltrain.evaluation.results import Results, table, write_results
 from amltrain.pretrained import Pretrained, find_model_folder, load_pretrained, read_training
 from amltrain.ranges import ANY, check_number
-from amltrain.training.engines import on_main_process
+from amltrain.training.engines import PREPARATION, on_main_process
 from amltrain.training.setup import check_scenes, ensure_prepared
 
 
@@ -93,7 +93,7 @@ def evaluate(args: Namespace) -> list[Results]:
     output = Path(args.output or _default_output(args.checkpoint))
     pretrained = load_pretrained(args.checkpoint)
     model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
-    on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print))
+    on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print), wait=PREPARATION)
     check_scenes(args.data)
     own = named_protocol(args.preset) if args.preset else pretrained.protocol
     protocol = run_protocol(own, args.data, args.protocol)

@@ -25,6 +25,7 @@ FREE = (
     "evaluation.shuffle_sentences",
     "evaluation.splits",
     "model.gradient_checkpointing",
+    "train.collective_timeout",
     "train.compile",
     "train.log_every",
     "train.max_bad_steps",

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from amltrain.config import RunConfig, TrainConfig
 from amltrain.errors import UserError, unknown_name
 
-LONGEST_WAIT = timedelta(hours=2)  # for the process that prepares data sets while the others wait
+PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait
 
 
 class BatchPlan(NamedTuple):
@@ -103,7 +103,12 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu and several else None, timeout=LONGEST_WAIT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="gloo" if on_cpu and several else None,
+                timeout=timedelta(minutes=config.train.collective_timeout),
+            )
+        ],
     )
     plan = plan_batches(config.train, accelerator.num_processes)  # how many there are is known only now
     accelerator.gradient_accumulation_steps = plan.accumulation
@@ -181,15 +186,24 @@ def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:
         optimizer.optimizer.check_grad_overflow = True  # type: ignore[attr-defined]
 
 
-def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """Run on the main process while the others wait; all get its result, or its UserError."""
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait: timedelta | None = None) -> Any:
+    """Run on the main process while the others wait; all get its result, or its UserError.
+
+    wait: how long the others do; None = as long as for any exchange between processes.
+    """
+    alone = wait is None or accelerator.num_processes == 1
+    waiting = None if alone else torch.distributed.new_group(backend="gloo", timeout=wait)
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
             outcome = [action(), None]
         except UserError as error:
             outcome = [None, str(error)]
-    broadcast_object_list(outcome)
+    if waiting is None:
+        broadcast_object_list(outcome)
+    else:
+        torch.distributed.broadcast_object_list(outcome, src=0, group=waiting)
+        torch.distributed.destroy_process_group(waiting)
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]

@@ -1,4 +1,4 @@
-"""What no code here can prevent (memory, disk, killed helpers), as one sentence with the way out."""
+"""What no code here can prevent (memory, disk, killed processes), as one sentence with the way out."""
 
 import errno
 import shutil
@@ -13,6 +13,8 @@ from amltrain.config import RunConfig
 from amltrain.errors import UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOST_PROCESS = ("gloo", "Application timeout", "Connection closed by peer")
+"""What gloo's errors say, which have no type of their own."""
 
 
 @contextmanager
@@ -31,12 +33,19 @@ def explained(config: RunConfig, micro: int) -> Iterator[None]:
             f"make room and run again"
         ) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"{str(error).strip().splitlines()[0]} It was probably killed for its memory: lower data.workers "
-            f"({config.data.workers}) or ask for more memory, and run again to go on from the last checkpoint"
-        ) from error
+        what = (str(error).strip().splitlines() or [""])[0]
+        if "DataLoader worker" in what:
+            raise UserError(
+                f"{what} It was probably killed for its memory: lower data.workers ({config.data.workers}) or ask for "
+                f"more memory, and run again to go on from the last checkpoint"
+            ) from error
+        if isinstance(error, torch.distributed.DistError) or any(words in what for words in LOST_PROCESS):
+            minutes = f"{config.train.collective_timeout:g} minutes (train.collective_timeout)"
+            raise UserError(
+                f"another process of this run is gone, or did not answer for {minutes}; its own output says why, run "
+                f"again to go on from the last checkpoint ({what})"
+            ) from error
+        raise
 
 
 def release(error: BaseException | None) -> None:

@@ -31,6 +31,7 @@ from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.engines import (
+    PREPARATION,
     build_accelerator,
     check_shardable,
     is_sharded,
@@ -91,7 +92,7 @@ class Trainer:
         self.publisher: Publisher | None = None
         self.resume_from: Path | None = on_main_process(self.accelerator, self._open_output)
         check_shared(self.accelerator, self.output)
-        on_main_process(self.accelerator, lambda: ensure_training_data(config.data, self.say))
+        on_main_process(self.accelerator, lambda: ensure_training_data(config.data, self.say), wait=PREPARATION)
         on_cuda = self.accelerator.device.type == "cuda"
         self.parts = build_parts(config, processes=self.plan.processes, on_cuda=on_cuda, resume_from=self.resume_from)
         check_best_metric(config.evaluation, list(self.parts.eval_loaders))
