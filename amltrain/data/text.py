@@ -1,10 +1,13 @@
 """A sentence -> token ids, as the releases make them.
 
 BERT style: [CLS] words [SEP], cut by plain slicing after the special tokens are added, so a long sentence loses [SEP].
-CLIP style: start, pieces, end; a long sentence keeps the end token in the last place. Both are padded with id 0.
+CLIP style: `clean` first, as CLIP's own tokenizer does and transformers' does not; then start, pieces, end; a long
+sentence keeps the end token in the last place. Both are padded with id 0.
 """
 
+import html
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +28,20 @@ TRAIN_WORDPIECE = (
     "name a folder that has it, or set preprocess.tokenizer to wordpiece to build one from the training sentences"
 )
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_QUOTES = {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
+_FORMS = [0x3000, *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB05)]  # full width, half width, ligatures of f
+PLAIN = str.maketrans(_QUOTES | {c: unicodedata.normalize("NFKC", c) for c in map(chr, _FORMS)})
+
+
+def clean(sentence: str) -> str:
+    """A sentence with HTML entities, curly quotes and full-width letters as plain text, as CLIP's tokenizer reads it.
+
+    CLIP asks the library ftfy, whose results these are, and unescapes twice. What else ftfy does is not done: to mend
+    text that was decoded wrongly (the two letters that stand for one accented one), and to drop control characters.
+    """
+    if "<" not in sentence:  # ftfy leaves a piece of HTML alone
+        sentence = html.unescape(sentence)
+    return html.unescape(html.unescape(sentence.translate(PLAIN))).strip()
 
 
 class SentenceTokenizer:
@@ -37,7 +54,7 @@ class SentenceTokenizer:
 
     def __call__(self, sentence: str) -> tuple[Tensor, Tensor]:
         """input_ids [L] int64 padded with 0, text_mask [L] bool (True = a real token)."""
-        ids = self.tokenizer.encode(sentence, verbose=False)  # it warns of what is cut below
+        ids = self._encode(sentence)
         if len(ids) > self.max_tokens:
             end = ids[-1]
             ids = ids[: self.max_tokens]
@@ -47,19 +64,24 @@ class SentenceTokenizer:
         input_ids[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
         return input_ids, torch.arange(self.max_tokens) < len(ids)
 
+    def _encode(self, sentence: str, special: bool = True) -> list[int]:
+        """All ids, uncut."""
+        text = clean(sentence) if self.keeps_end else sentence
+        return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)  # it warns of what is cut here
+
     def cut(self, sentence: str) -> str:
         """The words from the first that is cut, wholly or in part; empty where all are read."""
         words = sentence.split()
         room = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
         read = len(words)
-        while read and len(self.tokenizer.encode(" ".join(words[:read]), verbose=False)) > room:
+        while read and len(self._encode(" ".join(words[:read]))) > room:
             read -= 1
         return " ".join(words[read:])
 
     def unknown(self, sentence: str) -> list[str]:
         """The words that have a piece that is not in the vocabulary; the model does not know them apart."""
         unknown = self.tokenizer.unk_token_id
-        return [w for w in sentence.split() if unknown in self.tokenizer.encode(w, add_special_tokens=False)]
+        return [w for w in sentence.split() if unknown in self._encode(w, special=False)]
 
     @property
     def vocab_size(self) -> int:

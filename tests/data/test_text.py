@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.data.text import SentenceTokenizer
+from amltrain.data.text import SentenceTokenizer, clean
 from amltrain.errors import UserError
 
 SENTENCES = ["the left man", "left woman in red", "man in red, left", "réd hat", "the left dog"]
@@ -63,6 +63,33 @@ def test_a_long_clip_sentence_keeps_its_end(clip_folder: Path) -> None:
     ids, mask = tokenizer("Man")
     assert ids.tolist() == [start, tokenizer.tokenizer.get_vocab()["man</w>"], end, 0, 0]  # padded with 0, not the end
     assert mask.tolist() == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("the man&#39;s &amp;quot;hat&amp;quot;", 'the man\'s "hat"'),
+        ("the man\u2019s \u201chat\u201d", 'the man\'s "hat"'),
+        ("\uff2dan\u3000\uff11\uff0c left", "Man 1, left"),
+        ("&rsquo;round the o\ufb03ce", "'round the office"),
+        ("<b>&rsquo;&lt;", "<b>\u2019<"),  # of HTML, the quotes stay
+        ("cat &amp;lt; dog & bird &nbsp;", "cat < dog & bird"),
+        ("caf\u00e9 \u2013 plain", "caf\u00e9 \u2013 plain"),
+    ],
+)
+def test_clip_reads_plain_text(clip_folder: Path, bert_folder: Path, typed: str, read: str) -> None:
+    """As ftfy 6.3.1 and two html.unescape give it. BERT's releases change nothing."""
+    assert clean(typed) == read
+    tokenizer, bert = SentenceTokenizer.load(clip_folder, 40), SentenceTokenizer.load(bert_folder, 40)
+    assert torch.equal(tokenizer(typed)[0], torch.tensor(tokenizer.tokenizer.encode(read) + [0] * 40)[:40])
+    assert bert(typed)[0].tolist()[: len(bert.tokenizer.encode(typed))] == bert.tokenizer.encode(typed)
+
+
+def test_nothing_in_real_sentences_needs_cleaning(shared_dir: Path) -> None:
+    for split in ("val", "testA", "testB"):
+        for ref in json.loads((shared_dir / "data" / "refcoco_text" / f"{split}.json").read_text()):
+            sentences = [s if isinstance(s, str) else s["sent"] for s in ref["sentences"]]
+            assert [clean(s) for s in sentences] == [s.strip() for s in sentences]
 
 
 def test_words_that_are_cut(bert_folder: Path, clip_folder: Path) -> None:
