@@ -187,6 +187,9 @@ class OptimConfig:
     """multistep: where to multiply by gamma, as shares of the run."""
     gamma: float = 0.1
     """multistep: factor at each milestone."""
+    first_epoch_full_lr: bool = False
+    """Train every parameter group at the full lr, unscaled, in the first pass over the training set (also where the run
+    is given in steps); the schedule goes on as ever. The CRIS release's CLIP starts so, at ten times its rate."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
 

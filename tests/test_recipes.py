@@ -38,6 +38,7 @@ class Release(NamedTuple):
     loss: str
     amsgrad: bool = False
     warmup: int = 0
+    first_epoch_full_lr: bool = False
 
 
 CARIS = Release(
@@ -50,12 +51,12 @@ CGFORMER = Release(
     *("exclusive", "cgformer"),
     amsgrad=True,
 )
-CRIS = Release(
-    *("adam", 1e-4, 0.0, "multistep", (35,), 50, 64, "fp16", None, True, 416, 17, "referent", "mIoU"),
+ETRIS = Release(
+    *("adam", 1e-4, 0.0, "multistep", (35,), 50, 32, "fp16", None, True, 416, 17, "referent", "mIoU"),
     *("union", "binary_cross_entropy"),
 )
-DETRIS = CRIS._replace(milestones=(35, 55), length=65, batch=32, size=448)
-ETRIS = CRIS._replace(batch=32)
+CRIS = ETRIS._replace(batch=64, first_epoch_full_lr=True)
+DETRIS = ETRIS._replace(milestones=(35, 55), length=65, size=448)
 LAVT = Release(
     *("adamw", 5e-5, 0.01, "poly", (), 40, 32, "no", None, True, 480, 20, "referent", "oIoU"),
     *("exclusive", "weighted_cross_entropy"),
@@ -119,6 +120,7 @@ def as_trained(run: RunConfig) -> Release:
         loss=run.loss.name or info.loss,
         amsgrad=optim.amsgrad,
         warmup=optim.warmup_steps,
+        first_epoch_full_lr=optim.first_epoch_full_lr,
     )
 
 

@@ -5,9 +5,10 @@ Release: DerrickWang005/CRIS.pytorch, commit e596332, MIT. Written anew on timm'
 The decoder and the head are in `layers/cris_decoder.py`, because ETRIS and DETRIS share them.
 
 Kept from the release on purpose: the sentence's vector passes a batch norm over the batch, so that training needs more
-than one sample per process or SyncBN; position tables train at the full rate.
-Not kept: in its first epoch the release trains CLIP at ten times its rate, because its optimizer never reads the
-group's own one before the first scheduler step; CLIP's unread temperature counts as trainable there and is frozen here.
+than one sample per process or SyncBN; position tables train at the full rate. In its first epoch the release trains all
+of CLIP so, at ten times its own rate, because its optimizer does not read the group's before the first scheduler step:
+the recipes and `configs/models/` repeat that (`optim.first_epoch_full_lr: true`); false is what was meant.
+Not kept: CLIP's unread temperature counts as trainable there and is frozen here.
 
 What AML scores: the pooled stride-32 map against the tokens projected into CLIP's shared space. Both are as wide and no
 fusion has happened, so `aml.projection: identity` works.

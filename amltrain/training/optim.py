@@ -59,7 +59,7 @@ def build_optimizer(
     return kind(groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad)
 
 
-def set_lr(optimizer: Optimizer, factor: float) -> None:
-    """Put every group at its base rate times `factor`."""
+def set_lr(optimizer: Optimizer, factor: float, base_lr: float | None = None) -> None:
+    """Put every group at its own base rate times `factor`, or all of them at the one base rate that is given."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        group["lr"] = (group["base_lr"] if base_lr is None else base_lr) * factor

@@ -132,7 +132,8 @@ class Trainer:
         accelerator, optimizer = self.accelerator, self.optimizer
         self._recalibrate(batches)
         self.norm_statistics.keep()
-        set_lr(optimizer, self._lr_factor())
+        full_lr = self.config.optim.first_epoch_full_lr and self.progress.step < self.steps_per_epoch
+        set_lr(optimizer, self._lr_factor(), self.config.optim.lr if full_lr else None)
         losses: list[Tensor] = []
         extras: dict[str, list[Tensor]] = {}
         for number, batch in enumerate(batches):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from amltrain.models import create_model
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
 
 
@@ -44,3 +45,16 @@ def test_groups_keep_their_ratio() -> None:
     set_lr(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-6, 5e-5]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
+
+
+def test_cris_starts_at_its_releases_rates() -> None:
+    """CLIP and the rest, epoch by epoch."""
+    groups = create_model("cris_tiny").param_groups(1e-4, 0.0)
+    optimizer = build_optimizer(groups, "adam", lr=1e-4, betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
+    rates = []
+    for epoch in range(50):
+        factor = lr_factor(epoch, 50, "multistep", milestones=[0.7])
+        set_lr(optimizer, factor, 1e-4 if epoch == 0 else None)
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+    expected = [(1e-4, 1e-4)] + 34 * [(1e-5, 1e-4)] + 15 * [(1e-6, 1e-5)]
+    assert [rate for pair in rates for rate in pair] == pytest.approx([rate for pair in expected for rate in pair])

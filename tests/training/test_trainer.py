@@ -9,8 +9,9 @@ import torch
 
 from amltrain.errors import UserError
 from amltrain.pretrained import load_pretrained
+from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.trainer import Trainer
+from amltrain.training.trainer import StepStats, Trainer
 from tests.training import runs, sabotage
 
 
@@ -82,6 +83,31 @@ def test_the_weights_average_is_what_is_exported(shapes: Path, tmp_path: Path) -
     averaged, raw = runs.weights(tmp_path / "ema"), runs.weights(tmp_path / "raw")
     assert averaged.keys() == raw.keys()
     assert any(not torch.equal(averaged[key], raw[key]) for key in raw)
+
+
+def test_every_group_may_start_at_the_full_rate_for_one_epoch(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the CRIS release does; also in a run given in steps, and in one that goes on in the middle of that epoch."""
+    rates: list[tuple[int, list[float]]] = []
+    sound = Trainer._optimizer_step
+
+    def watched(self: Trainer, batches: list[Batch]) -> StepStats:
+        stats = sound(self, batches)
+        epoch = (self.progress.step - 1) // self.steps_per_epoch
+        rates.append((epoch, [group["lr"] for group in self.optimizer.param_groups]))
+        return stats
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", watched)
+    extra = ("--model.name", "cris_tiny", "--model.kwargs", "{}", "--aml.enabled", "false")
+    extra += ("--train.global_batch_size", "16", "--train.max_steps", "6")
+    extra += ("--optim.schedule", "constant", "--optim.first_epoch_full_lr", "true")
+    runs.run(shapes, tmp_path / "run", *extra)
+    assert [epoch for epoch, _ in rates] == [0, 0, 0, 0, 1, 1]
+    assert all(set(rate) == ({1e-3} if epoch == 0 else {1e-4, 1e-3}) for epoch, rate in rates)
+    whole, rates = rates, []
+    runs.run(shapes, tmp_path / "branch", *extra, "--resume", str(tmp_path / "run" / "step-000002"))
+    assert rates == whole[2:]
 
 
 def test_a_batch_that_does_not_divide_is_refused(shapes: Path, tmp_path: Path) -> None:
