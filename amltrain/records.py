@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 class Draw(NamedTuple):
-    """What a sampler hands to a dataset: everything random about a sample is a function of (seed, epoch, index)."""
+    """What a sampler hands to a dataset: everything random about a sample is a function of the seed and of these."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides a tuple's own method, which nobody wants of a draw
+    repeat: int = 0
+    """How often the sample was drawn before in this epoch; weights of data sets draw some again."""
 
 
 class Sample(NamedTuple):

@@ -51,13 +51,13 @@ def select_by_pixel(weak: Tensor, rho: float, keys: Tensor) -> Tensor:
 
 
 def take_share(candidates: Tensor, share: float, order: Tensor) -> Tensor:
-    """Of the K candidates of each row take the `max(1, floor(share * K))` first in `order`; none where K = 0.
+    """Of the K candidates of each row take the `max(1, floor(share * K))` first in `order`; none where K or share is 0.
 
     candidates [B, M] bool, order [B, M] float (ties go to the lower index) -> [B, M] bool.
     """
     count = candidates.sum(dim=1, keepdim=True)
     # 1e-4 keeps products such as 0.29 * 100 from falling to 28
-    wanted = (share * count + 1e-4).floor().clamp(min=1)
+    wanted = (share * count + 1e-4).floor().clamp(min=1 if share else 0)
     rank = order.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return candidates & (rank < wanted)
 

@@ -70,7 +70,7 @@ class ReferDataset(torch.utils.data.Dataset):
     """Samples of one or several prepared splits.
 
     `dataset[Draw(epoch, index)]` or `dataset[index]` (epoch 0) -> Sample. With unit "referent" an index is a referent
-    and its sentence is a function of (seed, epoch, index); with unit "sentence" an index is a sentence.
+    and its sentence is a function of the seed and the draw; with unit "sentence" an index is a sentence.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class ReferDataset(torch.utils.data.Dataset):
         }
 
     def __getitem__(self, draw: Draw | int) -> Sample:
-        epoch, index = draw if isinstance(draw, tuple) else (0, int(draw))
-        key = random_key(self.seed, epoch, index)
+        epoch, index, repeat = draw if isinstance(draw, Draw) else Draw(0, int(draw))
+        key = random_key(self.seed, epoch, index, *([repeat] if repeat else []))
         referent = self._referent(index)
         mask = decode_rle(self._rle(referent))
         image, target, geometry = self.transform(self.picture(index), mask)

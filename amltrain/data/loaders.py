@@ -59,9 +59,13 @@ class EpochSampler(Sampler[Draw]):
         end = self.total_steps * self.global_batch_size
         while position < end:
             epoch, offset = divmod(position, length)
-            order = self.order(epoch)[offset : offset + end - position]
-            yield from (Draw(epoch, index) for index in order.tolist())
-            position += len(order)
+            order = self.order(epoch)
+            chosen = slice(offset, offset + end - position)
+            repeats = occurrences(order)[chosen].tolist()
+            yield from (
+                Draw(epoch, index, repeat) for index, repeat in zip(order[chosen].tolist(), repeats, strict=True)
+            )
+            position += len(repeats)
 
     def order(self, epoch: int) -> np.ndarray:
         """Indices of one epoch, [sum of part_sizes] int64."""
@@ -91,6 +95,16 @@ class EpochSampler(Sampler[Draw]):
         """`count` of `size` samples: whole permutations, then a part of one."""
         rounds = [generator.permutation(size) for _ in range(-(-count // size))]
         return np.concatenate(rounds)[:count] if rounds else np.empty(0, np.int64)
+
+
+def occurrences(values: np.ndarray) -> np.ndarray:
+    """How often each value occurs before its place, [N] -> [N] int64: (7, 5, 7, 7) -> (0, 0, 1, 2)."""
+    places = np.arange(len(values))
+    by_value = np.argsort(values, kind="stable")
+    starts = np.diff(values[by_value], prepend=values[by_value[:1]] - 1) != 0
+    counted = np.empty_like(places)
+    counted[by_value] = places - np.maximum.accumulate(np.where(starts, places, 0))
+    return counted
 
 
 def build_transform(preprocess: PreprocessConfig) -> ImageTransform:

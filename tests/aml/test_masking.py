@@ -120,6 +120,13 @@ def test_share_of_nothing_is_nothing() -> None:
     assert taken.int().tolist() == [[0] * 5, [0, 1, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_no_share_masks_nothing(selection: str) -> None:
+    scores = score_maps(4, 14, 40, 0)
+    assert not filtering_mask(scores, (448, 448), keys(4), rho=0.0, selection=selection).any()
+    assert filtering_mask(scores, (448, 448), keys(4), rho=1e-6, selection=selection).any() == (selection != "pixel")
+
+
 def test_relocation_keeps_the_amount() -> None:
     blocks = filtering_mask(score_maps(5, 14, 20, 1), (448, 448), keys(5))
     moved = relocate(blocks, keys(5))

@@ -102,7 +102,9 @@ def test_the_random_key_differs_between_seeds_epochs_and_samples_only(prepared: 
         for index in (0, 1)
     }
     assert len(set(keys.values())) == 8
-    assert int(shapes_dataset(prepared, unit="referent")[Draw(1, 1)].random_key) == keys[0, 1, 1]
+    dataset = shapes_dataset(prepared, unit="referent")
+    assert int(dataset[Draw(1, 1)].random_key) == keys[0, 1, 1]
+    assert len({int(dataset[Draw(1, 1, repeat)].random_key) for repeat in range(3)} | set(keys.values())) == 10
 
 
 def test_several_data_sets_lie_one_behind_the_other(prepared: str) -> None:

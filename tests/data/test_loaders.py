@@ -67,6 +67,18 @@ def test_weights_give_each_data_set_its_share() -> None:
     assert set(sampler(weights=[1, 0]).order(0).tolist()) <= set(range(50))
 
 
+def test_a_sample_that_comes_again_says_so() -> None:
+    draws = list(sampler((50, 23), weights=[1, 3], global_batch_size=73, total_steps=2))
+    assert len(set(draws)) == 146
+    for epoch in (0, 1):
+        last = Counter()
+        for draw in draws[epoch * 73 : epoch * 73 + 73]:
+            assert draw.repeat == last[draw.index]
+            last[draw.index] += 1
+        assert max(last.values()) == 3
+    assert not any(draw.repeat for draw in sampler())
+
+
 def test_streamed_samples_are_mixed_within_a_window_of_row_groups() -> None:
     groups = np.repeat(np.arange(40), 10)
     order = sampler((400,), row_groups=groups).order(0)
