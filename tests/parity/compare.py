@@ -3,8 +3,9 @@
     python tests/parity/compare.py MODEL CASE.safetensors [--config tiny.json] [--weights tiny.safetensors]
 
 MODEL is a file beside this one (caris, detris, ...). A case holds `input.*`, some of `inter.*`, `output.*`, `grad.*`
-and the official weights under their official keys; a case without weights borrows those of the tiny case of its folder.
-`train.logits` and `post.*` were recorded in training mode: the logits, and batch norms' statistics after that forward.
+and the recorded network's random weights under their official keys; a case without weights borrows those of the tiny
+case of its folder. `train.logits` and `post.*` were recorded in training mode: the logits, and batch norms' statistics
+after that forward.
 `f64.*` tensors, where a case has them, were recorded in float64 and are compared in float64.
 Prints a table and exits with 1 if anything is beyond its tolerance.
 """
