@@ -1,7 +1,7 @@
 """What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
 
     python launch/benchmark.py --model caris_tiny --size 96 --batch 8
-    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU: 5 GB, 10 s a step
+    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # 1 CPU core: 6 to 9 GiB, 11 to 21 s a step
     python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
 All contenders train the same model with the same optimizer on random data. Rounds are interleaved: each times one step
@@ -262,7 +262,7 @@ def table(results: Sequence[Result], batch: int) -> str:
         times = "-" if r.memory is None or not baseline else f"{r.memory / baseline:.3f}"
         shares = " | ".join(f"{share:.1%}" for share in r.shares)
         lines.append(
-            f"| {r.name} | {1000 * r.seconds:.1f} | {batch / r.seconds:.2f} | {r.ratio:.3f} | {memory} | {times} "
+            f"| {r.name} | {1000 * r.seconds:.1f} | {batch / r.seconds:.3f} | {r.ratio:.3f} | {memory} | {times} "
             f"| {shares} |"
         )
     return "\n".join(lines)
