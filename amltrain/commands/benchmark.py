@@ -1,8 +1,10 @@
 """What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
 
     python launch/benchmark.py --model caris_tiny --size 96 --batch 8
-    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # 1 CPU core: 6 to 9 GiB, 11 to 21 s a step
+    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
     python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
+
+On one CPU core full-size CARIS takes 6 to 9 GiB, and 11 to 21 s a step.
 
 All contenders train the same model with the same optimizer on random data. Rounds are interleaved: each times one step
 of every contender, so a slow minute of the machine slows all of them. Figures are medians over rounds; the ratio to the
