@@ -48,7 +48,8 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
         f"## Scores\n{_scores(results)}",
         f"## Training\n{_training(training)}",
         f"## Licence\nThe release of the baseline ({info.release}) is under {info.licence}. amltrain, which trained "
-        "this model, is under Apache-2.0. The data sets and the pretrained encoders have terms of their own.",
+        "this model, is written anew, under Apache-2.0. The data sets and the pretrained encoders have terms of their "
+        "own.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 

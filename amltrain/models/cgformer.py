@@ -1,7 +1,7 @@
 """CGFormer: two learned tokens share out the image's positions between them; the second becomes the mask.
 
 Paper: Tang et al., Contrastive Grouping with Transformer for Referring Image Segmentation, CVPR 2023.
-Release: SooLab/CGFormer, commit 67d3390, MIT (its backbone descends from LAVT). Written anew.
+Release: SooLab/CGFormer, commit 67d3390, MIT; its Swin backbone from LAVT, GPL-3.0. Written anew, nothing copied.
 
 What AML scores: a second look at the image without words (see `early_fusion`).
 
@@ -281,7 +281,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
     return ModelInfo(
         paper="Contrastive Grouping with Transformer for Referring Image Segmentation (CVPR 2023)",
         release="github.com/SooLab/CGFormer, commit 67d3390",
-        licence="MIT",
+        licence="MIT; its Swin backbone from LAVT, GPL-3.0",
         aml_scores="last Swin blocks without fusion x BERT tokens",
         preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "sent"),
         protocol=ProtocolConfig("original", 0.5, "bicubic", "all", "gt", "exclusive"),

@@ -1,8 +1,9 @@
 """ReLA (GRES): generalised referring expressions, which may mean several things, one or none.
 
 Paper: Liu, Ding, Jiang, GRES: Generalized Referring Expression Segmentation, CVPR 2023 (arXiv 2306.00968).
-Release: henghuiding/ReLA, branch main, commit 3ca9551, MIT. Its weights score above its README (gRefCOCO val gIoU 66.3,
-cIoU 63.1 against 63.60, 62.42), because the README's numbers belong to another version of the decoder.
+Release: henghuiding/ReLA, branch main, commit 3ca9551, MIT; its Swin backbone from LAVT, GPL-3.0. Written anew,
+nothing copied. Its weights score above its README (gRefCOCO val gIoU 66.3, cIoU 63.1 against 63.60, 62.42), because the
+README's numbers belong to another version of the decoder.
 
 What AML scores: a second look at the image without words (see `early_fusion`). As released the gates stay closed, so
 the trunk is the same with words and without. ResNet-50 reads no words; there AML scores the encoder's own last map.
@@ -198,19 +199,22 @@ def build_rela(
     )
 
 
-def _info(size: int, tokenizer: str, aml_scores: str, max_tokens: int = 20) -> ModelInfo:
+SWIN_SCORES = "last Swin blocks without fusion x BERT tokens"
+SWIN_LICENCE = "MIT; its Swin backbone from LAVT, GPL-3.0"
+
+
+def _info(
+    size: int, tokenizer: str, aml_scores: str, *, max_tokens: int = 20, licence: str = SWIN_LICENCE
+) -> ModelInfo:
     return ModelInfo(
         paper="GRES: Generalized Referring Expression Segmentation (CVPR 2023)",
         release="github.com/henghuiding/ReLA, branch main, commit 3ca9551",
-        licence="MIT",
+        licence=licence,
         aml_scores=aml_scores,
         preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "raw"),
         protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
         loss="rela",
     )
-
-
-SWIN_SCORES = "last Swin blocks without fusion x BERT tokens"
 
 
 @register_model(_info(480, "bert-base-uncased", SWIN_SCORES))
@@ -250,7 +254,7 @@ def rela_swin_tiny(
     return build_rela(LanguageSwin(swin, gate_std=0.0), text)
 
 
-@register_model(_info(480, "bert-base-uncased", "stride-32 ResNet map x BERT tokens"))
+@register_model(_info(480, "bert-base-uncased", "stride-32 ResNet map x BERT tokens", licence="MIT"))
 def rela_r50(
     *,
     vision_weights: str | None = None,
