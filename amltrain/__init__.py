@@ -12,8 +12,8 @@ _EXPORTS = {
     "Predictor": "amltrain.predictor",
     "create_model": "amltrain.models.registry",
     "list_models": "amltrain.models.registry",
-    "load_pretrained": "amltrain.pretrained",
-    "save_pretrained": "amltrain.pretrained",
+    "load_pretrained": "amltrain.hub.model_folder",
+    "save_pretrained": "amltrain.hub.model_folder",
 }
 
 __all__ = ["__version__", *_EXPORTS]

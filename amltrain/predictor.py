@@ -20,7 +20,7 @@ from amltrain.data.loaders import build_transform
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.protocols import complete
-from amltrain.pretrained import Pretrained, load_pretrained
+from amltrain.hub.model_folder import Pretrained, load_pretrained
 from amltrain.records import Batch, ModelOutput
 
 

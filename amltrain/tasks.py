@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.aml.cache import ScoreCache, refuse_sharded
-from amltrain.aml.masking import Selection, filtering_mask, mask_image, relocate, spread_blocks
-from amltrain.aml.presets import resolve
-from amltrain.aml.similarity import PatchScorer, create_projection
-from amltrain.aml.statistics import alignment_sums
-from amltrain.aml.temperature import Calibration, Reduce, solve_temperature, warn_if_literal
-from amltrain.config import AMLConfig
+from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import check_channels
+from amltrain.methods.aml.cache import ScoreCache, refuse_sharded
+from amltrain.methods.aml.masking import Selection, filtering_mask, mask_image, relocate, spread_blocks
+from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.similarity import PatchScorer, create_projection
+from amltrain.methods.aml.statistics import alignment_sums
+from amltrain.methods.aml.temperature import Calibration, Reduce, solve_temperature, warn_if_literal
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 

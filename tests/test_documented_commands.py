@@ -11,8 +11,9 @@ import yaml
 
 from amltrain.cli import COMMANDS
 from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
-from amltrain.config import RunConfig, parse_config
-from amltrain.training.engines import plan_batches
+from amltrain.config.parse import parse_config
+from amltrain.config.schema import RunConfig
+from amltrain.training.distributed import plan_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md", "launch/slurm/train.sbatch"]

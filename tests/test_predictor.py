@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
+from amltrain.hub.model_folder import Pretrained
 from amltrain.predictor import Predictor, read_image
-from amltrain.pretrained import Pretrained
 from amltrain.records import Batch, ModelOutput
 from tests.evaluation.stand_in import SeesBright
 

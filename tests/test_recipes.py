@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from amltrain.config import RunConfig, parse_config
+from amltrain.config.parse import parse_config
+from amltrain.config.schema import RunConfig
 from amltrain.models import model_info
 
 CONFIGS = Path(__file__).parents[1] / "configs"

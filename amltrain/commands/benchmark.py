@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from amltrain.commands.device import choose_device
-from amltrain.config import AMLConfig
+from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError, one_line_errors
 from amltrain.losses import create_loss
 from amltrain.models import create_model, model_info

@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from amltrain.config import PreprocessConfig, override
+from amltrain.config.ranges import check_number
+from amltrain.config.schema import PreprocessConfig, override
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import one_line_errors
+from amltrain.hub.convert import convert_official, summary
 from amltrain.models.registry import model_info
-from amltrain.official import convert_official, summary
-from amltrain.ranges import check_number
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,8 +15,10 @@ from accelerate import Accelerator, PartialState
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch.utils.data import DataLoader
 
-from amltrain.config import DataConfig, EvaluationConfig, ProtocolConfig, one_line
-from amltrain.config_files import Groups, check_config_files
+from amltrain.config.files import Groups, check_config_files
+from amltrain.config.parse import one_line
+from amltrain.config.ranges import ANY, check_number
+from amltrain.config.schema import DataConfig, EvaluationConfig, ProtocolConfig
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import evaluate_model
@@ -24,10 +26,9 @@ from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturb
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.protocols import PROTOCOLS, named_protocol, run_protocol
 from amltrain.evaluation.results import Results, table, write_results
-from amltrain.pretrained import Pretrained, find_model_folder, load_pretrained, read_training
-from amltrain.ranges import ANY, check_number
-from amltrain.training.engines import PREPARATION, on_main_process
-from amltrain.training.setup import check_scenes, ensure_prepared
+from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.training.build import check_scenes, ensure_prepared
+from amltrain.training.distributed import PREPARATION, on_main_process
 
 
 def build_parser() -> ArgumentParser:

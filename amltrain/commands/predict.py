@@ -18,8 +18,8 @@ from PIL import Image
 from amltrain.commands.device import choose_device
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError, one_line_errors
+from amltrain.evaluation.visualize import overlay
 from amltrain.predictor import Predictor, Segmentation, read_image
-from amltrain.visualize import overlay
 
 
 def build_parser() -> argparse.ArgumentParser:

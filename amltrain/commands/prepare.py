@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amltrain.config import COMBINED
+from amltrain.config.schema import COMBINED
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
 from amltrain.data.prepare import describe, prepare, prepare_files
 from amltrain.data.refer import refer_paths
-from amltrain.data.splits import DATASETS, dataset_spec
+from amltrain.data.specs import DATASETS, dataset_spec
 from amltrain.errors import UserError, one_line_errors
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
@@ -117,7 +117,7 @@ def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_ro
         if source is None:
             refer_paths(refer_root, name)
         else:
-            from amltrain.data.hub_schema import check_source  # imports torchvision
+            from amltrain.data.refer_hub import check_source  # imports torchvision
 
             check_source(source)
 
@@ -125,6 +125,6 @@ def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_ro
 def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:
     if source is None:
         return prepare(name, args.refer_root, args.output, image_root=args.image_root, max_skipped=args.max_skipped)
-    from amltrain.data.hub_schema import read_hub_schema  # imports torchvision
+    from amltrain.data.refer_hub import read_hub_schema  # imports torchvision
 
     return prepare_files(read_hub_schema(source, name), args.output, args.image_root, max_skipped=args.max_skipped)

@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        from amltrain.hub import push_model  # once the arguments are known to be good: torch takes a while
+        from amltrain.hub.push import push_model  # once the arguments are known to be good: torch takes a while
         from amltrain.training.checkpoint import MANIFEST, find_fault
 
         for checkpoint in (args.folder, args.folder.parent):

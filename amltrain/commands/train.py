@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.config import parse_config
+from amltrain.config.parse import parse_config
 from amltrain.errors import one_line_errors
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"

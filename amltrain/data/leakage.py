@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from amltrain.data.rows import Rows, open_rows
-from amltrain.data.splits import Counts, dataset_spec
+from amltrain.data.specs import Counts, dataset_spec
 from amltrain.errors import UserError
 
 

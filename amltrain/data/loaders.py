@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from amltrain.config import DataConfig, EvaluationConfig, MaskParts, PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, PreprocessConfig, ProtocolConfig
 from amltrain.data.collate import collate
 from amltrain.data.dataset import Part, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
 from amltrain.data.rows import WINDOW, open_rows
-from amltrain.data.splits import dataset_spec
+from amltrain.data.specs import dataset_spec
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from amltrain.data.refer import ImageGroup, ReferFiles, Skipped, image_groups, load_json, read_refer
 from amltrain.data.schema import FEATURES
-from amltrain.data.splits import Counts, belongs
+from amltrain.data.specs import Counts, belongs
 from amltrain.errors import UserError
 
 FORMAT = 1

@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from amltrain.data.schema import FEATURES
-from amltrain.data.splits import check_split
+from amltrain.data.specs import check_split
 from amltrain.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amltrain.data.segmentation import BrokenSegmentationError, referent_mask
-from amltrain.data.splits import DatasetSpec, belongs, dataset_spec
+from amltrain.data.specs import DatasetSpec, belongs, dataset_spec
 from amltrain.errors import UserError
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from amltrain.data.segmentation import decode_rle, referent_mask
-from amltrain.data.splits import dataset_spec
+from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
 
 COLOURS = {

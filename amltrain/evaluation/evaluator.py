@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from amltrain import __version__
-from amltrain.config import ProtocolConfig
+from amltrain.config.schema import ProtocolConfig
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import network_probability, original_probability, to_original
 from amltrain.evaluation.metrics import ReferringSegmentation

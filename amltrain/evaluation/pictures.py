@@ -8,7 +8,7 @@ from PIL import Image
 
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Prediction, Results
-from amltrain.visualize import Example, sheet
+from amltrain.evaluation.visualize import Example, sheet
 
 
 def prediction_sheet(results: Results, dataset: Any, columns: int = 2) -> Image.Image:

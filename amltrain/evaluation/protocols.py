@@ -4,7 +4,7 @@ options only; the formulas are in `metrics`, the way from logits to a mask in `m
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from amltrain.config import DataConfig, MaskParts, ProtocolConfig, override
+from amltrain.config.schema import DataConfig, MaskParts, ProtocolConfig, override
 from amltrain.errors import UserError, unknown_name
 from amltrain.models import list_models, model_info
 

@@ -22,7 +22,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders

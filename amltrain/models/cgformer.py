@@ -28,7 +28,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.swin import Swin

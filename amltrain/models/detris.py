@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.dinov2 import DINOv2, load_dinov2
 from amltrain.models.base import Conversion, RISModel

@@ -26,7 +26,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
 from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.models.base import RISModel
 

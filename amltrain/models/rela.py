@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import PreprocessConfig, ProtocolConfig
 from amltrain.models.backbones.bert import (
     build_bert,
 )

@@ -27,8 +27,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
 from amltrain.errors import UserError
-from amltrain.pretrained import first_line
-from amltrain.training.mishaps import free_space
+from amltrain.hub.model_folder import first_line
+from amltrain.training.failures import free_space
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from amltrain import __version__
-from amltrain.config import MaskParts, RunConfig
+from amltrain.config.schema import MaskParts, RunConfig
 from amltrain.models import model_info
 
 LIBRARIES = ("torch", "accelerate", "transformers", "timm", "datasets", "huggingface_hub")

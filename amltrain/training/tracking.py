@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from amltrain import __version__
-from amltrain.config import RunConfig
+from amltrain.config.schema import RunConfig
 from amltrain.errors import UserError
-from amltrain.training.engines import BatchPlan, precision_of
-from amltrain.training.setup import Parts
+from amltrain.training.build import Parts
+from amltrain.training.distributed import BatchPlan, precision_of
 
 
 def say(accelerator: Accelerator, text: str) -> None:

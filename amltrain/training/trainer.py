@@ -19,18 +19,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from amltrain.config import RunConfig
+from amltrain.config.schema import RunConfig
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.errors import UserError
-from amltrain.evaluation.alignment import build_alignment_diagnostics
 from amltrain.evaluation.results import Results
-from amltrain.hub import Publisher, build_publisher
+from amltrain.hub.push import Publisher, build_publisher
+from amltrain.methods.aml.diagnostics import build_alignment_diagnostics
 from amltrain.models import model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.engines import (
+from amltrain.training.build import build_parts, ensure_training_data, write_model_folder
+from amltrain.training.distributed import (
     PREPARATION,
     build_accelerator,
     check_shardable,
@@ -39,13 +40,12 @@ from amltrain.training.engines import (
     on_main_process,
     skip_bad_steps,
 )
-from amltrain.training.interruption import Interruption
-from amltrain.training.mishaps import explained, release
+from amltrain.training.failures import explained, release
 from amltrain.training.nonfinite import NormStatistics, check_weights, describe_samples
 from amltrain.training.optim import build_optimizer, lr_factor, set_lr
-from amltrain.training.output import check_shared, prepare_output, write_config
-from amltrain.training.progress import Progress
-from amltrain.training.setup import build_parts, ensure_training_data, write_model_folder
+from amltrain.training.preemption import Preemption
+from amltrain.training.resume import check_shared, prepare_output, write_config
+from amltrain.training.state import Progress
 from amltrain.training.tracking import History, banner, say, start_trackers
 from amltrain.training.validation import best_value, check_best_metric, evaluate_splits
 
@@ -98,12 +98,12 @@ class Trainer:
         check_best_metric(config.evaluation, list(self.parts.eval_loaders))
         self.total_steps = self._count_steps()
         self.steps_per_epoch = max(1, round(len(self.parts.dataset) / self.plan.samples))
-        self.interruption = Interruption(config.train.time_limit)
+        self.preemption = Preemption(config.train.time_limit)
         self.progress = Progress(spread=list(self.plan), seed=config.seed, samples=len(self.parts.dataset))
         self.results: list[Results] = []
 
     def run(self) -> list[Results]:
-        with self.interruption.listening():
+        with self.preemption.listening():
             self._start()
             if self._evaluation_is_due():  # the run was cut off before it could
                 self._evaluate_and_save()
@@ -182,7 +182,7 @@ class Trainer:
         return torch.as_tensor(norm, device=self.accelerator.device, dtype=torch.float32)
 
     def _reduce(self, losses: list[Tensor], norm: Tensor, extras: dict[str, list[Tensor]]) -> StepStats:
-        stop = torch.full_like(norm, float(self.interruption.requested()))
+        stop = torch.full_like(norm, float(self.preemption.requested()))
         means = [torch.stack(values).float().mean() for values in extras.values()]
         values = torch.stack([torch.stack(losses).float().mean(), norm, stop, *means])
         loss, grad_norm, stop_share, *rest = self.accelerator.reduce(values, reduction="mean").tolist()
@@ -259,7 +259,7 @@ class Trainer:
         """What is trained is saved first: neither a kill nor a request to stop during the evaluation costs a step."""
         if self.progress.saved < self.progress.step:
             self._save()
-        with self.interruption.leaving_at_once(self._leave):
+        with self.preemption.leaving_at_once(self._leave):
             self._evaluate()
         self._save()  # with its scores
 
@@ -430,10 +430,10 @@ class Trainer:
 
     def _leave(self) -> None:
         self.say(
-            f"asked to stop ({self.interruption.reason or 'by another process'}): saved at step {self.progress.step}; "
+            f"asked to stop ({self.preemption.reason or 'by another process'}): saved at step {self.progress.step}; "
             f"the same command goes on from there"
         )
-        self.interruption.leave(self.output)
+        self.preemption.leave(self.output)
 
     def _finish(self) -> None:
         p, folders = self.progress, f"{self.output}/last/model"

@@ -6,14 +6,14 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from amltrain.config import EvaluationConfig, RunConfig
+from amltrain.config.schema import EvaluationConfig, RunConfig
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.results import Results, table, write_results
-from amltrain.pretrained import RESULTS_FILE
+from amltrain.hub.model_folder import RESULTS_FILE
+from amltrain.training.build import Parts
 from amltrain.training.checkpoint import checkpoint_name
-from amltrain.training.setup import Parts
 from amltrain.training.tracking import say
 
 METRICS = ("oIoU", "mIoU", "cIoU", "gIoU", "N-acc", "T-acc", *(f"Pr@0.{tenths}" for tenths in range(5, 10)))

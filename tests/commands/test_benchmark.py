@@ -12,8 +12,8 @@ from amltrain.commands.benchmark import (
     stage_one_clock,
     summarise,
 )
-from amltrain.config import AMLConfig
-from tests.test_tasks import make_batch, make_task
+from amltrain.config.schema import AMLConfig
+from tests.methods.test_tasks import make_batch, make_task
 
 
 def test_ratios_are_medians_of_rounds() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import InitProcessGroupKwargs
 
-from amltrain.config import DataConfig
+from amltrain.config.schema import DataConfig
 from amltrain.data.loaders import build_train_loader
 from tests.data.stand_in import shapes_dataset
 

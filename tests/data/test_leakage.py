@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from amltrain.commands.prepare import main
-from amltrain.config import DataConfig, PreprocessConfig, parse_config
+from amltrain.config.parse import parse_config
+from amltrain.config.schema import DataConfig, PreprocessConfig
 from amltrain.data.leakage import excluded_images, read_image_ids
 from amltrain.data.loaders import build_train_dataset
 from amltrain.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.config import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
 from amltrain.data.loaders import (
     EpochSampler,
     build_eval_loaders,

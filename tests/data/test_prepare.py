@@ -19,7 +19,7 @@ from amltrain.data import prepare as module
 from amltrain.data.prepare import find_images, prepare, read_manifest
 from amltrain.data.prepared import open_prepared
 from amltrain.data.refer import read_refer
-from amltrain.data.splits import DATASETS, Counts
+from amltrain.data.specs import DATASETS, Counts
 from tests.data.original import IMAGES, Original
 
 FORK = multiprocessing.get_context("fork")

@@ -10,7 +10,7 @@ import pytest
 
 from amltrain.data.refer import ReferFiles, image_groups, load_pickle, read_refer
 from amltrain.data.segmentation import decode_rle
-from amltrain.data.splits import DATASETS, belongs, dataset_spec
+from amltrain.data.specs import DATASETS, belongs, dataset_spec
 from amltrain.errors import UserError
 from tests.data.original import Original
 

@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 
 from amltrain.commands.evaluate import main
-from amltrain.config import DataConfig, EvaluationConfig, RunConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, RunConfig
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer
 from amltrain.data.prepare import prepare
 from amltrain.evaluation.evaluator import evaluate_model
+from amltrain.hub.model_folder import load_pretrained, save_pretrained
 from amltrain.models import create_model, model_info
 from amltrain.predictor import Predictor
-from amltrain.pretrained import load_pretrained, save_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from amltrain.data.text import SentenceTokenizer
+from amltrain.hub.model_folder import save_pretrained
 from amltrain.models import create_model, model_info
-from amltrain.pretrained import save_pretrained
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from amltrain.config import parse_config
+from amltrain.config.parse import parse_config
 from amltrain.data.prepare import prepare
 from amltrain.models import list_models
 from amltrain.training.trainer import train

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from amltrain.config import ProtocolConfig
+from amltrain.config.schema import ProtocolConfig
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.protocols import named_protocol
 from tests.evaluation.stand_in import Scenes, SeesBright, loader

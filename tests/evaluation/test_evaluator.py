@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from amltrain.config import ProtocolConfig
+from amltrain.config.schema import ProtocolConfig
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.protocols import named_protocol

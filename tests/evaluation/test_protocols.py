@@ -2,7 +2,7 @@
 
 import pytest
 
-from amltrain.config import DataConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, ProtocolConfig
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import PROTOCOLS, complete, named_protocol, run_protocol
 from amltrain.models import list_models, model_info

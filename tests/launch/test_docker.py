@@ -9,7 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from amltrain.config import parse_config
+from amltrain.config.parse import parse_config
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 
-from amltrain.config import AMLConfig
+from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import RISModel, check_param_groups, create_model

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from amltrain.config import AMLConfig
+from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import create_model

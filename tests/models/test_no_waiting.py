@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amltrain.config import AMLConfig
+from amltrain.config.schema import AMLConfig
 from amltrain.losses import create_loss
 from amltrain.models import model_info
 from amltrain.tasks import build_task

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from amltrain.config import AMLConfig, parse_config
+from amltrain.config.parse import parse_config
+from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import RISModel, check_param_groups, create_model, list_models, model_builder, model_info

@@ -22,10 +22,10 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from amltrain.aml.masking import mask_image, select_as_released, split_blocks, weak_pixels  # noqa: E402
-from amltrain.aml.similarity import LinearProjection, PatchScorer  # noqa: E402
-from amltrain.config import AMLConfig  # noqa: E402
+from amltrain.config.schema import AMLConfig  # noqa: E402
 from amltrain.losses import create_loss  # noqa: E402
+from amltrain.methods.aml.masking import mask_image, select_as_released, split_blocks, weak_pixels  # noqa: E402
+from amltrain.methods.aml.similarity import LinearProjection, PatchScorer  # noqa: E402
 from amltrain.records import AlignmentFeatures, Batch  # noqa: E402
 from amltrain.tasks import AMLTask, build_task  # noqa: E402
 from tests.parity import compare  # noqa: E402

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from amltrain.data.prepare import prepare
 from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.interruption import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
+from amltrain.training.preemption import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 STEPS, SAVES_EVERY, EVALUATES_EVERY = 16, 4, 8

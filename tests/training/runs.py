@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from amltrain.config import RunConfig, parse_config
+from amltrain.config.parse import parse_config
+from amltrain.config.schema import RunConfig
 from amltrain.training.trainer import train
 
 SHORT_RUN = Path(__file__).with_name("short_run.yaml")

@@ -80,7 +80,7 @@ def ask_to_stop(step: int) -> None:
 
     def asked(self: Trainer, batches: list[Any]) -> Any:
         if self.progress.step + 1 == step and self.accelerator.is_last_process:
-            self.interruption.reason = "a test"
+            self.preemption.reason = "a test"
         return sound(self, batches)
 
     Trainer._optimizer_step = asked  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from amltrain.commands.benchmark import random_batch
-from amltrain.config import AMLConfig
+from amltrain.config.schema import AMLConfig
 from amltrain.losses import create_loss
 from amltrain.models import create_model, model_info
 from amltrain.tasks import build_task

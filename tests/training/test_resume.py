@@ -10,7 +10,7 @@ import pytest
 
 from amltrain.errors import UserError
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.interruption import REQUEUE_EXIT_CODE
+from amltrain.training.preemption import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 

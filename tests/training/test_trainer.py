@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from amltrain.errors import UserError
-from amltrain.pretrained import load_pretrained
+from amltrain.hub.model_folder import load_pretrained
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.trainer import StepStats, Trainer

@@ -1,0 +1,1 @@
+"""Model folders, conversion of official checkpoints, model cards and the HuggingFace Hub."""

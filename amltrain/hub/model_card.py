@@ -1,0 +1,146 @@
+"""The page of a pushed model: what it is, how to use it, what it scores under which protocol, how it was trained.
+
+Everything in it is read from the model folder; what the folder does not know, the card says it does not know.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from amltrain.evaluation.results import Results, table
+from amltrain.hub.model_folder import CONFIG_FILE, read_training
+from amltrain.models.registry import ModelInfo, model_info
+
+HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0", "GPL-3.0": "gpl-3.0"}
+TASK = "referring image segmentation"
+
+
+def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> ModelCard:
+    """The card of the model in `folder` as repository `repo` will show it.
+
+    results: what the model scored, maybe nothing. Metrics are in the card's model-index too, in percent, each with its
+    protocol and counts.
+    """
+    model = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]
+    training = read_training(folder)
+    info = model_info(model)
+    aml = training is not None and training["recipe"]["aml"]["enabled"]
+    data = ModelCardData(
+        **_licence(info),
+        language="en",
+        library_name="amltrain",
+        pipeline_tag="image-segmentation",
+        tags=[TASK.replace(" ", "-"), model, *(["aml"] if aml else [])],
+        model_name=repo.split("/")[-1],
+        eval_results=_model_index(results) or None,
+    )
+    sections = [
+        f"# {repo.split('/')[-1]}",
+        f"`{model}` for {TASK}: an image and a sentence in, the mask of what the sentence means out. The model is that "
+        f"of *{info.paper}*, trained with amltrain{_with_aml(training)}.",
+        f"## Use\n{_usage(repo)}",
+        f"## Scores\n{_scores(results)}",
+        f"## Training\n{_training(training)}",
+        f"## Licence\nThe release of the baseline ({info.release}) is under {info.licence}. amltrain, which trained "
+        "this model, is written anew, under Apache-2.0. The data sets and the pretrained encoders have terms of their "
+        "own.",
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _licence(info: ModelInfo) -> dict[str, Any]:
+    """The release's licence as the Hub names it; several at once are "other", under a name and with a link."""
+    if info.licence in HUB_LICENCES:
+        return {"license": HUB_LICENCES[info.licence]}
+    name = re.sub(r"[^a-z0-9.]+", "-", info.licence.lower()).strip("-")
+    return {"license": "other", "license_name": name, "license_link": f"https://{info.release.split(',')[0]}"}
+
+
+def _model_index(results: Sequence[Results]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name=TASK,
+            dataset_type=result.dataset,
+            dataset_name=f"{result.dataset} {result.split}",
+            dataset_split=result.split,
+            dataset_args={"protocol": result.protocol, "counts": result.counts},
+            metric_type=name,
+            metric_name=f"{name} (%)",
+            metric_value=round(value, 2),
+        )
+        for result in results
+        if not _altered(result)
+        for name, value in result.metrics.items()
+        if not math.isnan(value)
+    ]
+
+
+def _altered(result: Results) -> bool:
+    """Scored on perturbed images or shuffled sentences: shown in the table, but no score of the data set itself."""
+    return bool(result.provenance.get("perturbation") or result.protocol.get("shuffled_sentences"))
+
+
+def _with_aml(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return ""
+    aml = training["recipe"]["aml"]
+    return f" and AML (arXiv 2602.22740, preset `{aml['preset']}`)" if aml["enabled"] else ", without AML"
+
+
+def _usage(repo: str) -> str:
+    sentence = "the man in the red shirt"
+    return (
+        "```python\n"
+        "from PIL import Image\n"
+        "from amltrain import Predictor\n"
+        f'[found] = Predictor.from_pretrained("{repo}")(Image.open("photo.jpg"), "{sentence}")\n'
+        "found.mask  # [height, width] bool\n"
+        "```\n"
+        "```bash\n"
+        f'amltrain predict --checkpoint {repo} --image photo.jpg --sentence "{sentence}"\n'
+        "```"
+    )
+
+
+def _scores(results: Sequence[Results]) -> str:
+    if not results:
+        return "Not evaluated."
+    counts = [
+        f"- {r.dataset} {r.split}: {', '.join(f'{v} {k.replace(chr(95), chr(32))}' for k, v in r.counts.items() if v)}"
+        for r in results
+    ]
+    steps = {r.provenance["step"] for r in results if "step" in r.provenance}
+    weights = "".join(f" Weights of step {step}." for step in steps)
+    return f"In percent.{weights}\n\n{table(results)}\n\nCounts:\n" + "\n".join(counts)
+
+
+def _training(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return "Not known: the model folder has no training.json. It may be a converted official checkpoint."
+    recipe = training["recipe"]
+    versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    data = " + ".join(recipe["data"]["datasets"])
+    lines = [
+        f"- data: {data}, split {recipe['data']['train_split']}",
+        f"- hardware: {training['hardware']}",
+        f"- commit of the code: {training['commit'] or 'unknown'}",
+        f"- versions: {versions}",
+    ]
+    text = yaml.safe_dump(_given(recipe), sort_keys=False, default_flow_style=False)
+    return (
+        "\n".join(lines) + "\n\n<details><summary>Recipe (what is not here is the model's or AML's own default)"
+        f"</summary>\n\n```yaml\n{text}```\n\n</details>"
+    )
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls and empty groups, which mean "the default"."""
+    nested = {key: _given(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in nested.items() if value is not None and value != {}}

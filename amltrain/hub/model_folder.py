@@ -1,0 +1,227 @@
+"""A trained model as a folder that anyone can load: on disk, in `step-N/model`, or on the HuggingFace Hub.
+
+    FOLDER/
+      model.safetensors          weights under our key names
+      config.json                registered name, builder arguments, evaluation protocol, amltrain version
+      preprocessor_config.json   input size, resize, normalization, sentence length and text field
+      tokenizer files            as SentenceTokenizer.save writes them
+      results.json, training.json    what it scored and how it was trained, where that is known; model cards say it
+
+Nothing in it is code or a pickle, so loading a stranger's folder runs nothing of theirs.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from amltrain import __version__
+from amltrain.config.schema import MaskParts, PreprocessConfig, ProtocolConfig
+from amltrain.errors import UserError, first_line, fits, type_name
+from amltrain.models.base import RISModel
+from amltrain.models.registry import create_model, model_info
+
+if TYPE_CHECKING:
+    from amltrain.data.text import SentenceTokenizer
+
+WEIGHTS_FILE, CONFIG_FILE, PREPROCESS_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+RESULTS_FILE, TRAINING_FILE = "results.json", "training.json"
+MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
+"""Patterns of a model folder's files: what goes to the Hub and comes from it."""
+INITIAL_WEIGHTS = ("vision_weights", "text_weights")
+"""Builder arguments that name where training started from; the folder's own weights replace them."""
+
+Config = TypeVar("Config", PreprocessConfig, ProtocolConfig)
+
+
+class Pretrained(NamedTuple):
+    """What a model folder holds; the model is in eval mode on the CPU, both configs are complete."""
+
+    model: RISModel
+    preprocess: PreprocessConfig
+    protocol: ProtocolConfig
+    tokenizer: "SentenceTokenizer | None"
+    name: str
+    kwargs: dict[str, Any]
+    folder: str | Path = "this model folder"
+
+
+def save_pretrained(
+    folder: str | Path,
+    *,
+    name: str,
+    kwargs: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    preprocess: PreprocessConfig,
+    protocol: ProtocolConfig,
+    tokenizer: "SentenceTokenizer | None",
+) -> Path:
+    """Write a model folder, aside first and renamed when whole; an older model folder of that name is replaced.
+
+    name, kwargs: how `create_model` builds it (kwargs must be JSON); state_dict: the model's, on any device. tokenizer:
+    None leaves it out; such a folder cannot predict. Raises UserError when the disk is full or `folder`
+    holds something else.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} exists and is not a model folder; choose another name or remove it")
+    kept = {k: v for k, v in kwargs.items() if k not in INITIAL_WEIGHTS}
+    config = {"amltrain": __version__, "model": name, "kwargs": kept, "protocol": asdict(protocol)}
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        save_file(_owned(state_dict), aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (aside / PREPROCESS_FILE).write_text(json.dumps(asdict(preprocess), indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)  # safetensors writes for the owner alone
+        if tokenizer is not None:
+            tokenizer.save(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save the model to {folder}: {error}; nothing was changed there") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _owned(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU tensors, none sharing memory with another (safetensors refuses tied weights)."""
+    seen: set[int] = set()
+    owned = {}
+    for key, tensor in state_dict.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        owned[key] = tensor
+    return owned
+
+
+def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
+    """Load a model folder, a checkpoint folder that has one in `model/`, or a Hub repository "user/name".
+
+    revision: branch, tag or commit of a Hub repository. Raises UserError, naming file or key, for a folder that is not
+    there, lacks a file, or does not fit the model that its config.json names.
+    """
+    folder = find_model_folder(source, revision)
+    config = _read_json(folder / CONFIG_FILE)
+    for key, kind, what in (("model", str, "name"), ("kwargs", dict, "object"), ("protocol", dict, "object")):
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{folder / CONFIG_FILE} has no {key!r} {what}; was it written by save_pretrained?")
+    preprocess = _from_dict(PreprocessConfig, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
+    protocol = _from_dict(ProtocolConfig, config["protocol"], folder / CONFIG_FILE)
+    protocol.mask_parts = protocol.mask_parts or _mask_parts(folder, config["model"])
+    model = create_model(config["model"], **config["kwargs"])
+    load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
+    tokenizer = _tokenizer(folder)
+    return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
+
+
+def _mask_parts(folder: Path, name: str) -> MaskParts | None:
+    """Of a folder from before config.json said it: what the model was trained on, or else its release's."""
+    training = read_training(folder)
+    return training["recipe"]["data"]["mask_parts"] if training else model_info(name).protocol.mask_parts
+
+
+def _tokenizer(folder: Path) -> "SentenceTokenizer | None":
+    if not any(folder.glob("tokenizer*.json")):
+        return None
+    from amltrain.data.text import SentenceTokenizer  # a model alone loads without the text stack
+
+    return SentenceTokenizer.load(folder)
+
+
+def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: `source` itself, its `model/`, or a Hub repository downloaded to the cache."""
+    local = Path(source)
+    for folder in (local, local / "model"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if local.exists():
+        raise UserError(f"{source} has no {CONFIG_FILE}; give a model folder, e.g. RUN/last/model")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=list(MODEL_FILES)))
+    except HFValidationError as error:
+        raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
+    except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
+        raise UserError(
+            f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+
+
+def read_training(folder: Path) -> dict[str, Any] | None:
+    """How the model of a folder was trained (recipe, commit, hardware, versions); None where nothing says so."""
+    path = folder / TRAINING_FILE
+    return _read_json(path) if path.is_file() else None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model folder. Raises UserError where they are absent, pickled or damaged."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        if pickled:
+            fix = f"{pickled[0]} is a pickle: turn it into a model folder with launch/convert_checkpoint.py"
+        else:
+            fix = "copy or download the folder again"
+        raise UserError(f"{folder} has no {WEIGHTS_FILE}; {fix}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); use another checkpoint or download it again") from error
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load every tensor into the model, all of them and none else. Raises UserError naming the first key that differs.
+
+    source: the file to name in the message.
+    """
+    own = model.state_dict()
+    missing, unexpected = (sorted(set(a) - set(b)) for a, b in ((own, state_dict), (state_dict, own)))
+    wrong = [k for k in sorted(own) if k in state_dict and own[k].shape != state_dict[k].shape]
+    if wrong:
+        here, there = (list(s[wrong[0]].shape) for s in (own, state_dict))
+        raise UserError(f"{source}: {wrong[0]} has shape {there}, the model's is {here}{_more(wrong)}")
+    if missing:
+        raise UserError(f"{source} lacks the key {missing[0]}{_more(missing)}; it was saved from another model")
+    if unexpected:
+        raise UserError(f"{source} has the key {unexpected[0]}, which the model has not{_more(unexpected)}")
+    model.load_state_dict(state_dict, strict=True)
+
+
+def _more(keys: list[str]) -> str:
+    return f" (and {len(keys) - 1} more keys like it)" if len(keys) > 1 else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; the model folder is incomplete") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return values
+
+
+def _from_dict(kind: type[Config], values: dict[str, Any], path: Path) -> Config:
+    known = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}; it was written by another version of amltrain")
+        if not fits(value, known[key]):
+            raise UserError(f"{path}: {key} is {value!r}, not {type_name(known[key])}; correct it there")
+    return kind(**values)

@@ -1,0 +1,231 @@
+"""Publishing model folders on the HuggingFace Hub.
+
+A push is one commit: weights, configs, tokenizer, scores and a model card arrive together or not at all. Loading needs
+nothing from here: `load_pretrained("user/name")` downloads a repository like any model folder.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import logging as hub_logging
+from safetensors import SafetensorError, safe_open
+
+from amltrain.config.schema import HubConfig
+from amltrain.errors import UserError, first_line
+from amltrain.evaluation.results import Results, read_results
+from amltrain.hub.model_card import build_model_card
+from amltrain.hub.model_folder import (
+    MODEL_FILES,
+    PREPROCESS_FILE,
+    RESULTS_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    find_model_folder,
+)
+
+PAUSES = (0.0, 10.0, 30.0, 60.0)
+"""Seconds before each of the tries at the end of a run."""
+LONGEST_PUSH = 3600.0
+"""Seconds that the end of a run waits for pushes in all; an upload that hangs must not hold a cluster's nodes."""
+
+
+def push_model(
+    source: str | Path, repo: str, *, private: bool, revision: str | None = None, results_file: str | Path | None = None
+) -> str:
+    """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
+
+    repo: user/name, made when it is not there (private if so asked). revision: branch to push to, made as well.
+    results_file: scores for the card instead of the folder's own. Raises UserError, in one line, for a folder that is
+    absent or not whole, a repository name that cannot be, a missing or refused token, and a Hub out of reach.
+    """
+    check_access(repo)
+    folder = _whole_model_folder(Path(source))
+    scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
+    results = read_results(scores) if results_file is not None or scores.is_file() else []
+    card = build_model_card(folder, repo, results)
+    files = {p.name: p for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in MODEL_FILES)}
+    if results:
+        files[RESULTS_FILE] = scores
+    adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    adds.append(CommitOperationAdd("README.md", str(card).encode()))
+    api = HfApi(library_name="amltrain")
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        there = set(api.list_repo_files(repo, revision=revision))
+        # an earlier push's scores are not this model's
+        old = [CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE) if name in there - files.keys()]
+        return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
+    except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
+        raise UserError(f"could not push to {repo}: {_reason(error, repo)}") from error
+
+
+def check_access(repo: str) -> None:
+    """Refuse, before anything is done, what cannot be pushed: a malformed name, no token, a client that is off-line."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"{repo!r} cannot name a Hub repository: {first_line(error)}") from error
+    if repo.count("/") != 1:
+        raise UserError(f"{repo!r} does not say whose repository it is; write user/{repo}")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with amltrain push")
+    if huggingface_hub.get_token() is None:
+        raise UserError("there is no Hub token; log in with `hf auth login`, or set HF_TOKEN")
+
+
+def _whole_model_folder(source: Path) -> Path:
+    if not source.exists():
+        raise UserError(f"there is no folder {source}; name a model folder, e.g. RUN/best")
+    folder = find_model_folder(source)
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt"):  # checks the header and the file's length
+            pass
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} is missing or damaged ({first_line(error)})") from error
+    if not (folder / PREPROCESS_FILE).is_file():
+        raise UserError(f"{folder} has no {PREPROCESS_FILE}; it is not whole")
+    if not any(folder.glob("tokenizer*.json")):
+        raise UserError(f"{folder} has no tokenizer files, so it could not predict; convert it again with a tokenizer")
+    return folder
+
+
+def _message(results: list[Results]) -> str:
+    if not results:
+        return "Model"
+    first = results[0]
+    step = f"Step {first.provenance['step']}: " if "step" in first.provenance else ""
+    name, value = next(iter(first.metrics.items()))
+    return f"{step}{name} {value:.2f} on {first.dataset} {first.split}"
+
+
+def _reason(error: Exception, repo: str) -> str:
+    """One phrase; an upload's error wraps the one that the Hub answered."""
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "response", None) is None:
+        cause = cause.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub does not know the token; log in with `hf auth login`, or set HF_TOKEN to one that may write"
+    if status == 403:
+        return f"the token may not write to {repo}; use one that may"
+    if status is not None and status >= 500:
+        return f"the Hub answered {status}; try again later"
+    return first_line(error)
+
+
+class Version(NamedTuple):
+    """A checkpoint as it was written once; written again (with its scores, say) it is another."""
+
+    name: str
+    written: int
+
+
+def _version(checkpoint: Path) -> Version:
+    return Version(checkpoint.name, (checkpoint / "model").stat().st_ctime_ns)
+
+
+class Publisher:
+    """Pushes checkpoints of a run in the background. Training never waits for it, and no failure of it stops training.
+
+    What is pushed is first linked aside, so that removing old checkpoints does not pull it away. While a push is under
+    way, only the newest checkpoint waits. A try that fails is said in one line.
+    """
+
+    def __init__(self, push: Callable[[Path], str], say: Callable[[str], None]) -> None:
+        """push: pushes a model folder and returns its address. say: is called from another thread."""
+        self.push, self.say = push, say
+        self._pushed: Version | None = None
+        self._lock = threading.Lock()
+        self._waiting: tuple[Version, Path] | None = None
+        self._thread: threading.Thread | None = None
+
+    def submit(self, checkpoint: Path) -> None:
+        """Push `checkpoint/model` as soon as no other push is under way; returns at once."""
+        checkpoint = checkpoint.resolve()
+        try:
+            version = _version(checkpoint)
+            aside = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
+            shutil.copytree(checkpoint / "model", aside, copy_function=_link, dirs_exist_ok=True)
+        except OSError as error:
+            self.say(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training goes on")
+            return
+        with self._lock:
+            replaced, self._waiting = self._waiting, (version, aside)
+            if self._thread is None:
+                # a daemon: a run that is asked to stop does not wait for an upload, and half of one is never seen
+                self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
+                self._thread.start()
+        if replaced is not None:
+            shutil.rmtree(replaced[1], ignore_errors=True)
+
+    def finish(self, checkpoint: Path, advice: str) -> None:
+        """Wait for pushes under way, try the run's final checkpoint again if it is not there yet, and say how it ended.
+
+        advice: what to do if it is not.
+        """
+        if not checkpoint.exists():
+            self.say(f"WARNING: nothing is on the Hub: there is no {checkpoint}")
+            return
+        version = _version(checkpoint.resolve())
+        deadline = time.monotonic() + LONGEST_PUSH
+        self._wait(deadline)
+        for pause in PAUSES:
+            if self._pushed == version or self._thread is not None:
+                break
+            time.sleep(pause)
+            self.submit(checkpoint)
+            self._wait(deadline)
+        done = self._pushed == version
+        self.say(f"{version.name} is on the Hub" if done else f"WARNING: {version.name} is NOT on the Hub; {advice}")
+
+    def _wait(self, deadline: float) -> None:
+        thread = self._thread
+        if thread is not None:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if self._waiting is None:
+                    self._thread = None
+                    return
+                (version, folder), self._waiting = self._waiting, None
+            try:
+                address = self.push(folder)
+                self._pushed = version
+                self.say(f"pushed {version.name}: {address}")
+            except Exception as error:  # whatever it is, training goes on
+                self.say(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training goes on")
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_publisher(hub: HubConfig, say: Callable[[str], None]) -> Publisher | None:
+    """What pushes a run's checkpoints; None where nothing is to be pushed. Raises UserError as `check_access` does."""
+    if hub.push == "never":
+        return None
+    repo, private = str(hub.repo), hub.private
+    check_access(repo)
+    disable_progress_bars()  # the run's own bar is on the screen
+    hub_logging.set_verbosity_error()  # every try's failure is said once, by us
+    return Publisher(lambda folder: push_model(folder, repo, private=private), say)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,117 @@
+"""Alignment diagnostics during training: a table, a plot and pictures of what AML scores and masks.
+
+    output/alignment.csv             a row every N steps, over all patches since the row before
+    output/alignment.png             the rows as curves
+    output/alignment/step-NNNNNNN.png  scores and masked images of a fixed set of samples
+
+Sums stay on the device and are read once per row.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from amltrain.config.schema import AMLConfig
+from amltrain.data.collate import collate
+from amltrain.data.dataset import ReferDataset
+from amltrain.methods.aml.pictures import FixedSamples, draw_alignment, plot_rows
+from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.statistics import summarise
+from amltrain.records import Batch
+
+
+class AlignmentDiagnostics:
+    """Collects what an AMLTask built with `diagnostics` returns.
+
+    Every rank calls `update` after each forward and `after_step` after each optimizer step.
+    """
+
+    def __init__(self, folder: Path, every_steps: int, samples: FixedSamples | None = None, *, block: int = 32) -> None:
+        """block: side of a masked block in pixels, `aml.block`."""
+        self.folder = folder
+        self.every_steps = every_steps
+        self.samples = samples
+        self.block = block
+        self.sums: Tensor | None = None
+
+    def update(self, result: Mapping[str, Tensor]) -> None:
+        """Add one forward's sums, on the device."""
+        sums = result["alignment"]
+        self.sums = sums.clone() if self.sums is None else self.sums + sums
+
+    def after_step(
+        self,
+        step: int,
+        task: nn.Module,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        is_main: bool = True,
+    ) -> dict[str, float] | None:
+        """Every `every_steps` steps write a row and the pictures; returns the row's values for the trackers, else None.
+
+        step: optimizer steps done, from 1. task: the AMLTask as prepared (wrapped), which every rank runs forward once
+        on the fixed samples. reduce: sums or averages over ranks (`accelerator.reduce`). Only the main rank writes.
+        """
+        if step % self.every_steps or self.sums is None:
+            return None
+        sums = self.sums if reduce is None else reduce(self.sums)
+        self.sums = None
+        values = summarise(sums)
+        drawn = None if self.samples is None else forward_in_evaluation(task, self.samples.batch)
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            rows = append_row(self.folder / "alignment.csv", {"step": float(step), **values})
+            plot_rows(rows, self.folder / "alignment.png")
+            if self.samples is not None and drawn is not None:
+                picture = self.folder / "alignment" / f"step-{step:07d}.png"
+                picture.parent.mkdir(exist_ok=True)
+                draw_alignment(self.samples, drawn["scores"], drawn["blocks"], self.block, picture)
+        return values
+
+
+def build_alignment_diagnostics(
+    aml: AMLConfig, dataset: ReferDataset, folder: Path, device: torch.device, count: int = 4
+) -> AlignmentDiagnostics | None:
+    """Diagnostics as the run asks for them, with `count` samples spread over the data set; None when they are off."""
+    if not aml.enabled or aml.diagnostics_every is None:
+        return None
+    indices = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
+    batch = collate([dataset[i] for i in indices])
+    images = [dataset.transform.denormalise(image) for image in batch.image]
+    moved = Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+    samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices])
+    return AlignmentDiagnostics(folder, aml.diagnostics_every, samples, block=resolve(aml).block)
+
+
+@torch.no_grad()
+def forward_in_evaluation(task: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """One forward without dropout and without touching batch norms or the random state; through the wrapper, because
+    sharded engines gather weights in forward only."""
+    training = task.training
+    task.eval()
+    try:
+        return task(batch)
+    finally:
+        task.train(training)
+
+
+def append_row(path: Path, row: Mapping[str, float]) -> list[dict[str, float]]:
+    """Append to a CSV whose first column is `step`; rows of this step or later, left by a run that was resumed from an
+    earlier one, go. Written aside and renamed. Returns all rows."""
+    rows: list[dict[str, float]] = []
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows = [{name: float(value) for name, value in old.items()} for old in csv.DictReader(file)]
+    rows = [*(old for old in rows if old["step"] < row["step"]), dict(row)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(row), restval="nan", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: f"{value:.6g}" for name, value in r.items()} for r in rows)
+    aside = path.with_suffix(".csv.partial")
+    aside.write_text(text.getvalue())
+    os.replace(aside, path)
+    return rows

@@ -1,0 +1,62 @@
+"""Pictures have the masks where they belong and the colours that mean truth and prediction."""
+
+import numpy as np
+from PIL import Image
+
+from amltrain.evaluation.visualize import PREDICTION, TRUTH, Example, overlay, sheet, tint
+
+IMAGE = Image.new("RGB", (60, 40), (100, 100, 100))
+MASK = np.zeros((40, 60), bool)
+MASK[10:30, 15:45] = True
+
+
+def count(picture: Image.Image, colour: tuple[int, int, int]) -> int:
+    return int((np.asarray(picture) == colour).all(2).sum())
+
+
+def test_tint_outlines_and_fills_the_mask_only():
+    pixels = np.asarray(tint(IMAGE, MASK))
+    assert tuple(pixels[10, 15]) == PREDICTION  # the outline
+    inside, outside = pixels[20, 30], pixels[5, 5]
+    assert tuple(outside) == (100, 100, 100)
+    assert inside[0] > 100 > inside[2]
+    changed = (pixels != 100).any(2)
+    assert np.array_equal(changed, MASK)
+
+
+def test_the_truth_leaves_colours_as_they_are():
+    yellow = Image.new("RGB", (60, 40), (255, 255, 0))
+    page = sheet([Example(yellow, "the yellow one", np.zeros_like(MASK), MASK)], side=120)
+    within = np.asarray(tint(yellow, MASK, TRUTH, opacity=0))[13:27, 18:42]
+    assert (within == (255, 255, 0)).all()
+    assert count(page, (255, 255, 0)) > 2 * 120 * 80 * 0.9  # the empty prediction is beside it
+    assert count(page, TRUTH) > 100
+
+
+def test_tint_scales_without_blurring_the_outline():
+    big = tint(IMAGE, MASK, side=600)
+    assert big.size == (600, 400)
+    assert count(big, PREDICTION) > 1000
+
+
+def test_sheet_shows_truth_and_prediction_side_by_side():
+    examples = [Example(IMAGE, "the grey one", MASK, MASK, "IoU 100.0")] * 3
+    page = sheet(examples, columns=2, side=120)
+    truth, prediction = count(page, TRUTH), count(page, PREDICTION)
+    assert truth == prediction > 0
+    left = np.flatnonzero((np.asarray(page) == TRUTH).all(2).any(0))[0]
+    right = np.flatnonzero((np.asarray(page) == PREDICTION).all(2).any(0))[0]
+    assert left < right
+    assert page.width > page.height / 2
+
+
+def test_without_truth_or_examples():
+    assert count(sheet([Example(IMAGE, "x", MASK)]), TRUTH) == 0
+    assert sheet([]).size == (220, 220)
+
+
+def test_overlay_of_an_empty_mask_with_a_long_sentence():
+    picture = overlay(IMAGE, np.zeros_like(MASK), "wörter " * 80, "nothing in this image")
+    assert picture.width >= 480
+    assert picture.height > 480 * 40 / 60
+    assert count(picture, PREDICTION) == 0

@@ -1,0 +1,259 @@
+"""Pushed by the real client to a server that speaks the Hub's endpoints on loopback, pulled from it, and used."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from amltrain.commands import push
+from amltrain.errors import UserError
+from amltrain.evaluation.results import read_results
+from amltrain.hub import push as hub
+from amltrain.hub.push import Publisher, push_model
+from amltrain.predictor import Predictor
+from tests.hub_server import HubServer, running_hub
+from tests.training import runs
+
+REPO, SENTENCE = "alice/caris-shapes", "the red circle"
+SHORT = (
+    *("--train.max_steps", "4", "--evaluation.every_steps", "2", "--checkpoint.every_steps", "2"),
+    *("--evaluation.protocol.threshold", "0.35"),  # such a short training reaches no 0.5
+)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    runs.run(shapes, output, *SHORT)
+    return output
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub that this process's client talks to, logged in as alice."""
+    with running_hub() as running:
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        yield running
+
+
+def test_pushed_and_pulled_by_the_command_lines(trained: Path, tmp_path: Path) -> None:
+    """In a process of its own, whose environment names the Hub as a user's would."""
+    picture = tmp_path / "scene.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(picture)
+    script = (
+        "from amltrain.commands import predict, push\n"
+        f"push.main([{str(trained / 'best')!r}, {REPO!r}, '--private'])\n"
+        f"predict.main(['--checkpoint', {REPO!r}, '--image', {str(picture)!r}, '--sentence', {SENTENCE!r},\n"
+        f"  '--output', {str(tmp_path / 'found')!r}])\n"
+    )
+    with running_hub() as running:
+        environment = {"HF_ENDPOINT": running.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_TOKEN": "hf_alice", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1,localhost"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"pushed to {running.url}/{REPO}/commit/" in done.stdout
+        assert running.repos[REPO].private
+        assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json", "results.json"} < set(
+            running.files(REPO)
+        )
+    [mask] = (tmp_path / "found").glob("*circle.png")
+    [local] = Predictor.from_pretrained(trained / "best")(Image.open(picture), SENTENCE)
+    assert 0 < local.mask.mean() < 1
+    assert np.array_equal(np.asarray(Image.open(mask)) > 0, local.mask)
+
+
+def test_the_card_says_what_was_scored_and_how(trained: Path, server: HubServer) -> None:
+    push_model(trained / "best", REPO, private=False)
+    card = ModelCard.load(REPO)
+    [results] = read_results(trained / "best" / "model" / "results.json")
+    found = {entry.metric_type: entry for entry in card.data.eval_results}
+    assert {name: entry.metric_value for name, entry in found.items()} == {
+        name: round(value, 2) for name, value in results.metrics.items()
+    }
+    entry = found["oIoU"]
+    assert (entry.dataset_type, entry.dataset_split) == ("refshapes", "val")
+    assert entry.dataset_args == {"protocol": results.protocol, "counts": results.counts}
+    assert card.data.license == "mit"
+    for said in (f'from_pretrained("{REPO}")', "hardware: ", "commit of the code: ", "versions: ", "caris_tiny"):
+        assert said in card.text
+    assert str(trained.parent) not in card.text
+
+
+def test_a_model_that_nobody_scored(trained: Path, server: HubServer, tmp_path: Path) -> None:
+    """As a converted checkpoint; the scores of what was there before do not stay."""
+    push_model(trained / "best", REPO, private=False)
+    converted = tmp_path / "converted"
+    shutil.copytree(trained / "best" / "model", converted)
+    for name in ("results.json", "training.json"):
+        (converted / name).unlink()
+    push_model(converted, REPO, private=False)
+    assert {"results.json", "training.json"}.isdisjoint(server.files(REPO))
+    assert "Not evaluated" in server.files(REPO)["README.md"].decode()
+    assert sum(request.startswith("PUT") for request in server.requests) == 1  # the weights were there already
+
+
+def test_a_branch(trained: Path, server: HubServer) -> None:
+    push_model(trained / "best", REPO, private=False, revision="step-4")
+    assert server.files(REPO) == {} and server.files(REPO, "step-4")
+
+
+def test_a_push_that_is_cut_off_leaves_nothing(trained: Path, server: HubServer) -> None:
+    server.failing = lambda request: "/commit/" in request
+    with pytest.raises(UserError, match="the Hub answered 500"):
+        push_model(trained / "best", REPO, private=False)
+    assert server.objects and server.files(REPO) == {}
+
+
+@pytest.mark.parametrize("fault", ["answers 500", "refuses connections"])
+def test_training_goes_on_without_the_hub(
+    fault: str,
+    shapes: Path,
+    server: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The Hub is away while the run trains, and back when it ends."""
+    if fault == "answers 500":
+        server.failing = lambda request: True
+    else:
+        server.stop()
+
+    def back_at_the_end(publisher: Publisher, *arguments: str) -> None:
+        for thread in threading.enumerate():
+            if thread.name == "hub":
+                thread.join()
+        if fault == "answers 500":
+            server.failing = lambda request: False
+        else:
+            server.start()
+        finish(publisher, *arguments)
+
+    finish = Publisher.finish
+    monkeypatch.setattr(Publisher, "finish", back_at_the_end)
+    output = tmp_path / "run"
+    runs.run(shapes, output, *SHORT, "--hub.push", "last", "--hub.repo", REPO)
+    said = capsys.readouterr().out
+    warnings = [line for line in said.splitlines() if line.startswith("WARNING")]
+    assert warnings and all("was not pushed to the Hub" in line for line in warnings), said
+    assert "step-000004 is on the Hub" in said
+    weights = (output / "last" / "model" / "model.safetensors").read_bytes()
+    assert server.files(REPO)["model.safetensors"] == weights
+    assert server.repos[REPO].private
+    assert not list(output.glob(".step-*"))
+
+
+def test_a_hub_that_stays_away_is_named_at_the_end(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def away(folder: Path) -> str:
+        tries.append(folder)
+        raise UserError("the Hub answered 500; try again later")
+
+    monkeypatch.setattr(hub, "PAUSES", (0.0, 0.0))
+    tries: list[Path] = []
+    said: list[str] = []
+    Publisher(away, said.append).finish(trained / "last", "push it later")
+    assert len(tries) == 2
+    assert said[-1] == "WARNING: step-000004 is NOT on the Hub; push it later"
+
+
+def test_training_does_not_wait_and_old_checkpoints_may_go(tmp_path: Path) -> None:
+    """While a push is under way only the newest checkpoint waits, and removing it does not pull it away."""
+
+    def slow(folder: Path) -> str:
+        started.set()
+        assert release.wait(30)
+        pushed.append((folder / "weights").read_text())
+        return "address"
+
+    started, release = threading.Event(), threading.Event()
+    pushed: list[str] = []
+    said: list[str] = []
+    publisher = Publisher(slow, said.append)
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / f"step-{step:06d}"
+        (checkpoint / "model").mkdir(parents=True)
+        (checkpoint / "model" / "weights").write_text(str(step))
+        before = time.monotonic()
+        publisher.submit(checkpoint)
+        assert time.monotonic() - before < 5
+        assert started.wait(30)
+        if step != 3:
+            shutil.rmtree(checkpoint)
+    release.set()
+    publisher.finish(tmp_path / "step-000003", "")
+    assert pushed == ["1", "3"]
+    shutil.rmtree(checkpoint / "model")
+    (checkpoint / "model").mkdir()
+    (checkpoint / "model" / "weights").write_text("3 with its scores")
+    publisher.finish(checkpoint, "")
+    assert pushed == ["1", "3", "3 with its scores"]
+    assert said[-1] == "step-000003 is on the Hub"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("change", "repo", "named"),
+    [
+        ("wrong token", REPO, "the Hub does not know the token"),
+        ("no token", REPO, "there is no Hub token"),
+        ("off-line", REPO, "HF_HUB_OFFLINE is set"),
+        ("another's", "bob/caris", "the token may not write to bob/caris"),
+        ("nobody's", "caris", "write user/caris"),
+        ("malformed", "alice/-caris", "cannot name a Hub repository"),
+        ("no folder", REPO, "there is no folder"),
+        ("truncated weights", REPO, "is damaged: model/model.safetensors has"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    change: str,
+    repo: str,
+    named: str,
+    trained: Path,
+    server: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = trained / "best"
+    if change == "wrong token":
+        monkeypatch.setenv("HF_TOKEN", "hf_mallory")
+    elif change == "no token":
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    elif change == "off-line":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    elif change == "no folder":
+        folder = tmp_path / "nowhere"
+    elif change == "truncated weights":
+        folder = tmp_path / "step-000004"
+        shutil.copytree(trained / "best", folder)
+        with (folder / "model" / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    with pytest.raises(SystemExit) as stopped:
+        push.main([str(folder), repo])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    assert said.startswith("error: ") and named in said and "\n" not in said
+    assert not server.repos.get(repo)
