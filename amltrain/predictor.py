@@ -19,7 +19,6 @@ from amltrain.data.images import to_rgb
 from amltrain.data.loaders import build_transform
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
-from amltrain.evaluation.protocols import complete
 from amltrain.hub.model_folder import Pretrained, load_pretrained
 from amltrain.records import Batch, ModelOutput
 
@@ -47,7 +46,7 @@ class Predictor:
         if pretrained.tokenizer is None:
             raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
         self.model = pretrained.model.eval().to(device)
-        self.rule = complete(pretrained.protocol)
+        self.protocol = pretrained.protocol
         self.tokenizer = pretrained.tokenizer
         self.transform = build_transform(pretrained.preprocess)
         self.device, self.batch_size = torch.device(device), batch_size
@@ -93,14 +92,14 @@ class Predictor:
 
     def _segmentations(self, output: ModelOutput, batch: Batch) -> list[Segmentation]:
         size = (batch.image.shape[-2], batch.image.shape[-1])
-        maps = original_probability(output.logits, size, batch.geometry.tolist(), self.rule.interpolation)
+        maps = original_probability(output.logits, size, batch.geometry.tolist(), self.protocol.interpolation)
         head = output.aux["no_target"].float().softmax(1)[:, 1].tolist() if "no_target" in output.aux else None
         return [self._segmentation(p.clamp(0, 1), head[i] if head else None) for i, p in enumerate(maps)]
 
     def _segmentation(self, probability: Tensor, none: float | None) -> Segmentation:
         values = probability.cpu().numpy()
-        mask = values > self.rule.threshold
-        nothing = mask.sum() < max(1, self.rule.no_target_pixels) if none is None else none > 0.5
+        mask = values > self.protocol.threshold
+        nothing = mask.sum() < max(1, self.protocol.no_target_pixels) if none is None else none > 0.5
         if nothing:
             confidence = float(1 - values.max()) if none is None else none
             return Segmentation(np.zeros_like(mask), values, confidence, True)

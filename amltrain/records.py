@@ -33,6 +33,21 @@ class Sample(NamedTuple):
     original_target: Tensor | None = None
 
 
+class Vocabulary(NamedTuple):
+    """What a method that changes sentences must know of the tokenizer; all are token ids but `size`.
+
+    size      entries of the vocabulary
+    padding   fills a sentence up
+    mask      stands for a hidden word; None where the tokenizer has none (CLIP)
+    special   ids that are no words: padding, unknown, start, end, mask
+    """
+
+    size: int
+    padding: int
+    mask: int | None
+    special: tuple[int, ...]
+
+
 class Batch(NamedTuple):
     """What a model reads (`image`, `input_ids`, `text_mask`), what a loss reads, and what leads back to the data.
 

@@ -11,7 +11,7 @@ import yaml
 
 from amltrain.cli import COMMANDS
 from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
 
@@ -20,7 +20,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md", "l
 PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs/recipes").rglob("*.yaml"))]
 PARSERS: dict[str, Callable[[list[str]], object]] = {
-    "train": parse_config,
+    "train": read_run,
     "evaluate": evaluate.build_parser().parse_args,
     "predict": predict.build_parser().parse_args,
     "prepare": prepare.build_parser().parse_args,

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "amltrain"
 LAYERS = [
     {"errors", "records", "randomness", "files", "config"},
     {"data", "models", "losses"},
-    {"methods", "tasks"},
+    {"methods"},
     {"evaluation", "hub", "predictor", "export"},
     {"training"},
     {"commands", "cli"},

@@ -1,5 +1,6 @@
 """An image and sentences in, masks at the image's own size out."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.hub.model_folder import Pretrained
@@ -26,8 +27,10 @@ class Words:
         return ids, ids > 0
 
 
-def predictor(head: bool = False, resize: str = "square", protocol: ProtocolConfig | None = None) -> Predictor:
-    preprocess = PreprocessConfig(48, resize, "half", "words", 6, "sent")
+def predictor(head: bool = False, resize: str = "square", protocol: Protocol | None = None) -> Predictor:
+    preprocess = Preprocess(
+        size=48, resize=resize, normalization="half", tokenizer="words", max_tokens=6, sentence_field="sent"
+    )
     model = SeesBright(head)
     return Predictor(Pretrained(model, preprocess, protocol or named_protocol("caris"), Words(), "stand_in", {}))
 
@@ -66,9 +69,8 @@ def test_many_sentences_come_back_in_order(scene):
 
 def test_nothing_by_pixel_count_and_by_an_empty_mask(scene):
     image, truth = scene
-    rule = named_protocol("caris")
-    rule.no_target_pixels = int(truth.sum()) * 2
-    assert predictor(protocol=rule)(image, "x")[0].nothing
+    protocol = replace(named_protocol("caris"), no_target_pixels=int(truth.sum()) * 2)
+    assert predictor(protocol=protocol)(image, "x")[0].nothing
     black = predictor()(Image.new("RGB", (50, 40)), "x")[0]
     assert black.nothing
     assert black.confidence > 0.9
@@ -111,7 +113,24 @@ def test_bad_input(scene, tmp_path: Path):
         with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
             read_image(tmp_path / name)
     with pytest.raises(UserError, match="a/model has no tokenizer files"):
-        Predictor(Pretrained(SeesBright(), PreprocessConfig(), ProtocolConfig(), None, "x", {}, "a/model"))
+        Predictor(
+            Pretrained(
+                SeesBright(),
+                Preprocess(
+                    size=48,
+                    resize="square",
+                    normalization="half",
+                    tokenizer="words",
+                    max_tokens=6,
+                    sentence_field="sent",
+                ),
+                named_protocol("caris"),
+                None,
+                "x",
+                {},
+                "a/model",
+            )
+        )
 
 
 def test_the_model_sees_what_the_loader_would_give(scene):
@@ -122,7 +141,9 @@ def test_the_model_sees_what_the_loader_would_give(scene):
             seen.append(batch)
             return super().forward(batch)
 
-    preprocess = PreprocessConfig(48, "square", "half", "words", 6, "sent")
+    preprocess = Preprocess(
+        size=48, resize="square", normalization="half", tokenizer="words", max_tokens=6, sentence_field="sent"
+    )
     predict = Predictor(Pretrained(Spy(), preprocess, named_protocol("caris"), Words(), "stand_in", {}))
     predict(scene[0], ["the bright one", "it"])
     batch = seen[0]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.models import model_info
 
@@ -94,7 +94,7 @@ LAYERS = {
 
 @cache
 def parse(name: str) -> RunConfig:
-    return parse_config(["--config", str(RECIPES / name)])
+    return read_run(["--config", str(RECIPES / name)])
 
 
 def as_trained(run: RunConfig) -> Release:
@@ -130,14 +130,14 @@ def test_the_baseline_trains_as_its_release(name: str) -> None:
     run = parse(f"{name}.yaml")
     assert as_trained(run) == RELEASES[name]
     nothing_else(run)
-    assert not run.aml.enabled
+    assert run.method == "supervised"
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_model_alone_trains_as_its_release(name: str) -> None:
     """What a run of one's own gets that is layered on the model's file; in steps, such a run says how many."""
     steps = ["--train.max_steps", str(RELA.length)] if LAYERS[name] is RELA else []
-    run = parse_config(["--config", str(CONFIGS / "models" / f"{name}.yaml"), *steps])
+    run = read_run(["--config", str(CONFIGS / "models" / f"{name}.yaml"), *steps])
     assert as_trained(run) == LAYERS[name]
     nothing_else(run)
 
@@ -157,7 +157,7 @@ def test_aml_changes_nothing_else(name: str) -> None:
     assert as_trained(run) == (expected._replace(length=10) if "10_epochs" in name else expected)
     for part in ("data", "model", "loss", "preprocess"):
         assert getattr(run, part) == getattr(baseline, part), part
-    assert run.aml.enabled
+    assert run.method == "aml"
 
 
 @pytest.mark.parametrize("name", NAMES)

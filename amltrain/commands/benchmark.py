@@ -32,13 +32,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from amltrain.commands.device import choose_device
-from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError, one_line_errors
 from amltrain.losses import create_loss
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.base import Method
+from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
-from amltrain.tasks import AMLTask, SupervisedTask, build_task
 
 STAGES = ("stage 1", "forward", "backward", "optimizer")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -56,6 +57,13 @@ class Timing(NamedTuple):
         return sum(self.stages)
 
 
+class Contender(NamedTuple):
+    """A training method by name, and its options; None = the defaults."""
+
+    method: str
+    options: Any = None
+
+
 class Result(NamedTuple):
     """A contender's median step in seconds, its ratio to the baseline, each stage's share, peak bytes or None."""
 
@@ -66,14 +74,14 @@ class Result(NamedTuple):
     memory: int | None
 
 
-def contenders(size: int, stage1_size: int | None = None) -> dict[str, AMLConfig]:
+def contenders(size: int, stage1_size: int | None = None) -> dict[str, Contender]:
     """What is compared, the baseline first. size: side of the input; stage1_size: by default half of it."""
     stage1_size = stage1_size or size // 2
     return {
-        "baseline": AMLConfig(enabled=False),
-        "paper": AMLConfig(preset="paper"),
-        f"paper, stage1_size {stage1_size}": AMLConfig(preset="paper", stage1_size=stage1_size),
-        "released": AMLConfig(preset="released"),
+        "baseline": Contender("supervised"),
+        "paper": Contender("aml", AMLOptions(preset="paper")),
+        f"paper, stage1_size {stage1_size}": Contender("aml", AMLOptions(preset="paper", stage1_size=stage1_size)),
+        "released": Contender("aml", AMLOptions(preset="released")),
     }
 
 
@@ -82,7 +90,7 @@ class Bench:
 
     def __init__(
         self,
-        tasks: dict[str, SupervisedTask | AMLTask],
+        tasks: dict[str, Method],
         optimizer: torch.optim.Optimizer,
         batch: Batch,
         precision: Precision = "fp32",
@@ -111,7 +119,7 @@ class Bench:
         baseline = next(iter(timings.values()))
         return [summarise(name, timings[name], baseline, memory[name]) for name in self.tasks]
 
-    def step(self, task: SupervisedTask | AMLTask) -> Timing:
+    def step(self, task: Method) -> Timing:
         """One training step, timed by stage."""
         with stage_one_clock(task, self.clock) as stage_one:
             start = self.clock()
@@ -131,7 +139,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def peak_memory(self, task: SupervisedTask | AMLTask) -> int | None:
+    def peak_memory(self, task: Method) -> int | None:
         """Bytes in use at the peak of one step; None where this system does not tell."""
         gc.collect()
         if self.device.type == "cuda":
@@ -150,7 +158,7 @@ class Bench:
 
 @contextmanager
 def stage_one_clock(task: nn.Module, clock: Callable[[], float]) -> Iterator[list[float]]:
-    """Adds up the seconds that an AMLTask spends on scores, blocks and masking; yields a list of that one number."""
+    """Adds up the seconds that AML spends on scores, blocks and masking; yields a list of that one number."""
     seconds = [0.0]
 
     def timed(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -199,7 +207,7 @@ def random_batch(batch: int, size: int, tokens: int, vocab_size: int, device: to
     return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in parts))
 
 
-def count_flops(model_name: str, size: int, configs: dict[str, AMLConfig]) -> dict[str, float]:
+def count_flops(model_name: str, size: int, configs: dict[str, Contender]) -> dict[str, float]:
     """FLOPs (2 per multiply-add) of one sample's training step by contender, on tensors without data.
 
     Counted are matrix products, convolutions and attention, as torch's counter does; in a step of two samples, as some
@@ -214,8 +222,8 @@ def count_flops(model_name: str, size: int, configs: dict[str, AMLConfig]) -> di
         model = model.to_empty(device="cpu")
         loss = create_loss(info.loss, **info.loss_kwargs)
         data = random_batch(samples, size, info.preprocess.max_tokens or 20, 500, torch.device("cpu"))
-        for name, aml in configs.items():
-            task = build_task(model, loss, aml)
+        for name, contender in configs.items():
+            task = build_method(contender.method, model, loss, contender.options)
             with FlopCounterMode(display=False) as counter:
                 task(data)["loss"].backward()
             counted[name] = counter.get_total_flops() / samples
@@ -223,7 +231,7 @@ def count_flops(model_name: str, size: int, configs: dict[str, AMLConfig]) -> di
 
 
 def build_bench(
-    model_name: str, configs: dict[str, AMLConfig], *, batch: int, size: int, precision: Precision, device: torch.device
+    model_name: str, configs: dict[str, Contender], *, batch: int, size: int, precision: Precision, device: torch.device
 ) -> Bench:
     """Contenders around one model and one optimizer."""
     info = model_info(model_name)
@@ -233,10 +241,9 @@ def build_bench(
     loss = create_loss(info.loss, **info.loss_kwargs).to(device)
     data = random_batch(batch, size, info.preprocess.max_tokens or 20, 500, device)
     tasks = {}
-    for name, aml in configs.items():
-        task = build_task(model, loss, aml).to(device)
-        if task.needs_calibration:
-            task.calibrate([data])
+    for name, contender in configs.items():
+        task = build_method(contender.method, model, loss, contender.options).to(device)
+        task.setup([data])
         tasks[name] = task
     return Bench(tasks, optimizer, data, precision)
 

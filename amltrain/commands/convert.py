@@ -12,8 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from amltrain.config.partial import override
 from amltrain.config.ranges import check_number
-from amltrain.config.schema import PreprocessConfig, override
+from amltrain.config.schema import PreprocessOverrides
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import one_line_errors
 from amltrain.hub.convert import convert_official, summary
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_number("--max_tokens", args.max_tokens, 1, math.inf)
         check_number("--size", args.size, 1, math.inf)
-        own = PreprocessConfig(size=args.size, max_tokens=args.max_tokens)
+        own = PreprocessOverrides(size=args.size, max_tokens=args.max_tokens)
         preprocess = override(model_info(args.model).preprocess, own)
         name = args.tokenizer or str(preprocess.tokenizer)
         fix = "give --tokenizer FOLDER, or --tokenizer none to leave it out"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from amltrain.config.files import Groups, check_config_files
 from amltrain.config.parse import one_line
 from amltrain.config.ranges import ANY, check_number
-from amltrain.config.schema import DataConfig, EvaluationConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ProtocolOverrides
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import evaluate_model
@@ -51,7 +51,7 @@ def build_parser() -> ArgumentParser:
     parser.add_class_arguments(DataConfig, "data")
     parser.set_defaults({"data.datasets": []})
     parser.add_argument("--preset", type=str | None, help=f"score as this release does: {', '.join(PROTOCOLS)}")
-    parser.add_class_arguments(ProtocolConfig, "protocol")
+    parser.add_class_arguments(ProtocolOverrides, "protocol")
     parser.add_argument("--batch_size", type=int, default=16, help="samples per forward pass on one process")
     parser.add_argument("--max_samples", type=int | None, help="score only the first so many samples of a split")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="no is fp32")
@@ -72,7 +72,7 @@ def build_parser() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parser = build_parser()
-        groups: Groups = {"data": DataConfig, "protocol": ProtocolConfig}
+        groups: Groups = {"data": DataConfig, "protocol": ProtocolOverrides}
         check_config_files(sys.argv[1:] if arguments is None else arguments, groups)
         try:
             checkpoint = parser.parse_args(arguments).checkpoint
@@ -121,7 +121,7 @@ def _perturbations(args: Namespace) -> list[Perturbation | None]:
 
 
 def _loaders(
-    args: Namespace, pretrained: Pretrained, protocol: ProtocolConfig, perturbation: Perturbation | None
+    args: Namespace, pretrained: Pretrained, protocol: Protocol, perturbation: Perturbation | None
 ) -> dict[str, DataLoader]:
     if pretrained.tokenizer is None:
         raise UserError(f"{args.checkpoint} has no tokenizer files; save or convert it again with a tokenizer")

@@ -1,13 +1,22 @@
-"""`launch/train.py` and `amltrain train`: one training run."""
+"""`amltrain train` and `launch/train.py`: one training run."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from amltrain.config.parse import parse_config
+from amltrain.config.schema import RunConfig
 from amltrain.errors import one_line_errors
+from amltrain.methods.registry import check_options, method_sections
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+
+
+def read_run(argv: Sequence[str] | None = None) -> RunConfig:
+    """Read a run from a command line, and check all its values. Raises UserError."""
+    config = parse_config(argv, methods=method_sections())
+    check_options(config.method_options)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", str(QUICKSTART), *arguments]
     with one_line_errors():
-        config = parse_config(arguments)
+        config = read_run(arguments)
         from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
 
         train(config)

@@ -5,6 +5,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,15 +17,15 @@ TEXT = "tag:yaml.org,2002:str"
 
 
 def groups_of(kind: type) -> Groups:
-    """The groups of a dataclass: its fields that are dataclasses."""
+    """The groups of a dataclass: its fields that are dataclasses; none for another type."""
+    if not is_dataclass(kind):
+        return {}
     return {f.name: f.type for f in fields(kind) if isinstance(f.type, type) and is_dataclass(f.type)}
 
 
 def check_config_files(arguments: Sequence[str], groups: Groups) -> None:
     """Raise UserError for a `--config` file, or a part file that it names, that is no YAML mapping of single keys."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", nargs="?", default=[])
-    for name in parser.parse_known_args(arguments)[0].config:
+    for name in config_names(arguments):
         if name not in (None, "-") and not Path(name).is_fifo():  # a pipe can be read only once
             _check_file(Path(name).expanduser(), groups, "--config")
 
@@ -64,3 +65,30 @@ def _check_keys(mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: s
             _check_keys(value, inner, path, f"{name}.")
         elif group and isinstance(value, yaml.ScalarNode) and value.tag == TEXT:
             _check_file(path.parent / Path(value.value).expanduser(), inner, f"{path}, line {line}, {name}")
+
+
+def read_flags(arguments: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line by key, without dashes; the last of a key wins, a flag without a value has ""."""
+    flags: dict[str, str] = {}
+    for number, argument in enumerate(arguments):
+        if argument.startswith("--") and len(argument) > 2:
+            key, given, value = argument[2:].partition("=")
+            following = arguments[number + 1] if number + 1 < len(arguments) else ""
+            flags[key] = value if given else "" if following.startswith("--") else following
+    return flags
+
+
+def top_level(arguments: Sequence[str]) -> dict[str, Any]:
+    """The top-level keys of all `--config` files, later files over earlier ones. Call `check_config_files` first."""
+    values: dict[str, Any] = {}
+    for name in config_names(arguments):
+        if name not in (None, "-") and not Path(name).is_fifo():
+            values |= yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
+    return values
+
+
+def config_names(arguments: Sequence[str]) -> list[str]:
+    """What `--config` names, in order."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", action="append", nargs="?", default=[])
+    return parser.parse_known_args(arguments)[0].config

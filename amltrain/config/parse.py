@@ -4,63 +4,104 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from amltrain.config.files import check_config_files, groups_of
-from amltrain.config.schema import RunConfig
-from amltrain.errors import UserError
+from amltrain.config.files import check_config_files, groups_of, read_flags, top_level
+from amltrain.config.schema import RunConfig, sectioned
+from amltrain.config.sections import NoGroups, Sections, find_option, refuse_unused
+from amltrain.errors import UserError, unknown_name
+
+DERIVED = ("method_options", "augment_options")
+"""Fields of a run that are read from sections."""
 
 
-def parse_config(argv: Sequence[str] | None = None, *, prog: str = "launch/train.py") -> RunConfig:
+def parse_config(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "amltrain train",
+    methods: Sections | None = None,
+    augmentations: Sections | None = None,
+) -> RunConfig:
     """Read a run from a command line: `--config` files (later ones win, values may be paths of part files), then flags.
 
-    Raises UserError for a key or a value that does not fit, naming it. `--help` and `--print_config` print and exit.
+    methods, augmentations: where the sections of options come from. Raises UserError for a key or a value that does not
+    fit, naming it. `--help` and `--print_config` print and exit.
     """
-    check_config_files(sys.argv[1:] if argv is None else argv, groups_of(RunConfig))
-    parser = _parser(prog)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    methods, augmentations = methods or Sections("method"), augmentations or Sections("augmentation")
+    kinds = (methods, augmentations)
+    sections = {name: NoGroups for kind in kinds for name in kind.names}
+    check_config_files(argv, {**sections, **groups_of(RunConfig)})
+    flags, files = read_flags(argv), top_level(argv)
+    method = str(flags.get("method") or files.get("method") or RunConfig.method)
+    if methods.names and method not in methods.names:
+        raise unknown_name("training method (method)", method, methods.names)
+    mentioned = {method, *files, *(key.split(".")[0] for key in flags)}
+    options = {name: kind.options(name) for kind in kinds for name in kind.names if name in mentioned}
+    parser = _parser(prog, options)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
     except UserError:
         raise
     except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
-        raise UserError(one_line(str(error), parser)) from error
-    return RunConfig(**{f.name: parsed[f.name] for f in fields(RunConfig)})
+        raise UserError(one_line(str(error), parser, kinds)) from error
+    values = {f.name: parsed[f.name] for f in fields(RunConfig) if f.name not in DERIVED}
+    augment = values["data"].augment
+    refuse_unused(flags, [method], methods)
+    refuse_unused(flags, augment, augmentations)
+    for name in augment:
+        if name not in augmentations.names:
+            raise unknown_name("augmentation (data.augment)", name, augmentations.names)
+    return RunConfig(
+        **values,
+        method_options=_section(parsed, method, options) if method in options else None,
+        augment_options={name: _section(parsed, name, options) for name in augment},
+    )
+
+
+def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:
+    """The options of one section; one without any fields has no arguments to read."""
+    kind = options[name]
+    return parsed[name] if fields(kind) else kind()
 
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a run so that `--config PATH` repeats it."""
-    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+    path.write_text(yaml.safe_dump(_plain(sectioned(config)), sort_keys=False))
 
 
-def _parser(prog: str) -> ArgumentParser:
+def _parser(prog: str, options: dict[str, type]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
         description="Train a referring image segmentation model. A --config file holds what is listed here; any value "
-        "can be given on the command line as well, e.g. --model.name caris_swin_base --aml.enabled false "
-        "--train.global_batch_size 16. Without a --config it is configs/quickstart.yaml that the flags change, "
-        "with one the defaults listed here.",
+        "can be given on the command line as well, e.g. --model.name caris_swin_base --method supervised "
+        "--train.global_batch_size 16. The options of a training method are the section of its name: add --method NAME "
+        "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here.",
     )
     parser.add_argument("--config", action="config", help="YAML file with a run; give several to layer them.")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunConfig, skip=set(DERIVED))
+    for name, kind in options.items():
+        if fields(kind):
+            parser.add_class_arguments(kind, name)
     return parser
 
 
-def one_line(message: str, parser: ArgumentParser) -> str:
+def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] = ()) -> str:
     """jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|Option '([^']+)' is not accepted", message)
     nested = re.search(r"Group '([^']+)' does not accept (?:option|nested key) '([^']+)'", message)
     if unknown or nested:
         key = ".".join(nested.groups()) if nested else next(k for k in unknown.groups() if k)  # type: ignore[union-attr]
         keys = [action.dest for action in parser._actions if action.dest != "help"]
-        close = difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
+        close = find_option(key.split(".")[-1], sections) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
         return f"unknown key {key}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
     value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
     if value:
@@ -72,7 +113,9 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         return sentence + (f", e.g. '[{given}]'" if "list" in types and given[:1] != "[" else "")
     part = re.search(r'key "([^"]+)":\s+Unable to load config \'([^\']+)\'', message)
     if part:
-        return "{}: {} is no part file that can be read; give a YAML file's path, or single keys".format(*part.groups())
+        return "{}: {} is not a file that can be read here; give the path of a YAML file, or single keys".format(
+            *part.groups()
+        )
     return " ".join(message.split())
 
 

@@ -3,13 +3,15 @@
 Leaf functions take plain values; only `build_*` functions and commands see a config.
 """
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
+from amltrain.config.partial import Partial, partial_of
 from amltrain.config.ranges import check_ranges
 from amltrain.errors import UserError
 
-Fields = TypeVar("Fields")
+FREE_TO_CHANGE = {"free_to_change": True}
+"""Metadata of an option that a resumed run may change, because it changes nothing about what is learned."""
 MaskParts = Literal["union", "exclusive"]
 
 COMBINED = ("refcoco", "refcoco+", "refcocog")
@@ -61,6 +63,9 @@ class DataConfig:
     mask_parts: MaskParts | None = None
     """Pixels covered by two polygons of one object: foreground (union) or background (exclusive: LAVT, CGFormer).
     null = the model's own; evaluation may be told otherwise by its protocol."""
+    augment: list[str] = field(default_factory=list)
+    """Augmentations of the training samples, in order; `amltrain augmentations` lists them. Options of each are in the
+    section of its name."""
     streaming: bool = False
     """Read the Parquet files as a stream instead of from a memory-mapped copy."""
     workers: int = 2
@@ -83,44 +88,54 @@ class DataConfig:
             )
 
 
-@dataclass
-class PreprocessConfig:
-    """How an image and a sentence become tensors. null = the model's own protocol."""
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How an image and a sentence become tensors."""
 
-    size: int | None = None
+    size: int
     """Side of the square network input, pixels."""
-    resize: Literal["square", "letterbox"] | None = None
+    resize: Literal["square", "letterbox"]
     """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); letterbox: keep it and pad (CRIS, DETRIS)."""
-    normalization: Literal["imagenet", "clip", "half"] | None = None
+    normalization: Literal["imagenet", "clip", "half"]
     """Mean and standard deviation subtracted from and divided out of the image (0..1)."""
-    tokenizer: str | None = None
+    tokenizer: str
     """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences."""
-    max_tokens: int | None = None
+    max_tokens: int
     """Tokens per sentence, special tokens included; longer sentences are cut."""
-    sentence_field: Literal["sent", "raw"] | None = None
+    sentence_field: Literal["sent", "raw"]
     """Which text of the REFER files: cleaned (sent) or as typed (raw)."""
 
 
-@dataclass
-class ProtocolConfig:
-    """How a prediction is scored. null = the model's own protocol."""
+@partial_of(Preprocess)
+class PreprocessOverrides(Partial):
+    """What a run changes of how its model reads images and sentences. null = the model's own."""
 
-    frame: Literal["network", "original"] | None = None
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a prediction is scored."""
+
+    frame: Literal["network", "original"]
     """Score masks at the network's input size or at every image's own size."""
-    threshold: float | None = None
+    threshold: float
     """A pixel is foreground when its probability exceeds this; 0.5 is the argmax of two channels."""
-    interpolation: Literal["bilinear", "bicubic"] | None = None
+    interpolation: Literal["bilinear", "bicubic"]
     """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS)."""
-    sentences: Literal["all", "first"] | None = None
+    sentences: Literal["all", "first"]
     """Score every sentence of a referent, or its first only."""
-    ties: Literal["ge", "gt"] | None = None
+    ties: Literal["ge", "gt"]
     """Pr@t counts IoU >= t (LAVT, CARIS, ReLA) or IoU > t (CRIS, DETRIS, which also add 1e-6 to every union)."""
-    mask_parts: MaskParts | None = None
+    mask_parts: MaskParts
     """Ground truth where two polygons of one object overlap: foreground (union) or background (exclusive: LAVT,
-    CGFormer). null = data.mask_parts where that is given."""
-    no_target_pixels: int | None = None
-    """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this says "nothing in this image"
+    CGFormer). A run's data.mask_parts comes before the model's own."""
+    no_target_pixels: int = 0
+    """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this means "nothing in this image"
     (50 is said to be the GRES paper's rule); 0 = never."""
+
+
+@partial_of(Protocol)
+class ProtocolOverrides(Partial):
+    """What a run changes of how its model is scored. null = the model's own protocol."""
 
 
 @dataclass
@@ -224,7 +239,7 @@ class EvaluationConfig:
     """Evaluate every so many steps; null = at the end of every epoch."""
     batch_size: int = 16
     """Samples per forward pass on one process."""
-    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
+    protocol: ProtocolOverrides = field(default_factory=ProtocolOverrides)
     """How predictions are scored; null fields = the model's own protocol."""
     best_metric: str = "oIoU"
     """Metric that chooses the `best` checkpoint, on the first split unless written `split/metric`."""
@@ -270,63 +285,6 @@ class TrackingConfig:
 
 
 @dataclass
-class AMLConfig:
-    """Alignment-aware masked learning (arXiv 2602.22740). null = what the preset says."""
-
-    enabled: bool = True
-    """false trains the plain baseline."""
-    preset: Literal["paper", "released"] = "paper"
-    """paper: the equations; released: what the public code does."""
-    features: Literal["early", "late", "pred"] | None = None
-    """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
-    projection: Literal["random", "learnable", "identity", "linear"] | None = None
-    """How visual and text features meet: two fixed Gaussian matrices (random), the same trained with the model by a
-    straight-through gradient (learnable), none for encoders that share a space (identity), or the released code's one
-    fixed linear map of the text (linear)."""
-    dim: int | None = None
-    """Width D that random and learnable projections project to; the paper's is 2048."""
-    projection_seed: int | None = None
-    """Seed of the projections' entries."""
-    explicit: bool | None = None
-    """Build the two random projections instead of their collapsed form: the same scores, more work."""
-    normalize: bool | None = None
-    """L2-normalise every feature vector before it is projected."""
-    score_padding: bool | None = None
-    """Padded tokens take part in the softmax over tokens (released code)."""
-    temperature: float | Literal["auto"] | None = None
-    """Divides the similarities. auto: solved at the start of training so that the mean score is 0.75, then kept. 1.0 is
-    the paper's formula to the letter, which blanks whole images."""
-    calibrate_every: int | None = None
-    """Solve an automatic temperature anew every so many steps, on the samples of that step; null = once. For encoders
-    that start from nothing: what they learn moves the scores away from where they were solved."""
-    tau: float | None = None
-    """Score under which a pixel is weak; 0 masks nothing."""
-    rho: float | None = None
-    """Share of the weak pixels (selection pixel, released) or weak blocks (patch) that is selected."""
-    block: int | None = None
-    """Side of a masked block, pixels."""
-    selection: Literal["pixel", "patch", "released"] | None = None
-    """Which blocks go: any with a selected pixel (pixel), a share rho of the weak ones (patch), or what the released
-    code's indexing does, which is nearly all of them (released)."""
-    level: Literal["image", "feature", "random"] | None = None
-    """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
-    random places (random)."""
-    clean_loss_weight: float | None = None
-    """Weight of the loss on the unmasked image, 0..1; the masked one gets the rest. Above 0 the unmasked image is
-    encoded with gradient, its features are scored, and its text features serve the masked image too."""
-    text: Literal["prompted", "plain"] | None = None
-    """Token features that are scored, for models that offer it: conditioned on the image as the decoder sees them
-    (prompted), or of the sentence alone (plain). null = the model's own choice."""
-    stage1_size: int | None = None
-    """Score a smaller copy of the image, of this side in pixels; null = the full network input."""
-    cache_scores: bool = False
-    """Remember each sentence's scores, for models whose scored encoders are frozen."""
-    diagnostics_every: int | None = None
-    """Steps between rows of alignment statistics (scores, masked share, masked referents; alignment.csv, alignment.png
-    and pictures of fixed samples in the output folder, curves in the trackers); null = off."""
-
-
-@dataclass
 class RunConfig:
     """A whole training run."""
 
@@ -337,11 +295,16 @@ class RunConfig:
     resume: str = "auto"
     """auto: go on from output/last when it is there; never: start anew (refuses a folder that has checkpoints); or a
     checkpoint folder."""
+    method: str = "aml"
+    """Training method; `amltrain methods` lists them. Its options are in the section of the same name, e.g. aml.tau."""
+    method_options: Any = None
+    """Options of the chosen method, read from its section; None = the method's defaults."""
+    augment_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the augmentations that data.augment names, read from the sections of the same names."""
     data: DataConfig = field(default_factory=DataConfig)
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    preprocess: PreprocessOverrides = field(default_factory=PreprocessOverrides)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    aml: AMLConfig = field(default_factory=AMLConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -355,7 +318,17 @@ class RunConfig:
         check_ranges(self)
 
 
-def override(defaults: Fields, own: Fields) -> Fields:
-    """`defaults` with every field that `own` sets (is not None)."""
-    chosen = {f.name: getattr(own, f.name) for f in fields(own) if getattr(own, f.name) is not None}  # type: ignore[arg-type]
-    return replace(defaults, **chosen)  # type: ignore[type-var]
+def sectioned(config: RunConfig) -> dict[str, Any]:
+    """A run as plain nested values, with the options of its method and augmentations in sections of their own names."""
+    values = asdict(config)
+    options, augmentations = values.pop("method_options"), values.pop("augment_options")
+    sections = {config.method: options, **augmentations}
+    return {**values, **{name: section for name, section in sections.items() if section}}
+
+
+def free_options(config: RunConfig) -> list[str]:
+    """Keys of the method's options that a resumed run may change."""
+    if config.method_options is None:
+        return []
+    own = fields(config.method_options)
+    return [f"{config.method}.{option.name}" for option in own if option.metadata.get("free_to_change")]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, Preprocess, Protocol
 from amltrain.data.collate import collate
 from amltrain.data.dataset import Part, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
@@ -107,13 +107,13 @@ def occurrences(values: np.ndarray) -> np.ndarray:
     return counted
 
 
-def build_transform(preprocess: PreprocessConfig) -> ImageTransform:
+def build_transform(preprocess: Preprocess) -> ImageTransform:
     """preprocess: complete."""
     assert preprocess.size and preprocess.resize and preprocess.normalization
     return ImageTransform(preprocess.size, preprocess.resize, preprocess.normalization)
 
 
-def build_tokenizer(data: DataConfig, preprocess: PreprocessConfig) -> SentenceTokenizer:
+def build_tokenizer(data: DataConfig, preprocess: Preprocess) -> SentenceTokenizer:
     """The protocol's tokenizer; `wordpiece` is built from the training sentences."""
     assert preprocess.tokenizer and preprocess.max_tokens and preprocess.sentence_field
     if preprocess.tokenizer != "wordpiece":
@@ -125,7 +125,7 @@ def build_tokenizer(data: DataConfig, preprocess: PreprocessConfig) -> SentenceT
 
 def build_train_dataset(
     data: DataConfig,
-    preprocess: PreprocessConfig,
+    preprocess: Preprocess,
     tokenizer: SentenceTokenizer,
     *,
     mask_parts: MaskParts,
@@ -214,9 +214,9 @@ def build_train_loader(
 
 def build_eval_loaders(
     data: DataConfig,
-    preprocess: PreprocessConfig,
+    preprocess: Preprocess,
     evaluation: EvaluationConfig,
-    protocol: ProtocolConfig,
+    protocol: Protocol,
     tokenizer: SentenceTokenizer,
     *,
     seed: int = 0,

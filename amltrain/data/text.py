@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from amltrain.errors import UserError, first_line
+from amltrain.records import Vocabulary
 
 # loader processes are forked after the tokenizer was used; its own threads would then only warn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -86,6 +87,12 @@ class SentenceTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.tokenizer)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The token ids that a method which changes sentences must know."""
+        special = tuple(sorted({0, *self.tokenizer.all_special_ids}))
+        return Vocabulary(self.vocab_size, 0, self.tokenizer.mask_token_id, special)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files into a model folder, the sentence length among them."""

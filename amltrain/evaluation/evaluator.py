@@ -24,11 +24,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from amltrain import __version__
-from amltrain.config.schema import ProtocolConfig
+from amltrain.config.schema import Protocol
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import network_probability, original_probability, to_original
 from amltrain.evaluation.metrics import ReferringSegmentation
-from amltrain.evaluation.protocols import Rule, complete
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.records import Batch, ModelOutput
 
@@ -37,7 +36,7 @@ def evaluate_model(
     accelerator: Accelerator,
     model: nn.Module | Callable[[Batch], ModelOutput],
     loader: DataLoader,
-    protocol: ProtocolConfig,
+    protocol: Protocol,
     *,
     pictures: int = 0,
     provenance: dict[str, Any] | None = None,
@@ -57,7 +56,6 @@ def evaluate_model(
     The classic metrics are computed, or the generalized ones where the split has no-target sentences or the model has a
     no-target head. Raises UserError for an incomplete protocol or an empty split, RuntimeError if samples were lost.
     """
-    rule = complete(protocol)
     shard = prepare_data_loader(
         loader,
         num_processes=accelerator.num_processes,
@@ -78,27 +76,27 @@ def evaluate_model(
             with accelerator.autocast():
                 output = model(batch)
             geometry = host.geometry.tolist()
-            rows.append(_score(output, batch, geometry, rule))
-            kept += _keep(output, host, rows[-1], rule, wanted)
+            rows.append(_score(output, batch, geometry, protocol))
+            kept += _keep(output, host, rows[-1], protocol, wanted)
             head, size = "no_target" in output.aux, _size(host)
     samples = _gather(accelerator, rows, expected)
     notes = {"amltrain": __version__, "precision": _precision(accelerator), **(provenance or {})}
-    return _results(samples, loader.dataset, rule, head, size, notes, _unique(gather_object(kept)))
+    return _results(samples, loader.dataset, protocol, head, size, notes, _unique(gather_object(kept)))
 
 
-def _score(output: ModelOutput, batch: Batch, geometry: Sequence[Sequence[float]], rule: Rule) -> Tensor:
+def _score(output: ModelOutput, batch: Batch, geometry: Sequence[Sequence[float]], protocol: Protocol) -> Tensor:
     """One row of `SAMPLE_COLUMNS` per sample, [B, 6] int64 on the device."""
-    size, cut = _size(batch), rule.threshold
-    if rule.frame == "network":
-        mask = network_probability(output.logits, size, rule.interpolation) > cut
+    size, cut = _size(batch), protocol.threshold
+    if protocol.frame == "network":
+        mask = network_probability(output.logits, size, protocol.interpolation) > cut
         pixels = _pixels(mask, batch.target > 127)
     else:
         if len(batch.original_target) != len(geometry):
             raise UserError('protocol.frame="original" needs a loader that gives the masks at their original size')
-        maps = original_probability(output.logits, size, geometry, rule.interpolation)
+        maps = original_probability(output.logits, size, geometry, protocol.interpolation)
         pairs = zip(maps, batch.original_target, strict=True)
         pixels = torch.stack([_pixels(p[None] > cut, truth[None] > 0)[0] for p, truth in pairs])
-    said = _says_no_target(output, pixels[:, 2], rule)
+    said = _says_no_target(output, pixels[:, 2], protocol)
     finite = output.logits.isfinite().flatten(1).all(1)
     columns = (batch.sample_id, pixels[:, 0], pixels[:, 1], batch.no_target, said, finite)
     return torch.stack([c.to(torch.int64) for c in columns], dim=1)
@@ -113,14 +111,14 @@ def _pixels(mask: Tensor, truth: Tensor) -> Tensor:
     return torch.stack([(mask & truth).sum((1, 2)), (mask | truth).sum((1, 2)), mask.sum((1, 2))], dim=1)
 
 
-def _says_no_target(output: ModelOutput, area: Tensor, rule: Rule) -> Tensor:
+def _says_no_target(output: ModelOutput, area: Tensor, protocol: Protocol) -> Tensor:
     """[B] bool: by the model's head where it has one, else by the protocol's pixel count."""
     if "no_target" in output.aux:
         return output.aux["no_target"].argmax(1) == 1
-    return area < (rule.no_target_pixels or 0)
+    return area < (protocol.no_target_pixels or 0)
 
 
-def _keep(output: ModelOutput, host: Batch, scored: Tensor, rule: Rule, wanted: set[int]) -> list[Prediction]:
+def _keep(output: ModelOutput, host: Batch, scored: Tensor, protocol: Protocol, wanted: set[int]) -> list[Prediction]:
     """The wanted samples of this batch, at their original size (only these wait for the device)."""
     predictions, size = [], _size(host)
     for row, sample_id in enumerate(host.sample_id.tolist()):
@@ -128,7 +126,7 @@ def _keep(output: ModelOutput, host: Batch, scored: Tensor, rule: Rule, wanted: 
             continue
         geometry = host.geometry[row].tolist()
         logits = output.logits[row : row + 1]
-        mask = original_probability(logits, size, [geometry], rule.interpolation)[0] > rule.threshold
+        mask = original_probability(logits, size, [geometry], protocol.interpolation)[0] > protocol.threshold
         truth = to_original(host.target[row].float() / 255, geometry, "bilinear") > 0.5
         said = bool(scored[row, SAMPLE_COLUMNS.index("predicted_no_target")])
         predictions.append(Prediction(sample_id, mask.cpu().numpy(), truth.numpy(), said))
@@ -151,7 +149,7 @@ def _gather(accelerator: Accelerator, rows: list[Tensor], expected: int | None) 
 def _results(
     samples: NDArray[np.int64],
     dataset: Any,
-    rule: Rule,
+    protocol: Protocol,
     head: bool,
     size: tuple[int, int],
     provenance: dict[str, Any],
@@ -165,7 +163,7 @@ def _results(
         no_target=columns["no_target"].astype(bool),
         predicted_no_target=columns["predicted_no_target"].astype(bool),
         generalized=generalized,
-        ties=rule.ties,
+        ties=protocol.ties,
     )
     held = dataset.counts()
     counts = {
@@ -176,11 +174,11 @@ def _results(
         "empty_unions": scores.pop("empty_unions"),
         "not_finite": int((columns["finite"] == 0).sum()),
     }
-    by_pixels = f"fewer than {rule.no_target_pixels} pixels" if rule.no_target_pixels else "nothing: never said"
+    by_pixels = f"fewer than {protocol.no_target_pixels} pixels" if protocol.no_target_pixels else "nothing: never said"
     facts = {
         "size": list(size),
         "metrics": "generalized" if generalized else "classic",
-        "ties": "ge" if generalized else rule.ties,  # ReLA's evaluator knows no other
+        "ties": "ge" if generalized else protocol.ties,  # ReLA's evaluator knows no other
         "no_target_by": "the model's head" if head else by_pixels,
     }
     info = dataset.info(int(samples[0, 0]))
@@ -189,7 +187,7 @@ def _results(
         info.split,
         scores,
         counts,
-        asdict(rule) | dataset.describe() | facts,
+        asdict(protocol) | dataset.describe() | facts,
         provenance,
         samples,
         predictions,

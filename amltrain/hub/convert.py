@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from amltrain.config.schema import PreprocessConfig, override
+from amltrain.config.partial import override
+from amltrain.config.schema import PreprocessOverrides
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import INITIAL_WEIGHTS, load_weights, save_pretrained
 from amltrain.models.backbones.weights import load_plain
@@ -73,7 +74,7 @@ def convert_official(
     *,
     kwargs: Mapping[str, Any] | None = None,
     entry: str | None = None,
-    preprocess: PreprocessConfig | None = None,
+    preprocess: PreprocessOverrides | None = None,
     tokenizer: Any = None,
 ) -> Conversion:
     """Turn a release's checkpoint into a model folder, with the registry's preprocessing and protocol for that model.
@@ -96,7 +97,7 @@ def convert_official(
         name=name,
         kwargs=kwargs,
         state_dict=model.state_dict(),
-        preprocess=override(info.preprocess, preprocess or PreprocessConfig()),
+        preprocess=override(info.preprocess, preprocess),
         protocol=info.protocol,
         tokenizer=tokenizer,
     )

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amltrain import __version__
-from amltrain.config.schema import MaskParts, PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
@@ -40,15 +40,15 @@ MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
 INITIAL_WEIGHTS = ("vision_weights", "text_weights")
 """Builder arguments that name where training started from; the folder's own weights replace them."""
 
-Config = TypeVar("Config", PreprocessConfig, ProtocolConfig)
+Complete = TypeVar("Complete", Preprocess, Protocol)
 
 
 class Pretrained(NamedTuple):
     """What a model folder holds; the model is in eval mode on the CPU, both configs are complete."""
 
     model: RISModel
-    preprocess: PreprocessConfig
-    protocol: ProtocolConfig
+    preprocess: Preprocess
+    protocol: Protocol
     tokenizer: "SentenceTokenizer | None"
     name: str
     kwargs: dict[str, Any]
@@ -61,8 +61,8 @@ def save_pretrained(
     name: str,
     kwargs: Mapping[str, Any],
     state_dict: Mapping[str, Tensor],
-    preprocess: PreprocessConfig,
-    protocol: ProtocolConfig,
+    preprocess: Preprocess,
+    protocol: Protocol,
     tokenizer: "SentenceTokenizer | None",
 ) -> Path:
     """Write a model folder, aside first and renamed when whole; an older model folder of that name is replaced.
@@ -119,19 +119,22 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     for key, kind, what in (("model", str, "name"), ("kwargs", dict, "object"), ("protocol", dict, "object")):
         if not isinstance(config.get(key), kind):
             raise UserError(f"{folder / CONFIG_FILE} has no {key!r} {what}; was it written by save_pretrained?")
-    preprocess = _from_dict(PreprocessConfig, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
-    protocol = _from_dict(ProtocolConfig, config["protocol"], folder / CONFIG_FILE)
-    protocol.mask_parts = protocol.mask_parts or _mask_parts(folder, config["model"])
+    preprocess = _from_dict(Preprocess, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
+    protocol = _from_dict(Protocol, _completed(config["protocol"], folder, config["model"]), folder / CONFIG_FILE)
     model = create_model(config["model"], **config["kwargs"])
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder)
     return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
 
 
-def _mask_parts(folder: Path, name: str) -> MaskParts | None:
-    """Of a folder from before config.json said it: what the model was trained on, or else its release's."""
+def _completed(protocol: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
+    """A protocol as older versions wrote it, with null for what was not set, completed by what the model's own is."""
+    given = {key: value for key, value in protocol.items() if value is not None}
+    if "mask_parts" in given:
+        return given
     training = read_training(folder)
-    return training["recipe"]["data"]["mask_parts"] if training else model_info(name).protocol.mask_parts
+    trained_on = training["recipe"]["data"]["mask_parts"] if training else model_info(name).protocol.mask_parts
+    return {**given, "mask_parts": trained_on}
 
 
 def _tokenizer(folder: Path) -> "SentenceTokenizer | None":
@@ -217,11 +220,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _from_dict(kind: type[Config], values: dict[str, Any], path: Path) -> Config:
+def _from_dict(kind: type[Complete], values: dict[str, Any], path: Path) -> Complete:
     known = get_type_hints(kind)
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}; it was written by another version of amltrain")
         if not fits(value, known[key]):
             raise UserError(f"{path}: {key} is {value!r}, not {type_name(known[key])}; correct it there")
+    for field in fields(kind):
+        if field.name not in values and field.default is MISSING:
+            raise UserError(f"{path} has no {field.name}; the model folder is incomplete")
     return kind(**values)

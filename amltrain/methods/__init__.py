@@ -1,1 +1,18 @@
-"""Training methods."""
+"""Training methods: how a model is trained, apart from what the model is.
+
+    base.py         the contract: an nn.Module around model and loss, one forward and one backward per batch
+    registry.py     methods by name, and their options
+    blocks.py       masked blocks of an image, which several methods use
+    supervised.py   the plain baseline
+    aml/            alignment-aware masked learning
+    maskris.py      masked image and sentence with self-distillation
+
+A new method is one file with a function under `@register_method`, and one line in `METHODS`.
+"""
+
+METHODS = {
+    "supervised": "amltrain.methods.supervised",
+    "aml": "amltrain.methods.aml.method",
+    "maskris": "amltrain.methods.maskris",
+}
+"""The file of each method, imported when it is asked for: the command line's help must not wait for torch."""

@@ -38,6 +38,8 @@ class RISModel(nn.Module):
     fused_dims            (C_v, C_t), the widths of aux["fused_visual"] and aux["fused_text"]; None = it gives neither
     supports_suppression  `decode` honours Features.suppressed
     alignment_is_frozen   what `alignment_features` returns never changes in training
+    alignment_texts       values of its argument `text` that this model offers, the default first
+    alignment_visuals     the same of its argument `visual`
     """
 
     mask_channels: int | None = None
@@ -45,6 +47,8 @@ class RISModel(nn.Module):
     fused_dims: tuple[int, int] | None = None
     supports_suppression: bool = False
     alignment_is_frozen: bool = False
+    alignment_texts: tuple[str, ...] = ()
+    alignment_visuals: tuple[str, ...] = ()
 
     def encode(self, batch: Batch) -> Features:
         """Run the encoders: image and tokens in, features before cross-modal fusion out (where there is a before)."""
@@ -57,11 +61,14 @@ class RISModel(nn.Module):
     def forward(self, batch: Batch) -> ModelOutput:
         return self.decode(self.encode(batch), batch)
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """What AML's stage 1 scores; runs encoders only, never the decoder. Default: deepest map and token features.
 
         features: `encode(batch)`, where the caller has it already; a model that scores anything else ignores it.
-        A model that fuses inside its encoder overrides this and says in its file header what it gives.
+        text, visual: which of its features a model gives that offers a choice (`alignment_texts`, `alignment_visuals`);
+        None = its default. A model that fuses inside its encoder overrides this; its file header says what it gives.
         """
         features = self.encode(batch) if features is None else features
         return AlignmentFeatures(features.visual[-1], features.text, features.text_mask)

@@ -8,13 +8,13 @@ no bias; the referent's vector is [CLS] alone; the pyramid step interpolates wit
 Not kept: clamps at +-50000, which change nothing in float32, and SyncBN, for lack of a batch norm.
 
 What AML scores: the stride-32 Swin map, which has seen no word, against BERT's token features, which are conditioned on
-the image through the prompts (as in the AML release); `alignment_text="plain"` runs BERT once more without them.
+the image through the prompts (as in the AML release); `text="plain"` (aml.text) runs BERT once more without them.
 
 Dimensions: B batch, L text tokens, P prompts, V visual positions of three levels together, C decoder width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
@@ -33,7 +33,6 @@ from amltrain.models.layers.position import cell_centres, sine_position
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
-AlignmentText = Literal["prompted", "plain"]
 RENAMES = [
     (r"^backbone\.vis_encoder\.", "vision."),
     (r"^backbone\.lang_encoder\.", "text."),
@@ -253,6 +252,7 @@ class CARIS(RISModel):
 
     mask_channels = 2
     supports_suppression = True
+    alignment_texts = ("prompted", "plain")
 
     def __init__(
         self,
@@ -262,20 +262,17 @@ class CARIS(RISModel):
         dim: int = 256,
         layers: int = 6,
         heads: int = 8,
-        alignment_text: AlignmentText = "prompted",
         encoder_lr_scale: float = 0.1,
     ) -> None:
         """vision, text: built encoders. dim: decoder width, a multiple of 32. layers, heads: of the decoder.
 
         encoder_lr_scale: what the encoders' learning rate is multiplied by; 1 where they start from nothing.
-        alignment_text: the token features that AML scores, see the head of this file.
         """
         super().__init__()
         self.vision, self.text = vision, text
         text_dim = text.config.hidden_size
         self.prompts = ConditionalPrompts(vision.channels[-1], text_dim)
         self.decoder = FusionDecoder(vision.channels, text_dim, dim=dim, layers=layers, heads=heads)
-        self.alignment_text = alignment_text
         self.encoder_lr_scale = encoder_lr_scale
         self.alignment_dims = (vision.channels[-1], text_dim)
         self.fused_dims = (dim, dim)
@@ -288,11 +285,13 @@ class CARIS(RISModel):
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         return self.decoder(features)
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
-        if self.alignment_text == "plain":
-            text = encode_tokens(self.text, batch.input_ids, batch.text_mask)
-            visual = self.vision(batch.image) if features is None else features.visual
-            return AlignmentFeatures(visual[-1], text, batch.text_mask)
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
+        if text == "plain":
+            tokens = encode_tokens(self.text, batch.input_ids, batch.text_mask)
+            maps = self.vision(batch.image) if features is None else features.visual
+            return AlignmentFeatures(maps[-1], tokens, batch.text_mask)
         return super().alignment_features(batch, features)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
@@ -338,8 +337,17 @@ def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
         release="github.com/lsa1997/CARIS, commit 4b24546",
         licence="MIT",
         aml_scores="stride-32 Swin map x BERT tokens conditioned on the image",
-        preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
+        preprocess=Preprocess(
+            size=size,
+            resize="square",
+            normalization="imagenet",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="sent",
+        ),
+        protocol=Protocol(
+            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
+        ),
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )
@@ -354,14 +362,13 @@ def caris_swin_base(
     window_size: int = 7,
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
-    alignment_text: AlignmentText = "prompted",
 ) -> CARIS:
     """The release's model: Swin-B and BERT-base, 226.6 M parameters.
 
     vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
     """
     vision = Swin(window_size=window_size, drop_path_rate=drop_path_rate)
-    return _full_size(vision, vision_weights, text_weights, vocab_size, text_dropout, alignment_text)
+    return _full_size(vision, vision_weights, text_weights, vocab_size, text_dropout)
 
 
 @register_model(_info(448, "bert-base-uncased"))
@@ -373,7 +380,6 @@ def caris_swin_tiny(
     window_size: int = 7,
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
-    alignment_text: AlignmentText = "prompted",
 ) -> CARIS:
     """The release's smaller option, for which it publishes no numbers: Swin-T and BERT-base, 166.8 M parameters."""
     vision = Swin(
@@ -383,7 +389,7 @@ def caris_swin_tiny(
         window_size=window_size,
         drop_path_rate=drop_path_rate,
     )
-    return _full_size(vision, vision_weights, text_weights, vocab_size, text_dropout, alignment_text)
+    return _full_size(vision, vision_weights, text_weights, vocab_size, text_dropout)
 
 
 def _full_size(
@@ -392,11 +398,10 @@ def _full_size(
     text_weights: str | None,
     vocab_size: int,
     text_dropout: float,
-    alignment_text: AlignmentText,
 ) -> CARIS:
     text = build_bert(vocab_size=vocab_size, dropout=text_dropout)
     load_encoders(vision, text, vision_weights, text_weights)
-    return CARIS(vision=vision, text=text, alignment_text=alignment_text)
+    return CARIS(vision=vision, text=text)
 
 
 @register_model(_info(96, "wordpiece", max_tokens=24))
@@ -407,7 +412,6 @@ def caris_tiny(
     vocab_size: int = 512,
     drop_path_rate: float = 0.0,
     text_dropout: float = 0.0,
-    alignment_text: AlignmentText = "prompted",
 ) -> CARIS:
     """Small enough to learn synthetic scenes from scratch on two CPU cores."""
     vision = Swin(
@@ -419,6 +423,4 @@ def caris_tiny(
     )
     text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
     load_encoders(vision, text, vision_weights, text_weights)
-    return CARIS(
-        vision=vision, text=text, dim=64, layers=3, heads=4, alignment_text=alignment_text, encoder_lr_scale=1.0
-    )
+    return CARIS(vision=vision, text=text, dim=64, layers=3, heads=4, encoder_lr_scale=1.0)

@@ -28,7 +28,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.swin import Swin
@@ -283,8 +283,17 @@ def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
         release="github.com/SooLab/CGFormer, commit 67d3390",
         licence="MIT; its Swin backbone from LAVT, GPL-3.0",
         aml_scores="last Swin blocks without fusion x BERT tokens",
-        preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.5, "bicubic", "all", "gt", "exclusive"),
+        preprocess=Preprocess(
+            size=size,
+            resize="square",
+            normalization="imagenet",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="sent",
+        ),
+        protocol=Protocol(
+            frame="original", threshold=0.5, interpolation="bicubic", sentences="all", ties="gt", mask_parts="exclusive"
+        ),
         loss="cgformer",
     )
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
 from amltrain.models.base import Conversion, RISModel
@@ -150,7 +150,9 @@ class CRIS(RISModel):
         # the decoder writes into the image only: the words stay what the text encoder made of them
         return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """The pooled map [B, E, h, w] and the tokens in the shared space [B, L, E]."""
         features = self.encode(batch) if features is None else features
         shared = features.text @ self.text.text_projection
@@ -188,8 +190,17 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         release="github.com/DerrickWang005/CRIS.pytorch, commit e596332",
         licence="MIT",
         aml_scores="pooled stride-32 CLIP map x tokens in CLIP's shared space",
-        preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", "union"),
+        preprocess=Preprocess(
+            size=size,
+            resize="letterbox",
+            normalization="clip",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="sent",
+        ),
+        protocol=Protocol(
+            frame="original", threshold=0.35, interpolation="bicubic", sentences="all", ties="gt", mask_parts="union"
+        ),
         loss="binary_cross_entropy",
     )
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.dinov2 import DINOv2, load_dinov2
 from amltrain.models.base import Conversion, RISModel
@@ -214,7 +214,9 @@ class DETRIS(RISModel):
         # the decoder writes into the image only: the words stay what the text encoder made of them
         return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """Both encoders without their adapters, so `features` serve nothing here: [B, C, h, w] and [B, L, W]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
         return AlignmentFeatures(self.vision(batch.image)[-1], tokens, batch.text_mask)
@@ -250,8 +252,17 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         release="github.com/jiaqihuang01/DETRIS, commit c94b1e1",
         licence="MIT; its DINOv2 part Apache-2.0",
         aml_scores="last DINOv2 map without aligners x CLIP tokens without adapters, both frozen",
-        preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", "union"),
+        preprocess=Preprocess(
+            size=size,
+            resize="letterbox",
+            normalization="clip",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="sent",
+        ),
+        protocol=Protocol(
+            frame="original", threshold=0.35, interpolation="bicubic", sentences="all", ties="gt", mask_parts="union"
+        ),
         loss="binary_cross_entropy",
     )
 

@@ -42,13 +42,15 @@ class EarlyFusionModel(RISModel):
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return self._encode_image(batch, features.text)
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """Last blocks without any fusion [B, C, h, w] at stride 32, and BERT's tokens [B, L, D].
 
         features: their text is used; their maps are fused ones.
         """
-        text = self._encode_text(batch) if features is None else features.text
-        return AlignmentFeatures(self.backbone.without_words(self.prepare_image(batch.image)), text, batch.text_mask)
+        tokens = self._encode_text(batch) if features is None else features.text
+        return AlignmentFeatures(self.backbone.without_words(self.prepare_image(batch.image)), tokens, batch.text_mask)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.backbone.set_gradient_checkpointing(enabled)

@@ -26,7 +26,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
 from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
@@ -219,7 +219,9 @@ class ETRIS(RISModel):
         # the decoder writes into the image only: the words stay what the bridged text encoder made of them
         return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """Both towers without bridges, so `features` serve nothing here: [B, E, h, w] and [B, L, E]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
         shared = tokens @ self.text.text_projection
@@ -255,8 +257,17 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         release="github.com/kkakkkka/ETRIS, commit cdc6d8e",
         licence="MIT",
         aml_scores="CLIP's map x tokens in their shared space, towers without bridges",
-        preprocess=PreprocessConfig(size, "letterbox", "clip", tokenizer, max_tokens, "sent"),
-        protocol=ProtocolConfig("original", 0.35, "bicubic", "all", "gt", "union"),
+        preprocess=Preprocess(
+            size=size,
+            resize="letterbox",
+            normalization="clip",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="sent",
+        ),
+        protocol=Protocol(
+            frame="original", threshold=0.35, interpolation="bicubic", sentences="all", ties="gt", mask_parts="union"
+        ),
         loss="binary_cross_entropy",
     )
 

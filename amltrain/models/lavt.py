@@ -6,7 +6,7 @@ The release's two variants differ only in where its checkpoint keeps BERT; both 
 
 What AML scores: the image without words, that is the last stage's blocks with every gate shut, against BERT's tokens.
 AML's first pass encodes the original image anyway, so this costs no more than encoding it with words.
-`alignment_visual="conditioned"` takes the same blocks' output as the trained network has it, words of the earlier
+`visual="conditioned"` (aml.visual) takes the same blocks' output as the trained network has it, words of the earlier
 stages included. AML level "feature" has no place here: no attention across modalities reads image positions.
 
 Kept from the release on purpose: scores of the fusion are scaled by the whole width; padding comes before rolling.
@@ -17,14 +17,14 @@ Dimensions: B batch, H W a map's size, C its width, L text tokens, D text width.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.swin import Swin
@@ -90,6 +90,7 @@ class LAVT(EarlyFusionModel):
     """BERT, a Swin that reads it, and the decoder."""
 
     mask_channels = 2
+    alignment_visuals = ("unimodal", "conditioned")
 
     def __init__(
         self,
@@ -97,12 +98,9 @@ class LAVT(EarlyFusionModel):
         backbone: LanguageSwin,
         text_encoder: BertModel,
         trained_text_layers: int | None = 10,
-        alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
     ) -> None:
-        """alignment_visual: the image features that AML scores, see the head of this file."""
         super().__init__(backbone=backbone, text_encoder=text_encoder, trained_text_layers=trained_text_layers)
         self.decoder = LevelDecoder(backbone.channels)
-        self.alignment_visual = alignment_visual
         self.fused_dims = self.alignment_dims
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
@@ -110,12 +108,14 @@ class LAVT(EarlyFusionModel):
         aux = {"fused_visual": features.visual[-1], "fused_text": features.text}
         return ModelOutput(self.decoder(features.visual), aux)
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
-        if self.alignment_visual == "unimodal":
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
+        if visual != "conditioned":
             return super().alignment_features(batch, features)
-        text = self._encode_text(batch) if features is None else features.text
-        visual = self.backbone.before_last_fusion(batch.image, text, batch.text_mask)
-        return AlignmentFeatures(visual, text, batch.text_mask)
+        tokens = self._encode_text(batch) if features is None else features.text
+        deepest = self.backbone.before_last_fusion(batch.image, tokens, batch.text_mask)
+        return AlignmentFeatures(deepest, tokens, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """One learning rate; only norms and position bias tables of the backbone do not decay."""
@@ -142,8 +142,17 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         release="github.com/yz93/LAVT-RIS, commit 1da0af9",
         licence="GPL-3.0",
         aml_scores="last Swin blocks without words x BERT tokens",
-        preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "raw"),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "exclusive"),
+        preprocess=Preprocess(
+            size=size,
+            resize="square",
+            normalization="imagenet",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="raw",
+        ),
+        protocol=Protocol(
+            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="exclusive"
+        ),
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )
@@ -160,7 +169,6 @@ def lavt_swin_base(
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
     trained_text_layers: int | None = 10,
-    alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
 ) -> LAVT:
     """The release's model (lavt and lavt_one): Swin-B with windows of 12 and BERT-base, 225.6 M parameters.
 
@@ -173,7 +181,6 @@ def lavt_swin_base(
         backbone=LanguageSwin(swin, heads=fusion_heads),
         text_encoder=text,
         trained_text_layers=trained_text_layers,
-        alignment_visual=alignment_visual,
     )
 
 
@@ -185,7 +192,6 @@ def lavt_tiny(
     vocab_size: int = 512,
     drop_path_rate: float = 0.0,
     text_dropout: float = 0.0,
-    alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
 ) -> LAVT:
     """Small enough to learn synthetic scenes from scratch on two CPU cores; all of BERT trains."""
     swin = Swin(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=6, drop_path_rate=drop_path_rate)
@@ -195,5 +201,4 @@ def lavt_tiny(
         backbone=LanguageSwin(swin, text_dim=128),
         text_encoder=text,
         trained_text_layers=None,
-        alignment_visual=alignment_visual,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.models.base import RISModel
 
@@ -25,8 +25,8 @@ class ModelInfo:
     release: str
     licence: str
     aml_scores: str
-    preprocess: PreprocessConfig
-    protocol: ProtocolConfig
+    preprocess: Preprocess
+    protocol: Protocol
     loss: str
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.bert import (
     build_bert,
 )
@@ -211,8 +211,17 @@ def _info(
         release="github.com/henghuiding/ReLA, branch main, commit 3ca9551",
         licence=licence,
         aml_scores=aml_scores,
-        preprocess=PreprocessConfig(size, "square", "imagenet", tokenizer, max_tokens, "raw"),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
+        preprocess=Preprocess(
+            size=size,
+            resize="square",
+            normalization="imagenet",
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            sentence_field="raw",
+        ),
+        protocol=Protocol(
+            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
+        ),
         loss="rela",
     )
 

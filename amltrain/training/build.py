@@ -11,7 +11,8 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from amltrain.config.schema import DataConfig, PreprocessConfig, ProtocolConfig, RunConfig, override
+from amltrain.config.partial import override
+from amltrain.config.schema import DataConfig, Preprocess, Protocol, RunConfig
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, leaks
@@ -25,20 +26,21 @@ from amltrain.evaluation.protocols import run_protocol
 from amltrain.evaluation.results import Results, write_results
 from amltrain.hub.model_folder import RESULTS_FILE, TRAINING_FILE, load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
+from amltrain.methods.base import Method
+from amltrain.methods.registry import build_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
-from amltrain.tasks import AMLTask, SupervisedTask, build_task
 from amltrain.training.provenance import describe_training, train_mask_parts
 
 
 class Parts(NamedTuple):
     """The built parts of a run, before Accelerate wraps any of them. `preprocess` and `protocol` are complete."""
 
-    task: SupervisedTask | AMLTask
+    method: Method
     dataset: ReferDataset
     eval_loaders: dict[str, DataLoader]
     tokenizer: SentenceTokenizer
-    preprocess: PreprocessConfig
-    protocol: ProtocolConfig
+    preprocess: Preprocess
+    protocol: Protocol
     model_kwargs: dict[str, Any]
 
 
@@ -114,7 +116,7 @@ def _synthetic(data: DataConfig) -> bool:
 
 
 def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from: Path | None = None) -> Parts:
-    """Build model, loss, AML and data; the random start of the weights is a function of the seed.
+    """Build model, loss, method and data; the random start of the weights is a function of the seed.
 
     resume_from: the checkpoint that the run goes on from; its words keep their numbers.
     """
@@ -125,17 +127,18 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from
     tokenizer = choose_tokenizer(config, preprocess, resume_from)
     torch.manual_seed(config.seed)
     model, kwargs = build_model(config, tokenizer)
-    task = build_task(model, build_loss(config, info), config.aml)
+    loss = build_loss(config, info)
+    method = build_method(config.method, model, loss, config.method_options, tokenizer.vocabulary)
     if config.train.sync_batchnorm and processes > 1 and on_cuda:
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
-        task = convert_sync_batchnorm(task)
+        method = convert_sync_batchnorm(method)
     mask_parts = train_mask_parts(config)
     dataset = build_train_dataset(config.data, preprocess, tokenizer, mask_parts=mask_parts, seed=config.seed)
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
-    return Parts(task, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
+    return Parts(method, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
 
 
-def choose_tokenizer(config: RunConfig, preprocess: PreprocessConfig, resume_from: Path | None) -> SentenceTokenizer:
+def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Path | None) -> SentenceTokenizer:
     """The one that the weights were trained with, where there are any; else the protocol's."""
     if resume_from is not None:
         return SentenceTokenizer.load(resume_from / "model")

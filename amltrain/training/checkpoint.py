@@ -3,7 +3,7 @@
     OUTPUT/
       step-000400/
         model/          safetensors, config, tokenizer: loadable alone with `load_pretrained`
-        state/          everything else that resuming needs: optimizer, scaler, AML's buffers, trainer.json
+        state/          everything else that resuming needs: optimizer, scaler, the method's buffers, trainer.json
         manifest.json   size and SHA-256 of every file above
       step-000800/
       last -> step-000800

@@ -149,11 +149,11 @@ def precision_of(accelerator: Accelerator) -> str:
     return "bf16" if plugin is not None and "torch_autocast" in plugin.deepspeed_config else accelerator.mixed_precision
 
 
-def check_shardable(accelerator: Accelerator, task: nn.Module) -> None:
+def check_shardable(accelerator: Accelerator, method: nn.Module) -> None:
     """Raise UserError for a model that FSDP2 cannot shard: it refuses parameters without dimensions."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    for name, parameter in task.named_parameters():
+    for name, parameter in method.named_parameters():
         if parameter.ndim == 0:
             raise UserError(f"FSDP2 cannot shard {name}, which is a single number; train this model with DDP or ZeRO")
 
@@ -168,9 +168,9 @@ def _zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def model_weights(accelerator: Accelerator, task: nn.Module) -> dict[str, Tensor]:
-    """Whole weights of the prepared task's model, without the loss and AML, on every process; every process calls."""
-    inner = accelerator.unwrap_model(task)
+def model_weights(accelerator: Accelerator, method: nn.Module) -> dict[str, Tensor]:
+    """Whole weights of the prepared method's model, without loss and buffers, on every process; all must call."""
+    inner = accelerator.unwrap_model(method)
     if _zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import GatheredParameters  # an extra
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from amltrain import __version__
-from amltrain.config.schema import MaskParts, RunConfig
+from amltrain.config.schema import MaskParts, RunConfig, sectioned
 from amltrain.models import model_info
 
 LIBRARIES = ("torch", "accelerate", "transformers", "timm", "datasets", "huggingface_hub")
@@ -34,7 +33,7 @@ def describe_training(config: RunConfig) -> dict[str, Any]:
 def recipe(config: RunConfig) -> dict[str, Any]:
     """The run without what belongs to the machine it ran on; of files, the names alone; what data.mask_parts stood for,
     since the targets depend on it."""
-    values = {key: value for key, value in asdict(config).items() if key not in OF_THIS_MACHINE}
+    values = {key: value for key, value in sectioned(config).items() if key not in OF_THIS_MACHINE}
     values["data"] = {key: value for key, value in values["data"].items() if key not in OF_THIS_DISK}
     values["data"]["mask_parts"] = train_mask_parts(config)
     for key in ("vision_weights", "text_weights", "checkpoint"):
@@ -45,9 +44,7 @@ def recipe(config: RunConfig) -> dict[str, Any]:
 
 def train_mask_parts(config: RunConfig) -> MaskParts:
     """How the masks that a run trains on treat overlapping polygons."""
-    mask_parts = config.data.mask_parts or model_info(config.model.name).protocol.mask_parts
-    assert mask_parts
-    return mask_parts
+    return config.data.mask_parts or model_info(config.model.name).protocol.mask_parts
 
 
 @cache

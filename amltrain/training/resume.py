@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from amltrain.config.parse import save_config
-from amltrain.config.schema import RunConfig
+from amltrain.config.schema import RunConfig, free_options
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import read_training
 from amltrain.training import checkpoint as checkpoints
@@ -17,8 +17,6 @@ from amltrain.training.provenance import recipe
 
 PROBE = ".seen-by-all"
 FREE = (
-    "aml.cache_scores",
-    "aml.diagnostics_every",
     "checkpoint",
     "data.max_skipped",
     "data.streaming",
@@ -39,6 +37,8 @@ FREE = (
     "train.time_limit",
 )
 """Keys and groups of keys that change nothing about what is learnt."""
+FIRST = ("model.name", "method")
+"""Keys to compare first: others follow from them."""
 SAID = ("train.epochs", "train.max_steps", "train.mixed_precision")
 """Keys that do, and that one may mean to change: the length of the run, with its schedule, and the precision."""
 
@@ -52,9 +52,16 @@ def check_recipe(checkpoint: Path, config: RunConfig, say: Callable[[str], None]
     if training is None:
         return
     before = _flat(training["recipe"])
+    if "aml.enabled" in before:
+        raise UserError(
+            f"{checkpoint} was made by amltrain 0.1, whose training state this version cannot resume; finish the run "
+            f"with 0.1, or start a new run from its weights: another --output and --model.checkpoint "
+            f"{checkpoint / 'model'}"
+        )
     now = _flat(json.loads(json.dumps(recipe(config))))
-    for key in sorted(before.keys() | now.keys(), key=lambda key: (key != "model.name", key)):  # others follow from it
-        if before.get(key) == now.get(key) or _belongs(key, FREE) or not _comparable(key, before, now):
+    free = (*FREE, *free_options(config))
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in FIRST, key)):
+        if before.get(key) == now.get(key) or _belongs(key, free) or not _comparable(key, before, now):
             continue
         change = f"{checkpoint} was made with {key} {_shown(before, key)}, not {_shown(now, key)}"
         if key not in SAID:

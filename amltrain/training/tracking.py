@@ -25,16 +25,15 @@ def say(accelerator: Accelerator, text: str) -> None:
 
 def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: BatchPlan, total_steps: int) -> str:
     """Everything that decides a run's numbers, at its start."""
-    trained = sum(p.numel() for p in parts.task.model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in parts.task.model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in parts.method.model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in parts.method.model.parameters() if not p.requires_grad)
     counts = parts.dataset.counts()
     epochs = total_steps * plan.samples / len(parts.dataset)
-    aml = f"{config.aml.preset}{_temperature(parts)}" if config.aml.enabled else "off"
     p = parts.preprocess
     splits = [f"{name} ({len(loader.dataset):,})" for name, loader in parts.eval_loaders.items()]  # type: ignore
     lines = {
         "model": f"{config.model.name}, {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-        "aml": aml,
+        "method": parts.method.summary(),
         "data": f"{' + '.join(config.data.datasets)} {config.data.train_split}: {counts['images']:,} images, "
         f"{counts['refs']:,} refs, {counts['expressions']:,} expressions",
         "epoch": f"every {config.data.train_unit} once",
@@ -57,11 +56,6 @@ def _device(accelerator: Accelerator) -> str:
         return name
     threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
     return f"{name}, {threads} threads" + (f" (OMP_NUM_THREADS={cores} uses every core)" if threads < cores else "")
-
-
-def _temperature(parts: Parts) -> str:
-    scorer = getattr(parts.task, "scorer", None)
-    return "" if scorer is None else f", temperature {float(scorer.temperature):.4g}"
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int) -> None:

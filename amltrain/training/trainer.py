@@ -1,6 +1,6 @@
 """The training loop.
 
-    batch -> task (model, loss, AML: one forward) -> backward -> clip -> optimizer        every micro-batch / every step
+    batch -> method (model and loss: one forward) -> backward -> clip -> optimizer        every micro-batch / every step
     every so often: log, evaluate, save, and stop if asked
 
 One number leaves the device per optimizer step: loss, gradient norm and requests to stop travel together, averaged over
@@ -25,7 +25,6 @@ from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results
 from amltrain.hub.push import Publisher, build_publisher
-from amltrain.methods.aml.diagnostics import build_alignment_diagnostics
 from amltrain.models import model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
@@ -49,7 +48,7 @@ from amltrain.training.state import Progress
 from amltrain.training.tracking import History, banner, say, start_trackers
 from amltrain.training.validation import best_value, check_best_metric, evaluate_splits
 
-CALIBRATION_SAMPLES = 64
+SETUP_SAMPLES = 64
 
 
 @dataclass
@@ -130,25 +129,27 @@ class Trainer:
     def _optimizer_step(self, batches: list[Batch]) -> StepStats:
         """One optimizer step over the micro-batches of one global batch."""
         accelerator, optimizer = self.accelerator, self.optimizer
-        self._recalibrate(batches)
+        before = accelerator.unwrap_model(self.method).before_step
+        for line in before(self.progress.step, batches, accelerator.reduce):
+            self.say(line)
         self.norm_statistics.keep()
         full_lr = self.config.optim.first_epoch_full_lr and self.progress.step < self.steps_per_epoch
         set_lr(optimizer, self._lr_factor(), self.config.optim.lr if full_lr else None)
         losses: list[Tensor] = []
         extras: dict[str, list[Tensor]] = {}
         for number, batch in enumerate(batches):
-            with accelerator.accumulate(self.task):
+            with accelerator.accumulate(self.method):
                 # dropout is a function of (seed, micro-batch), the same after resuming and at any number of processes
                 torch.manual_seed(random_key(self.config.seed, self.progress.step, self._position(number)))
                 with accelerator.autocast():
-                    result = self.task(batch)
+                    result = self.method(batch)
                 accelerator.backward(result["loss"])
                 losses.append(result["loss"].detach())
                 for name, value in result.items():
                     if name != "loss" and value.ndim == 0:
                         extras.setdefault(name, []).append(value.detach())
-                if self.diagnostics is not None:
-                    self.diagnostics.update(result)
+                if self.recorder is not None:
+                    self.recorder.update(result)
                 if accelerator.sync_gradients:
                     norm = self._clip()
                     stats = self._reduce(losses, norm, extras)
@@ -158,25 +159,15 @@ class Trainer:
         if not stats.finite:
             self.norm_statistics.take_back()
         elif self.ema is not None:
-            self.ema.update_parameters(accelerator.unwrap_model(self.task).model)
+            self.ema.update_parameters(accelerator.unwrap_model(self.method).model)
         self._count_bad(stats, batches)
         self.progress.step += 1
         return stats
 
-    def _recalibrate(self, batches: list[Batch]) -> None:
-        """Solve AML's temperature anew where the run asks for it; what cannot be solved stays as it was."""
-        every, step = self.config.aml.calibrate_every, self.progress.step
-        if not (self.config.aml.enabled and every and step and step % every == 0):
-            return
-        try:
-            self.accelerator.unwrap_model(self.task).calibrate(batches, reduce=self.accelerator.reduce, again=True)
-        except UserError as error:
-            self.say(f"WARNING: step {step}: AML's temperature stays as it was: {error}")
-
     def _clip(self) -> Tensor:
         """Norm of the whole gradient before clipping; the same on every process."""
         limit = self.config.optim.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.task.parameters(), math.inf if limit is None else limit)
+        norm = self.accelerator.clip_grad_norm_(self.method.parameters(), math.inf if limit is None else limit)
         if norm is None:  # DeepSpeed clips inside its step and may not say
             return torch.zeros((), device=self.accelerator.device)
         return torch.as_tensor(norm, device=self.accelerator.device, dtype=torch.float32)
@@ -217,7 +208,7 @@ class Trainer:
         if step % config.train.log_every == 0 or step == self.total_steps:
             rate = {"lr_factor": self._lr_factor(step - 1)}
             self._log({"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras})
-        self._diagnose()
+        self._record()
         if stats.stop or self._falls_on(config.checkpoint.every_steps or self._evaluation_interval()):
             self._save()
         if stats.stop:
@@ -247,13 +238,14 @@ class Trainer:
             return True
         return self.progress.step >= self.total_steps
 
-    def _diagnose(self) -> None:
-        if self.diagnostics is not None:
-            row = self.diagnostics.after_step(
-                self.progress.step, self.task, self.accelerator.reduce, self.accelerator.is_main_process
+    def _record(self) -> None:
+        """Log a row of the method's own statistics when one is due."""
+        if self.recorder is not None:
+            row = self.recorder.after_step(
+                self.progress.step, self.method, self.accelerator.reduce, self.accelerator.is_main_process
             )
             if row is not None:
-                self._log({f"alignment/{name}": value for name, value in row.items()})
+                self._log(row)
 
     def _evaluate_and_save(self) -> None:
         """What is trained is saved first: neither a kill nor a request to stop during the evaluation costs a step."""
@@ -275,7 +267,7 @@ class Trainer:
 
     def _save(self) -> None:
         step, progress = self.progress.step, self.progress
-        weights = model_weights(self.accelerator, self.task) if self.ema is None else self.ema.module.state_dict()
+        weights = model_weights(self.accelerator, self.method) if self.ema is None else self.ema.module.state_dict()
         on_main_process(self.accelerator, lambda: check_weights(weights, step, self._last_good()))
         results = [r for r in self.results if r.provenance["step"] == step]
         progress.saved = step
@@ -300,27 +292,30 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _start(self) -> None:
-        """Calibrate AML or resume, wrap for Accelerate, and say what will run."""
+        """Set the method up or resume, wrap for Accelerate, and log what will run."""
         accelerator, config = self.accelerator, self.config
-        task = self.parts.task.to(accelerator.device)
-        if self.resume_from is None and task.needs_calibration:
-            calibration = task.calibrate(self._calibration_batches(), reduce=accelerator.reduce)
-            self.say(f"AML temperature {calibration.temperature:.4g}: mean score {calibration.mean_score:.3f}")
-        groups, o = task.param_groups(config.optim.lr, config.optim.weight_decay), config.optim
+        method = self.parts.method.to(accelerator.device)
+        if self.resume_from is None:
+            for line in method.setup(self._first_batches(), accelerator.reduce):
+                self.say(line)
+        groups, o = method.param_groups(config.optim.lr, config.optim.weight_decay), config.optim
         optimizer = build_optimizer(groups, o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad)
-        self.ema = self._average(task.model)
+        self.ema = self._average(method.model)
         # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
-        self.whole_model = copy.deepcopy(task.model) if is_sharded(accelerator) else None
-        self.diagnostics = build_alignment_diagnostics(config.aml, self.parts.dataset, self.output, accelerator.device)
-        if config.aml.calibrate_every and is_sharded(accelerator):
-            raise UserError("aml.calibrate_every needs whole weights; leave it out, or use DDP or ZeRO-1/2")
+        self.whole_model = copy.deepcopy(method.model) if is_sharded(accelerator) else None
+        self.recorder = method.recorder(self.parts.dataset, self.output, accelerator.device)
+        if method.before_step_needs_weights and is_sharded(accelerator):
+            raise UserError(
+                f"method {method.name} with these options needs whole weights between steps; "
+                "change them, or use DDP or ZeRO-1/2"
+            )
         if config.train.compile:
-            task.compile()
-        check_shardable(accelerator, task)
-        self.task, self.optimizer = accelerator.prepare(task, optimizer)
+            method.compile()
+        check_shardable(accelerator, method)
+        self.method, self.optimizer = accelerator.prepare(method, optimizer)
         skip_bad_steps(accelerator, self.optimizer)
-        self.norm_statistics = NormStatistics(accelerator.unwrap_model(self.task))
-        self.task.train()
+        self.norm_statistics = NormStatistics(accelerator.unwrap_model(self.method))
+        self.method.train()
         if self.resume_from is not None:
             self._resume(self.resume_from)
         on_main_process(accelerator, lambda: write_config(config))
@@ -375,13 +370,13 @@ class Trainer:
                 yield waiting
                 waiting = []
 
-    def _calibration_batches(self) -> Iterator[Batch]:
+    def _first_batches(self) -> Iterator[Batch]:
         """This process's share of the first samples of the run."""
         sampler = build_sampler(
             self.parts.dataset,
             self.config.data,
             seed=self.config.seed,
-            global_batch_size=max(CALIBRATION_SAMPLES, self.plan.processes),
+            global_batch_size=max(SETUP_SAMPLES, self.plan.processes),
             total_steps=1,
         )
         draws = list(sampler)[self.accelerator.process_index :: self.plan.processes]
@@ -393,9 +388,9 @@ class Trainer:
         if self.ema is not None:
             return self.ema.module
         if self.whole_model is not None:
-            self.whole_model.load_state_dict(model_weights(self.accelerator, self.task))
+            self.whole_model.load_state_dict(model_weights(self.accelerator, self.method))
             return self.whole_model
-        return self.accelerator.unwrap_model(self.task).model
+        return self.accelerator.unwrap_model(self.method).model
 
     def _lr_factor(self, step: int | None = None) -> float:
         o = self.config.optim

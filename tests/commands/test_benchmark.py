@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from amltrain.commands.benchmark import (
+    Contender,
     Timing,
     build_bench,
     contenders,
@@ -12,8 +13,7 @@ from amltrain.commands.benchmark import (
     stage_one_clock,
     summarise,
 )
-from amltrain.config.schema import AMLConfig
-from tests.methods.test_tasks import make_batch, make_task
+from tests.methods.aml.test_method import make_batch, make_task
 
 
 def test_ratios_are_medians_of_rounds() -> None:
@@ -58,7 +58,7 @@ def test_flops_of_full_size_caris() -> None:
 
 
 def test_half_precision_scales_the_loss_and_still_steps() -> None:
-    configs = {"baseline": AMLConfig(enabled=False), "paper": AMLConfig()}
+    configs = {"baseline": Contender("supervised"), "paper": Contender("aml")}
     bench = build_bench("caris_tiny", configs, batch=2, size=64, precision="fp16", device=torch.device("cpu"))
     before = [p.clone() for p in bench.tasks["paper"].model.parameters()]
     bench.step(bench.tasks["paper"])
@@ -67,7 +67,7 @@ def test_half_precision_scales_the_loss_and_still_steps() -> None:
 
 
 def test_a_model_that_cannot_train_on_one_sample(capsys: pytest.CaptureFixture) -> None:
-    flops = count_flops("cris_tiny", 96, {"baseline": AMLConfig(enabled=False)})
+    flops = count_flops("cris_tiny", 96, {"baseline": Contender("supervised")})
     assert 0.1e9 < flops["baseline"] < 10e9
     with pytest.raises(SystemExit):
         main(["--model", "cris_tiny", "--batch", "1", "--rounds", "1", "--warmup", "0"])

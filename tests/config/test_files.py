@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.errors import UserError
 
 
@@ -28,12 +28,12 @@ def test_a_mistake_is_said_with_its_file(content: bytes, message: str, tmp_path:
     (tmp_path / "part.yaml").write_text("name: caris_tiny\nname: caris_swin_base\n")
     for arguments in (["--config", str(tmp_path / "run.yaml")], [f"--config={tmp_path / 'run.yaml'}", "--seed", "1"]):
         with pytest.raises(UserError, match=message) as error:
-            parse_config(arguments)
+            read_run(arguments)
         assert "\n" not in str(error.value)
 
 
 def test_a_key_may_come_again_in_another_group_or_file(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text("seed: 1\ndata: {shapes: {seed: 2}}\nmodel: {kwargs: {seed: 3}}\n")
     (tmp_path / "two.yaml").write_text("seed: 4\n")
-    config = parse_config(["--config", str(tmp_path / "one.yaml"), "--config", str(tmp_path / "two.yaml")])
+    config = read_run(["--config", str(tmp_path / "one.yaml"), "--config", str(tmp_path / "two.yaml")])
     assert (config.seed, config.data.shapes.seed, config.model.kwargs) == (4, 2, {"seed": 3})

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from amltrain.config.parse import parse_config, save_config
+from amltrain.commands.train import read_run
+from amltrain.config.parse import save_config
 from amltrain.config.schema import RunConfig
 from amltrain.errors import UserError
 from amltrain.models import create_model, list_models
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/**/*.yaml")])
 ACCELERATE = sorted(CONFIGS.glob("accelerate/*.yaml"))
 
@@ -18,7 +19,7 @@ ACCELERATE = sorted(CONFIGS.glob("accelerate/*.yaml"))
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_every_shipped_run_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent)
-    config = parse_config(["--config", str(path)])
+    config = read_run(["--config", str(path)])
     assert config.model.name in list_models()
     assert config.output != RunConfig().output or path.name == "quickstart.yaml"
     assert path.read_text().startswith("#")  # what it is, and how to run it
@@ -39,16 +40,16 @@ def test_layers_and_flags(tmp_path: Path) -> None:
     (tmp_path / "first.yaml").write_text("model: part.yaml\nseed: 1\noutput: a\n")
     (tmp_path / "second.yaml").write_text("seed: 2\n")
     files = ["--config", str(tmp_path / "first.yaml"), "--config", str(tmp_path / "second.yaml")]
-    config = parse_config([*files, "--model.kwargs.window_size", "12", "--aml.tau", "0.3"])
-    assert (config.seed, config.output, config.aml.tau) == (2, "a", 0.3)
+    config = read_run([*files, "--model.kwargs.window_size", "12", "--aml.tau", "0.3"])
+    assert (config.seed, config.output, config.method_options.tau) == (2, "a", 0.3)
     assert config.model.name == "caris_swin_base"
     assert config.model.kwargs == {"drop_path_rate": 0.1, "window_size": 12}
 
 
 def test_a_saved_run_repeats(tmp_path: Path) -> None:
-    config = parse_config(["--data.datasets", "[refcoco,refcoco+]", "--optim.betas", "[0.8,0.9]"])
+    config = read_run(["--data.datasets", "[refcoco,refcoco+]", "--optim.betas", "[0.8,0.9]"])
     save_config(config, tmp_path / "config.yaml")
-    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+    assert read_run(["--config", str(tmp_path / "config.yaml")]) == config
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_saved_run_repeats(tmp_path: Path) -> None:
         (["--aml.preset", "papr"], "'paper', 'released'"),
         (["--hub.push", "best"], "--hub.repo"),
         (["--config", "nowhere.yaml"], "--config: could not read nowhere.yaml"),
-        (["--model", "nowhere.yaml"], "model: nowhere.yaml is no part file"),
+        (["--model", "nowhere.yaml"], "model: nowhere.yaml is not a file"),
         (["--evaluation.splits", "val"], "expected list, e.g. '[val]'"),
         (["--train.mixed_precision", "fp32"], "fp32 does not fit; expected 'no', 'fp16', 'bf16' or null"),
         (["--data.datasets", "[refcoco,refcocog,refcoco]"], "data.datasets names refcoco more than once"),
@@ -68,7 +69,7 @@ def test_a_saved_run_repeats(tmp_path: Path) -> None:
 )
 def test_mistakes_get_one_line(arguments: list[str], named: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_config(arguments)
+        read_run(arguments)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -76,7 +77,7 @@ def test_mistakes_get_one_line(arguments: list[str], named: str) -> None:
 def test_a_typo_in_a_file_names_the_nearest_key(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("evaluation: {protocol: {fram: original}}\n")
     with pytest.raises(UserError, match=r"evaluation\.protocol\.fram; did you mean evaluation\.protocol\.frame"):
-        parse_config(["--config", str(tmp_path / "run.yaml")])
+        read_run(["--config", str(tmp_path / "run.yaml")])
 
 
 def test_unknown_model_argument_is_named() -> None:

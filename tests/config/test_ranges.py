@@ -2,7 +2,7 @@
 
 import pytest
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.config.ranges import RANGES, check_ranges
 from amltrain.config.schema import RunConfig
 from amltrain.errors import UserError
@@ -27,7 +27,7 @@ from amltrain.errors import UserError
 )
 def test_refused_by_key(flag: str, value: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        parse_config([f"--{flag}={value}"])
+        read_run([f"--{flag}={value}"])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -6,15 +6,17 @@ from pathlib import Path
 import pytest
 
 from amltrain.commands.prepare import main
-from amltrain.config.parse import parse_config
-from amltrain.config.schema import DataConfig, PreprocessConfig
+from amltrain.commands.train import read_run
+from amltrain.config.schema import DataConfig, Preprocess
 from amltrain.data.leakage import excluded_images, read_image_ids
 from amltrain.data.loaders import build_train_dataset
 from amltrain.errors import UserError
 from tests.data.original import Original
 from tests.data.stand_in import word_tokenizer
 
-PREPROCESS = PreprocessConfig(32, "square", "imagenet", "wordpiece", 12, "sent")
+PREPROCESS = Preprocess(
+    size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=12, sentence_field="sent"
+)
 BOTH = ["refcoco", "refcoco+"]
 
 
@@ -132,9 +134,9 @@ def test_the_lists_of_real_evaluation_images(shared_dir: Path) -> None:
 
 
 def test_names_in_a_recipe(tmp_path: Path) -> None:
-    config = parse_config(["--data.datasets", "[combined-unfiltered]"]).data
+    config = read_run(["--data.datasets", "[combined-unfiltered]"]).data
     assert config.datasets == ["refcoco", "refcoco+", "refcocog"] and not config.leak_filter
-    config = parse_config(["--data.datasets", "[combined]"]).data
+    config = read_run(["--data.datasets", "[combined]"]).data
     assert config.datasets == ["refcoco", "refcoco+", "refcocog"] and config.leak_filter
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.config.schema import DataConfig, EvaluationConfig, PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess
 from amltrain.data.loaders import (
     EpochSampler,
     build_eval_loaders,
@@ -21,10 +21,13 @@ from amltrain.data.loaders import (
     resolve_splits,
 )
 from amltrain.errors import UserError
+from amltrain.evaluation.protocols import named_protocol
 from tests.data.stand_in import shapes_dataset, word_tokenizer
 
 BOTH = ["refshapes", "refshapes+"]
-PREPROCESS = PreprocessConfig(32, "square", "imagenet", "wordpiece", 12, "sent")
+PREPROCESS = Preprocess(
+    size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=12, sentence_field="sent"
+)
 
 
 def sampler(part_sizes: tuple[int, ...] = (50, 23), **options) -> EpochSampler:
@@ -154,7 +157,7 @@ def test_an_epoch_over_several_data_sets_leaves_held_out_images_out(prepared: st
             config,
             PREPROCESS,
             EvaluationConfig(["val", "testA", "testB"]),
-            ProtocolConfig(mask_parts="union"),
+            named_protocol("caris"),
             tokenizer,
         ).values()
         for i in range(len(loader.dataset))
@@ -174,7 +177,7 @@ def test_evaluation_sees_every_sentence_in_order(prepared: str, streaming: bool)
         config,
         PREPROCESS,
         EvaluationConfig(["val", "refshapes:testA"], batch_size=4),
-        ProtocolConfig(frame="original", mask_parts="exclusive"),
+        named_protocol("cgformer"),
         word_tokenizer(),
     )
     assert list(loaders) == ["refshapes:val", "refshapes+:val", "refshapes:testA"]

@@ -127,7 +127,7 @@ def test_a_time_limit_saves_and_asks_to_be_queued_again_and_the_rest_is_exact(
 def test_early_stopping(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without learning nothing gets better after the first evaluation."""
     runs.run(prepared, tmp_path, "--optim.lr", "0", "--optim.weight_decay", "0", "--evaluation.every_steps", "1",
-             "--evaluation.patience", "2", "--aml.enabled", "false", "--model.kwargs.text_dropout", "0")  # fmt: skip
+             "--evaluation.patience", "2", "--method", "supervised", "--model.kwargs.text_dropout", "0")  # fmt: skip
     state = checkpoints.load_trainer_state(tmp_path / "last")
     assert (state["step"], state["best_step"]) == (3, 1)
     assert "no better oIoU in 2 evaluations: stopping early" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.data.prepare import prepare
 from amltrain.models import list_models
 from amltrain.training.trainer import train
@@ -29,7 +29,7 @@ def test_an_epoch_and_an_evaluation(model: str, prepared: Path, tmp_path: Path, 
     frame = ["--preprocess.size", "null", "--preprocess.max_tokens", "null", "--data.workers", "0"]
     epoch = ["--train.max_steps", "null", "--train.epochs", "1", "--evaluation.every_steps", "null"]
     folders = ["--data.prepared", str(prepared), "--output", str(tmp_path), "--tracking.trackers", "[]"]
-    results = train(parse_config([*recipe, *frame, *epoch, *folders, "--evaluation.pictures", "0"]))
+    results = train(read_run([*recipe, *frame, *epoch, *folders, "--evaluation.pictures", "0"]))
     samples = {(r.dataset, r.split): r.counts["samples"] for r in results}
     assert samples == {
         ("refcoco", "train"): 37,

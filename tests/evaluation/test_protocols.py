@@ -2,9 +2,9 @@
 
 import pytest
 
-from amltrain.config.schema import DataConfig, ProtocolConfig
+from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import PROTOCOLS, complete, named_protocol, run_protocol
+from amltrain.evaluation.protocols import PROTOCOLS, named_protocol, run_protocol
 from amltrain.models import list_models, model_info
 
 
@@ -12,7 +12,7 @@ from amltrain.models import list_models, model_info
 def test_a_release_scores_all_its_models_alike(name: str) -> None:
     protocol = model_info(name).protocol
     assert protocol == named_protocol(name.split("_")[0])
-    assert complete(protocol).no_target_pixels == 0
+    assert protocol.no_target_pixels == 0
 
 
 def test_every_release_has_a_preset() -> None:
@@ -32,11 +32,12 @@ def test_every_release_has_a_preset() -> None:
 def test_the_ground_truth_is_the_releases_unless_data_or_run_say_otherwise(
     data: str | None, run: str | None, expected: str
 ) -> None:
-    wanted = ProtocolConfig(threshold=0.4, mask_parts=run)
+    wanted = ProtocolOverrides(threshold=0.4, mask_parts=run)
     found = run_protocol(named_protocol("lavt"), DataConfig(mask_parts=data), wanted)
     assert (found.mask_parts, found.threshold, found.frame) == (expected, 0.4, "network")
 
 
-def test_an_open_field_is_named() -> None:
-    with pytest.raises(UserError, match=r"evaluation\.protocol\.mask_parts is not set"):
-        complete(ProtocolConfig("network", 0.5, "bilinear", "all", "ge"))
+def test_a_threshold_that_decides_nothing_is_refused() -> None:
+    for value in (0.0, 1.0, 1.5):
+        with pytest.raises(UserError, match=r"evaluation\.protocol\.threshold"):
+            run_protocol(named_protocol("lavt"), DataConfig(), ProtocolOverrides(threshold=value))

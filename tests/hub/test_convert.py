@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from amltrain.commands import convert
-from amltrain.config.schema import PreprocessConfig
+from amltrain.config.schema import Preprocess
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
@@ -46,7 +46,9 @@ class Linear(RISModel):
 
 @pytest.fixture(autouse=True)
 def linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    preprocess = PreprocessConfig(32, "square", "imagenet", "wordpiece", 8, "sent")
+    preprocess = Preprocess(
+        size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=8, sentence_field="sent"
+    )
     info = ModelInfo("paper", "release", "MIT", "everything", preprocess, named_protocol("caris"), "cross_entropy")
     monkeypatch.setitem(registry._BUILDERS, "linear", Linear)
     monkeypatch.setitem(registry._INFOS, "linear", info)

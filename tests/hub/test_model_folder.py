@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from amltrain.config.schema import PreprocessConfig
+from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
 from amltrain.models import registry
 from amltrain.models.base import RISModel
 
-PREPROCESS = PreprocessConfig(32, "square", "imagenet", "wordpiece", 8, "sent")
+PREPROCESS = Preprocess(
+    size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=8, sentence_field="sent"
+)
 
 
 class TwoLinears(RISModel):
@@ -162,8 +164,8 @@ def test_values_of_another_type_are_named(tmp_path: Path):
     path = save(tmp_path / "model", TwoLinears(4)) / "config.json"
     whole = json.loads(path.read_text())
     for change, message in (
-        ({"protocol": whole["protocol"] | {"threshold": "x"}}, "threshold is 'x', not float or null"),
-        ({"protocol": whole["protocol"] | {"ties": "lt"}}, "ties is 'lt', not ge or gt or null"),
+        ({"protocol": whole["protocol"] | {"threshold": "x"}}, "threshold is 'x', not float"),
+        ({"protocol": whole["protocol"] | {"ties": "lt"}}, "ties is 'lt', not ge or gt"),
         ({"protocol": []}, "has no 'protocol' object"),
         ({"model": ["two_linears"]}, "has no 'model' name"),
         ({"kwargs": {"width": "wide"}}, "argument width of model two_linears is 'wide', not int"),

@@ -9,7 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 
@@ -40,4 +40,4 @@ def test_the_command_that_compose_names_is_a_run(repository: Path, monkeypatch: 
     arguments = shlex.split(usage)
     assert (repository / arguments[arguments.index("--config_file") + 1]).is_file()
     monkeypatch.chdir(repository)
-    parse_config(arguments[arguments.index("launch/train.py") + 1 :])
+    read_run(arguments[arguments.index("launch/train.py") + 1 :])

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 
-from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
 from amltrain.models import RISModel, check_param_groups, create_model
 from amltrain.models.backbones.clip_resnet import CLIPResNet, load_clip_resnet
-from amltrain.tasks import build_task
 from tests.models.recorded import full_size_batch, full_size_weights
 from tests.models.test_clip import save_archive
 from tests.models.test_detris import make_batch, official
@@ -116,7 +116,7 @@ def test_both_sides_of_the_score_share_a_space() -> None:
     model, batch = tiny(), make_batch((96, 96))
     features = model.alignment_features(batch)
     assert (features.visual.shape, features.text.shape) == ((2, 128, 3, 3), (2, 6, 128))
-    task = build_task(model, create_loss("binary_cross_entropy"), AMLConfig(projection="identity")).train()
+    task = build_method("aml", model, create_loss("binary_cross_entropy"), AMLOptions(projection="identity")).train()
     task.calibrate([batch])
     assert task(batch)["loss"].isfinite()
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
 from amltrain.models import create_model
 from amltrain.models.backbones.clip import CLIPText
 from amltrain.models.backbones.clip_vit import CLIPViT, load_clip_vit, resample
 from amltrain.models.etris import ETRIS
-from amltrain.tasks import build_task
 from tests.models.recorded import full_size_batch, full_size_weights
 from tests.models.test_clip import save_archive
 from tests.models.test_cris import full_size
@@ -165,7 +165,7 @@ def test_scores_know_no_bridge(model: Callable[[], ETRIS]) -> None:
     again = built.alignment_features(batch)
     assert torch.equal(again.visual, expected.visual)
     assert torch.equal(again.text, expected.text)
-    task = build_task(built, create_loss("binary_cross_entropy"), AMLConfig(projection="identity")).train()
+    task = build_method("aml", built, create_loss("binary_cross_entropy"), AMLOptions(projection="identity")).train()
     task.calibrate([batch])
     with torch.enable_grad():
         assert task(batch)["loss"].isfinite()

@@ -97,13 +97,13 @@ def test_aml_scores_the_image_without_words(batch) -> None:
 
 
 def test_conditioned_features_are_those_of_the_network(batch) -> None:
-    model = build(alignment_visual="conditioned")
+    model = build()
     seen = []
     model.backbone.swin.layers[3].register_forward_hook(lambda module, args, output: seen.append(output))
     model(batch)
-    features = model.alignment_features(batch)
+    features = model.alignment_features(batch, visual="conditioned")
     torch.testing.assert_close(features.visual, seen[0].permute(0, 3, 1, 2))
-    other = model.alignment_features(batch._replace(input_ids=batch.input_ids.flip(0)))
+    other = model.alignment_features(batch._replace(input_ids=batch.input_ids.flip(0)), visual="conditioned")
     assert not torch.allclose(features.visual, other.visual)
 
 

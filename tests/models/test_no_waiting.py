@@ -13,10 +13,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from amltrain.config.schema import AMLConfig
 from amltrain.losses import create_loss
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
 from amltrain.models import model_info
-from amltrain.tasks import build_task
 from tests.models.test_registry import TINY, build, make_batch
 
 COPIES = ("tensor", "as_tensor", "new_tensor", "from_numpy", "asarray")
@@ -69,8 +69,8 @@ def test_what_waits_is_caught(waits: Any) -> None:
         waits(torch.randn(4))
 
 
-OFF = {"enabled": False}
-PAPER = {"temperature": 0.05, "diagnostics_every": 1}
+OFF = {}
+PAPER = {"preset": "paper", "temperature": 0.05, "diagnostics_every": 1}
 RELEASED = {"preset": "released"}
 
 
@@ -78,7 +78,8 @@ RELEASED = {"preset": "released"}
 @pytest.mark.parametrize("name", TINY)
 def test_a_step_never_waits(name: str, options: dict) -> None:
     info, model = model_info(name), build(name, dropout=0.1).train()
-    task = build_task(model, create_loss(info.loss, **info.loss_kwargs), AMLConfig(**options))
+    method, chosen = ("aml", AMLOptions(**options)) if options else ("supervised", None)
+    task = build_method(method, model, create_loss(info.loss, **info.loss_kwargs), chosen)
     batch = make_batch(name, 96, 96)
     with no_waiting():
         loss = task(batch)["loss"]

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from amltrain.config.parse import parse_config
-from amltrain.config.schema import AMLConfig
+from amltrain.commands.train import read_run
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.aml.method import AML
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
 from amltrain.models import RISModel, check_param_groups, create_model, list_models, model_builder, model_info
 from amltrain.records import Batch
-from amltrain.tasks import AMLTask, build_task
 
 PARAMETERS = {
     "caris_swin_base": (226_572_664, 226_572_664),
@@ -113,7 +114,7 @@ def test_every_entry_is_complete(registered: str) -> None:
 
 @pytest.mark.parametrize("registered", list_models())
 def test_every_model_has_a_config_that_builds_it(registered: str, repository: Path) -> None:
-    config = parse_config(["--config", str(repository / "configs" / "models" / f"{registered}.yaml")])
+    config = read_run(["--config", str(repository / "configs" / "models" / f"{registered}.yaml")])
     assert config.model.name == registered
     assert config.loss.name in (None, model_info(registered).loss)
     with torch.device("meta"):
@@ -255,14 +256,14 @@ REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "etri
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
 
 
-def aml_task(name: str, **options) -> AMLTask:
+def aml_task(name: str, **options) -> AML:
     """Masks much: untrained features are much alike, and a test where nothing is masked tests little."""
     info = model_info(name)
-    aml = AMLConfig(**{"tau": 0.8, **options})
-    return build_task(build(name).train(), create_loss(info.loss, **info.loss_kwargs), aml)
+    aml = AMLOptions(**{"tau": 0.8, **options})
+    return build_method("aml", build(name).train(), create_loss(info.loss, **info.loss_kwargs), aml)
 
 
-def check_aml_step(task: AMLTask, batch: Batch, autocast: torch.dtype | None = None) -> None:
+def check_aml_step(task: AML, batch: Batch, autocast: torch.dtype | None = None) -> None:
     task.calibrate([batch])
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         result = task(batch)

@@ -22,12 +22,14 @@ from torch import Tensor
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from amltrain.config.schema import AMLConfig  # noqa: E402
 from amltrain.losses import create_loss  # noqa: E402
-from amltrain.methods.aml.masking import mask_image, select_as_released, split_blocks, weak_pixels  # noqa: E402
+from amltrain.methods.aml.masking import select_as_released, split_blocks, weak_pixels  # noqa: E402
+from amltrain.methods.aml.method import AML  # noqa: E402
+from amltrain.methods.aml.options import AMLOptions  # noqa: E402
 from amltrain.methods.aml.similarity import LinearProjection, PatchScorer  # noqa: E402
+from amltrain.methods.blocks import mask_image  # noqa: E402
+from amltrain.methods.registry import build_method  # noqa: E402
 from amltrain.records import AlignmentFeatures, Batch  # noqa: E402
-from amltrain.tasks import AMLTask, build_task  # noqa: E402
 from tests.parity import compare  # noqa: E402
 
 TAU, RHO, BLOCK = 0.4, 0.25, 32
@@ -88,7 +90,7 @@ def compare_batch(recorded: Mapping[str, Tensor]) -> list[compare.Row]:
     return [exact("mask.batch.zeroed", blocks.flatten(1), recorded["mask.batch.zeroed"])]
 
 
-class RecordedTask(AMLTask):
+class RecordedTask(AML):
     """The task with recorded orders of the weak pixels in place of its own draw; keeps what a comparison looks at."""
 
     permutations: list[Tensor]
@@ -107,7 +109,7 @@ def build_recorded_task(
 ) -> tuple[RecordedTask, dict[str, str]]:
     """The task around the recorded CARIS, and official -> our parameter names."""
     model, renamed = compare.load_model(compare.load_adapter("caris"), config, weights)
-    task = build_task(model, create_loss("weighted_cross_entropy"), AMLConfig(preset="released"))
+    task = build_method("aml", model, create_loss("weighted_cross_entropy"), AMLOptions(preset="released"))
     task.scorer.projection.load_state_dict(
         {"weight": recorded["aug.text_proj.weight"], "bias": recorded["aug.text_proj.bias"]}
     )

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.trainer import train
 
@@ -38,7 +38,7 @@ def run(prepared: Path, output: Path, *extra: str) -> RunConfig:
     """Train in this process, as a fresh one would."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    config = parse_config(arguments(prepared, output, *extra))
+    config = read_run(arguments(prepared, output, *extra))
     train(config)
     return config
 

@@ -12,7 +12,7 @@ from tests.training import runs
     ("flags", "named"),
     [
         (("--optim.lr", "0.5"), "optim.lr 0.001, not 0.5"),
-        (("--aml.enabled", "false"), "aml.enabled true, not false"),
+        (("--method", "supervised"), "method aml, not supervised"),
         (("--model.name", "lavt_tiny"), "model.name caris_tiny, not lavt_tiny"),
         (("--train.ema_decay", "0.9"), "train.ema_decay null, not 0.9"),
         (("--preprocess.max_tokens", "5"), "preprocess.max_tokens null, not 5"),

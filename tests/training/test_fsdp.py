@@ -11,16 +11,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from amltrain.commands.benchmark import random_batch
-from amltrain.config.schema import AMLConfig
 from amltrain.losses import create_loss
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
-from amltrain.tasks import build_task
 from tests.training.runs import FORKS
 
 PRESETS = {
-    "off": AMLConfig(enabled=False),
-    "paper": AMLConfig(temperature=0.01),
-    "released": AMLConfig(preset="released"),
+    "off": ("supervised", None),
+    "paper": ("aml", AMLOptions(temperature=0.01)),
+    "released": ("aml", AMLOptions(preset="released")),
 }
 
 
@@ -49,11 +49,11 @@ def _train_sharded(model: str, store: Path, outcome: Connection) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
         info, found = model_info(model), {}
         batch = random_batch(2, info.preprocess.size, 12, 500, torch.device("cpu"))
-        for preset, aml in PRESETS.items():
+        for preset, (method, options) in PRESETS.items():
             steps = []
             for sharded in (False, True):
                 torch.manual_seed(0)
-                task = build_task(create_model(model), create_loss(info.loss, **info.loss_kwargs), aml)
+                task = build_method(method, create_model(model), create_loss(info.loss, **info.loss_kwargs), options)
                 if sharded:
                     fully_shard(task, mesh=init_device_mesh("cpu", (1,)))
                 torch.manual_seed(1)

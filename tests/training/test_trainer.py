@@ -77,7 +77,7 @@ def test_signals_do_again_what_they_did(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_the_weights_average_is_what_is_exported(shapes: Path, tmp_path: Path) -> None:
-    extra = ("--train.max_steps", "3", "--train.ema_decay", "0.5", "--aml.enabled", "false")
+    extra = ("--train.max_steps", "3", "--train.ema_decay", "0.5", "--method", "supervised")
     runs.run(shapes, tmp_path / "ema", *extra)
     runs.run(shapes, tmp_path / "raw", *extra[:2], *extra[4:])
     averaged, raw = runs.weights(tmp_path / "ema"), runs.weights(tmp_path / "raw")
@@ -99,7 +99,7 @@ def test_every_group_may_start_at_the_full_rate_for_one_epoch(
         return stats
 
     monkeypatch.setattr(Trainer, "_optimizer_step", watched)
-    extra = ("--model.name", "cris_tiny", "--model.kwargs", "{}", "--aml.enabled", "false")
+    extra = ("--model.name", "cris_tiny", "--model.kwargs", "{}", "--method", "supervised")
     extra += ("--train.global_batch_size", "16", "--train.max_steps", "6")
     extra += ("--optim.schedule", "constant", "--optim.first_epoch_full_lr", "true")
     runs.run(shapes, tmp_path / "run", *extra)

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from amltrain.config.schema import AMLConfig
+from amltrain.methods.aml.masker import build_alignment_masker
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.aml.presets import resolve
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
-from amltrain.tasks import AMLTask, build_task
 
 
 class Agreement(NamedTuple):
@@ -25,24 +26,26 @@ class Agreement(NamedTuple):
 
 
 @torch.no_grad()
-def stage1_agreement(model: RISModel, batches: Iterable[Batch], size: int, aml: AMLConfig | None = None) -> Agreement:
+def stage1_agreement(
+    model: RISModel, batches: Iterable[Batch], size: int, options: AMLOptions | None = None
+) -> Agreement:
     """Compare scoring at full size with scoring at `size` pixels, each with its own solved temperature.
 
     batches: on the model's device; all are used for both. A block's random number is the same in both, so blocks differ
     only where scores do.
     """
-    aml = replace(aml or AMLConfig(), stage1_size=None)
+    settings = resolve(options or AMLOptions())
     batches = list(batches)
     device = batches[0].image.device
-    tasks = []
+    maskers = []
     for side in (None, size):
-        task = build_task(model, torch.nn.Identity(), replace(aml, stage1_size=side)).to(device)
-        assert isinstance(task, AMLTask)
-        task.calibrate(batches)
-        tasks.append(task)
-    full, small = ([task.score(batch) for batch in batches] for task in tasks)
+        masker = build_alignment_masker(model, replace(settings, stage1_size=side)).to(device)
+        if masker.needs_calibration:
+            masker.calibrate(model, batches)
+        maskers.append(masker)
+    full, small = ([masker.score(model, batch) for batch in batches] for masker in maskers)
     masks = [
-        torch.cat([tasks[0].blocks(s, b) for s, b in zip(scores, batches, strict=True)]) for scores in (full, small)
+        torch.cat([maskers[0].blocks(s, b) for s, b in zip(scores, batches, strict=True)]) for scores in (full, small)
     ]
     grid = small[0].shape[-2:]
     coarse = torch.cat([F.adaptive_avg_pool2d(scores[:, None], grid)[:, 0] for scores in full])

@@ -16,17 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from amltrain.config.schema import AMLConfig
 from amltrain.data.collate import collate
 from amltrain.data.dataset import ReferDataset
 from amltrain.methods.aml.pictures import FixedSamples, draw_alignment, plot_rows
-from amltrain.methods.aml.presets import resolve
 from amltrain.methods.aml.statistics import summarise
+from amltrain.methods.base import evaluating
 from amltrain.records import Batch
 
 
 class AlignmentDiagnostics:
-    """Collects what an AMLTask built with `diagnostics` returns.
+    """Collects what AML with `diagnostics_every` returns; a Recorder of `methods.base`.
 
     Every rank calls `update` after each forward and `after_step` after each optimizer step.
     """
@@ -47,13 +46,13 @@ class AlignmentDiagnostics:
     def after_step(
         self,
         step: int,
-        task: nn.Module,
+        method: nn.Module,
         reduce: Callable[[Tensor], Tensor] | None = None,
         is_main: bool = True,
     ) -> dict[str, float] | None:
         """Every `every_steps` steps write a row and the pictures; returns the row's values for the trackers, else None.
 
-        step: optimizer steps done, from 1. task: the AMLTask as prepared (wrapped), which every rank runs forward once
+        step: optimizer steps done, from 1. method: AML as prepared (wrapped), which every rank runs forward once
         on the fixed samples. reduce: sums or averages over ranks (`accelerator.reduce`). Only the main rank writes.
         """
         if step % self.every_steps or self.sums is None:
@@ -61,7 +60,7 @@ class AlignmentDiagnostics:
         sums = self.sums if reduce is None else reduce(self.sums)
         self.sums = None
         values = summarise(sums)
-        drawn = None if self.samples is None else forward_in_evaluation(task, self.samples.batch)
+        drawn = None if self.samples is None else forward_in_evaluation(method, self.samples.batch)
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             rows = append_row(self.folder / "alignment.csv", {"step": float(step), **values})
@@ -70,33 +69,27 @@ class AlignmentDiagnostics:
                 picture = self.folder / "alignment" / f"step-{step:07d}.png"
                 picture.parent.mkdir(exist_ok=True)
                 draw_alignment(self.samples, drawn["scores"], drawn["blocks"], self.block, picture)
-        return values
+        return {f"alignment/{name}": value for name, value in values.items()}
 
 
 def build_alignment_diagnostics(
-    aml: AMLConfig, dataset: ReferDataset, folder: Path, device: torch.device, count: int = 4
-) -> AlignmentDiagnostics | None:
-    """Diagnostics as the run asks for them, with `count` samples spread over the data set; None when they are off."""
-    if not aml.enabled or aml.diagnostics_every is None:
-        return None
+    dataset: ReferDataset, folder: Path, device: torch.device, every_steps: int, *, block: int, count: int = 4
+) -> AlignmentDiagnostics:
+    """Diagnostics with `count` samples spread over the data set, on the device."""
     indices = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
     batch = collate([dataset[i] for i in indices])
     images = [dataset.transform.denormalise(image) for image in batch.image]
     moved = Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
     samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices])
-    return AlignmentDiagnostics(folder, aml.diagnostics_every, samples, block=resolve(aml).block)
+    return AlignmentDiagnostics(folder, every_steps, samples, block=block)
 
 
 @torch.no_grad()
-def forward_in_evaluation(task: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def forward_in_evaluation(method: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """One forward without dropout and without touching batch norms or the random state; through the wrapper, because
     sharded engines gather weights in forward only."""
-    training = task.training
-    task.eval()
-    try:
-        return task(batch)
-    finally:
-        task.train(training)
+    with evaluating(method):
+        return method(batch)
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> list[dict[str, float]]:

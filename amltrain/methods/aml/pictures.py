@@ -11,8 +11,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amltrain.methods.aml.masking import spread_blocks
 from amltrain.methods.aml.statistics import TAUS
+from amltrain.methods.blocks import spread_blocks
 from amltrain.records import Batch
 
 PANELS = (

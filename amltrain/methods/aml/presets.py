@@ -3,11 +3,12 @@
 Every field of a preset can be overridden on its own; pairs that cannot work are refused in one sentence.
 """
 
-from amltrain.config.schema import AMLConfig, override
+from amltrain.config.partial import Partial, override
 from amltrain.errors import UserError, unknown_name
+from amltrain.methods.aml.settings import AMLSettings
 
-PRESETS = {
-    "paper": AMLConfig(
+PRESETS: dict[str, AMLSettings] = {
+    "paper": AMLSettings(
         preset="paper",
         features="early",
         projection="random",
@@ -24,7 +25,7 @@ PRESETS = {
         level="image",
         clean_loss_weight=0.0,
     ),
-    "released": AMLConfig(
+    "released": AMLSettings(
         preset="released",
         features="early",
         projection="linear",
@@ -44,17 +45,21 @@ PRESETS = {
 }
 
 
-def resolve(config: AMLConfig) -> AMLConfig:
-    """The preset with every field that the run sets itself. Raises UserError for values that cannot work together."""
-    if config.preset not in PRESETS:
-        raise unknown_name("aml.preset", config.preset, PRESETS)
-    chosen = override(PRESETS[config.preset], config)
+def resolve(options: Partial) -> AMLSettings:
+    """The preset, with every field that the run sets itself (AMLOptions).
+
+    Raises UserError for values that cannot work together.
+    """
+    preset = options.preset or "paper"
+    if preset not in PRESETS:
+        raise unknown_name("aml.preset", preset, PRESETS)
+    chosen = override(PRESETS[preset], options)
     check_ranges(chosen)
     check_pairs(chosen)
     return chosen
 
 
-def check_ranges(config: AMLConfig) -> None:
+def check_ranges(config: AMLSettings) -> None:
     """Raise UserError for a number outside its range."""
     for name, low, high in (("tau", 0.0, 1.0), ("rho", 0.0, 1.0), ("clean_loss_weight", 0.0, 1.0)):
         if not low <= getattr(config, name) <= high:
@@ -63,13 +68,13 @@ def check_ranges(config: AMLConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"aml.{name}={value} must be at least 1")
-    if config.temperature != "auto" and not float(config.temperature) > 0:  # type: ignore[arg-type]
+    if config.temperature != "auto" and not float(config.temperature) > 0:
         raise UserError(f"aml.temperature={config.temperature} must be positive, or `auto`")
     if config.clean_loss_weight == 1.0:
-        raise UserError("aml.clean_loss_weight=1 never trains on a masked image; use aml.enabled=false")
+        raise UserError("aml.clean_loss_weight=1 never trains on a masked image; use --method supervised")
 
 
-def check_pairs(config: AMLConfig) -> None:
+def check_pairs(config: AMLSettings) -> None:
     """Raise UserError for two values that contradict each other."""
     if config.projection == "learnable":
         if config.level != "image":
@@ -81,7 +86,7 @@ def check_pairs(config: AMLConfig) -> None:
             raise UserError("aml.projection=learnable has nothing to learn where aml.features=pred projects nothing")
     if config.calibrate_every is not None and (config.temperature != "auto" or config.cache_scores):
         raise UserError(
-            "aml.calibrate_every solves the temperature anew: set aml.temperature=auto and aml.cache_scores=false"
+            "aml.calibrate_every solves the temperature repeatedly: set aml.temperature=auto and aml.cache_scores=false"
         )
     if config.explicit and config.projection != "random":
         raise UserError(f"aml.explicit belongs to aml.projection=random, not {config.projection}")

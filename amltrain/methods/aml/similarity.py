@@ -181,9 +181,13 @@ class PatchScorer(nn.Module):
         """[B, L] bool, the tokens that take part; None = all."""
         return None if self.score_padding else features.text_mask
 
-    def forward(self, features: AlignmentFeatures) -> Tensor:
+    def score(self, features: AlignmentFeatures) -> Tensor:
         """Scores [B, h, w] float32 in [1/L, 1]."""
         logits = self.logits(features)
         with torch.autocast(logits.device.type, enabled=False):
             scores = patch_max(logits, self.temperature.float(), self.token_mask(features))
         return scores.unflatten(1, features.visual.shape[-2:])
+
+    def forward(self, features: AlignmentFeatures) -> Tensor:
+        """As `score`."""
+        return self.score(features)

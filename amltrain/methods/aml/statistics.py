@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amltrain.methods.aml.masking import spread_blocks
+from amltrain.methods.blocks import spread_blocks
 
 TAUS = (0.2, 0.3, 0.4, 0.6)
 LEVELS = (0.5, 0.9)

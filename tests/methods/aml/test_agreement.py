@@ -4,7 +4,7 @@ import torch
 
 from amltrain.methods.aml.agreement import stage1_agreement
 from amltrain.models import create_model
-from tests.methods.test_tasks import make_batch
+from tests.methods.aml.test_method import make_batch
 
 
 def test_the_same_size_agrees_wholly_and_another_in_part() -> None:

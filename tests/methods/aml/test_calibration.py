@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from amltrain.commands.benchmark import random_batch
-from amltrain.config.schema import DataConfig, PreprocessConfig
+from amltrain.config.schema import DataConfig, Preprocess
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_tokenizer, build_train_dataset
 from amltrain.data.prepare import prepare
 from amltrain.data.shapes import write_refshapes
 from amltrain.methods.aml.temperature import TARGET_MEAN_SCORE
-from tests.methods.test_tasks import make_task
+from tests.methods.aml.test_method import make_task
 
 
 def prepared_shapes(folder: Path, shared_dir: Path) -> list[str]:
@@ -31,7 +31,9 @@ def prepared_photographs(folder: Path, shared_dir: Path) -> list[str]:
 @pytest.mark.parametrize("prepared", [prepared_shapes, prepared_photographs])
 def test_mean_score_after_calibration(prepared, tmp_path: Path, shared_dir: Path) -> None:
     data = DataConfig(prepared=str(tmp_path / "prepared"), leak_filter=False, datasets=prepared(tmp_path, shared_dir))
-    preprocess = PreprocessConfig(96, "square", "imagenet", "wordpiece", 24, "sent")
+    preprocess = Preprocess(
+        size=96, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=24, sentence_field="sent"
+    )
     tokenizer = build_tokenizer(data, preprocess)
     dataset = build_train_dataset(data, preprocess, tokenizer, mask_parts="union", seed=0)
     task = make_task({"vocab_size": tokenizer.vocab_size})

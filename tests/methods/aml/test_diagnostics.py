@@ -9,12 +9,11 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 
-from amltrain.config.schema import AMLConfig
 from amltrain.methods.aml.diagnostics import AlignmentDiagnostics, FixedSamples, append_row, build_alignment_diagnostics
 from amltrain.methods.aml.pictures import draw_alignment
 from amltrain.methods.aml.statistics import STATISTICS, alignment_sums, summarise
 from tests.data.stand_in import shapes_dataset
-from tests.methods.test_tasks import calibrated, make_batch, make_task
+from tests.methods.aml.test_method import calibrated, make_batch, make_task
 
 IMAGES = [np.full((96, 96, 3), shade, np.uint8) for shade in (90, 200)]
 
@@ -76,8 +75,10 @@ def test_diagnostics_of_a_training_task(tmp_path: Path) -> None:
     hook.update(second)
     values = hook.after_step(2, task, reduce=lambda sums: sums * 2)
     assert task.training
-    assert values["score_mean"] == pytest.approx((first["mean_score"] + second["mean_score"]).item() / 2, rel=1e-5)
-    assert 0 < values["score_std"] < 0.5
+    assert values["alignment/score_mean"] == pytest.approx(
+        (first["mean_score"] + second["mean_score"]).item() / 2, rel=1e-5
+    )
+    assert 0 < values["alignment/score_std"] < 0.5
     assert torch.equal(second["loss"], expected[1]["loss"])  # looking changed nothing
     assert (tmp_path / "alignment.csv").read_text().startswith("step,score_mean,score_std,below_0.2")
     for picture in ("alignment.png", "alignment/step-0000002.png"):
@@ -102,10 +103,9 @@ def test_pictures_show_the_blocks_that_were_masked(
 
 def test_what_a_run_asks_for(shapes: Path, tmp_path: Path) -> None:
     dataset, device = shapes_dataset(str(shapes)), torch.device("cpu")
-    assert build_alignment_diagnostics(AMLConfig(), dataset, tmp_path, device) is None
-    hook = build_alignment_diagnostics(AMLConfig(diagnostics_every=5), dataset, tmp_path, device, count=2)
+    hook = build_alignment_diagnostics(dataset, tmp_path, device, 5, block=32, count=2)
     assert (hook.every_steps, hook.block, len(hook.samples.sentences)) == (5, 32, 2)
-    assert build_alignment_diagnostics(AMLConfig(diagnostics_every=5, block=16), dataset, tmp_path, device).block == 16
+    assert build_alignment_diagnostics(dataset, tmp_path, device, 5, block=16).block == 16
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -7,14 +7,13 @@ import torch
 
 from amltrain.methods.aml.masking import (
     filtering_mask,
-    mask_image,
     relocate,
     select_by_pixel,
     split_blocks,
-    spread_blocks,
     take_share,
     weak_pixels,
 )
+from amltrain.methods.blocks import mask_image, spread_blocks
 from amltrain.randomness import random_key
 
 SELECTIONS = ["pixel", "patch", "released"]

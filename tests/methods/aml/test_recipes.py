@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
+from amltrain.methods.aml.masker import build_scorer, check_model
 from amltrain.methods.aml.presets import resolve
 from amltrain.models import create_model
-from amltrain.tasks import build_scorer, check_model
 
-RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes" / "paper").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "configs" / "recipes" / "paper").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +23,22 @@ def caris():
 
 @cache
 def parse(path: Path) -> RunConfig:
-    return parse_config(["--config", str(path)])
+    return read_run(["--config", str(path)])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe: Path, caris) -> None:
     run = parse(recipe)
     assert run.model.name == "caris_swin_base"
-    assert ("aml" in recipe.stem or "released" in recipe.stem) == run.aml.enabled
-    if run.aml.enabled:
-        chosen = resolve(run.aml)
+    assert ("aml" in recipe.stem or "released" in recipe.stem) == (run.method == "aml")
+    if run.method == "aml":
+        chosen = resolve(run.method_options)
         check_model(caris, chosen)
         build_scorer(caris, chosen)
 
 
 def test_there_is_one_for_every_option() -> None:
-    runs = [resolve(parse(path).aml) for path in RECIPES]
+    runs = [resolve(run.method_options) for run in map(parse, RECIPES) if run.method == "aml"]
     assert {r.features for r in runs} == {"early", "late", "pred"}
     assert {r.level for r in runs} == {"image", "feature", "random"}
     assert {r.dim for r in runs} == {1024, 2048, 4096}

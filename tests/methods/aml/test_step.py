@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from amltrain.config.schema import AMLConfig
 from amltrain.losses import create_loss
-from amltrain.tasks import AMLTask, build_task
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.base import Method
+from amltrain.methods.registry import build_method
+from tests.methods.aml.test_method import make_batch, make_task
 from tests.methods.aml.toy import Toy
-from tests.methods.test_tasks import make_batch, make_task
 
 VARIANTS = [
     {},
@@ -30,11 +31,12 @@ VARIANTS = [
 ]
 
 
-def toy_task(dropout: float = 0.0, frozen: bool = False, **aml) -> AMLTask:
+def toy_task(dropout: float = 0.0, frozen: bool = False, method: str = "aml", **aml) -> Method:
     torch.manual_seed(0)
     model = Toy(dropout=dropout, frozen=frozen)
     model.supports_suppression = True
-    return build_task(model, create_loss("weighted_cross_entropy"), AMLConfig(**aml))
+    options = AMLOptions(**aml) if method == "aml" else None
+    return build_method(method, model, create_loss("weighted_cross_entropy"), options)
 
 
 def toy_batch(seed: int = 0, batch: int = 4):
@@ -89,7 +91,7 @@ def test_stage_one_leaves_no_trace() -> None:
 
 def test_dropout_of_stage_two_is_the_baselines() -> None:
     batch = toy_batch()
-    task, plain = toy_task(dropout=0.5, tau=0.0, temperature=0.02), toy_task(dropout=0.5, enabled=False)
+    task, plain = toy_task(dropout=0.5, tau=0.0, temperature=0.02), toy_task(dropout=0.5, method="supervised")
     torch.manual_seed(5)
     ours = task(batch)["loss"]
     torch.manual_seed(5)
@@ -218,10 +220,9 @@ def test_cached_scores_are_computed_once_per_sentence() -> None:
 def test_plain_text_of_caris() -> None:
     batch = make_batch()
     prompted, plain = (make_task(temperature=0.02, text=text) for text in ("prompted", "plain"))
-    assert plain.model.alignment_text == "plain"
     assert not torch.equal(prompted.score(batch), plain.score(batch))
     blue = batch._replace(image=batch.image + 1.0)
-    text = [plain.model.alignment_features(b).text for b in (batch, blue)]
+    text = [plain.model.alignment_features(b, text="plain").text for b in (batch, blue)]
     assert torch.equal(*text)
 
 

@@ -1,16 +1,18 @@
-"""AMLTask around a real tiny CARIS: what it returns, what it trains, what it repeats, what it refuses."""
+"""AML around a real tiny CARIS: what it returns, what it trains, what it repeats, what it refuses."""
 
 import pytest
 import torch
 
-from amltrain.config.schema import AMLConfig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.aml.method import AML
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
+from amltrain.methods.supervised import Supervised
 from amltrain.models import create_model
 from amltrain.models.base import check_param_groups
 from amltrain.randomness import random_key
 from amltrain.records import Batch
-from amltrain.tasks import AMLTask, SupervisedTask, build_task
 
 
 @pytest.fixture(autouse=True)
@@ -39,19 +41,20 @@ def make_batch(batch: int = 2, size: tuple[int, int] = (96, 96), tokens: int = 8
 def make_task(model_kwargs: dict | None = None, **aml):
     torch.manual_seed(0)
     model = create_model("caris_tiny", **(model_kwargs or {}))
-    return build_task(model, create_loss("weighted_cross_entropy"), AMLConfig(**aml))
+    return build_method("aml", model, create_loss("weighted_cross_entropy"), AMLOptions(**aml))
 
 
-def calibrated(task: AMLTask, batch: Batch) -> AMLTask:
+def calibrated(task: AML, batch: Batch) -> AML:
     task.calibrate([batch])
     return task
 
 
 def test_disabled_is_the_plain_baseline() -> None:
-    task, batch = make_task(enabled=False), make_batch()
-    assert isinstance(task, SupervisedTask)
+    model, batch = create_model("caris_tiny"), make_batch()
+    task = build_method("supervised", model, create_loss("weighted_cross_entropy"))
+    assert isinstance(task, Supervised)
     torch.testing.assert_close(task(batch)["loss"], task.loss(task.model(batch), batch)["loss"])
-    assert not task.needs_calibration
+    assert task.setup(iter([])) == []
 
 
 def test_paper_step_is_the_loss_on_the_masked_image() -> None:
@@ -111,7 +114,7 @@ REFUSED = [
     ({"rho": -0.1}, r"aml\.rho=-0\.1"),
     ({"block": 0}, r"aml\.block=0"),
     ({"temperature": 0.0}, r"aml\.temperature=0\.0"),
-    ({"clean_loss_weight": 1.0}, r"aml\.enabled=false"),
+    ({"clean_loss_weight": 1.0}, "--method supervised"),
     ({"preset": "papre"}, "did you mean paper"),
 ]
 
@@ -131,27 +134,26 @@ def test_the_models_limits_are_named() -> None:
         ({"level": "feature"}, "attention over visual positions, which CARIS"),
     ):
         with pytest.raises(UserError, match=message):
-            build_task(model, loss, AMLConfig(**options))
-    del model.alignment_text
-    with pytest.raises(UserError, match="one kind of token features"):
-        build_task(model, loss, AMLConfig(text="plain"))
+            build_method("aml", model, loss, AMLOptions(**options))
+    model.alignment_texts = ()
+    with pytest.raises(UserError, match=r"aml\.text=plain: CARIS has one kind only; remove"):
+        build_method("aml", model, loss, AMLOptions(text="plain"))
 
 
-@pytest.mark.parametrize("enabled", [False, True])
-def test_a_loss_of_other_channels_is_refused(enabled: bool) -> None:
-    aml = AMLConfig(enabled=enabled)
+@pytest.mark.parametrize("method", ["supervised", "aml"])
+def test_a_loss_of_other_channels_is_refused(method: str) -> None:
     for model, loss, fitting in (
         ("caris_tiny", "binary_cross_entropy", "CARIS gives 2; use weighted_cross_entropy, or"),
         ("cris_tiny", "weighted_cross_entropy", "CRIS gives 1; use binary_cross_entropy, or"),
         ("rela_tiny", "cgformer", "ReLA gives 2; use weighted_cross_entropy, or"),
     ):
         with pytest.raises(UserError, match=f"loss.name={loss} reads .-channel logits and {fitting}"):
-            build_task(create_model(model), create_loss(loss), aml)
+            build_method(method, create_model(model), create_loss(loss))
 
 
 def test_presets_can_be_overridden_field_by_field() -> None:
     task = make_task(preset="released", selection="patch", clean_loss_weight=0.0, rho=0.5)
-    assert (task.selection, task.clean_loss_weight, task.rho, task.tau) == ("patch", 0.0, 0.5, 0.4)
+    assert (task.masker.selection, task.clean_loss_weight, task.masker.rho, task.masker.tau) == ("patch", 0.0, 0.5, 0.4)
     assert task.scorer.score_padding
 
 

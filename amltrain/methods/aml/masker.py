@@ -1,0 +1,193 @@
+"""AML's masker: score the unmasked image (stage 1), then decide which blocks to hide (AFM).
+
+Stage 1 runs in evaluation mode: scores are a function of image, sentence and weights, batch norms keep their
+statistics, and no random number is drawn, so dropout in stage 2 is what the baseline would draw.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amltrain.errors import UserError
+from amltrain.methods.aml.cache import ScoreCache, refuse_sharded
+from amltrain.methods.aml.masking import Selection, filtering_mask, relocate
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.scorers import EarlyScorer, LateScorer, PredictionScorer, Scorer, calibrate, shrunk
+from amltrain.methods.aml.settings import AMLSettings
+from amltrain.methods.aml.similarity import create_projection
+from amltrain.methods.aml.temperature import Calibration, warn_if_literal
+from amltrain.methods.base import Reduce
+from amltrain.methods.maskers import Masker, Masking, register_masker
+from amltrain.models.base import RISModel
+from amltrain.records import Batch, Features, ModelOutput
+
+
+class AlignmentMasker(Masker):
+    """Hides blocks of the image where the words match badly."""
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        tau: float = 0.4,
+        rho: float = 0.25,
+        block: int = 32,
+        selection: Selection = "pixel",
+        relocated: bool = False,
+        stage1_size: int | None = None,
+        cache_scores: bool = False,
+    ) -> None:
+        """relocated: hide as many blocks at random places (the control). stage1_size: score a smaller copy of the
+        image. cache_scores: remember scores; only for a model whose scored encoders never change."""
+        super().__init__()
+        self.scorer = scorer
+        self.tau, self.rho, self.block, self.selection = tau, rho, block, selection
+        self.relocated = relocated
+        self.stage1_size = stage1_size
+        self.cache = ScoreCache() if cache_scores else None
+
+    def forward(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Masking:
+        scores = self.scores(model, batch, features, output)
+        return Masking(self.blocks(scores, batch), scores)
+
+    def scores(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor:
+        """Stage 1: alignment scores [B, h, w] float32; without gradient but for a learnable projection."""
+        if self.cache is None or features is not None:
+            return self.score(model, batch, features, output)
+        if not self.cache.known:
+            refuse_sharded(model)
+        return self.cache(batch, lambda missing: self.score(model, missing))
+
+    def score(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor:
+        """As `scores`, computed whether they are known or not."""
+        return self.scorer(model, shrunk(batch, self.stage1_size), features, output)
+
+    def blocks(self, scores: Tensor, batch: Batch) -> Tensor:
+        """AFM's decision [B, r, c] bool, True = hide this block."""
+        blocks = filtering_mask(
+            scores.detach(),
+            (batch.image.shape[-2], batch.image.shape[-1]),
+            batch.random_key,
+            tau=self.tau,
+            rho=self.rho,
+            block=self.block,
+            selection=self.selection,
+        )
+        return relocate(blocks, batch.random_key) if self.relocated else blocks
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the temperature is still to be solved (reads a buffer: once per run, not per step)."""
+        return not bool(self.scorer.calibrated)
+
+    @torch.no_grad()
+    def calibrate(self, model: RISModel, batches: Iterable[Batch], reduce: Reduce | None = None) -> Calibration | None:
+        """Solve the temperature on batches, at least one, different ones on every process; None: there is none.
+
+        Raises UserError if no temperature gives the wanted mean score. Call it before the method is wrapped for FSDP or
+        ZeRO-3, which hide weights outside forward.
+        """
+        if isinstance(self.scorer, PredictionScorer):
+            return None
+        scored = (self.scorer.features(model, shrunk(batch, self.stage1_size)) for batch in batches)
+        return calibrate(self.scorer, scored, reduce)
+
+    def setup(self, model: RISModel, batches: Iterable[Batch], reduce: Reduce | None = None) -> list[str]:
+        return describe_calibration(self.calibrate(model, batches, reduce)) if self.needs_calibration else []
+
+    def describe(self) -> dict[str, Any]:
+        if isinstance(self.scorer, PredictionScorer):
+            return {"tau": self.tau, "rho": self.rho}
+        return {"tau": self.tau, "rho": self.rho, "temperature": float(self.scorer.temperature)}
+
+
+def describe_calibration(calibration: Calibration | None) -> list[str]:
+    """Lines to log about a solved temperature."""
+    if calibration is None:
+        return []
+    return [f"AML temperature {calibration.temperature:.4g}: mean score {calibration.mean_score:.3f}"]
+
+
+def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
+    """The scorer that the settings ask for, at the width of this model's features."""
+    if settings.features == "pred":
+        return PredictionScorer()
+    widths = model.alignment_dims if settings.features == "early" else model.fused_dims
+    if widths is None:
+        raise _cannot(model, "features=late", "features after fusion, which {} does not give; use early or pred")
+    temperature = None if settings.temperature == "auto" else float(settings.temperature)
+    if temperature is not None:
+        warn_if_literal(temperature, settings.normalize)
+    projection = create_projection(
+        settings.projection,
+        *widths,
+        dim=settings.dim,
+        seed=settings.projection_seed,
+        explicit=settings.explicit,
+    )
+    kind = EarlyScorer if settings.features == "early" else LateScorer
+    return kind(
+        projection,
+        text=settings.text,
+        visual=settings.visual,
+        temperature=temperature,
+        normalize=settings.normalize,
+        score_padding=settings.score_padding,
+    )
+
+
+def build_alignment_masker(model: RISModel, settings: AMLSettings) -> AlignmentMasker:
+    """AML's masker for a model. Raises UserError for settings that this model cannot have."""
+    check_model(model, settings)
+    return AlignmentMasker(
+        build_scorer(model, settings),
+        tau=settings.tau,
+        rho=settings.rho,
+        block=settings.block,
+        selection=settings.selection,
+        relocated=settings.level == "random",
+        stage1_size=settings.stage1_size,
+        cache_scores=settings.cache_scores,
+    )
+
+
+@register_masker("aml", options=AMLOptions)
+def alignment_masker(model: RISModel, options: AMLOptions) -> AlignmentMasker:
+    """AML's masker for another method. Raises UserError for options that only AML itself can use."""
+    settings = resolve(options)
+    if settings.level == "feature" or settings.clean_loss_weight or settings.projection == "learnable":
+        raise UserError(
+            "a masker hides blocks of the image; level: feature, clean_loss_weight and projection: learnable belong to "
+            "method aml: leave them out"
+        )
+    return build_alignment_masker(model, settings)
+
+
+def check_model(model: RISModel, settings: AMLSettings) -> None:
+    """Raise UserError for settings that this model does not have."""
+    if settings.features == "late" and model.fused_dims is None:
+        raise _cannot(model, "features=late", "features after fusion, which {} does not give; use early or pred")
+    if settings.level == "feature" and not model.supports_suppression:
+        raise _cannot(model, "level=feature", "attention over visual positions, which {} does not have; use image")
+    if settings.cache_scores and not model.alignment_is_frozen:
+        raise _cannot(model, "cache_scores", "frozen encoders, and {} trains what is scored; set it to false")
+    for key, value, offered in (
+        ("text", settings.text, model.alignment_texts),
+        ("visual", settings.visual, model.alignment_visuals),
+    ):
+        if value is not None and value not in offered:
+            has = f"offers {', '.join(offered)}" if offered else "has one kind only"
+            raise UserError(f"aml.{key}={value}: {type(model).__name__} {has}; remove aml.{key}")
+
+
+def _cannot(model: RISModel, option: str, reason: str) -> UserError:
+    return UserError(f"aml.{option} needs {reason.format(type(model).__name__)}")

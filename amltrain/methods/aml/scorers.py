@@ -1,0 +1,112 @@
+"""What AML scores: encoder features (early), fused features (late), or the model's own prediction (pred).
+
+Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME; the prediction
+is a score already. The model is an argument of every call, so a scorer holds no second reference to it.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from amltrain.errors import UserError
+from amltrain.methods.aml.similarity import PatchScorer
+from amltrain.methods.aml.temperature import Calibration, solve_temperature
+from amltrain.methods.base import Reduce, evaluating
+from amltrain.models.base import RISModel
+from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+
+class EarlyScorer(PatchScorer):
+    """PMME of the features before cross-modal fusion (the paper's choice)."""
+
+    def __init__(
+        self, projection: nn.Module, *, text: str | None = None, visual: str | None = None, **pmme: Any
+    ) -> None:
+        """text, visual: which of its features a model that offers a choice gives; see `RISModel.alignment_features`.
+        pmme: arguments of PatchScorer."""
+        super().__init__(projection, **pmme)
+        self.text, self.visual = text, visual
+
+    def features(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> AlignmentFeatures:
+        """What is scored, as stage 1 computes it."""
+        with stage1(model, batch.image.device.type):
+            scored = model.alignment_features(batch, features, text=self.text, visual=self.visual)
+        return AlignmentFeatures(*(part.detach() for part in scored))  # given features carry gradient
+
+    def forward(  # type: ignore[override]  # the features are found here
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor:
+        """Scores [B, h, w] float32 in [1/L, 1]; without gradient but for a learnable projection."""
+        return self.score(self.features(model, batch, features, output))
+
+
+class LateScorer(EarlyScorer):
+    """PMME of the features after cross-modal fusion (Table 6)."""
+
+    def features(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> AlignmentFeatures:
+        with stage1(model, batch.image.device.type):
+            output = _decoded(model, batch, features, output)
+        return AlignmentFeatures(
+            output.aux["fused_visual"].detach(), output.aux["fused_text"].detach(), batch.text_mask
+        )
+
+
+class PredictionScorer(nn.Module):
+    """The predicted probability of the referent (Table 6, "pred"); it has no temperature."""
+
+    calibrated = True
+
+    def forward(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor:
+        """Probabilities [B, h, w] float32 in 0..1 at the size of the model's logits, without gradient."""
+        with stage1(model, batch.image.device.type):
+            logits = _decoded(model, batch, features, output).logits.detach().float()
+        return logits.softmax(1)[:, 1] if logits.shape[1] == 2 else logits.sigmoid()[:, 0]
+
+
+Scorer = EarlyScorer | PredictionScorer
+
+
+def _decoded(model: RISModel, batch: Batch, features: Features | None, output: ModelOutput | None) -> ModelOutput:
+    if output is not None:
+        return output
+    return model.decode(model.encode(batch) if features is None else features, batch)
+
+
+@contextmanager
+def stage1(model: RISModel, device: str) -> Iterator[None]:
+    """Run AML's stage 1: no gradient, evaluation mode, and no cached half-precision weights.
+
+    A half-precision copy of a weight made without gradient must not be found again by autocast in stage 2.
+    """
+    uncached = torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
+    with torch.no_grad(), evaluating(model), uncached if torch.is_autocast_enabled(device) else nullcontext():
+        yield
+
+
+def shrunk(batch: Batch, size: int | None) -> Batch:
+    """The batch with its images at `size` x `size` pixels; None = as it is."""
+    if size is None:
+        return batch
+    smaller = F.interpolate(batch.image, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return batch._replace(image=smaller)
+
+
+def calibrate(scorer: EarlyScorer, scored: Iterable[AlignmentFeatures], reduce: Reduce | None = None) -> Calibration:
+    """Solve the temperature of a scorer on features of this process and store it in the scorer's buffers."""
+    pairs = [(scorer.logits(features), scorer.token_mask(features)) for features in scored]
+    if not pairs:
+        raise UserError("aml.temperature=auto needs at least one batch to be solved on; there was none")
+    calibration = solve_temperature(pairs, reduce=reduce)
+    scorer.temperature.fill_(calibration.temperature)
+    scorer.calibrated.fill_(True)
+    return calibration

@@ -1,0 +1,64 @@
+"""The complete settings of AML. `presets` fills them, `options` is what a run overrides."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from amltrain.config.schema import FREE_TO_CHANGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class AMLSettings:
+    """Alignment-aware masked learning (arXiv 2602.22740), with every value chosen."""
+
+    preset: Literal["paper", "released"]
+    """paper: the equations; released: what the public code does."""
+    features: Literal["early", "late", "pred"]
+    """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
+    projection: Literal["random", "learnable", "identity", "linear"]
+    """How visual and text features meet: two fixed Gaussian matrices (random), the same trained with the model by a
+    straight-through gradient (learnable), none for encoders that share a space (identity), or the released code's one
+    fixed linear map of the text (linear)."""
+    dim: int
+    """Width D that random and learnable projections project to; the paper's is 2048."""
+    projection_seed: int
+    """Seed of the projections' entries."""
+    explicit: bool
+    """Build the two random projections instead of their collapsed form: the same scores, more work."""
+    normalize: bool
+    """L2-normalise every feature vector before it is projected."""
+    score_padding: bool
+    """Padded tokens take part in the softmax over tokens (released code)."""
+    temperature: float | Literal["auto"]
+    """Divides the similarities. auto: solved at the start of training so that the mean score is 0.75, then kept. 1.0 is
+    the paper's literal formula, which masks whole images."""
+    calibrate_every: int | None = None
+    """Solve an automatic temperature again every this many steps, on the samples of that step; null = once. For
+    encoders that start from random weights: as they learn, the scores move away from where they were solved."""
+    tau: float
+    """Score under which a pixel is weak; 0 masks nothing."""
+    rho: float
+    """Share of the weak pixels (selection pixel, released) or weak blocks (patch) that is selected."""
+    block: int
+    """Side of a masked block, pixels."""
+    selection: Literal["pixel", "patch", "released"]
+    """Which blocks go: any with a selected pixel (pixel), a share rho of the weak ones (patch), or what the released
+    code's indexing does, which is nearly all of them (released)."""
+    level: Literal["image", "feature", "random"]
+    """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
+    random places (random)."""
+    clean_loss_weight: float
+    """Weight of the loss on the unmasked image, 0..1; the masked one gets the rest. Above 0 the unmasked image is
+    encoded with gradient, its features are scored, and its text features serve the masked image too."""
+    text: Literal["prompted", "plain"] | None = None
+    """Token features that are scored, for models that offer it: conditioned on the image as the decoder sees them
+    (prompted), or of the sentence alone (plain). null = the model's own choice."""
+    visual: Literal["unimodal", "conditioned"] | None = None
+    """Image features that are scored, for models that offer it: without words (unimodal), or as the trained network has
+    them, words of earlier stages included (conditioned). null = the model's own choice."""
+    stage1_size: int | None = None
+    """Score a smaller copy of the image, of this side in pixels; null = the full network input."""
+    cache_scores: bool = field(default=False, metadata=FREE_TO_CHANGE)
+    """Remember each sentence's scores, for models whose scored encoders are frozen."""
+    diagnostics_every: int | None = field(default=None, metadata=FREE_TO_CHANGE)
+    """Steps between rows of alignment statistics (scores, masked share, masked referents; alignment.csv, alignment.png
+    and pictures of fixed samples in the output folder, curves in the trackers); null = off."""

@@ -1,0 +1,101 @@
+"""The contract of a training method.
+
+A method is an nn.Module around a model and its loss. The trainer calls `forward(batch)` once per micro-batch and
+`backward` once on what it returns, so Accelerate, DDP, FSDP2 and DeepSpeed see one forward and one backward, whatever
+the method does inside. It knows no method by name; everything that it asks is on this page.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amltrain.data.dataset import ReferDataset
+from amltrain.models.base import RISModel
+from amltrain.records import Batch
+
+Reduce = Callable[[Tensor], Tensor]
+"""Averages or sums a tensor over the processes, e.g. `accelerator.reduce`; every process must call it."""
+
+
+class Recorder(Protocol):
+    """Collects statistics of a method during training; see `Method.recorder`."""
+
+    def update(self, result: Mapping[str, Tensor]) -> None:
+        """Add what one forward returned. Must not wait for the device."""
+
+    def after_step(
+        self, step: int, method: nn.Module, reduce: Reduce | None = None, is_main: bool = True
+    ) -> dict[str, float] | None:
+        """Called by every process after each optimizer step; a row for log and trackers when one is due, else None."""
+
+
+class Method(nn.Module):
+    """A model, its loss, and the way they are trained.
+
+    Buffers and parameters of a subclass travel with the training state, so a resumed run has them; the exported model
+    is `self.model` alone. Randomness must come from `batch.random_key`, a function of (seed, epoch, sample).
+    """
+
+    name: str = ""
+    """As registered."""
+    before_step_needs_weights: bool = False
+    """Whether `before_step` runs the model, which is impossible where weights are sharded between steps."""
+
+    def __init__(self, model: RISModel, loss: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """One training step's loss: "loss" [] with gradient, and detached extras; scalars among them are logged."""
+        raise NotImplementedError
+
+    def setup(self, first_batches: Iterable[Batch], reduce: Reduce | None = None) -> list[str]:
+        """Prepare on the first batches of a new run, before anything is wrapped; returns lines to log.
+
+        first_batches: this process's share, on the model's device; an iterator that costs nothing until it is read. Not
+        called when a run resumes: what was found must be in buffers.
+        """
+        return []
+
+    def before_step(self, step: int, batches: list[Batch], reduce: Reduce | None = None) -> list[str]:
+        """Called before optimizer step `step` (from 0) with its micro-batches; returns lines to log."""
+        return []
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of everything that this method trains."""
+        return self.model.param_groups(lr, weight_decay)
+
+    def describe(self) -> dict[str, Any]:
+        """What distinguishes this training from another of the same method, as JSON values."""
+        return {}
+
+    def summary(self) -> str:
+        """The method in one line: "aml, preset paper, temperature 0.0051"."""
+        facts = [f"{key} {_short(value)}" for key, value in self.describe().items()]
+        return ", ".join([self.name, *facts])
+
+    def recorder(self, dataset: ReferDataset, folder: Path, device: torch.device) -> Recorder | None:
+        """Statistics to record during training into a run's output folder; None = nothing."""
+        return None
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards exactly the modules that were training train again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,83 @@
+"""Maskers: which blocks of an image a method hides. A method that masks can use the masker of another one.
+
+A masker decides per block of `block` x `block` pixels; what it does with the decision is up to the method. Register
+one with `@register_masker` on a function `build(model, options) -> Masker` and one line in `MASKERS`.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from torch import Tensor, nn
+
+from amltrain.errors import UserError, fits, type_name, unknown_name
+from amltrain.methods.base import Reduce
+from amltrain.models.base import RISModel
+from amltrain.records import Batch, Features, ModelOutput
+
+MASKERS = {
+    "random": "amltrain.methods.maskris",
+    "aml": "amltrain.methods.aml.masker",
+}
+
+
+class Masking(NamedTuple):
+    """blocks [B, r, c] bool, True = hide; scores [B, h, w] float32 that led to it, None where nothing was scored."""
+
+    blocks: Tensor
+    scores: Tensor | None = None
+
+
+class Masker(nn.Module):
+    """Decides which blocks to hide. The model is an argument, so that it is not registered here a second time."""
+
+    block: int
+
+    def forward(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Masking:
+        """features, output: of the unmasked image in training mode, where the method has them already."""
+        raise NotImplementedError
+
+    def setup(self, model: RISModel, batches: Iterable[Batch], reduce: Reduce | None = None) -> list[str]:
+        """As `Method.setup`."""
+        return []
+
+    def describe(self) -> dict[str, Any]:
+        """As `Method.describe`."""
+        return {}
+
+
+class _MaskerInfo(NamedTuple):
+    build: Callable[..., Masker]
+    options: type
+
+
+_MASKERS: dict[str, _MaskerInfo] = {}
+Builder = TypeVar("Builder", bound=Callable[..., Masker])
+
+
+def register_masker(name: str, *, options: type) -> Callable[[Builder], Builder]:
+    """Register a function `build(model, options) -> Masker`."""
+
+    def register(build: Builder) -> Builder:
+        _MASKERS[name] = _MaskerInfo(build, options)
+        return build
+
+    return register
+
+
+def build_masker(name: str, model: RISModel, options: Mapping[str, Any]) -> Masker:
+    """Build a masker by name. options: plain values by field name. Raises UserError for what it does not take."""
+    if name not in MASKERS:
+        raise unknown_name("masker", name, MASKERS)
+    importlib.import_module(MASKERS[name])
+    build, kind = _MASKERS[name]
+    hints = get_type_hints(kind)
+    for key, value in options.items():
+        if key not in {field.name for field in fields(kind)}:
+            raise unknown_name(f"option of masker {name}", key, [field.name for field in fields(kind)])
+        if not fits(value, hints[key]):
+            raise UserError(f"option {key} of masker {name} is {value!r}, not {type_name(hints[key])}")
+    return build(model, kind(**options))
