@@ -57,7 +57,7 @@ def test_options_have_defaults_and_help(name: str) -> None:
 
 
 def test_an_unknown_method_names_the_close_match() -> None:
-    with pytest.raises(UserError, match="unknown training method .*'maskriss'; did you mean maskris"):
+    with pytest.raises(UserError, match=r"unknown training method .*'maskriss'; did you mean maskris"):
         method_info("maskriss")
 
 
