@@ -10,6 +10,8 @@ COMMANDS = {
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
+    "presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
+    "rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),
     "push": ("amltrain.commands.push", "publish a model on the HuggingFace Hub"),
     "convert": ("amltrain.commands.convert", "an official checkpoint -> a model folder"),
     "benchmark": ("amltrain.commands.benchmark", "what AML costs, beside the baseline"),

@@ -6,8 +6,8 @@ Kept: grids of 4 or 9 cells, a uniform or word-chosen cell, random companions, c
 dual encoder without those above a similarity ceiling, an epoch from which retrieval begins, optional blur.
 Different: a sample's own image is never its own companion; words are matched whole ("bright" is not "right"); a grid
 always fills the canvas; images are resized with antialiasing; a sample that is not a mosaic keeps its protocol's
-resize; too few ranked candidates are filled up with random companions. Not kept: the random cross point, which crashes there.
-The default values are ours.
+resize; too few ranked candidates are filled up with random companions. Not kept: the random cross point, which crashes
+there. The default values are ours.
 """
 
 import logging
