@@ -6,8 +6,8 @@ Every contender makes the same batches of 16 (image, tokens, mask) in this proce
 rounds; the figure is samples per second of CPU time, so other programs on the machine change it little. Files are read
 before: the disk is not measured.
 
-official-like  what the cards of CARIS and LAVT (square) or CRIS, ETRIS and DETRIS (letterbox) describe, written for this
-               benchmark: Pillow, or OpenCV 4 (left out where it is not installed: `pip install "opencv-python<5"`);
+official-like  the loading of CARIS and LAVT (square) or of CRIS, ETRIS and DETRIS (letterbox), written for
+               this benchmark: Pillow, or OpenCV 4 (left out where `pip install "opencv-python<5"` was not run);
                float32 images normalised per sample. Masks come from run lengths or PNGs in memory.
 float          this package's default, with images normalised per sample as float32
 pil            this package's default
