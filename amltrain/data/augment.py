@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from amltrain.config.sections import Sections
 from amltrain.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ Builder = TypeVar("Builder", bound=Callable[[Any], Augmentation])
 def register_augmentation(options: type[Any]) -> Callable[[Builder], Builder]:
     """Register a function that builds an augmentation from its options; the function's name is the augmentation's.
 
-    options: a dataclass whose fields all have defaults; the docstring under a field is its `--help`.
+    options: a dataclass whose fields all have defaults; the docstring under a field is its `--help`. A method
+    `check()` may raise UserError for values out of range, before a run starts.
     """
 
     def register(build: Builder) -> Builder:
@@ -138,6 +140,11 @@ def build_augmentations(names: Sequence[str], options: Mapping[str, Any] | None 
         entry = augmentation_entry(name)
         built.append(entry.build(given[name] if name in given else entry.options()))
     return built
+
+
+def augmentation_sections() -> Sections:
+    """Options' sections of all augmentations, for the command line."""
+    return Sections("augmentation", tuple(list_augmentations()), lambda name: augmentation_entry(name).options)
 
 
 def random_generator(name: str, seed: int, draw: "Draw") -> np.random.Generator:

@@ -62,6 +62,19 @@ class MosaicOptions:
     blur: float = 0.0
     """Gaussian radius of the companions, pixels; NeMo's code has 100 as an option."""
 
+    def check(self) -> None:
+        """Raise UserError for a value out of range."""
+        for name in ("probability", "retrieval"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"mosaic.{name} is {value} and must lie between 0 and 1")
+        if not self.grids or any(cells not in (4, 9) for cells in self.grids):
+            raise UserError(f"mosaic.grids is {self.grids} and must hold 4, 9 or both")
+        if self.top_k < 1 or self.retrieval_epoch < 0 or self.blur < 0:
+            raise UserError("mosaic.top_k must be at least 1, mosaic.retrieval_epoch and mosaic.blur at least 0")
+        if self.retrieval and self.rankings is None:
+            raise UserError("mosaic.retrieval needs mosaic.rankings, a folder of files written by amltrain rank")
+
 
 class Ranked(NamedTuple):
     """Images ranked for one sentence or image, best first: image ids [K] int64, similarities [K] float32."""
@@ -111,7 +124,7 @@ class Mosaic:
     def __init__(self, options: MosaicOptions) -> None:
         """Raises UserError for options out of range."""
         self.options = options
-        _check(options)
+        options.check()
         self._rankings: dict[Path, Ranking] = {}
         self._told: set[str] = set()
 
@@ -234,16 +247,3 @@ def compose(
             cell = cell.filter(ImageFilter.GaussianBlur(blur))
         canvas.paste(cell, (left, top))
     return canvas, covered
-
-
-def _check(options: MosaicOptions) -> None:
-    for name in ("probability", "retrieval"):
-        value = getattr(options, name)
-        if not 0 <= value <= 1:
-            raise UserError(f"mosaic.{name} is {value} and must lie between 0 and 1")
-    if not options.grids or any(cells not in (4, 9) for cells in options.grids):
-        raise UserError(f"mosaic.grids is {options.grids} and must hold 4, 9 or both")
-    if options.top_k < 1 or options.retrieval_epoch < 0 or options.blur < 0:
-        raise UserError("mosaic.top_k must be at least 1, mosaic.retrieval_epoch and mosaic.blur at least 0")
-    if options.retrieval and options.rankings is None:
-        raise UserError("mosaic.retrieval needs mosaic.rankings, a folder of files written by amltrain rank")

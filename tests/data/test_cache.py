@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from amltrain.commands.presize import main
-from amltrain.config.schema import DataConfig, PreprocessConfig
+from amltrain.config.schema import DataConfig, Preprocess
 from amltrain.data import dataset as dataset_module
 from amltrain.data.cache import encode_runs, open_presized, presized_folder, write_presized
 from amltrain.data.dataset import Part, ReferDataset
@@ -55,7 +55,7 @@ def test_runs_of_equal_values() -> None:
 
 
 def test_the_command_writes_what_a_run_finds(own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    preprocess = PreprocessConfig(
+    preprocess = Preprocess(
         size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=12, sentence_field="sent"
     )
 
@@ -114,7 +114,7 @@ def test_augmented_images_are_read_from_the_originals(own: str) -> None:
     transform, rows = ImageTransform(32), open_rows(own, "refshapes", "train")
     write_presized(own, "refshapes", "train", rows, transform, progress=False)
     data = DataConfig(prepared=own, datasets=["refshapes"])
-    preprocess = PreprocessConfig(
+    preprocess = Preprocess(
         size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=12, sentence_field="sent"
     )
     augmented = build_train_dataset(
