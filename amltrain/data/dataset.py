@@ -182,6 +182,7 @@ class ReferDataset(torch.utils.data.Dataset):
         referent = self._referent(index)
         text = self._sentence(index, referent, key)[self.sentence_field]
         if self.augmentations:
+            mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
