@@ -10,9 +10,12 @@ COMMANDS = {
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
+    "presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
+    "rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),
     "push": ("amltrain.commands.push", "publish a model on the HuggingFace Hub"),
     "convert": ("amltrain.commands.convert", "an official checkpoint -> a model folder"),
     "benchmark": ("amltrain.commands.benchmark", "what AML costs, beside the baseline"),
+    "augmentations": ("amltrain.commands.augmentations", "list the augmentations and their options"),
     "models": ("amltrain.commands.models", "list the registered models"),
 }
 
@@ -21,7 +24,7 @@ def main() -> None:
     """Entry point of the `amltrain` program."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: amltrain COMMAND [options]; `amltrain COMMAND --help` explains one\n")
-        print("\n".join(f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()))
+        print("\n".join(f"  {name:13} {text}" for name, (_, text) in COMMANDS.items()))
         return
     with one_line_errors():
         name = sys.argv.pop(1)

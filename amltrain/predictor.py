@@ -17,6 +17,7 @@ from torch import Tensor
 
 from amltrain.data.images import to_rgb
 from amltrain.data.loaders import build_transform
+from amltrain.data.transforms import normalise
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
 from amltrain.hub.model_folder import Pretrained, load_pretrained
@@ -80,7 +81,7 @@ class Predictor:
         tokens = [self.tokenizer(s) for s in sentences]
         none = torch.zeros(count, dtype=torch.int64, device=self.device)
         return Batch(
-            image=pixels.to(self.device).expand(count, -1, -1, -1),
+            image=normalise(pixels.to(self.device), self.transform.normalization).expand(count, -1, -1, -1),
             input_ids=torch.stack([ids for ids, _ in tokens]).to(self.device),
             text_mask=torch.stack([mask for _, mask in tokens]).to(self.device),
             target=torch.zeros(count, *pixels.shape[-2:], dtype=torch.uint8, device=self.device),

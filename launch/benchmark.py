@@ -1,4 +1,4 @@
-"""What AML costs, side by side with the baseline: `python launch/benchmark.py --help`."""
+"""Benchmarks: training steps (`python launch/benchmark.py --help`), data loading (`... benchmark.py loader --help`)."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,11 @@ from pathlib import Path
 if __name__ == "__main__":
     # not launch/: its evaluate.py would hide the evaluate library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from amltrain.commands.benchmark import main
+    if sys.argv[1:2] == ["loader"]:
+        from amltrain.commands.benchmark_loader import main as loader_main
 
-    main()
+        loader_main(sys.argv[2:])
+    else:
+        from amltrain.commands.benchmark import main
+
+        main()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from amltrain.config.parse import parse_config
 from amltrain.config.schema import RunConfig
+from amltrain.data.augment import augmentation_sections
 from amltrain.errors import one_line_errors
 from amltrain.methods.registry import check_options, method_sections
 
@@ -14,8 +15,9 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
 def read_run(argv: Sequence[str] | None = None) -> RunConfig:
     """Read a run from a command line, and check all its values. Raises UserError."""
-    config = parse_config(argv, methods=method_sections())
-    check_options(config.method_options)
+    config = parse_config(argv, methods=method_sections(), augmentations=augmentation_sections())
+    for options in (config.method_options, *config.augment_options.values()):
+        check_options(options)
     return config
 
 

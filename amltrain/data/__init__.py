@@ -1,1 +1,2 @@
-
+# each import registers an augmentation
+from amltrain.data import mosaic  # noqa: F401

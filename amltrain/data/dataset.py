@@ -1,38 +1,50 @@
-"""Prepared rows -> Samples. Map-style over a memory-mapped table; an index says which row, referent and sentence."""
+"""Map prepared rows to samples: a map-style dataset over memory-mapped rows.
 
-import io
+index -> row, referent, sentence -> RawSample -> augmentations -> transform and tokenizer -> Sample
+"""
+
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 import torch.utils.data
+from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
-from amltrain.data.images import to_rgb
+from amltrain.data.augment import Augmentation, RawSample, SampleIds
+from amltrain.data.cache import PresizedImages
+from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
+from amltrain.data.schema import MaskParts, choose_rle
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import ImageTransform
+from amltrain.data.transforms import ImageTransform, Transformed
 from amltrain.errors import UserError
 from amltrain.randomness import random_key
 from amltrain.records import Draw, Sample
 
 TrainUnit = Literal["referent", "sentence"]
+RECENT_IMAGES = 4
+"""Transformed images that a reader keeps: an evaluation reads the sentences of one image one after the other."""
 
 
 class Part(NamedTuple):
-    """One split of one data set: its name, and the rows."""
+    """One split of one data set: names, rows, and the presized images where there are any."""
 
     dataset: str
     split: str
     rows: Rows
+    presized: PresizedImages | None = None
 
 
 class SampleInfo(NamedTuple):
-    """Where a sample comes from."""
+    """Where a sample comes from, and its sentence."""
 
     dataset: str
     split: str
@@ -43,16 +55,16 @@ class SampleInfo(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """One entry a referent, all [N] int64: part, row in the part, referent in the row, its number of sentences."""
+    """One entry per referent, all [N] int64: part, row in the part, referent in the row, number of its sentences."""
 
-    part: np.ndarray
-    row: np.ndarray
-    referent: np.ndarray
-    sentences: np.ndarray
+    part: NDArray[np.int64]
+    row: NDArray[np.int64]
+    referent: NDArray[np.int64]
+    sentences: NDArray[np.int64]
 
 
 def _index_part(number: int, part: Part, excluded_images: AbstractSet[int]) -> _Index:
-    """Built from the small columns alone; no image is read."""
+    """Index one split from its small columns; no image is read."""
     referents = part.rows.columns.column("referents").combine_chunks()
     per_row = np.asarray(pc.list_value_length(referents), dtype=np.int64)
     sentences = np.asarray(pc.list_value_length(pc.struct_field(pc.list_flatten(referents), "sentences")), np.int64)
@@ -81,7 +93,7 @@ class ReferDataset(torch.utils.data.Dataset):
         *,
         unit: TrainUnit = "sentence",
         sentence_field: Literal["sent", "raw"] = "sent",
-        mask_parts: Literal["union", "exclusive"] = "union",
+        mask_parts: MaskParts = "union",
         seed: int = 0,
         excluded_images: AbstractSet[int] = frozenset(),
         first_sentence_only: bool = False,
@@ -89,16 +101,26 @@ class ReferDataset(torch.utils.data.Dataset):
         shuffle_sentences: bool = False,
         max_samples: int | None = None,
         perturb: Callable[[Image.Image, int], Image.Image] | None = None,
+        augmentations: Sequence[Augmentation] = (),
+        decoder: Decoder = "pil",
     ) -> None:
-        """excluded_images: ids left out (the leak filter). keep_original_target: add the mask at the image's own size.
+        """Index the splits.
 
-        perturb: changes every image, given with its sample id, before the transform (a robustness test).
-
+        excluded_images: ids of images to leave out (the leak filter).
+        keep_original_target: add the mask at the image's own size.
         shuffle_sentences: give every sample the sentence of another referent, by a permutation fixed by the seed.
+        max_samples: keep only the first samples.
+        perturb: changes every image, given with its sample id, before the transform (a robustness test).
+        augmentations: change the raw sample before transform and tokenizer (training), in order.
+        decoder: see `decode_image`; with torchvision, square images are resized by torch: at most one grey level apart.
+
+        Presized images of a part are used unless the images are perturbed or augmented.
         """
         self.parts, self.transform, self.tokenizer = list(parts), transform, tokenizer
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
         self.keep_original_target, self.perturb = keep_original_target, perturb
+        self.augmentations, self.decoder = list(augmentations), decoder
+        self._recent: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         indices = [_index_part(number, part, excluded_images) for number, part in enumerate(self.parts)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
         taken = np.minimum(self.index.sentences, 1) if first_sentence_only else self.index.sentences
@@ -131,35 +153,44 @@ class ReferDataset(torch.utils.data.Dataset):
         return np.unique(groups, return_inverse=True)[1]
 
     def counts(self) -> dict[str, int]:
-        """Images, refs and expressions in use, and samples an epoch."""
+        """Images, refs and expressions in use, and samples per epoch."""
         used = np.unique(self.referent_of[: self.length])
-        part, row = self.index.part[used], self.index.row[used]
+        pairs = np.unique(np.stack([self.index.part[used], self.referent_images[used]]), axis=1)
         return {
-            "images": len({self._image_id(p, r) for p, r in set(zip(part.tolist(), row.tolist(), strict=True))}),
+            "images": pairs.shape[1],
             "refs": len(used),
             "expressions": int(self.index.sentences[used].sum()) if self.unit == "referent" else self.length,
             "samples": self.length,
         }
 
     def describe(self) -> dict[str, Any]:
-        """What a score depends on besides the model and the metric."""
+        """Settings that a score depends on besides the model and the metric."""
         return {
             "resize": self.transform.resize,
             "normalization": self.transform.normalization,
             "max_tokens": self.tokenizer.max_tokens,
             "sentence_field": self.sentence_field,
             "mask_parts": self.mask_parts,
+            "decoder": self.decoder,
             "shuffled_sentences": self.text_of is not None,
         }
 
     def __getitem__(self, draw: Draw | int) -> Sample:
-        epoch, index, repeat = draw if isinstance(draw, Draw) else Draw(0, int(draw))
-        key = random_key(self.seed, epoch, index, *([repeat] if repeat else []))
+        draw = draw if isinstance(draw, Draw) else Draw(0, int(draw))
+        index = draw.index
+        key = random_key(self.seed, draw.epoch, index, *([draw.repeat] if draw.repeat else []))
         referent = self._referent(index)
-        mask = decode_rle(self._rle(referent))
-        image, target, geometry = self.transform(self.picture(index), mask)
-        input_ids, text_mask = self.tokenizer(self._sentence(index, referent, key)[self.sentence_field])
+        text = self._sentence(index, referent, key)[self.sentence_field]
+        if self.augmentations:
+            mask: NDArray[np.uint8] | None
+            raw = self._augmented(draw, referent, key)
+            (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
+        else:
+            mask = decode_rle(self._rle(referent)) if self._needs_mask(index) else None
+            image, target, geometry = self._network_input(index, mask)
+        input_ids, text_mask = self.tokenizer(text)
         assert target is not None
+        original = torch.from_numpy(mask * np.uint8(255)) if self.keep_original_target and mask is not None else None
         return Sample(
             image,
             input_ids,
@@ -169,44 +200,121 @@ class ReferDataset(torch.utils.data.Dataset):
             torch.tensor(index),
             torch.tensor(key),
             geometry,
-            torch.from_numpy(mask * np.uint8(255)) if self.keep_original_target else None,
+            original,
         )
+
+    def raw(self, draw: Draw | int) -> RawSample:
+        """Raw sample of a draw, before any augmentation."""
+        draw = draw if isinstance(draw, Draw) else Draw(0, int(draw))
+        key = random_key(self.seed, draw.epoch, draw.index, *([draw.repeat] if draw.repeat else []))
+        return self._raw(draw.index, self._referent(draw.index), key)
 
     def info(self, sample_id: int) -> SampleInfo:
         """Where a sample comes from. With unit "referent" the sentence is the one of epoch 0."""
         referent = self._referent(sample_id)
         sentence = self._sentence(sample_id, referent, random_key(self.seed, 0, sample_id))
-        part, row, _ = self._place(sample_id)
-        return SampleInfo(
-            part.dataset,
-            part.split,
-            part.rows.columns.column("image_id")[row].as_py(),
-            referent["ref_id"],
-            sentence["sent_id"],
-            sentence[self.sentence_field],
-        )
+        return SampleInfo(*self._ids(sample_id, referent, sentence), sentence[self.sentence_field])
 
     def picture(self, sample_id: int) -> Image.Image:
-        """The sample's image at its own size, RGB, as the transform gets it."""
-        part, row, _ = self._place(sample_id)
-        name = f"image {part.rows.columns.column('file_name')[row]} (row {row}) of {part.dataset}/{part.split}"
-        try:
-            image = to_rgb(Image.open(io.BytesIO(part.rows.image_bytes(row))), name)
-        except (OSError, SyntaxError, TypeError) as error:
-            raise UserError(
-                f"{name} cannot be decoded ({error}); remove the prepared folder and prepare it again"
-            ) from error
+        """Decode the sample's image at its own size, RGB, perturbed where the dataset perturbs."""
+        number, row, _ = self._place(sample_id)
+        image = self._decode(number, row, "pil")
+        assert isinstance(image, Image.Image)
         return image if self.perturb is None else self.perturb(image, sample_id)
 
-    def _place(self, index: int) -> tuple[Part, int, int]:
-        """Part, row in the part, referent in the row."""
+    @property
+    def input_size(self) -> int:
+        """Side of the network input, pixels."""
+        return self.transform.size
+
+    @cached_property
+    def referent_images(self) -> NDArray[np.int64]:
+        """Image id of every referent in use, [referents] int64."""
+        ids = [np.asarray(part.rows.columns.column("image_id"), np.int64) for part in self.parts]
+        first = np.cumsum([0, *(len(column) for column in ids)])
+        return np.concatenate(ids)[first[self.index.part] + self.index.row]
+
+    def referent_picture(self, referent: int) -> Image.Image:
+        """Decode the image of one referent, RGB."""
+        image = self._decode(int(self.index.part[referent]), int(self.index.row[referent]), "pil")
+        assert isinstance(image, Image.Image)
+        return image
+
+    def first_referents(self, dataset: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Image ids of one data set in use, sorted, and the first referent of each."""
+        if dataset not in self._first_referents:
+            numbers = [number for number, part in enumerate(self.parts) if part.dataset == dataset]
+            entries = np.flatnonzero(np.isin(self.index.part, numbers))
+            images, first = np.unique(self.referent_images[entries], return_index=True)
+            self._first_referents[dataset] = (images, entries[first])
+        return self._first_referents[dataset]
+
+    @cached_property
+    def _first_referents(self) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        return {}
+
+    def _augmented(self, draw: Draw, referent: dict[str, Any], key: int) -> RawSample:
+        sample = self._raw(draw.index, referent, key)
+        for augmentation in self.augmentations:
+            sample = augmentation(sample, draw, self)
+        return sample
+
+    def _raw(self, index: int, referent: dict[str, Any], key: int) -> RawSample:
+        sentence = self._sentence(index, referent, key)
+        ids = self._ids(index, referent, sentence)
+        return RawSample(self.picture(index), decode_rle(self._rle(referent)), sentence[self.sentence_field], ids)
+
+    def _ids(self, index: int, referent: dict[str, Any], sentence: dict[str, Any]) -> SampleIds:
+        number, row, _ = self._place(index)
+        part = self.parts[number]
+        image_id = part.rows.columns.column("image_id")[row].as_py()
+        return SampleIds(part.dataset, part.split, image_id, referent["ref_id"], sentence["sent_id"])
+
+    def _presized(self, number: int) -> PresizedImages | None:
+        return self.parts[number].presized if self.perturb is None else None
+
+    def _needs_mask(self, index: int) -> bool:
+        """Whether a sample's mask at its image's own size is read; presized targets do not need it."""
+        return self.keep_original_target or self._presized(self._place(index)[0]) is None
+
+    def _network_input(self, index: int, mask: NDArray[np.uint8] | None) -> Transformed:
+        """Image, target and geometry of a sample that no augmentation changes. An image is transformed once for all
+        its sentences in a row."""
+        number, row, referent = self._place(index)
+        presized = self._presized(number)
+        if presized is not None:
+            geometry = self.transform.geometry(*self._row_size(number, row))
+            return Transformed(presized.image(row), presized.target(row, referent), geometry)
+        assert mask is not None
+        if self.perturb is not None:  # of the sample, not of the image
+            return self.transform(self.picture(index), mask)
+        recent = self._recent.pop((number, row), None)
+        if recent is None:
+            image, _, geometry = self.transform(self._decode(number, row, self.decoder))
+            recent = (image, geometry)
+        self._recent[number, row] = recent
+        if len(self._recent) > RECENT_IMAGES:
+            self._recent.popitem(last=False)
+        return Transformed(recent[0], self.transform.target(mask), recent[1])
+
+    def _decode(self, number: int, row: int, decoder: Decoder) -> Image.Image | Tensor:
+        part = self.parts[number]
+        name = f"image {part.rows.columns.column('file_name')[row]} (row {row}) of {part.dataset}/{part.split}"
+        return decode_image(part.rows.image_bytes(row), name, self._row_size(number, row), decoder)
+
+    def _row_size(self, number: int, row: int) -> tuple[int, int]:
+        """Height and width of a row's image, pixels."""
+        columns = self.parts[number].rows.columns
+        return columns.column("height")[row].as_py(), columns.column("width")[row].as_py()
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """Number of the part, row in the part, referent in the row."""
         entry = self.referent_of[index]
-        part, row, referent = (int(column[entry]) for column in self.index[:3])
-        return self.parts[part], row, referent
+        return int(self.index.part[entry]), int(self.index.row[entry]), int(self.index.referent[entry])
 
     def _referent(self, index: int) -> dict[str, Any]:
-        part, row, referent = self._place(index)
-        return part.rows.columns.column("referents")[row][referent].as_py()
+        number, row, referent = self._place(index)
+        return self.parts[number].rows.columns.column("referents")[row][referent].as_py()
 
     def _sentence(self, index: int, referent: dict[str, Any], key: int) -> dict[str, Any]:
         if self.text_of is not None:
@@ -218,25 +326,25 @@ class ReferDataset(torch.utils.data.Dataset):
         return sentences[self.sentence_of[index]]
 
     def _rle(self, referent: dict[str, Any]) -> dict[str, Any]:
-        exclusive = referent["mask_exclusive"]
-        if self.mask_parts == "exclusive" and exclusive is not None and exclusive["counts"] is not None:
-            return exclusive
-        return referent["mask"]
+        return choose_rle(referent, self.mask_parts)
 
-    def _image_id(self, part: int, row: int) -> int:
-        return self.parts[part].rows.columns.column("image_id")[row].as_py()
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_recent": OrderedDict()}
 
 
 def read_sentences(rows: Rows, sentence_field: str) -> list[str]:
-    """Every sentence of every referent, in order; no image is read."""
+    """Read every sentence of every referent, in order; no image is read."""
     referents = pc.list_flatten(rows.columns.column("referents").combine_chunks())
     entries = pc.list_flatten(pc.struct_field(referents, "sentences"))
     return pc.struct_field(entries, sentence_field).to_pylist()
 
 
 def _foreign_samples(referent_of: np.ndarray, seed: int) -> np.ndarray:
-    """For every sample another referent's sample, a permutation: referents in random order, then a shift by the largest
-    number of samples that a referent has. With fewer than two referents there is nothing to swap."""
+    """Choose for every sample a sample of another referent, as a permutation.
+
+    Referents in random order, then a shift by the largest number of samples that a referent has. Raises UserError with
+    fewer than two referents.
+    """
     referents, sizes = np.unique(referent_of, return_counts=True)
     if len(referents) < 2:
         raise UserError("sentences cannot be shuffled between fewer than two referents")

@@ -1,5 +1,7 @@
 """The prepared form: one row per image, its referents nested, so that image bytes are stored once."""
 
+from typing import Any, Literal
+
 from datasets import Features, Image, Sequence, Value
 
 _RLE = {"size": Sequence(Value("int32")), "counts": Value("string")}
@@ -25,3 +27,13 @@ FEATURES = Features(
         ],
     }
 )
+
+MaskParts = Literal["union", "exclusive"]
+
+
+def choose_rle(referent: dict[str, Any], mask_parts: MaskParts) -> dict[str, Any]:
+    """Choose the run lengths of a referent's mask. exclusive: without the pixels that several polygons cover."""
+    exclusive = referent["mask_exclusive"]
+    if mask_parts == "exclusive" and exclusive is not None and exclusive["counts"] is not None:
+        return exclusive
+    return referent["mask"]

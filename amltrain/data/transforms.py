@@ -1,19 +1,25 @@
-"""A decoded image and its mask -> what the network reads, and the geometry that leads back.
+"""Turn a decoded image and its mask into network pixels, and keep the geometry that leads back.
 
-square     stretch to S x S: image bilinear with PIL's antialiasing, mask nearest (CARIS, LAVT, ReLA, CGFormer)
+square     stretch to S x S: image bilinear with antialiasing, mask nearest (CARIS, LAVT, ReLA, CGFormer)
 letterbox  keep the aspect ratio, centre, pad with the mean colour: image cubic without antialiasing, mask linear
-           (CRIS, ETRIS, DETRIS). The releases use OpenCV 4's `warpAffine` with the map index -> s * index + b, which
-           has no half-pixel shift; its coordinates on a grid of 1/32 pixel are repeated here without OpenCV.
+           (CRIS, ETRIS, DETRIS); see `letterbox.py`
+
+Pixels stay uint8 until they are on the device: `normalise` is the first thing that happens to a batch there.
 """
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from amltrain.data.images import to_rgb
+from amltrain.data.letterbox import placement, warp_image, warp_mask
+from amltrain.records import Batch
 
 Resize = Literal["square", "letterbox"]
 Normalization = Literal["imagenet", "clip", "half"]
@@ -26,7 +32,7 @@ MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]
 
 
 class Transformed(NamedTuple):
-    """image [3, S, S] float32 normalised; target [S, S] uint8 coverage 0..255 or None; geometry [6] float64 as in
+    """image [3, S, S] uint8 RGB; target [S, S] uint8 coverage 0..255 or None; geometry [6] float64 as in
     `records.Batch`."""
 
     image: Tensor
@@ -40,102 +46,78 @@ class ImageTransform:
     def __init__(self, size: int, resize: Resize = "square", normalization: Normalization = "imagenet") -> None:
         """size: side S of the network input, pixels."""
         self.size, self.resize, self.normalization = size, resize, normalization
-        mean, std = MEAN_STD[normalization]
-        self.mean = np.array(mean, np.float32) * 255
-        self.std = np.array(std, np.float32) * 255
+        red, green, blue = (round(255 * channel) for channel in MEAN_STD[normalization][0])
+        self.border = (red, green, blue)
 
-    def __call__(self, image: Image.Image, mask: np.ndarray | None = None) -> Transformed:
-        """image: any mode, (width, height) w x h; mask: [h, w] uint8, 0 or 1."""
+    def __call__(self, image: Image.Image | Tensor, mask: NDArray[np.uint8] | None = None) -> Transformed:
+        """Transform an image and its mask.
+
+        image: a PIL image of any mode, or a [3, h, w] uint8 RGB tensor. mask: [h, w] uint8, 0 or 1.
+        """
+        height, width = image.shape[-2:] if isinstance(image, Tensor) else image.size[::-1]
+        target = None if mask is None else self.target(mask)
+        return Transformed(self.pixels(image), target, self.geometry(height, width))
+
+    def pixels(self, image: Image.Image | Tensor) -> Tensor:
+        """Resize an image to [3, S, S] uint8. A tensor is resized by torch, a PIL image by Pillow."""
+        if isinstance(image, Tensor):
+            if self.resize == "square":
+                side = (self.size, self.size)
+                return F.interpolate(image[None], side, mode="bilinear", antialias=True)[0]
+            return warp_image(image.permute(1, 2, 0).numpy(), self.size, self.border)
         image = image if image.mode == "RGB" else to_rgb(image)
         if self.resize == "square":
-            pixels, target, geometry = self._square(image, mask)
-        else:
-            pixels, target, geometry = self._letterbox(np.asarray(image), mask)
-        channels = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
-        channels -= self.mean[:, None, None]
-        channels /= self.std[:, None, None]
-        return Transformed(
-            torch.from_numpy(channels),
-            None if target is None else torch.from_numpy(target),
-            torch.tensor(geometry, dtype=torch.float64),
-        )
+            resized = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+            return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        return warp_image(np.asarray(image), self.size, self.border)
 
-    def denormalise(self, image: Tensor) -> np.ndarray:
-        """[3, S, S] as the network reads it -> [S, S, 3] uint8 RGB, for pictures."""
-        pixels = image.float().cpu().numpy().transpose(1, 2, 0) * self.std + self.mean
-        return pixels.round().clip(0, 255).astype(np.uint8)
-
-    def _square(
-        self, image: Image.Image, mask: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray | None, tuple[float, ...]]:
+    def target(self, mask: NDArray[np.uint8]) -> Tensor:
+        """Resize a mask [h, w] of 0 and 1 to [S, S] uint8, the share of each pixel that is covered in 1/255."""
+        if self.resize == "letterbox":
+            return warp_mask(mask, self.size)
         side = (self.size, self.size)
-        width, height = image.size
-        pixels = np.asarray(image.resize(side, Image.Resampling.BILINEAR))
-        target = None
-        if mask is not None:
-            target = np.array(Image.fromarray(mask * np.uint8(255)).resize(side, Image.Resampling.NEAREST))
-        return pixels, target, (height, width, self.size / height, self.size / width, 0.0, 0.0)
+        return torch.from_numpy(np.array(Image.fromarray(mask * np.uint8(255)).resize(side, Image.Resampling.NEAREST)))
 
-    def _letterbox(
-        self, pixels: np.ndarray, mask: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray | None, tuple[float, ...]]:
-        height, width = pixels.shape[:2]
-        scale = min(self.size / height, self.size / width)
-        shift_y, shift_x = (self.size - scale * height) / 2, (self.size - scale * width) / 2
-        border = self.mean.round()
-        cubic_y, cubic_x = (
-            _resampling(self.size, count, scale, shift, cubic=True)
-            for count, shift in ((height, shift_y), (width, shift_x))
-        )
-        rows = _resample(cubic_y, pixels - border)  # [S, w, 3]
-        warped = _resample(cubic_x, np.ascontiguousarray(rows.transpose(1, 0, 2))).transpose(1, 0, 2) + border
-        target = None
-        if mask is not None:
-            linear_y, linear_x = (
-                _resampling(self.size, count, scale, shift, cubic=False)
-                for count, shift in ((height, shift_y), (width, shift_x))
-            )
-            covered = _resample(linear_y, mask.astype(np.float32) * 255)  # [S, w]
-            covered = _resample(linear_x, np.ascontiguousarray(covered.T)).T
-            target = covered.round().astype(np.uint8)
-        half = 0.5 * (1 - scale)  # from pixel indices to continuous coordinates
-        geometry = (height, width, scale, scale, shift_y + half, shift_x + half)
-        return warped.round().clip(0, 255), target, geometry
+    def geometry(self, height: int, width: int) -> Tensor:
+        """Geometry of an image of height x width pixels, [6] float64 as in `records.Batch`."""
+        if self.resize == "square":
+            values = (height, width, self.size / height, self.size / width, 0.0, 0.0)
+        else:
+            scale, shift_y, shift_x = placement(height, width, self.size)
+            half = 0.5 * (1 - scale)  # from pixel indices to continuous coordinates
+            values = (height, width, scale, scale, shift_y + half, shift_x + half)
+        return torch.tensor(values, dtype=torch.float64)
+
+    def denormalise(self, image: Tensor) -> NDArray[np.uint8]:
+        """Turn an image [3, S, S], normalised or uint8, into [S, S, 3] uint8 RGB for pictures."""
+        if image.is_floating_point():
+            mean, std = _mean_std(self.normalization, torch.device("cpu"))
+            image = (image.float().cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
+        return image.permute(1, 2, 0).cpu().numpy()
 
 
-def _resampling(size: int, count: int, scale: float, shift: float, *, cubic: bool) -> np.ndarray:
-    """[size, count] float32: row i holds the weights of the source pixels that output pixel i reads; 0 outside."""
-    position = np.floor((np.arange(size) - shift) / scale * 32 + 0.5) / 32
-    first = np.floor(position).astype(np.int64)
-    t = position - first
-    if cubic:
-        weights = {-1: _cubic(t + 1), 0: _cubic(t), 1: _cubic(1 - t), 2: _cubic(2 - t)}
-    else:
-        weights = {0: 1 - t, 1: t}
-    matrix = np.zeros((size, count), np.float32)
-    rows = np.arange(size)
-    for step, weight in weights.items():
-        inside = (first + step >= 0) & (first + step < count)
-        matrix[rows[inside], (first + step)[inside]] += weight[inside]
-    return matrix
+def normalise(pixels: Tensor, normalization: Normalization) -> Tensor:
+    """Turn uint8 pixels [..., 3, H, W] into float32 network input: (pixels - 255 mean) / (255 std) per channel.
+
+    Pixels that are floating point already are returned as they are.
+    """
+    if pixels.is_floating_point():
+        return pixels
+    mean, std = _mean_std(normalization, pixels.device)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
-def _resample(matrix: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """matrix [S, N] times source [N, ...]; a block of rows reads only the few source rows where it is not zero."""
-    result = np.zeros((len(matrix), *source.shape[1:]), np.float32)
-    flat, out = source.reshape(len(source), -1), result.reshape(len(matrix), -1)
-    for start in range(0, len(matrix), 32):
-        block = matrix[start : start + 32]
-        used = np.flatnonzero(block.any(axis=0))
-        if used.size:
-            read = slice(used[0], used[-1] + 1)
-            out[start : start + 32] = block[:, read] @ flat[read]
-    return result
+def normalise_batch(batch: Batch, normalization: Normalization) -> Batch:
+    """Normalise the images of a batch, on the device that the batch is on; the first thing to do with a batch there.
+
+    Models, losses and methods expect a batch that went through this.
+    """
+    return batch._replace(image=normalise(batch.image, normalization))
 
 
-def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' cubic kernel with OpenCV's a = -0.75, at distances in 0..2."""
-    a, d = -0.75, distance
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-    return np.where(d <= 1, near, far)
+@lru_cache(maxsize=16)
+def _mean_std(normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of 0..255 pixels, [3, 1, 1] float32; cached, so that no step waits for a copy."""
+    mean, std = (np.array(values, np.float32) * 255 for values in MEAN_STD[normalization])
+    with torch.inference_mode(False):
+        return torch.from_numpy(mean[:, None, None]).to(device), torch.from_numpy(std[:, None, None]).to(device)

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from amltrain import __version__
 from amltrain.config.schema import Protocol
+from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import network_probability, original_probability, to_original
 from amltrain.evaluation.metrics import ReferringSegmentation
@@ -63,6 +64,7 @@ def evaluate_model(
         put_on_device=False,  # the host keeps ids and geometry, which nothing has to wait for
         dispatch_batches=False,
     )
+    normalization = loader.dataset.describe().get("normalization")  # type: ignore[attr-defined]
     expected = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None  # type: ignore[arg-type]
     wanted = _evenly_spread(pictures, expected)
     rows: list[Tensor] = []
@@ -73,6 +75,7 @@ def evaluate_model(
     with _evaluating(model), torch.no_grad():
         for host in bar:
             batch = send_to_device(host, accelerator.device, non_blocking=True)
+            batch = normalise_batch(batch, normalization)
             with accelerator.autocast():
                 output = model(batch)
             geometry = host.geometry.tolist()

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from amltrain.config.partial import override
 from amltrain.config.schema import DataConfig, Preprocess, Protocol, RunConfig
+from amltrain.data.augment import build_augmentations
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, leaks
@@ -133,7 +134,10 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
         method = convert_sync_batchnorm(method)
     mask_parts = train_mask_parts(config)
-    dataset = build_train_dataset(config.data, preprocess, tokenizer, mask_parts=mask_parts, seed=config.seed)
+    augmentations = build_augmentations(config.data.augment, config.augment_options)
+    dataset = build_train_dataset(
+        config.data, preprocess, tokenizer, mask_parts=mask_parts, seed=config.seed, augmentations=augmentations
+    )
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
     return Parts(method, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
 

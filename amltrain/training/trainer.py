@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from amltrain.config.schema import RunConfig
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_sampler, build_train_loader
+from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results
 from amltrain.hub.push import Publisher, build_publisher
@@ -364,8 +365,9 @@ class Trainer:
             first_step=self.progress.step,
         )
         waiting: list[Batch] = []
+        normalization = self.parts.dataset.transform.normalization
         for batch in self.accelerator.prepare_data_loader(loader):
-            waiting.append(batch)
+            waiting.append(normalise_batch(batch, normalization))
             if len(waiting) == self.plan.accumulation:
                 yield waiting
                 waiting = []
@@ -382,7 +384,8 @@ class Trainer:
         draws = list(sampler)[self.accelerator.process_index :: self.plan.processes]
         for start in range(0, len(draws), self.plan.micro):
             batch = collate([self.parts.dataset[draw] for draw in draws[start : start + self.plan.micro]])
-            yield send_to_device(batch, self.accelerator.device)
+            batch = send_to_device(batch, self.accelerator.device)
+            yield normalise_batch(batch, self.parts.dataset.transform.normalization)
 
     def _inference_model(self) -> nn.Module:
         if self.ema is not None:

@@ -18,7 +18,7 @@ def test_every_field_is_stacked_in_order(prepared: str) -> None:
     assert batch.original_target == ()
     shapes = [(f, tuple(getattr(batch, f).shape), getattr(batch, f).dtype) for f in Batch._fields[:-1]]
     assert shapes == [
-        ("image", (3, 3, 32, 32), torch.float32),
+        ("image", (3, 3, 32, 32), torch.uint8),
         ("input_ids", (3, 12), torch.int64),
         ("text_mask", (3, 12), torch.bool),
         ("target", (3, 32, 32), torch.uint8),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from amltrain.data.refer import image_groups, read_refer
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import ImageTransform
+from amltrain.data.transforms import ImageTransform, normalise
 
 SPLITS = ("train", "val", "testA", "testB")
 
@@ -93,4 +93,4 @@ def test_images_and_tokens(fixture: Path, expected: dict[str, list[dict[str, Any
         pixels = mapped[f"{split}.{index}.image"].float()
         mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
         normalised = (pixels - mean[:, None, None]) / std[:, None, None]
-        torch.testing.assert_close(transform(picture, None).image, normalised, rtol=0, atol=1e-5)
+        torch.testing.assert_close(normalise(transform(picture, None).image, "imagenet"), normalised, rtol=0, atol=1e-5)

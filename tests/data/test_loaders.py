@@ -13,13 +13,13 @@ import pytest
 
 from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess
 from amltrain.data.loaders import (
-    EpochSampler,
     build_eval_loaders,
     build_tokenizer,
     build_train_dataset,
     build_train_loader,
     resolve_splits,
 )
+from amltrain.data.sampler import EpochSampler
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
 from tests.data.stand_in import shapes_dataset, word_tokenizer
@@ -108,7 +108,7 @@ def test_workers_change_nothing(prepared: str, streaming: bool) -> None:
     dataset = shapes_dataset(prepared, unit="referent", streaming=streaming)
     plan = {"seed": 0, "global_batch_size": 8, "micro_batch_size": 4, "total_steps": 5, "first_step": 0}
     one, other = (
-        [(b.sample_id.tolist(), b.image.sum().item()) for b in build_train_loader(dataset, config, **plan)]
+        [(b.sample_id.tolist(), b.image.long().sum().item()) for b in build_train_loader(dataset, config, **plan)]
         for config in (data(prepared, workers=0), data(prepared, workers=2))
     )
     assert one == other

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from amltrain.data.collate import collate
 from amltrain.data.dataset import ReferDataset
+from amltrain.data.transforms import normalise_batch
 from amltrain.methods.aml.pictures import FixedSamples, draw_alignment, plot_rows
 from amltrain.methods.aml.statistics import summarise
 from amltrain.methods.base import evaluating
@@ -80,6 +81,7 @@ def build_alignment_diagnostics(
     batch = collate([dataset[i] for i in indices])
     images = [dataset.transform.denormalise(image) for image in batch.image]
     moved = Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
+    moved = normalise_batch(moved, dataset.transform.normalization)
     samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices])
     return AlignmentDiagnostics(folder, every_steps, samples, block=block)
 

@@ -1,0 +1,155 @@
+"""Augmentations: functions between a raw sample and the transform, and their registry.
+
+    row -> RawSample -> augmentations, in the order of `data.augment` -> transform and tokenizer -> Sample
+
+An augmentation is a function of (seed, epoch, sample) alone, so a resumed or differently spread run draws the same
+samples. `random_generator` is its only source of random numbers. Off by default; evaluation never augments.
+
+    @register_augmentation(options=MosaicOptions)
+    def mosaic(options: MosaicOptions) -> Augmentation: ...
+
+The function's name is the augmentation's name; the options dataclass is the section of that name in a run's config.
+This file and the files of augmentations do not import torch, so that a command line can list options quickly.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from amltrain.config.sections import Sections
+from amltrain.errors import UserError, unknown_name
+
+if TYPE_CHECKING:
+    from amltrain.records import Draw
+
+
+class SampleIds(NamedTuple):
+    """Where a sample comes from. ref_id and sent_id are unique within one data set only."""
+
+    dataset: str
+    split: str
+    image_id: int
+    ref_id: int
+    sent_id: int
+
+
+class RawSample(NamedTuple):
+    """A sample before transform and tokenizer.
+
+    image     RGB, h x w pixels
+    mask      [h, w] uint8, 1 where the referent is, else 0; all 0 for a sentence without target
+    sentence  the text that the tokenizer will read
+    ids       where the sample comes from; an augmentation keeps them
+    """
+
+    image: Image.Image
+    mask: NDArray[np.uint8]
+    sentence: str
+    ids: SampleIds
+
+
+class RawDataset(Protocol):
+    """What an augmentation may ask of the training set.
+
+    seed             the run's seed
+    input_size       side of the network input, pixels
+    referent_images  [referents] int64, the image id of every referent in training
+    """
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def input_size(self) -> int: ...
+
+    @property
+    def referent_images(self) -> NDArray[np.int64]: ...
+
+    def referent_picture(self, referent: int) -> Image.Image:
+        """Decode the image of one referent (an index into `referent_images`), RGB."""
+
+    def first_referents(self, dataset: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Image ids of one data set in training, sorted, and the first referent of each."""
+
+
+class Augmentation(Protocol):
+    """Maps a raw sample to a raw sample; built once per process, used by all loader workers."""
+
+    def __call__(self, sample: RawSample, draw: "Draw", dataset: RawDataset) -> RawSample: ...
+
+
+@dataclass(frozen=True)
+class AugmentationEntry:
+    """A registered augmentation: its builder and its options dataclass."""
+
+    build: Callable[[Any], Augmentation]
+    options: type[Any]
+
+
+_AUGMENTATIONS: dict[str, AugmentationEntry] = {}
+Builder = TypeVar("Builder", bound=Callable[[Any], Augmentation])
+
+
+def register_augmentation(options: type[Any]) -> Callable[[Builder], Builder]:
+    """Register a function that builds an augmentation from its options; the function's name is the augmentation's.
+
+    options: a dataclass whose fields all have defaults; the docstring under a field is its `--help`. A method
+    `check()` may raise UserError for values out of range, before a run starts.
+    """
+
+    def register(build: Builder) -> Builder:
+        name = build.__name__
+        if name in _AUGMENTATIONS:
+            raise KeyError(f"augmentation {name!r} is registered twice")
+        _AUGMENTATIONS[name] = AugmentationEntry(build, options)
+        return build
+
+    return register
+
+
+def list_augmentations() -> list[str]:
+    """Names of all registered augmentations, sorted."""
+    return sorted(_AUGMENTATIONS)
+
+
+def augmentation_entry(name: str) -> AugmentationEntry:
+    """Builder and options dataclass of a registered augmentation. Raises UserError for an unknown name."""
+    if name not in _AUGMENTATIONS:
+        raise unknown_name("augmentation", name, _AUGMENTATIONS)
+    return _AUGMENTATIONS[name]
+
+
+def build_augmentations(names: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Augmentation]:
+    """Build augmentations in order.
+
+    names: registered names (`data.augment`). options: by name, an instance of that augmentation's options dataclass;
+    an augmentation without an entry gets its defaults.
+    Raises UserError for an unknown name, a name given twice, and options that the augmentation refuses.
+    """
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise UserError(f"data.augment names {', '.join(twice)} more than once")
+    given = options or {}
+    built = []
+    for name in names:
+        entry = augmentation_entry(name)
+        built.append(entry.build(given[name] if name in given else entry.options()))
+    return built
+
+
+def augmentation_sections() -> Sections:
+    """Options' sections of all augmentations, for the command line."""
+    return Sections("augmentation", tuple(list_augmentations()), lambda name: augmentation_entry(name).options)
+
+
+def random_generator(name: str, seed: int, draw: "Draw") -> np.random.Generator:
+    """Random numbers of one augmentation for one draw: a function of name, seed, epoch, sample and repeat."""
+    from amltrain.randomness import random_key  # imports torch
+
+    key = random_key(seed, draw.epoch, draw.index, draw.repeat, zlib.crc32(name.encode()))
+    return np.random.default_rng(key % (1 << 64))
