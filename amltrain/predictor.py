@@ -1,13 +1,13 @@
-"""One image and some sentences in, masks at the image's own size out.
+"""Segment what sentences refer to in an image; masks come back at the image's own size.
 
 from amltrain import Predictor
-predictor = Predictor.from_pretrained("runs/quickstart/last/model")
-prediction, = predictor(Image.open("street.jpg"), "the red car on the left")
+predictor = Predictor.from_pretrained("runs/quickstart/best")
+prediction, = predictor("street.jpg", "the red car on the left")
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,65 +18,102 @@ from torch import Tensor
 from amltrain.data.images import to_rgb
 from amltrain.data.loaders import build_transform
 from amltrain.data.transforms import normalise
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line
 from amltrain.evaluation.masks import original_probability
 from amltrain.hub.model_folder import Pretrained, load_pretrained
 from amltrain.records import Batch, ModelOutput
 
+ImageSource: TypeAlias = "str | Path | Image.Image | NDArray[np.generic]"
+Precision = Literal["no", "fp16", "bf16"]
+INSIDE = "mean probability inside the mask"
+NO_TARGET = "probability that the sentence refers to nothing in the image"
+NO_PIXEL = "1 - highest probability of any pixel"
+
 
 class Segmentation(NamedTuple):
-    """What a sentence means in an image of h x w pixels.
+    """What a sentence refers to in an image of h x w pixels.
 
-    mask         [h, w] bool; all False where the sentence means nothing
-    probability  [h, w] float32, 0..1 of the referent at every pixel
-    confidence   0..1: mean probability inside the mask, or of "nothing in this image" where the model has a head for it
-    nothing      the sentence means nothing in this image: said by the model's no-target head, by the protocol's pixel
-                 count, or because no pixel passes the threshold
+    mask           [h, w] bool; all False where the sentence refers to nothing
+    probability    [h, w] float32, 0..1: how likely each pixel belongs to the object
+    confidence     0..1; `confidence_of` names what it measures
+    nothing        the sentence refers to nothing in this image: decided by the model's no-target head, by the
+                   protocol's pixel count, or because no pixel passes the threshold
+    confidence_of  one of `INSIDE` (a mask was found), `NO_TARGET` (the model has a no-target head and it decided), and
+                   `NO_PIXEL` (the mask is empty or too small)
     """
 
     mask: NDArray[np.bool_]
     probability: NDArray[np.float32]
     confidence: float
     nothing: bool
+    confidence_of: str = INSIDE
 
 
 class Predictor:
-    """A loaded model with its own preprocessing; runs in fp32, without gradient, on any device."""
+    """A loaded model with its own preprocessing and threshold; runs without gradient, on any device."""
 
-    def __init__(self, pretrained: Pretrained, device: str | torch.device = "cpu", batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        pretrained: Pretrained,
+        device: str | torch.device = "cpu",
+        batch_size: int = 8,
+        precision: Precision = "no",
+    ) -> None:
+        """batch_size: sentences per forward pass; precision: fp16 or bf16 autocast, "no" is fp32."""
         if pretrained.tokenizer is None:
             raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
         self.model = pretrained.model.eval().to(device)
+        self.name, self.preprocess = pretrained.name, pretrained.preprocess
         self.protocol = pretrained.protocol
         self.tokenizer = pretrained.tokenizer
         self.transform = build_transform(pretrained.preprocess)
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
+
+    def __repr__(self) -> str:
+        """Name the model, its input and where it runs, e.g. `Predictor(caris_tiny, 96 px square, cpu, fp32)`."""
+        precision = "fp32" if self.precision == "no" else self.precision
+        preprocess = f"{self.preprocess.size} px {self.preprocess.resize}"
+        return f"{type(self).__name__}({self.name}, {preprocess}, {self.device}, {precision})"
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> "Predictor":
-        """A predictor from a model folder, a checkpoint folder or a Hub repository; see `load_pretrained`."""
-        return cls(load_pretrained(source), device)
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        revision: str | None = None,
+        batch_size: int = 8,
+        precision: Precision = "no",
+    ) -> "Predictor":
+        """Load a model folder, a checkpoint folder or a Hub repository; see `load_pretrained`."""
+        return cls(load_pretrained(source, revision=revision), device, batch_size, precision)
 
-    def __call__(self, image: Image.Image, sentences: str | Sequence[str]) -> list[Segmentation]:
-        """Segment what each sentence means.
+    def __call__(self, image: ImageSource, sentences: str | Sequence[str]) -> list[Segmentation]:
+        """Segment what each sentence refers to.
 
-        image: any size and any mode that `to_rgb` takes; an EXIF rotation is applied first, so masks fit the image as
-        viewers show it. Raises UserError for an empty sentence or an image of float pixels.
+        image: a path, a PIL image of any mode that `to_rgb` takes, or an array ([h, w] or [h, w, 3] uint8, [h, w]
+        uint16). An EXIF rotation is applied first, so that masks fit the image as viewers show it. Raises UserError for
+        an empty sentence, or an image that cannot be read.
         """
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         if not all(s.strip() for s in sentences):
             raise UserError("a sentence is empty; say what to look for")
-        image = to_rgb(ImageOps.exif_transpose(image))
-        pixels, _, geometry = self.transform(image, None)
+        pixels, _, geometry = self.transform(load_image(image), None)
         found: list[Segmentation] = []
         for start in range(0, len(sentences), self.batch_size):
-            batch = self._batch(pixels, geometry, sentences[start : start + self.batch_size])
-            with torch.no_grad():
-                output = self.model(batch)
-            found += self._segmentations(output, batch)
+            batch = self.batch(pixels, geometry, sentences[start : start + self.batch_size])
+            found += self._segmentations(self.forward(batch), batch)
         return found
 
-    def _batch(self, pixels: Tensor, geometry: Tensor, sentences: list[str]) -> Batch:
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Run the model on a batch in the predictor's precision."""
+        kind = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, kind, enabled=self.precision != "no"):
+            return self.model(batch)
+
+    def batch(self, pixels: Tensor, geometry: Tensor, sentences: Sequence[str]) -> Batch:
+        """Pair one transformed image with sentences. pixels: [3, S, S] float32; geometry: [6] float64."""
         count = len(sentences)
         tokens = [self.tokenizer(s) for s in sentences]
         none = torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -100,19 +137,53 @@ class Predictor:
     def _segmentation(self, probability: Tensor, none: float | None) -> Segmentation:
         values = probability.cpu().numpy()
         mask = values > self.protocol.threshold
-        nothing = mask.sum() < max(1, self.protocol.no_target_pixels) if none is None else none > 0.5
-        if nothing:
-            confidence = float(1 - values.max()) if none is None else none
-            return Segmentation(np.zeros_like(mask), values, confidence, True)
-        return Segmentation(mask, values, float(values[mask].mean()) if mask.any() else 0.0, False)
+        area = np.count_nonzero(mask)
+        if none is not None and none > 0.5:
+            return Segmentation(np.zeros_like(mask), values, none, True, NO_TARGET)
+        if area < (max(1, self.protocol.no_target_pixels) if none is None else 1):
+            # a head that sees a target overrules the empty mask: not "nothing", only not found
+            return Segmentation(np.zeros_like(mask), values, float(1 - values.max()), none is None, NO_PIXEL)
+        return Segmentation(mask, values, float(values[mask].mean(dtype=np.float64)), False, INSIDE)
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Return an image as upright RGB; `source` as in `Predictor.__call__`.
+
+    Raises UserError for a URL, a file that cannot be read, and an array of another shape or type.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(source))
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, (str, Path)):
+        return read_image(source)
+    raise UserError(f"an image is a {type(source).__name__}; give a path, a PIL image or a numpy array")
+
+
+def _from_array(array: NDArray[np.generic]) -> Image.Image:
+    grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
+    colour = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
+    if array.size and (grey or colour):
+        return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    shape = " x ".join(str(n) for n in array.shape)
+    raise UserError(
+        f"an image is an array of shape {shape} and type {array.dtype}; give uint8 of [height, width, 3] or "
+        "[height, width]"
+    )
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, upright. Raises UserError for a file that is absent, truncated or no image."""
+    """Read an image file as RGB, upright. Raises UserError for a URL, or a file that is missing or not an image."""
+    if "://" in str(path):
+        raise UserError(f"{path} is a URL, and nothing is downloaded here; save the image and give its file name")
+    if not Path(path).exists():
+        raise UserError(f"there is no image {path}")
+    if not Path(path).is_file():  # reading a named pipe would wait for ever
+        raise UserError(f"{path} is not an image file")
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image), str(path))
-    except FileNotFoundError as error:
-        raise UserError(f"there is no image {path}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); is it truncated?") from error
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
+        raise UserError(f"{path} cannot be read as an image ({first_line(error)}); is it truncated?") from error

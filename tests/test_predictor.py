@@ -1,5 +1,6 @@
-"""An image and sentences in, masks at the image's own size out."""
+"""A predictor takes an image and sentences and gives masks at the image's own size."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.hub.model_folder import Pretrained
-from amltrain.predictor import Predictor, read_image
+from amltrain.predictor import INSIDE, NO_PIXEL, NO_TARGET, Predictor, load_image, read_image
 from amltrain.records import Batch, ModelOutput
 from tests.evaluation.stand_in import SeesBright
+
+PREPROCESS = Preprocess(
+    size=48, resize="square", normalization="half", tokenizer="words", max_tokens=6, sentence_field="sent"
+)
 
 
 class Words:
@@ -28,9 +33,7 @@ class Words:
 
 
 def predictor(head: bool = False, resize: str = "square", protocol: Protocol | None = None) -> Predictor:
-    preprocess = Preprocess(
-        size=48, resize=resize, normalization="half", tokenizer="words", max_tokens=6, sentence_field="sent"
-    )
+    preprocess = replace(PREPROCESS, resize=resize)
     model = SeesBright(head)
     return Predictor(Pretrained(model, preprocess, protocol or named_protocol("caris"), Words(), "stand_in", {}))
 
@@ -55,6 +58,65 @@ def test_masks_fit_the_image(scene, resize: str):
     assert iou(found[0].mask, truth) > 0.9
     assert found[0].confidence > 0.9
     assert not found[0].nothing
+    assert found[0].confidence_of == INSIDE
+
+
+def test_paths_arrays_and_images_give_the_same(scene, tmp_path: Path):
+    image, _ = scene
+    image.save(tmp_path / "scene.png")
+    array = np.asarray(image)
+    expected = predictor()(image, "x")[0].probability
+    for given in (
+        tmp_path / "scene.png",
+        str(tmp_path / "scene.png"),
+        array,
+        np.stack([array] * 3, 2),
+        array[::-1][::-1],
+    ):
+        assert np.array_equal(predictor()(given, "x")[0].probability, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("https://example.org/a.jpg", "is a URL"),
+        (np.zeros((4, 4, 3), np.float32), "shape 4 x 4 x 3 and type float32"),
+        (np.zeros((3, 9, 9), np.uint8), "shape 3 x 9 x 9"),
+        (np.zeros((0, 4, 3), np.uint8), "shape 0 x 4 x 3"),
+        (b"bytes", "an image is a bytes"),
+    ],
+)
+def test_what_is_not_an_image(given: object, message: str):
+    with pytest.raises(UserError, match=message):
+        load_image(given)  # type: ignore[arg-type]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="is not an image file"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_it_says_what_it_is():
+    assert repr(predictor()) == "Predictor(stand_in, 48 px square, cpu, fp32)"
+
+
+def test_half_precision_is_used_and_changes_little(scene):
+    class Linear(SeesBright):
+        def forward(self, batch: Batch) -> ModelOutput:
+            weight = torch.full((2, 3, 1, 1), 5.0)
+            weight[0] = -5
+            logits = torch.nn.functional.conv2d(batch.image, weight)
+            assert logits.dtype == (torch.bfloat16 if half else torch.float32)
+            return ModelOutput(logits)
+
+    pretrained = Pretrained(Linear(), PREPROCESS, named_protocol("caris"), Words(), "stand_in", {})
+    half = False
+    full = Predictor(pretrained)(scene[0], "x")[0]
+    half = True
+    low = Predictor(pretrained, precision="bf16")(scene[0], "x")[0]
+    assert low.probability.dtype == np.float32
+    assert np.abs(low.probability - full.probability).max() < 0.01
 
 
 def test_many_sentences_come_back_in_order(scene):
@@ -65,15 +127,17 @@ def test_many_sentences_come_back_in_order(scene):
     assert [s.nothing for s in found] == [i % 8 % 3 == 0 for i in range(20)]
     assert not found[0].mask.any()
     assert found[1].mask.any()
+    assert [s.confidence_of for s in found[:2]] == [NO_TARGET, INSIDE]
 
 
 def test_nothing_by_pixel_count_and_by_an_empty_mask(scene):
     image, truth = scene
-    protocol = replace(named_protocol("caris"), no_target_pixels=int(truth.sum()) * 2)
-    assert predictor(protocol=protocol)(image, "x")[0].nothing
+    rule = replace(named_protocol("caris"), no_target_pixels=int(truth.sum()) * 2)
+    assert predictor(protocol=rule)(image, "x")[0].nothing
     black = predictor()(Image.new("RGB", (50, 40)), "x")[0]
     assert black.nothing
     assert black.confidence > 0.9
+    assert black.confidence_of == NO_PIXEL
     assert black.mask.shape == (40, 50)
 
 
@@ -113,24 +177,7 @@ def test_bad_input(scene, tmp_path: Path):
         with pytest.raises(UserError, match=f"{name} cannot be read as an image"):
             read_image(tmp_path / name)
     with pytest.raises(UserError, match="a/model has no tokenizer files"):
-        Predictor(
-            Pretrained(
-                SeesBright(),
-                Preprocess(
-                    size=48,
-                    resize="square",
-                    normalization="half",
-                    tokenizer="words",
-                    max_tokens=6,
-                    sentence_field="sent",
-                ),
-                named_protocol("caris"),
-                None,
-                "x",
-                {},
-                "a/model",
-            )
-        )
+        Predictor(Pretrained(SeesBright(), PREPROCESS, named_protocol("caris"), None, "x", {}, "a/model"))
 
 
 def test_the_model_sees_what_the_loader_would_give(scene):
@@ -141,10 +188,7 @@ def test_the_model_sees_what_the_loader_would_give(scene):
             seen.append(batch)
             return super().forward(batch)
 
-    preprocess = Preprocess(
-        size=48, resize="square", normalization="half", tokenizer="words", max_tokens=6, sentence_field="sent"
-    )
-    predict = Predictor(Pretrained(Spy(), preprocess, named_protocol("caris"), Words(), "stand_in", {}))
+    predict = Predictor(Pretrained(Spy(), PREPROCESS, named_protocol("caris"), Words(), "stand_in", {}))
     predict(scene[0], ["the bright one", "it"])
     batch = seen[0]
     assert batch.image.shape == (2, 3, 48, 48)

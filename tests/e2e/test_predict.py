@@ -47,10 +47,11 @@ def test_masks_and_overlays_at_the_images_own_size(repository: Path, checkpoint:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("probability") == 3
-    names = {p.name for p in (tmp_path / "out").iterdir()}
-    stems = {"scene-red-square", "scene-the-blue-circle", "scene-the-blue-circle-3"}
-    assert names == {f"{s}.png" for s in stems} | {f"{s}-overlay.png" for s in stems}
-    mask = Image.open(tmp_path / "out" / "scene-red-square.png")
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    stems = {"scene-red-square", "scene-the-blue-circle", "scene-the-blue-circle-2"}
+    pictures = {f"{kind}/{s}.png" for kind in ("masks", "overlays") for s in stems}
+    assert written == pictures | {"predictions.jsonl"}
+    mask = Image.open(tmp_path / "out" / "masks" / "scene-red-square.png")
     assert mask.size == (130, 70)
     assert set(np.unique(np.asarray(mask))) <= {0, 255}
 

@@ -1,9 +1,10 @@
 """Pictures have the masks where they belong and the colours that mean truth and prediction."""
 
 import numpy as np
-from PIL import Image
+import pytest
+from PIL import Image, ImageFilter
 
-from amltrain.evaluation.visualize import PREDICTION, TRUTH, Example, overlay, sheet, tint
+from amltrain.evaluation.visualize import PREDICTION, TRUTH, Example, overlay, sheet, shrink, tint
 
 IMAGE = Image.new("RGB", (60, 40), (100, 100, 100))
 MASK = np.zeros((40, 60), bool)
@@ -22,6 +23,22 @@ def test_tint_outlines_and_fills_the_mask_only():
     assert inside[0] > 100 > inside[2]
     changed = (pixels != 100).any(2)
     assert np.array_equal(changed, MASK)
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 5, 8])
+def test_shrinking_is_a_minimum_filter(pixels: int):
+    mask = np.asarray(Image.effect_noise((90, 70), 90).filter(ImageFilter.BoxBlur(4))) > 125
+    mask = mask | np.pad(np.ones((30, 40), bool), ((0, 40), (20, 30)))
+    picture = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MinFilter(2 * pixels + 1))
+    assert 0 < np.asarray(picture).sum() < mask.sum()
+    assert np.array_equal(shrink(mask, pixels), np.asarray(picture) > 0)
+
+
+def test_an_overlay_is_as_large_as_asked():
+    large, mask = Image.new("RGB", (2000, 1000)), np.ones((1000, 2000), bool)
+    assert overlay(large, mask, "x", side=500).width < 600
+    assert overlay(large, mask, "x", side=None).width > 2000
+    assert 480 <= overlay(IMAGE, MASK, "x").width < 600
 
 
 def test_the_truth_leaves_colours_as_they_are():
