@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("amltrain.commands.train", "train a model, or go on with a run"),
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
+    "report": ("amltrain.commands.report", "one HTML page about a run: curves, scores, predictions"),
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
     "presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
     "rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),

@@ -1,0 +1,199 @@
+"""Score a split, choose samples to show, and predict them again for their pictures."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from amltrain.data.collate import collate
+from amltrain.evaluation.alignment import Aligner, AlignmentMaps
+from amltrain.evaluation.masks import original_probability
+from amltrain.evaluation.protocols import Rule
+from amltrain.evaluation.report.layers import Layers, draw_layers
+from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
+from amltrain.models.base import RISModel
+from amltrain.records import Batch
+
+CALIBRATION_SAMPLES = 64
+
+
+class Rows(NamedTuple):
+    """Every sample of a split, arrays [N]: ids int64, iou float64 0..1, words int64 (length of the sentence)."""
+
+    sample_id: NDArray[np.int64]
+    ref_id: NDArray[np.int64]
+    iou: NDArray[np.float64]
+    words: NDArray[np.int64]
+
+
+class Picked(NamedTuple):
+    """A sample to show. iou: 0..1; group as in `Card`."""
+
+    sample_id: int
+    group: str
+    iou: float
+
+
+class Card(NamedTuple):
+    """One prediction as the page shows it. group: best, worst, random or chosen; iou: 0..1; note: about no-target."""
+
+    dataset: str
+    split: str
+    sample_id: int
+    image_id: int
+    ref_id: int
+    sentence: str
+    words: int
+    iou: float
+    group: str
+    note: str
+    width: int
+    height: int
+    layers: Layers
+
+
+def sample_rows(results: Results, dataset: Any) -> Rows:
+    """Turn results into rows; a no-target sentence counts 1 if it was recognised and 0 if not, as in gIoU."""
+    column = dict(zip(SAMPLE_COLUMNS, results.samples.T, strict=True))
+    union = column["union"]
+    iou = column["intersection"] / np.maximum(union, 1)
+    none, predicted = column["no_target"].astype(bool), column["predicted_no_target"].astype(bool)
+    iou = np.where(none, predicted.astype(float), np.where(predicted, 0.0, iou))
+    infos = [dataset.info(i) for i in column["sample_id"].tolist()]
+    return Rows(
+        column["sample_id"],
+        np.array([i.ref_id for i in infos], np.int64),
+        iou,
+        np.array([len(i.sentence.split()) for i in infos], np.int64),
+    )
+
+
+def choose(rows: Rows, count: int, seed: int, chosen: Sequence[int] = ()) -> dict[int, str]:
+    """Choose samples to show: sample id -> group. Best, worst and random ones get a third of `count` each.
+
+    No referent is shown twice, except for `chosen` ids, which are always shown. The random third is a function of the
+    seed.
+    """
+    picked = dict.fromkeys(chosen, "chosen")
+    referent = dict(zip(rows.sample_id.tolist(), rows.ref_id.tolist(), strict=True))
+    seen = {referent[i] for i in chosen}
+    ranked = rows.sample_id[np.argsort(rows.iou, kind="stable")].tolist()
+    mixed = np.random.default_rng(seed).permutation(rows.sample_id).tolist()
+    for group, order, end in (("best", ranked[::-1], 1), ("worst", ranked, 2), ("random", mixed, 3)):
+        wanted = count * end // 3 - count * (end - 1) // 3
+        for sample_id in order:
+            if not wanted:
+                break
+            if referent[sample_id] not in seen:
+                picked[sample_id] = group
+                seen.add(referent[sample_id])
+                wanted -= 1
+    return picked
+
+
+@torch.no_grad()
+def predict_cards(
+    accelerator: Accelerator,
+    model: RISModel,
+    loader: DataLoader,
+    rule: Rule,
+    rows: Rows,
+    picked: dict[int, str],
+    aligner: Aligner | None,
+    *,
+    batch_size: int,
+    side: int,
+) -> Iterator[Card]:
+    """Predict the picked samples and draw them. loader: of the split, its samples with `original_target`."""
+    dataset: Any = loader.dataset
+    if aligner is not None:
+        step = max(1, len(dataset) // CALIBRATION_SAMPLES)
+        ids = list(range(0, len(dataset), step))[:CALIBRATION_SAMPLES]
+        aligner.calibrate([_batch(accelerator, dataset, part) for part in _parts(ids, batch_size)])
+    position = {sample_id: i for i, sample_id in enumerate(rows.sample_id.tolist())}
+    for part in _parts(list(picked), batch_size):
+        batch = _batch(accelerator, dataset, part)
+        with accelerator.autocast():
+            output = model(batch)
+            maps = None if aligner is None else aligner(batch)
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        masks = original_probability(output.logits, size, batch.geometry.tolist(), rule.interpolation)
+        head = output.aux["no_target"].argmax(1).tolist() if "no_target" in output.aux else [None] * len(part)
+        for i, sample_id in enumerate(part):
+            mask = (masks[i] > rule.threshold).cpu().numpy()
+            said = mask.sum() < rule.no_target_pixels if head[i] is None else head[i] == 1
+            picture = Picked(sample_id, picked[sample_id], float(rows.iou[position[sample_id]]))
+            yield _card(dataset, picture, mask & (not said), said, batch, i, maps, side)
+
+
+def _card(
+    dataset: Any,
+    picked: Picked,
+    mask: NDArray[np.bool_],
+    said_nothing: bool,
+    batch: Batch,
+    index: int,
+    maps: AlignmentMaps | None,
+    side: int,
+) -> Card:
+    info, image = dataset.info(picked.sample_id), dataset.picture(picked.sample_id)
+    truth = batch.original_target[index].cpu().numpy() > 0
+    scores = masked = None
+    if maps is not None:
+        network = (batch.image.shape[-2], batch.image.shape[-1])
+        geometry = batch.geometry[index].tolist()
+        scores = onto_image(maps.scores[index].float().cpu().numpy(), network, geometry)
+        masked = onto_image(maps.blocks[index].cpu().numpy(), network, geometry)
+    note = "the model answers: nothing in this image" if said_nothing else ""
+    if bool(batch.no_target[index]):
+        note = "; ".join(filter(None, ["the sentence refers to nothing", note]))
+    layers = draw_layers(image, truth, mask, scores, masked, side)
+    return Card(
+        dataset=info.dataset,
+        split=info.split,
+        sample_id=picked.sample_id,
+        image_id=info.image_id,
+        ref_id=info.ref_id,
+        sentence=info.sentence,
+        words=len(info.sentence.split()),
+        iou=picked.iou,
+        group=picked.group,
+        note=note,
+        width=image.width,
+        height=image.height,
+        layers=layers,
+    )
+
+
+def onto_image(
+    cells: NDArray[Any], network: tuple[int, int], geometry: Sequence[float], resolution: int = 160
+) -> NDArray[Any]:
+    """Values of cells over the network input -> the same values over the image itself, without interpolation.
+
+    cells: [a, b]; geometry: a row of `Batch.geometry`. Undoes a letterbox. Returns at most `resolution` x `resolution`.
+    """
+    height, width, scale_y, scale_x, offset_y, offset_x = geometry
+    picked = []
+    for length, scale, offset, side, count in (
+        (height, scale_y, offset_y, network[0], cells.shape[0]),
+        (width, scale_x, offset_x, network[1], cells.shape[1]),
+    ):
+        number = min(resolution, int(length))
+        position = (np.arange(number) + 0.5) / number * length * scale + offset
+        # blocks have a fixed side in pixels and the last may stick out; maps divide the input evenly
+        picked.append(np.clip((position / side * count).astype(int), 0, count - 1))
+    return cells[np.ix_(*picked)]
+
+
+def _batch(accelerator: Accelerator, dataset: Any, ids: Sequence[int]) -> Batch:
+    return send_to_device(collate([dataset[i] for i in ids]), accelerator.device)
+
+
+def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]

@@ -1,0 +1,48 @@
+"""Charts hold the values of the log and nothing that leaves the page."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from amltrain.errors import UserError
+from amltrain.evaluation.report.curves import VARIABLES, by_length, histogram, read_log, training_charts
+
+ROWS = [
+    {"step": 10.0, "loss": 0.5, "lr_factor": 1.0, "masked_share": 0.1, "mean_score": 0.7},
+    {"step": 20.0, "val/oIoU": 40.0, "val/mIoU": 38.0, "testA/oIoU": 41.0},
+    {"step": 30.0, "loss": float("nan"), "alignment/below_0.4": 0.2},
+]
+
+
+def test_a_chart_for_everything_that_was_logged() -> None:
+    titles = [chart.title for chart in training_charts(ROWS)]
+    assert titles == [
+        "Training loss",
+        "Scores on testA, percent",
+        "Scores on val, percent",
+        "Learning rate factor",
+        "Share of blocks masked, mean alignment score",
+        "Share of patches below a score",
+    ]
+    assert training_charts([]) == []
+
+
+def test_the_page_gives_the_colours() -> None:
+    charts = [*training_charts(ROWS), histogram("IoU", np.array([0.1, 0.9])), by_length("L", np.ones(3), np.arange(3))]
+    for chart in charts:
+        assert chart.svg.startswith("<svg")
+        assert not any(colour in chart.svg for colour in VARIABLES)
+        assert "var(--ink)" in chart.svg
+        assert not re.search(r'(?:href|src)="(?!#)', chart.svg)
+
+
+def test_a_log_that_was_cut_or_damaged(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert read_log(log) == []
+    log.write_text('{"step": 1, "loss": 0.5, "note": "x"}\n{"step": 2, "lo')
+    assert read_log(log) == [{"step": 1.0, "loss": 0.5}]
+    log.write_text('{"step": 1\n{"step": 2, "loss": 1}\n')
+    with pytest.raises(UserError, match="line 1 is damaged"):
+        read_log(log)
