@@ -10,6 +10,8 @@ COMMANDS = {
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
     "report": ("amltrain.commands.report", "one HTML page about a run: curves, scores, predictions"),
+    "demo": ("amltrain.commands.demo", "try one or two models in the browser"),
+    "export": ("amltrain.commands.export", "write a model as torch.export and ONNX files"),
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
     "presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
     "rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),

@@ -57,9 +57,12 @@ class Aligner:
         return float(self.settings["tau"])
 
     @torch.no_grad()
-    def calibrate(self, batches: Sequence[Batch]) -> None:
-        """Solve an automatic temperature on batches on the model's device. Raises UserError if none fits."""
-        if bool(self.scorer.calibrated):
+    def calibrate(self, batches: Sequence[Batch], *, again: bool = False) -> None:
+        """Solve an automatic temperature on batches on the model's device. Raises UserError if none fits.
+
+        again: also if it was solved before.
+        """
+        if bool(self.scorer.calibrated) and not (again and self.settings["temperature"] == "auto"):
             return
         scored = [(self.scorer.logits(f), self.scorer.token_mask(f)) for f in map(self._features, batches)]
         self.scorer.temperature.fill_(solve_temperature(scored).temperature)
