@@ -1,0 +1,8 @@
+"""Models as files that run without amltrain: torch.export programs and ONNX."""
+
+from pathlib import Path
+
+
+def run_onnx_path() -> Path:
+    """The script that goes into every exported folder."""
+    return Path(__file__).with_name("run_onnx.py")

@@ -1,0 +1,115 @@
+"""Exported files give the model's outputs, and run without amltrain."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from amltrain.config.schema import PreprocessConfig
+from amltrain.data.text import SentenceTokenizer
+from amltrain.errors import UserError
+from amltrain.evaluation.protocols import named_protocol
+from amltrain.export.folder import export_folder, table
+from amltrain.export.program import Exportable, example_inputs, export_program, largest_difference
+from amltrain.hub.model_folder import Pretrained
+from amltrain.models import create_model, list_models, model_info
+from amltrain.models.base import RISModel
+from amltrain.predictor import Predictor
+from amltrain.records import Batch, ModelOutput
+
+TINY = [name for name in list_models() if name.endswith("_tiny") and "swin" not in name]
+
+
+class Small(RISModel):
+    """Bright where the image is bright, shifted by the sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(60, 1)
+        nn.init.constant_(self.words.weight, 0.1)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        shift = (self.words(batch.input_ids)[..., 0] * batch.text_mask).sum(1)[:, None, None, None]
+        margin = 5 * batch.image.mean(1, keepdim=True) + shift
+        return ModelOutput(torch.cat([-margin, margin], 1))
+
+
+class Shrinks(Small):
+    """Its output depends on the size of the batch, so the size cannot be left open."""
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        count = int(batch.image.shape[0])
+        return ModelOutput(super().forward(batch).logits * torch.tensor([float(i + 1) for i in range(count)]).sum())
+
+
+def pretrained(model: RISModel, resize: str = "square") -> Pretrained:
+    tokenizer = SentenceTokenizer.train_wordpiece(["the bright square on the left"], 8)
+    preprocess = PreprocessConfig(
+        size=48, resize=resize, normalization="half", tokenizer="wordpiece", max_tokens=8, sentence_field="sent"
+    )
+    return Pretrained(model, preprocess, named_protocol("caris"), tokenizer, "small", {})
+
+
+def test_a_program_takes_any_batch(tmp_path: Path) -> None:
+    rows = export_folder(pretrained(Small()), tmp_path / "out", ["torch"], runs=1)
+    assert [r.format for r in rows] == ["PyTorch", "torch.export"]
+    assert rows[1].dynamic_batch and rows[1].difference is not None and rows[1].difference < 1e-6
+    settings = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert (settings["size"], settings["max_tokens"], settings["threshold"]) == (48, 8, 0.5)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert "| torch.export |" in table(rows)
+    module = torch.export.load(tmp_path / "out" / "model.pt2").module()
+    inputs = example_inputs(pretrained(Small()).preprocess, 5, vocabulary=20)
+    assert module(*inputs)[0].shape == (5, 2, 48, 48)
+
+
+def test_a_batch_size_that_cannot_be_left_open_is_said() -> None:
+    program = export_program(Shrinks(), example_inputs(pretrained(Small()).preprocess, 2))
+    assert not program.dynamic
+    assert program.reason
+
+
+def test_a_file_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amltrain.export.folder.largest_difference", lambda a, b: 0.1)
+    with pytest.raises(UserError, match=r"model\.pt2 differs from the model by 0\.1"):
+        export_folder(pretrained(Small()), tmp_path / "out", ["torch"], runs=1)
+
+
+@pytest.mark.parametrize("resize", [pytest.param("square", marks=pytest.mark.slow), "letterbox"])
+def test_onnx_runs_with_onnxruntime_alone(tmp_path: Path, resize: str) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    whole = pretrained(Small(), resize)
+    rows = export_folder(whole, tmp_path / "out", runs=1)
+    assert rows[2].format == "ONNX" and rows[2].difference is not None and rows[2].difference < 1e-5
+    scene = np.zeros((60, 100), np.uint8)
+    scene[10:40, 20:70] = 255
+    Image.fromarray(scene).save(tmp_path / "scene.png")
+    command = [sys.executable, "-P", str(tmp_path / "out" / "run_onnx.py"), str(tmp_path / "scene.png"), "the square"]
+    command.append(str(tmp_path / "mask.png"))
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={"PATH": ""}, timeout=60)
+    assert run.returncode == 0, run.stderr
+    expected = Predictor(whole)(tmp_path / "scene.png", "the square")[0].mask
+    found = np.asarray(Image.open(tmp_path / "mask.png")) > 0
+    assert expected.any() and found.shape == expected.shape
+    assert (found & expected).sum() / (found | expected).sum() > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_every_model_is_exported(name: str) -> None:
+    torch.manual_seed(0)
+    info = model_info(name)
+    model = create_model(name).eval()
+    inputs = example_inputs(info.preprocess, 2)
+    program = export_program(model, inputs)
+    given: tuple[Tensor, ...] = inputs if program.dynamic else tuple(t[:1] for t in inputs)
+    with torch.no_grad():
+        assert largest_difference(Exportable(model)(*given), program.program.module()(*given)) < 1e-4
