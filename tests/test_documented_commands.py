@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
+from amltrain.commands import benchmark, convert, demo, evaluate, export, predict, prepare, push, report
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
@@ -23,6 +23,9 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "train": read_run,
     "evaluate": evaluate.build_parser().parse_args,
     "predict": predict.build_parser().parse_args,
+    "report": report.build_parser().parse_args,
+    "demo": demo.build_parser().parse_args,
+    "export": export.build_parser().parse_args,
     "prepare": prepare.build_parser().parse_args,
     "convert": convert.build_parser().parse_args,
     "benchmark": benchmark.build_parser().parse_args,

@@ -10,8 +10,9 @@ errors, alignment scores, and the blocks that AML masks. The file needs no netwo
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from accelerate import Accelerator
@@ -24,7 +25,6 @@ from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, first_line, one_line_errors
 from amltrain.evaluation.alignment import Aligner, build_aligner
 from amltrain.evaluation.evaluator import evaluate_model
-from amltrain.evaluation.protocols import complete
 from amltrain.evaluation.report.collect import choose, predict_cards, sample_rows
 from amltrain.evaluation.report.curves import by_length, histogram, read_log, training_charts
 from amltrain.evaluation.report.page import SplitPart, render, write_page
@@ -123,12 +123,16 @@ def find_data(source: Source, training: dict[str, Any] | None, args: argparse.Na
 
 
 def _loaders(
-    data: DataConfig, pretrained: Pretrained, splits: Sequence[str], args: argparse.Namespace, frame: str | None
+    data: DataConfig,
+    pretrained: Pretrained,
+    splits: Sequence[str],
+    args: argparse.Namespace,
+    frame: Literal["network", "original"],
 ) -> dict[str, DataLoader]:
     if pretrained.tokenizer is None:
         raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
     evaluation = EvaluationConfig(splits=list(splits), batch_size=args.batch_size, max_samples=args.max_samples)
-    protocol = type(pretrained.protocol)(**{**vars(pretrained.protocol), "frame": frame})
+    protocol = replace(pretrained.protocol, frame=frame)
     return build_eval_loaders(data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer)
 
 
@@ -151,7 +155,7 @@ def _split_part(
         raise UserError(f"--samples {min(unknown)} is not a sample id of {results.dataset} {results.split}")
     picked = choose(rows, args.pictures, args.seed, chosen)
     cards = predict_cards(
-        accelerator, model, shown, complete(pretrained.protocol), rows, picked, aligner,
+        accelerator, model, shown, pretrained.protocol, rows, picked, aligner,
         batch_size=args.batch_size, side=args.side,
     )  # fmt: skip
     lengths = by_length("IoU by length of the sentence", rows.iou, rows.words)

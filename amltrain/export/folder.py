@@ -21,7 +21,6 @@ import torch
 from amltrain import __version__
 from amltrain.data.transforms import MEAN_STD
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import complete
 from amltrain.export import run_onnx_path
 from amltrain.export.program import (
     INPUTS,
@@ -127,7 +126,7 @@ def _times(timed: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
 
 
 def _write_files(pretrained: Pretrained, folder: Path, rows: Sequence[Exported], *, has_onnx: bool) -> None:
-    preprocess, rule = pretrained.preprocess, complete(pretrained.protocol)
+    preprocess, rule = pretrained.preprocess, pretrained.protocol
     mean, std = MEAN_STD[str(preprocess.normalization)]
     assert pretrained.tokenizer is not None
     settings = {

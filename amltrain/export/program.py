@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig
+from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError, first_line
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
@@ -59,7 +59,7 @@ class Program(NamedTuple):
     reason: str
 
 
-def example_inputs(preprocess: PreprocessConfig, count: int, seed: int = 0, vocabulary: int = 40) -> Inputs:
+def example_inputs(preprocess: Preprocess, count: int, seed: int = 0, vocabulary: int = 40) -> Inputs:
     """Random inputs of a model: noise, and sentences of 3 tokens and more. vocabulary: ids are below it."""
     size, length = preprocess.size, preprocess.max_tokens
     assert size and length

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig
+from amltrain.config.schema import Preprocess
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
@@ -50,7 +50,7 @@ class Shrinks(Small):
 
 def pretrained(model: RISModel, resize: str = "square") -> Pretrained:
     tokenizer = SentenceTokenizer.train_wordpiece(["the bright square on the left"], 8)
-    preprocess = PreprocessConfig(
+    preprocess = Preprocess(
         size=48, resize=resize, normalization="half", tokenizer="wordpiece", max_tokens=8, sentence_field="sent"
     )
     return Pretrained(model, preprocess, named_protocol("caris"), tokenizer, "small", {})

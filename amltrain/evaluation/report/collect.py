@@ -10,10 +10,10 @@ from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from amltrain.config.schema import Protocol
 from amltrain.data.collate import collate
 from amltrain.evaluation.alignment import Aligner, AlignmentMaps
 from amltrain.evaluation.masks import original_probability
-from amltrain.evaluation.protocols import Rule
 from amltrain.evaluation.report.layers import Layers, draw_layers
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
 from amltrain.models.base import RISModel
@@ -101,7 +101,7 @@ def predict_cards(
     accelerator: Accelerator,
     model: RISModel,
     loader: DataLoader,
-    rule: Rule,
+    rule: Protocol,
     rows: Rows,
     picked: dict[int, str],
     aligner: Aligner | None,
