@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from amltrain.config.schema import Protocol
 from amltrain.data.collate import collate
+from amltrain.data.transforms import normalise_batch
 from amltrain.evaluation.alignment import Aligner, AlignmentMaps
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.report.layers import Layers, draw_layers
@@ -191,7 +192,8 @@ def onto_image(
 
 
 def _batch(accelerator: Accelerator, dataset: Any, ids: Sequence[int]) -> Batch:
-    return send_to_device(collate([dataset[i] for i in ids]), accelerator.device)
+    batch = send_to_device(collate([dataset[i] for i in ids]), accelerator.device)
+    return normalise_batch(batch, dataset.transform.normalization)
 
 
 def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:
