@@ -411,10 +411,10 @@ def magnet_tiny(
     return MagNet(
         swin=swin,
         text_encoder=text,
-        dim=128,
+        dim=64,
         heads=4,
-        encoder_layers=2,
-        encoder_feedforward=256,
+        encoder_layers=1,
+        encoder_feedforward=128,
         decoder_layers=3,
         decoder_feedforward=256,
         text_fusion=text_fusion,

@@ -38,6 +38,8 @@ PARAMETERS = {
     "rela_r50": (153_368_197, 115_355_269),
     "rela_swin_base": (225_521_469, 187_508_541),
     "rela_swin_tiny": (162_560_575, 124_547_647),
+    "remamber_conv": (254_578_177, 254_578_177),
+    "remamber_mamba": (281_551_937, 281_551_937),
 }
 """Full size: all parameters and trained ones. Those of the releases, less what a model's header says is left out."""
 
@@ -253,7 +255,12 @@ VARIANTS = [
     {"stage1_size": 56},
 ]
 IDENTITY = {"projection": "identity"}
-REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "etris_tiny": []}
+REFUSED = {
+    "lavt_tiny": [{"level": "feature"}, IDENTITY],
+    "cris_tiny": [],
+    "etris_tiny": [],
+    "remamber_tiny": [{"level": "feature"}, IDENTITY],
+}
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
 
 

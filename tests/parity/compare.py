@@ -145,9 +145,9 @@ def find_beside(model: str, case: Path, suffix: str) -> Path:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The sizes of a case: the JSON's "config" where that is an object, else all of it."""
+    """The case's JSON; what lies in its "config", if that is an object, comes to the top."""
     content = json.loads(path.read_text())
-    return content["config"] if isinstance(content.get("config"), dict) else content
+    return content | content["config"] if isinstance(content.get("config"), dict) else content
 
 
 def official_weights(recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
