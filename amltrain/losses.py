@@ -111,6 +111,28 @@ class BinaryCrossEntropy(nn.Module):
         return {"loss": F.binary_cross_entropy_with_logits(logits, target)}
 
 
+@register_loss("barleria")
+class ReconstructionLoss(BinaryCrossEntropy):
+    """Binary cross-entropy as in CRIS, plus the reconstruction error of BarLeRIa's feedback chain."""
+
+    needs_heads = True
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w]; aux reconstruction [B]; batch.target [B, H, W] uint8.
+
+        Returns loss, and detached its two terms: cross_entropy, reconstruction.
+        """
+        if "reconstruction" not in output.aux:
+            raise UserError("loss barleria needs a model with a feedback chain (barleria_*); name another loss.name")
+        cross_entropy = super().forward(output, batch)["loss"]
+        reconstruction = output.aux["reconstruction"].float().mean()
+        return {
+            "loss": cross_entropy + reconstruction,
+            "cross_entropy": cross_entropy.detach(),
+            "reconstruction": reconstruction.detach(),
+        }
+
+
 @register_loss("cross_entropy_dice")
 class CrossEntropyDice(nn.Module):
     """Binary cross-entropy plus Dice of one-channel logits at the target's size (ReMamber, MagNet).

@@ -22,6 +22,8 @@ from amltrain.models import RISModel, check_param_groups, create_model, list_mod
 from amltrain.records import Batch
 
 PARAMETERS = {
+    "barleria_eva02_base": (175_836_962, 26_186_785),
+    "barleria_vit_base": (176_136_738, 26_706_721),
     "caris_swin_base": (226_572_664, 226_572_664),
     "caris_swin_tiny": (166_832_250, 166_832_250),
     "cgformer_swin_base": (249_506_171, 249_506_171),
