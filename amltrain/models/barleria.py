@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
 from amltrain.models.backbones.eva_clip import EVA_DROPS, OFFICIAL_EVA_NAMES, EvaCLIPViT
@@ -173,7 +173,9 @@ class BarLeRIa(RISModel):
         }
         return ModelOutput(logits, aux)
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """Both towers without prompts and flows, so `features` serve nothing here: [B, E, h, w] and [B, L, E]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
         shared = tokens @ self.text.text_projection
@@ -181,8 +183,8 @@ class BarLeRIa(RISModel):
         code = self.vision.rotary(grid, 0)
         for i in range(len(self.vision.blocks)):
             x = self._vision_block(i, x, code, tuned=False)
-        visual = self.vision.finish(x[:, 1:]).transpose(1, 2).unflatten(2, grid)
-        return AlignmentFeatures(visual, shared, batch.text_mask)
+        seen = self.vision.finish(x[:, 1:]).transpose(1, 2).unflatten(2, grid)
+        return AlignmentFeatures(seen, shared, batch.text_mask)
 
     def _encode_image(self, batch: Batch, words: Tensor, tokens: Tensor, sentence: Tensor) -> Features:
         """words [B, L, W]: what entered the text tower, which prompts the image tower."""
@@ -258,7 +260,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
         release="github.com/NastrondAd/BarLeRIa, commit 8632568",
         licence="MIT",
         aml_scores="CLIP's map x tokens in their shared space, towers without prompts and flows",
-        preprocess=PreprocessConfig(
+        preprocess=Preprocess(
             size=size,
             resize="letterbox",
             normalization="clip",
@@ -266,7 +268,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=ProtocolConfig(
+        protocol=Protocol(
             frame="original",
             threshold=0.35,
             interpolation="bicubic",

@@ -5,7 +5,7 @@ Official code: yxchng/mask-grounding, commit 2debc7e, AGPL-3.0. Reimplemented fr
 It holds the network and its evaluation only. The losses, the mask grounding branch and the optimizer are not public.
 
 What AML scores: the image without words (Swin with every gate shut) against BERT without the image.
-`alignment_visual="conditioned"` takes both encoders' last stages as the trained network has them, before their own
+`visual="conditioned"` takes both encoders' last stages as the trained network has them, before their own
 fusion.
 
 Kept from the official code on purpose:
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.backbones.bert import build_bert, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
@@ -205,6 +205,7 @@ class MagNet(RISModel):
 
     mask_channels = 1
     supports_suppression = True
+    alignment_visuals = ("unimodal", "conditioned")
 
     def __init__(
         self,
@@ -218,11 +219,10 @@ class MagNet(RISModel):
         decoder_layers: int = 9,
         decoder_feedforward: int = 2048,
         text_fusion: TextFusion = "official",
-        alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
     ) -> None:
         """swin: without output norms. text_encoder: its number of layers is a multiple of four.
 
-        dim, heads and the rest: of the head. text_fusion, alignment_visual: see the head of this file.
+        dim, heads and the rest: of the head. text_fusion: see the head of this file.
         """
         super().__init__()
         text_dim = text_encoder.config.hidden_size
@@ -242,7 +242,6 @@ class MagNet(RISModel):
         self.query = QueryDecoder(
             dim=dim, mask_dim=dim, queries=1, layers=decoder_layers, heads=heads, feedforward=decoder_feedforward
         )
-        self.alignment_visual = alignment_visual
         self.alignment_dims = (swin.channels[-1], text_dim)
         self.fused_dims = (dim, text_dim)
 
@@ -261,16 +260,19 @@ class MagNet(RISModel):
         logits = at_image_size(logits, (batch.image.shape[-2], batch.image.shape[-1]), 4)
         return ModelOutput(logits, {"fused_visual": scales[0], "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """Last Swin stage [B, C, h, w] at stride 32 and BERT's tokens [B, L, D]; neither has seen the other's input.
 
         One more pass of both encoders, so `features` serve nothing here.
+        visual="conditioned": both as the trained network has them, before the last stage's own fusion.
         """
-        if self.alignment_visual == "conditioned":
-            x, text = self._stages(batch, None)
+        if visual == "conditioned":
+            x, tokens = self._stages(batch, None)
         else:
-            x, text = self._image_alone(batch), self._text_alone(batch)
-        return AlignmentFeatures(x.permute(0, 3, 1, 2), text, batch.text_mask)
+            x, tokens = self._image_alone(batch), self._text_alone(batch)
+        return AlignmentFeatures(x.permute(0, 3, 1, 2), tokens, batch.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         """The words are conditioned on the image; the text features given are kept."""
@@ -345,7 +347,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         release="github.com/yxchng/mask-grounding, commit 2debc7e",
         licence="AGPL-3.0",
         aml_scores="last Swin blocks without words x BERT tokens without the image",
-        preprocess=PreprocessConfig(
+        preprocess=Preprocess(
             size=size,
             resize="square",
             normalization="imagenet",
@@ -353,7 +355,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="raw",
         ),
-        protocol=ProtocolConfig(
+        protocol=Protocol(
             frame="network",
             threshold=0.5,
             interpolation="bilinear",
@@ -374,7 +376,6 @@ def magnet_swin_base(
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
     text_fusion: TextFusion = "official",
-    alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
 ) -> MagNet:
     """Build the official size: Swin-B with windows of 12 and BERT-base, 289.6 M parameters.
 
@@ -383,7 +384,7 @@ def magnet_swin_base(
     swin = Swin(window_size=12, drop_path_rate=drop_path_rate, output_norms=False)
     text = build_bert(vocab_size=vocab_size, dropout=text_dropout)
     load_encoders(swin, text, vision_weights, text_weights)
-    return MagNet(swin=swin, text_encoder=text, text_fusion=text_fusion, alignment_visual=alignment_visual)
+    return MagNet(swin=swin, text_encoder=text, text_fusion=text_fusion)
 
 
 @register_model(_info(96, "wordpiece", max_tokens=24))
@@ -395,7 +396,6 @@ def magnet_tiny(
     drop_path_rate: float = 0.0,
     text_dropout: float = 0.0,
     text_fusion: TextFusion = "official",
-    alignment_visual: Literal["unimodal", "conditioned"] = "unimodal",
 ) -> MagNet:
     """Build a model small enough to learn synthetic scenes from scratch on two CPU cores."""
     swin = Swin(
@@ -418,5 +418,4 @@ def magnet_tiny(
         decoder_layers=3,
         decoder_feedforward=256,
         text_fusion=text_fusion,
-        alignment_visual=alignment_visual,
     )

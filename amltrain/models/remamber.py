@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.models.backbones.clip import CLIPText, huggingface_name, load_clip_text, pack_attention
 from amltrain.models.backbones.vmamba import OFFICIAL_VMAMBA_NAMES, VMamba, convolve, load_vmamba
@@ -327,13 +327,15 @@ class ReMamber(RISModel):
         logits = at_image_size(logits, (batch.image.shape[-2], batch.image.shape[-1]), STRIDE)
         return ModelOutput(logits, {"fused_visual": features.visual[-1], "fused_text": features.text})
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """VMamba without twisters [B, C, h, w] at stride 32, and CLIP's tokens [B, L, D].
 
         features: their text is used; their maps are twisted ones.
         """
-        text = self._encode_text(batch)[0] if features is None else features.text
-        return AlignmentFeatures(self.vision(self._padded(batch.image)).permute(0, 3, 1, 2), text, batch.text_mask)
+        tokens = self._encode_text(batch)[0] if features is None else features.text
+        return AlignmentFeatures(self.vision(self._padded(batch.image)).permute(0, 3, 1, 2), tokens, batch.text_mask)
 
     def _encode_text(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.input_ids.shape[1] != self.tokens:
@@ -406,7 +408,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         release="github.com/yyh-rain-song/ReMamber, commit 9edcf01",
         licence="none (all rights reserved)",
         aml_scores="VMamba without twisters x CLIP tokens",
-        preprocess=PreprocessConfig(
+        preprocess=Preprocess(
             size=size,
             resize="square",
             normalization="imagenet",
@@ -414,7 +416,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="raw",
         ),
-        protocol=ProtocolConfig(
+        protocol=Protocol(
             frame="original",
             threshold=0.5,
             interpolation="nearest",

@@ -100,12 +100,12 @@ def test_aml_scores_each_encoder_alone(batch) -> None:
 
 
 def test_conditioned_features_are_those_of_the_network(batch) -> None:
-    model = build(alignment_visual="conditioned", text_fusion="corrected")
+    model = build(text_fusion="corrected")
     seen = []
     model.swin.layers[3].register_forward_hook(lambda module, args, output: seen.append(output))
     model.text_encoder.encoder.layer[3].register_forward_hook(lambda module, args, output: seen.append(output))
     model(batch)
-    features = model.alignment_features(batch)
+    features = model.alignment_features(batch, visual="conditioned")
     torch.testing.assert_close(features.visual, seen[0].permute(0, 3, 1, 2))
     torch.testing.assert_close(features.text, seen[1])
 

@@ -261,6 +261,7 @@ REFUSED = {
     "lavt_tiny": [{"level": "feature"}, IDENTITY],
     "cris_tiny": [],
     "etris_tiny": [],
+    "barleria_tiny": [],
     "remamber_tiny": [{"level": "feature"}, IDENTITY],
 }
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
