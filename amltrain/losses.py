@@ -111,6 +111,57 @@ class BinaryCrossEntropy(nn.Module):
         return {"loss": F.binary_cross_entropy_with_logits(logits, target)}
 
 
+@register_loss("barleria")
+class ReconstructionLoss(BinaryCrossEntropy):
+    """Binary cross-entropy as in CRIS, plus the reconstruction error of BarLeRIa's feedback chain."""
+
+    needs_heads = True
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w]; aux reconstruction [B]; batch.target [B, H, W] uint8.
+
+        Returns loss, and detached its two terms: cross_entropy, reconstruction.
+        """
+        if "reconstruction" not in output.aux:
+            raise UserError("loss barleria needs a model with a feedback chain (barleria_*); name another loss.name")
+        cross_entropy = super().forward(output, batch)["loss"]
+        reconstruction = output.aux["reconstruction"].float().mean()
+        return {
+            "loss": cross_entropy + reconstruction,
+            "cross_entropy": cross_entropy.detach(),
+            "reconstruction": reconstruction.detach(),
+        }
+
+
+@register_loss("cross_entropy_dice")
+class CrossEntropyDice(nn.Module):
+    """Binary cross-entropy plus Dice of one-channel logits at the target's size (ReMamber, MagNet).
+
+    A pixel that is at least half covered is the referent's.
+    """
+
+    channels = 1
+
+    def __init__(self, dice_weight: float = 1.0) -> None:
+        super().__init__()
+        self.dice_weight = dice_weight
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w], batch.target [B, H, W] uint8.
+
+        Returns loss, and detached and unweighted its two terms: cross_entropy, dice.
+        """
+        logits = upsample_logits(output.logits, batch.target.shape[-2:])
+        truth = (batch.target >= 128)[:, None].to(logits.dtype)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
+        dice = dice_loss(logits, truth)
+        return {
+            "loss": cross_entropy + self.dice_weight * dice,
+            "cross_entropy": cross_entropy.detach(),
+            "dice": dice.detach(),
+        }
+
+
 @register_loss("rela")
 class RegionLoss(nn.Module):
     """ReLA's loss: class-weighted cross-entropies of the mask, the minimap and the no-target decision.

@@ -68,7 +68,16 @@ RELA = Release(
     *("union", "rela"),
 )
 SHORT = DETRIS._replace(milestones=(35,), length=50)
+MAGNET = LAVT._replace(loss="cross_entropy_dice")  # ours: the official code cannot train
+REMAMBER = Release(
+    *("adamw", 5e-5, 1e-4, "cosine", (), 50, 64, "fp16", None, False, 480, 20, "referent", "mIoU"),
+    *("union", "cross_entropy_dice"),
+)
+BARLERIA = ETRIS._replace(loss="barleria")
 RELEASES = {
+    **{f"magnet/{name}": MAGNET for name in CLASSIC},
+    **{f"remamber/{name}": REMAMBER for name in CLASSIC},
+    **{f"barleria/{name}": BARLERIA for name in CLASSIC},
     **{f"paper/{name}": CARIS for name in [*CLASSIC, "combined"]},
     **{f"cgformer/{name}": CGFORMER for name in CLASSIC},
     **{f"lavt/{name}": LAVT for name in CLASSIC},
@@ -81,6 +90,9 @@ RELEASES = {
     "rela/grefcoco_5k": RELA._replace(schedule="constant", milestones=(), length=5_000),  # the AML paper's row
 }
 LAYERS = {
+    "magnet_swin_base": MAGNET,
+    **dict.fromkeys(["remamber_conv", "remamber_mamba"], REMAMBER),
+    **dict.fromkeys(["barleria_vit_base", "barleria_eva02_base"], BARLERIA),
     **dict.fromkeys(["caris_swin_base", "caris_swin_tiny"], CARIS),
     "cgformer_swin_base": CGFORMER,
     **dict.fromkeys(["cris_r101", "cris_r50"], CRIS),

@@ -124,8 +124,9 @@ class Protocol:
     """Score masks at the network's input size or at every image's own size."""
     threshold: float
     """A pixel is foreground when its probability exceeds this; 0.5 is the argmax of two channels."""
-    interpolation: Literal["bilinear", "bicubic"]
-    """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS)."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"]
+    """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS); nearest: take the
+    nearest logit at the original size (ReMamber)."""
     sentences: Literal["all", "first"]
     """Score every sentence of a referent, or its first only."""
     ties: Literal["ge", "gt"]

@@ -2,10 +2,11 @@
 
 Dimensions: B batch, h w logits, H W network input, h0 w0 original image.
 
-Two ways, named by what is interpolated (both align_corners=True, up to the input size first, as every release does):
+Three ways, named by what is interpolated (both align_corners=True, up to the input size first, as every release does):
 
     bilinear  the referent's margin (logit of referent - logit of background) is interpolated, then made a probability
               (LAVT, CARIS, ReLA); back to the original size bilinearly
+    nearest   as bilinear up to the input size; back to the original size a pixel takes the nearest margin (ReMamber)
     bicubic   the probability is interpolated (CRIS, ETRIS, DETRIS, CGFormer); back to the original size bicubically
 
 The way back follows the geometry of the sample. A stretched square is stretched back. A letterbox is undone by the
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Interpolation = Literal["bilinear", "bicubic"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 _CUBIC_A = -0.75  # OpenCV's, and PyTorch's
 
@@ -39,7 +40,8 @@ def _network_values(logits: Tensor, size: tuple[int, int], interpolation: Interp
         values = values.sigmoid()
     if values.shape[-2:] == size:
         return values
-    return F.interpolate(values[:, None], size, mode=interpolation, align_corners=True)[:, 0]
+    mode = "bicubic" if interpolation == "bicubic" else "bilinear"
+    return F.interpolate(values[:, None], size, mode=mode, align_corners=True)[:, 0]
 
 
 def _probability(values: Tensor, interpolation: Interpolation) -> Tensor:
@@ -82,7 +84,8 @@ def to_original(values: Tensor, geometry: Sequence[float], interpolation: Interp
     # S / h0 * h0 is not S in floating point for many h0, 427 among them
     stretched = math.isclose(scale_y * h0, height, rel_tol=1e-6) and math.isclose(scale_x * w0, width, rel_tol=1e-6)
     if stretched and offset_y == offset_x == 0:
-        return F.interpolate(values[None, None], (h0, w0), mode=interpolation, align_corners=True)[0, 0]
+        corners = None if interpolation == "nearest" else True
+        return F.interpolate(values[None, None], (h0, w0), mode=interpolation, align_corners=corners)[0, 0]
     index, weight = _taps(h0, height, scale_y, offset_y, interpolation, values.device)
     rows = (values[index] * weight[..., None]).sum(1)  # [h0, W]
     index, weight = _taps(w0, width, scale_x, offset_x, interpolation, values.device)
@@ -104,6 +107,8 @@ def _taps(
     t = position - first
     if interpolation == "bilinear":
         steps, weight = torch.arange(0, 2, device=device), torch.stack([1 - t, t], dim=1)
+    elif interpolation == "nearest":
+        steps, weight = torch.arange(0, 2, device=device), torch.stack([t < 0.5, t >= 0.5], dim=1)
     else:
         steps = torch.arange(-1, 3, device=device)
         weight = torch.stack([_cubic(t + 1), _cubic(t), _cubic(1 - t), _cubic(2 - t)], dim=1)

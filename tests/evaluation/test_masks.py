@@ -78,3 +78,14 @@ def test_letterboxed_rectangle_comes_back_where_it_was(interpolation: str):
     back = to_original(canvas, [40, 80, scale, scale, offset, 0.0], interpolation)
     mask = back > 0.5
     assert torch.equal(mask, truth > 0.5)
+
+
+def test_nearest_takes_a_logit_of_the_network_size() -> None:
+    """Stretched or letterboxed, every pixel has one of the network's own values."""
+    logits = torch.tensor([[[[1.0, -2.0], [3.0, -4.0]]]])
+    stretched = [4.0, 6.0, 2 / 4, 2 / 6, 0.0, 0.0]
+    [found] = original_probability(logits, (2, 2), [stretched], "nearest")
+    assert torch.equal(found, logits[0, 0].repeat_interleave(2, 0).repeat_interleave(3, 1).sigmoid())
+    letterbox = [2.0, 4.0, 0.5, 0.5, 0.5, 0.0]
+    [found] = original_probability(logits, (2, 2), [letterbox], "nearest")
+    assert set(found.flatten().tolist()) <= set(logits.sigmoid().flatten().tolist())

@@ -16,8 +16,23 @@ def test_a_release_scores_all_its_models_alike(name: str) -> None:
 
 
 def test_every_release_has_a_preset() -> None:
-    assert sorted(PROTOCOLS) == ["caris", "cgformer", "cris", "detris", "etris", "lavt", "rela"]
-    assert {name for name, protocol in PROTOCOLS.items() if protocol.mask_parts == "exclusive"} == {"lavt", "cgformer"}
+    assert sorted(PROTOCOLS) == [
+        "barleria",
+        "caris",
+        "cgformer",
+        "cris",
+        "detris",
+        "etris",
+        "lavt",
+        "magnet",
+        "rela",
+        "remamber",
+    ]
+    assert {name for name, protocol in PROTOCOLS.items() if protocol.mask_parts == "exclusive"} == {
+        "lavt",
+        "cgformer",
+        "magnet",
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from amltrain.models import RISModel, check_param_groups, create_model, list_mod
 from amltrain.records import Batch
 
 PARAMETERS = {
+    "barleria_eva02_base": (175_836_962, 26_186_785),
+    "barleria_vit_base": (176_136_738, 26_706_721),
     "caris_swin_base": (226_572_664, 226_572_664),
     "caris_swin_tiny": (166_832_250, 166_832_250),
     "cgformer_swin_base": (249_506_171, 249_506_171),
@@ -34,9 +36,12 @@ PARAMETERS = {
     "etris_r50": (132_783_522, 28_819_009),
     "etris_vit_base": (173_259_330, 23_829_313),
     "lavt_swin_base": (225_642_362, 187_629_434),
+    "magnet_swin_base": (289_564_024, 289_564_024),
     "rela_r50": (153_368_197, 115_355_269),
     "rela_swin_base": (225_521_469, 187_508_541),
     "rela_swin_tiny": (162_560_575, 124_547_647),
+    "remamber_conv": (254_578_177, 254_578_177),
+    "remamber_mamba": (281_551_937, 281_551_937),
 }
 """Full size: all parameters and trained ones. Those of the releases, less what a model's header says is left out."""
 
@@ -252,7 +257,13 @@ VARIANTS = [
     {"stage1_size": 56},
 ]
 IDENTITY = {"projection": "identity"}
-REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "etris_tiny": []}
+REFUSED = {
+    "lavt_tiny": [{"level": "feature"}, IDENTITY],
+    "cris_tiny": [],
+    "etris_tiny": [],
+    "barleria_tiny": [],
+    "remamber_tiny": [{"level": "feature"}, IDENTITY],
+}
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
 
 

@@ -31,7 +31,7 @@ from amltrain.losses import create_loss, upsample_logits  # noqa: E402
 from amltrain.models import RISModel  # noqa: E402
 from amltrain.records import Batch, ModelOutput  # noqa: E402
 
-RECORDED = ("input.", "extra.", "inter.", "output.", "grad.", "train.", "post.", "f64.")
+RECORDED = ("input.", "extra.", "inter.", "output.", "grad.", "train.", "post.", "f64.", "unpadded.")
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 ReadOutput = Callable[[ModelOutput, Batch], Tensor]
 
@@ -42,6 +42,7 @@ class Adapter:
 
     build       config of the case's JSON -> model of that size, every dropout and drop-path 0
     loss        name of the loss in amltrain.losses
+    loss_kwargs its arguments
     captures    recorded name -> (module path, function of the module's inputs and output -> tensor shaped as recorded)
     batch       recorded tensors -> Batch; the default reads input.image, input.ids, input.mask, input.target
     outputs     recorded name -> function of the model's output and the batch; the default gives output.logits,
@@ -56,6 +57,7 @@ class Adapter:
 
     build: Callable[[Mapping[str, Any]], RISModel]
     loss: str
+    loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
     captures: Mapping[str, tuple[str, Read]] = field(default_factory=dict)
     batch: Callable[[Mapping[str, Tensor]], Batch] | None = None
     outputs: Mapping[str, ReadOutput] = field(default_factory=dict)
@@ -143,9 +145,9 @@ def find_beside(model: str, case: Path, suffix: str) -> Path:
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The sizes of a case: the JSON's "config" where that is an object, else all of it."""
+    """The case's JSON; what lies in its "config", if that is an object, comes to the top."""
     content = json.loads(path.read_text())
-    return content["config"] if isinstance(content.get("config"), dict) else content
+    return content | content["config"] if isinstance(content.get("config"), dict) else content
 
 
 def official_weights(recorded: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,7 +204,7 @@ def backward(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str
     """Training forward and backward under recorded names: outputs, loss, gradients, statistics; the last two as
     `grad.` and `post.` + our name."""
     torch.set_default_dtype(batch.image.dtype)  # so that the loss's own constants are as exact as its inputs
-    criterion = create_loss(adapter.loss)
+    criterion = create_loss(adapter.loss, **adapter.loss_kwargs)
     torch.set_default_dtype(torch.float32)
     output = model.train()(batch)
     loss = criterion(output, batch)["loss"]

@@ -51,17 +51,22 @@ Between = Callable[[int, Tensor], Tensor]
 class CLIPBlock(nn.Module):
     """Pre-norm transformer block, of the text tower and of the image tower."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, gelu: bool = False) -> None:
+        """gelu: the exact GELU (EVA-02-CLIP's text) instead of OpenAI's approximation."""
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, 4 * width, act_layer=QuickGELU)
+        self.mlp = Mlp(width, 4 * width, act_layer=nn.GELU if gelu else QuickGELU)
 
-    def attend(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, L, W], mask [L, L] bool (True = may not be read; None = all is read) -> [B, L, W]."""
+    def attend(self, x: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """x [B, L, W], mask [L, L], padding [B, L] bool (True = may not be read; None = all is read) -> [B, L, W]."""
+        return x + self.read(x, mask, padding)
+
+    def read(self, x: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """Return what `attend` adds to the stream."""
         normed = self.norm1(x)
-        return x + self.attn(normed, normed, normed, attn_mask=mask, need_weights=False)[0]
+        return self.attn(normed, normed, normed, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0]
 
     def transform(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm2(x))
@@ -78,17 +83,26 @@ class CLIPText(nn.Module):
         heads: int = 8,
         vocab_size: int = 49408,
         max_positions: int = 77,
-        embed_dim: int = 512,
+        embed_dim: int | None = 512,
+        pad_id: int = 0,
+        masks_padding: bool = False,
+        gelu: bool = False,
     ) -> None:
+        """embed_dim: None = the sentence's vector is not projected into CLIP's shared space.
+
+        pad_id: id that padded positions get. masks_padding: no token reads them. gelu: see `CLIPBlock`.
+        """
         super().__init__()
-        self.width, self.embed_dim = width, embed_dim
+        self.width, self.embed_dim = width, width if embed_dim is None else embed_dim
+        self.pad_id, self.masks_padding = pad_id, masks_padding
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(max_positions, width))
-        self.blocks = nn.ModuleList(CLIPBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(CLIPBlock(width, heads, gelu=gelu) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
-        # CLIP's contrastive temperature: in the official file, read by nothing here
-        self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.text_projection = None if embed_dim is None else nn.Parameter(torch.empty(width, embed_dim))
+        if embed_dim is not None:
+            # CLIP's contrastive temperature: in the official file, read by nothing here
+            self.logit_scale = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -97,7 +111,8 @@ class CLIPText(nn.Module):
         width, residual_std = self.width, (2 * len(self.blocks) * self.width) ** -0.5
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=width**-0.5)
         for block in self.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
@@ -114,7 +129,8 @@ class CLIPText(nn.Module):
         token's feature, projected. CLIP's end token is the last real one.
         Raises UserError when a sentence is longer than the position table.
         """
-        return self.finish(self.run(self.embed(input_ids, text_mask), adapters=adapters), text_mask)
+        x = self.run(self.embed(input_ids, text_mask), text_mask=text_mask, adapters=adapters)
+        return self.finish(x, text_mask)
 
     def embed(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """What enters the first block, [B, L, W]."""
@@ -124,18 +140,28 @@ class CLIPText(nn.Module):
                 f"sentences of {length} tokens do not fit a text encoder of {len(self.positional_embedding)} "
                 "positions; lower preprocess.max_tokens"
             )
-        # whatever a tokenizer pads with: these towers were tuned with zeros there
-        return self.token_embedding(input_ids.masked_fill(~text_mask, 0)) + self.positional_embedding[:length]
+        # whatever a tokenizer pads with: a tower is tuned with one id there
+        return self.token_embedding(input_ids.masked_fill(~text_mask, self.pad_id)) + self.positional_embedding[:length]
 
     def run(
-        self, x: Tensor, first: int = 0, end: int | None = None, adapters: Mapping[int, Adapter] | None = None
+        self,
+        x: Tensor,
+        first: int = 0,
+        end: int | None = None,
+        *,
+        text_mask: Tensor | None = None,
+        adapters: Mapping[int, Adapter] | None = None,
     ) -> Tensor:
-        """Blocks from `first` to before `end`, by default all: [B, L, W] -> [B, L, W]."""
+        """Run the blocks from `first` to before `end`, by default all: [B, L, W] -> [B, L, W].
+
+        text_mask [B, L] bool: needed where padding is masked.
+        """
         adapters = adapters or {}
         length = x.shape[1]
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        padding = ~text_mask if self.masks_padding and text_mask is not None else None
         for i, block in enumerate(self.blocks[first:end], first):
-            attended = self._recomputed(block.attend, x, mask)
+            attended = self._recomputed(block.attend, x, mask, padding)
             x = self._recomputed(block.transform, attended)
             if i in adapters:
                 x = x + adapters[i](attended)
@@ -145,9 +171,10 @@ class CLIPText(nn.Module):
         """What leaves the last block -> normed tokens [B, L, W] and the sentence's vector [B, E]."""
         tokens = self.ln_final(x)
         last = (text_mask.sum(dim=1) - 1).clamp(min=0)
-        return tokens, tokens[torch.arange(len(last), device=x.device), last] @ self.text_projection
+        sentence = tokens[torch.arange(len(last), device=x.device), last]
+        return tokens, sentence if self.text_projection is None else sentence @ self.text_projection
 
-    def _recomputed(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def _recomputed(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -172,7 +199,10 @@ def load_clip_text(text: CLIPText, weights: str) -> None:
         state = read_torchscript(Path(weights))
     else:
         state = read_state_dict(Path(weights))
-    fill(text, text_tower(state), weights)
+    tower = text_tower(state)
+    if text.text_projection is None:
+        tower = {key: value for key, value in tower.items() if key not in ("text_projection", "logit_scale")}
+    fill(text, tower, weights)
 
 
 def text_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -194,17 +224,26 @@ def rename_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """HuggingFace keeps query, key and value apart and the projection transposed."""
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
-            continue  # packed with their query below
-        name = key.removeprefix("text_model.")
-        for theirs, ours in _HUGGINGFACE_NAMES.items():
-            name = name.replace(theirs, ours)
-        if ".self_attn.q_proj." in key:
-            name = name.replace("q_proj.", "in_proj_")
-            value = torch.cat([state[key.replace(".q_proj.", f".{kind}_proj.")] for kind in "qkv"])
-        renamed[name] = value
+    """Rename HuggingFace's keys; there, query, key and value are apart and the projection is transposed."""
+    renamed = {huggingface_name(key): value for key, value in pack_attention(state).items()}
     renamed["text_projection"] = renamed.pop("text_projection.weight").T.contiguous()
     return renamed
+
+
+def huggingface_name(key: str) -> str:
+    """Return our name of a HuggingFace key whose query, key and value are packed."""
+    name = key.removeprefix("text_model.")
+    for theirs, ours in _HUGGINGFACE_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name.replace("q_proj.", "in_proj_")
+
+
+def pack_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join query, key and value of HuggingFace's layers under the name of the query."""
+    packed = dict(state)
+    for key in state:
+        if ".self_attn.q_proj." in key:
+            parts = [key.replace(".q_proj.", f".{kind}_proj.") for kind in "qkv"]
+            if all(part in packed for part in parts):
+                packed[key] = torch.cat([packed.pop(part) if part != key else packed[part] for part in parts])
+    return packed

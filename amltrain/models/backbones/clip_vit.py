@@ -50,7 +50,7 @@ class CLIPViT(nn.Module):
     ) -> None:
         """layers: a multiple of three. table_size: side of the position table in patches; it trains at that size."""
         super().__init__()
-        self.stride = patch_size
+        self.stride, self.width = patch_size, width
         self.channels = (width, width, embed_dim)
         self.stream_channels = (width, width, width)
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
@@ -68,11 +68,7 @@ class CLIPViT(nn.Module):
         between: what works on the patches after every third of the blocks, before anything reads them; the class
         token is not shown to it.
         """
-        patches = self.patch_embed(image)
-        grid = (patches.shape[-2], patches.shape[-1])
-        first = self.class_embedding.expand(len(image), 1, -1)
-        x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
-        x = self.ln_pre(x + resample(self.positional_embedding, grid))
+        x, grid = self.embed(image)
         third = len(self.blocks) // 3
         maps = []
         for i, block in enumerate(self.blocks):
@@ -83,8 +79,26 @@ class CLIPViT(nn.Module):
                     seen = between(i // third, seen)
                     x = torch.cat([x[:, :1], seen.flatten(2).transpose(1, 2)], dim=1)
                 maps.append(seen)
-        shared = self.ln_post(x[:, 1:]) @ self.proj
-        return maps[0], maps[1], shared.transpose(1, 2).unflatten(2, grid)
+        return maps[0], maps[1], self.finish(x[:, 1:]).transpose(1, 2).unflatten(2, grid)
+
+    def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Class token and patches as they enter the first block [B, 1 + N, C], and the grid (h, w)."""
+        patches = self.patch_embed(image)
+        grid = (patches.shape[-2], patches.shape[-1])
+        first = self.class_embedding.expand(len(image), 1, -1)
+        x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
+        return self.ln_pre(x + resample(self.positional_embedding, grid)), grid
+
+    def rotary(self, grid: tuple[int, int], inserted: int) -> None:
+        """No rotary code: the table is all that tells positions."""
+
+    def read(self, index: int, x: Tensor, code: None) -> Tensor:
+        """What the attention of block `index` adds to the stream."""
+        return self.blocks[index].read(x)
+
+    def finish(self, patches: Tensor) -> Tensor:
+        """Patches after the last block in the shared space, [B, N, C] -> [B, N, E]."""
+        return self.ln_post(patches) @ self.proj
 
     def shared(self, image: Tensor) -> Tensor:
         """CLIP's own answer at every patch, in the space that it shares with the text: [B, E, h, w]."""

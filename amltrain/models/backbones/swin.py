@@ -110,7 +110,9 @@ class Swin(nn.Module):
         num_heads: Sequence[int] = (4, 8, 16, 32),
         window_size: int = 7,
         drop_path_rate: float = 0.3,
+        output_norms: bool = True,
     ) -> None:
+        """output_norms: False leaves out the output maps' LayerNorms, for a model that norms elsewhere (MagNet)."""
         super().__init__()
         self.channels = tuple(embed_dim * 2**i for i in range(len(depths)))
         self.patch_embed = PatchEmbed(
@@ -135,7 +137,8 @@ class Swin(nn.Module):
                     merge=i + 1 < len(depths),
                 )
             )
-            self.add_module(f"norm{i}", nn.LayerNorm(self.channels[i]))
+            if output_norms:
+                self.add_module(f"norm{i}", nn.LayerNorm(self.channels[i]))
         self.layers.apply(_init_linear)
 
     def normed(self, stage: int, x: Tensor) -> Tensor:

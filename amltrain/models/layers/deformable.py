@@ -52,15 +52,16 @@ class MultiScaleDeformableAttention(nn.Module):
         shapes     (h, w) of every level
         """
         dtype = self.value_proj.weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
         with torch.autocast(query.device.type, enabled=False):
             query, value = query.to(dtype), value.to(dtype)
             values = self.value_proj(value).unflatten(-1, (self.heads, -1))
             offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
             weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(dim=-1)
             weights = weights.unflatten(-1, (self.levels, self.points))
-            cells = offsets.float() / level_sizes(shapes, query.device)[:, None]
+            cells = offsets.to(exact) / level_sizes(shapes, query.device)[:, None]
             places = reference[:, None, None, None] + cells  # [B, Q, heads, levels, points, 2]
-            read = multi_scale_deformable_attention(values.float(), shapes, places, weights.float())
+            read = multi_scale_deformable_attention(values.to(exact), shapes, places, weights.to(exact))
             return self.output_proj(read.to(dtype))
 
 

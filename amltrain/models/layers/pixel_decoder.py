@@ -16,33 +16,19 @@ from amltrain.models.layers.deformable import DeformableEncoderLayer
 from amltrain.models.layers.position import cell_centres, sine_position
 
 
-class PixelDecoder(nn.Module):
-    """Backbone maps in, mask features and three scales out. Always computes outside of autocast, as the releases do."""
+class DeformableEncoder(nn.Module):
+    """Projections of backbone maps and deformable layers over all of their positions."""
 
-    def __init__(
-        self,
-        in_dims: Sequence[int],
-        *,
-        dim: int = 256,
-        mask_dim: int = 256,
-        layers: int = 6,
-        heads: int = 8,
-        feedforward: int = 1024,
-    ) -> None:
-        """in_dims: widths of the backbone maps at strides 4, 8, 16, 32; `dim` must be a multiple of 32 (group norm)."""
+    def __init__(self, in_dims: Sequence[int], *, dim: int, layers: int, heads: int, feedforward: int) -> None:
+        """in_dims: widths of the maps, coarse to fine; `dim` must be a multiple of 32 (group norm)."""
         super().__init__()
-        finest, *coarser = in_dims
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, dim, 1), nn.GroupNorm(32, dim)) for width in reversed(coarser)
+            nn.Sequential(nn.Conv2d(width, dim, 1), nn.GroupNorm(32, dim)) for width in in_dims
         )
-        self.level_embed = nn.Parameter(torch.randn(len(coarser), dim))
+        self.level_embed = nn.Parameter(torch.randn(len(in_dims), dim))
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(dim, feedforward, heads=heads, levels=len(coarser)) for _ in range(layers)
+            DeformableEncoderLayer(dim, feedforward, heads=heads, levels=len(in_dims)) for _ in range(layers)
         )
-        self.lateral = nn.Sequential(nn.Conv2d(finest, dim, 1, bias=False), nn.GroupNorm(32, dim))
-        self.merge = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(32, dim), nn.ReLU())
-        self.mask_features = nn.Conv2d(dim, mask_dim, 1)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for projection in self.input_proj:
@@ -51,19 +37,6 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             for linear in (layer.linear1, layer.linear2):
                 nn.init.xavier_uniform_(linear.weight)
-        for convolution in (self.lateral[0], self.merge[0], self.mask_features):
-            nn.init.kaiming_uniform_(convolution.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
-
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """maps: [B, C_i, h_i, w_i] at strides 4, 8, 16, 32 -> mask features [B, M, h, w] at stride 4, and the encoded
-        maps [B, C, h_i, w_i] at strides 32, 16, 8."""
-        with torch.autocast(maps[0].device.type, enabled=False):
-            finest, *coarser = (m.to(self.mask_features.weight.dtype) for m in maps)
-            scales = self.encode(coarser[::-1])
-            merged = self.lateral(finest)
-            merged = merged + F.interpolate(scales[-1], size=merged.shape[-2:], mode="bilinear", align_corners=False)
-            return self.mask_features(self.merge(merged)), scales
 
     def encode(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Let all positions of all levels look at each other; maps from coarse to fine."""
@@ -82,3 +55,41 @@ class PixelDecoder(nn.Module):
             x = layer(x, position, reference, shapes)
         parts = x.split([h * w for h, w in shapes], dim=1)
         return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class PixelDecoder(DeformableEncoder):
+    """Backbone maps in, mask features and three scales out. Always computes outside of autocast, as the releases do."""
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        *,
+        dim: int = 256,
+        mask_dim: int = 256,
+        layers: int = 6,
+        heads: int = 8,
+        feedforward: int = 1024,
+    ) -> None:
+        """in_dims: widths of the backbone maps at strides 4, 8, 16, 32; `dim` must be a multiple of 32 (group norm)."""
+        finest, *coarser = in_dims
+        super().__init__(coarser[::-1], dim=dim, layers=layers, heads=heads, feedforward=feedforward)
+        self.lateral = nn.Sequential(nn.Conv2d(finest, dim, 1, bias=False), nn.GroupNorm(32, dim))
+        self.merge = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(32, dim), nn.ReLU())
+        self.mask_features = nn.Conv2d(dim, mask_dim, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for convolution in (self.lateral[0], self.merge[0], self.mask_features):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """maps: [B, C_i, h_i, w_i] at strides 4, 8, 16, 32 -> mask features [B, M, h, w] at stride 4, and the encoded
+        maps [B, C, h_i, w_i] at strides 32, 16, 8."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            finest, *coarser = (m.to(self.mask_features.weight.dtype) for m in maps)
+            scales = self.encode(coarser[::-1])
+            merged = self.lateral(finest)
+            merged = merged + F.interpolate(scales[-1], size=merged.shape[-2:], mode="bilinear", align_corners=False)
+            return self.mask_features(self.merge(merged)), scales

@@ -127,44 +127,49 @@ class RegionLayer(nn.Module):
         return self.feedforward(x)
 
 
-class RegionDecoder(nn.Module):
-    """Mask features, three scales and words in; a `Prediction` out."""
+class QueryDecoder(nn.Module):
+    """Queries that read three scales in turn, each where its present mask lies; a subclass makes masks of them.
+
+    Paper: Cheng et al., Mask2Former, CVPR 2022.
+    """
 
     def __init__(
         self,
         *,
-        dim: int = 256,
-        mask_dim: int = 256,
-        text_dim: int = 768,
-        regions: int = 100,
-        layers: int = 9,
-        heads: int = 8,
-        feedforward: int = 2048,
+        dim: int,
+        mask_dim: int,
+        queries: int,
+        layers: int,
+        heads: int,
+        feedforward: int,
         scales: int = 3,
+        text_dim: int | None = None,
     ) -> None:
+        """text_dim: width of the words, which the queries read once, in the first layer; None = they do not."""
         super().__init__()
-        self.query_feat = nn.Parameter(torch.randn(regions, dim))
-        self.query_embed = nn.Parameter(torch.randn(regions, dim))
+        self.query_feat = nn.Parameter(torch.randn(queries, dim))
+        self.query_embed = nn.Parameter(torch.randn(queries, dim))
         self.level_embed = nn.Parameter(torch.randn(scales, dim))
         self.layers = nn.ModuleList(
-            RegionLayer(dim, heads, feedforward, text_dim=text_dim if i == 0 else None) for i in range(layers)
+            RegionLayer(dim, heads, feedforward, text_dim=None if i else text_dim) for i in range(layers)
         )
         self.norm = nn.LayerNorm(dim)
         self.mask_embed = mlp(dim, dim, dim, mask_dim)
-        self.minimap = nn.Linear(dim, 2)
-        self.no_target = mlp(dim, dim, 2)
 
-    def forward(
+    def read(
         self, mask_features: Tensor, scales: Sequence[Tensor], text: Tensor, suppressed: Tensor | None = None
-    ) -> Prediction:
-        """mask_features [B, M, h, w]; scales [B, C, h_i, w_i] from coarse to fine; text [B, L, D];
-        suppressed [B, h_0, w_0] bool, positions of the coarsest scale that no region may read."""
+    ) -> Tensor:
+        """Return the queries after the last layer, [B, Q, C].
+
+        mask_features [B, M, h, w]; scales [B, C, h_i, w_i] from coarse to fine; text [B, L, D];
+        suppressed [B, h_0, w_0] bool, positions of the coarsest scale that no query may read.
+        """
         levels = [self.level(i, scale, mask_features, suppressed) for i, scale in enumerate(scales)]
         x = self.query_feat.expand(len(text), -1, -1)
         for i, layer in enumerate(self.layers):
             level = levels[i % len(levels)]
             x = layer(x, self.query_embed, level, self.outside(x, level.mask_features), text)
-        return self.predict(x, mask_features)
+        return x
 
     def level(self, index: int, scale: Tensor, mask_features: Tensor, suppressed: Tensor | None) -> Level:
         height, width = scale.shape[-2:]
@@ -179,6 +184,39 @@ class RegionDecoder(nn.Module):
     def outside(self, x: Tensor, mask_features: Tensor) -> Tensor:
         """Positions outside of every region's present mask: x [B, Q, C], features [B, M, N] -> [B, Q, N] bool."""
         return (self.mask_embed(self.norm(x)) @ mask_features).sigmoid() < 0.5
+
+
+class RegionDecoder(QueryDecoder):
+    """Mask features, three scales and words in; a `Prediction` out."""
+
+    def __init__(
+        self,
+        *,
+        dim: int = 256,
+        mask_dim: int = 256,
+        text_dim: int = 768,
+        regions: int = 100,
+        layers: int = 9,
+        heads: int = 8,
+        feedforward: int = 2048,
+    ) -> None:
+        super().__init__(
+            dim=dim,
+            mask_dim=mask_dim,
+            queries=regions,
+            layers=layers,
+            heads=heads,
+            feedforward=feedforward,
+            text_dim=text_dim,
+        )
+        self.minimap = nn.Linear(dim, 2)
+        self.no_target = mlp(dim, dim, 2)
+
+    def forward(
+        self, mask_features: Tensor, scales: Sequence[Tensor], text: Tensor, suppressed: Tensor | None = None
+    ) -> Prediction:
+        """Arguments as in `read`."""
+        return self.predict(self.read(mask_features, scales, text, suppressed), mask_features)
 
     def predict(self, x: Tensor, mask_features: Tensor) -> Prediction:
         """The masks are sums of the regions' masks, weighted with the minimap's logits."""

@@ -1,0 +1,111 @@
+"""Recorded tensors of BarLeRIa's official code (commit 8632568), on both towers, and where our model computes them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from amltrain.models.backbones.clip import CLIPText
+from amltrain.models.backbones.clip_vit import CLIPViT
+from amltrain.models.backbones.eva_clip import EvaCLIPViT
+from amltrain.models.barleria import BarLeRIa
+from amltrain.records import Batch, ModelOutput
+from tests.parity.compare import Adapter, Read
+from tests.parity.detris import batch, item, whole
+
+
+def build(config: Mapping[str, Any]) -> BarLeRIa:
+    """The JSON has the official configuration under "cfg", the towers' sizes under "clip" and "side" beside it."""
+    cfg, clip, side = config["cfg"], config["clip"], config["side"]
+    size = side["img_size"]
+    if "vision_cfg" in clip:
+        tower, words = clip["vision_cfg"], clip["text_cfg"]
+        vision: CLIPViT | EvaCLIPViT = EvaCLIPViT(
+            width=tower["width"],
+            layers=tower["layers"],
+            heads=tower["width"] // tower["head_width"],
+            patch_size=tower["patch_size"],
+            mlp_ratio=tower["mlp_ratio"],
+            embed_dim=clip["embed_dim"],
+        )
+        text = CLIPText(
+            width=words["width"],
+            layers=words["layers"],
+            heads=words["heads"],
+            vocab_size=words["vocab_size"],
+            max_positions=words["context_length"],
+            embed_dim=clip["embed_dim"],
+            gelu=True,
+        )
+    else:
+        vision = CLIPViT(
+            width=clip["vision_width"],
+            layers=clip["vision_layers"],
+            heads=config["vision_heads"],
+            patch_size=clip["vision_patch_size"],
+            table_size=size // clip["vision_patch_size"],
+            embed_dim=clip["embed_dim"],
+        )
+        text = CLIPText(
+            width=clip["transformer_width"],
+            layers=clip["transformer_layers"],
+            heads=config["text_heads"],
+            vocab_size=clip["vocab_size"],
+            max_positions=clip["context_length"],
+            embed_dim=clip["embed_dim"],
+        )
+    return BarLeRIa(
+        vision=vision,
+        text=text,
+        prompt_hidden=config["prompt_mlp_hidden"],
+        side_dim=side["embed_dim"],
+        side_depth=side["depth"],
+        side_heads=side["heads"],
+        queries=side["num_queries"],
+        table_size=size // vision.stride,
+        layers=cfg["num_layers"],
+        heads=cfg["num_head"],
+        feedforward=cfg["dim_ffn"],
+        dropout=0.0,
+    )
+
+
+def flat(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    return output.flatten(2)
+
+
+def neck_with_side(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    return inputs[0]
+
+
+def error(output: ModelOutput, batch: Batch) -> Tensor:
+    return output.aux["reconstruction"].mean()
+
+
+CAPTURES: dict[str, tuple[str, Read]] = {
+    "inter.vis.prompt_tokens": ("prompts", whole),
+    "inter.text.tokens": ("text.ln_final", whole),
+    "inter.text.state": ("head.kernel", lambda inputs, output: inputs[0]),
+    "inter.neck.out": ("neck", whole),
+    "inter.side.block0_pass1": ("side.blocks.0", whole),
+    "inter.side.x": ("side", item(0)),
+    "inter.side.td7": ("side.feedback.7", item(1)),
+    "inter.side.td0": ("side.feedback.0", item(1)),
+    "inter.side.feedback_in": ("side.feedback.7", lambda inputs, output: inputs[0]),
+    "inter.side.linear": ("side_linear", whole),
+    "inter.decoder.out": ("decoder", flat),
+    "inter.proj.vis": ("head.visual", whole),
+}
+
+ADAPTER = Adapter(
+    build=build,
+    loss="barleria",
+    captures=CAPTURES,
+    batch=batch,
+    outputs={"inter.side.var_loss": error},
+    absolute=1e-4,
+    tolerances={"output.logits": 1e-5},
+    loss_tolerance=1e-4,
+    gradient=1e-4,
+)
+"""1e-5 for logits; activations at three times the official code's own distance from float64; a loss of 70 to 90."""
