@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -197,7 +198,7 @@ def _check_shares(shares: Mapping[str, float]) -> None:
 def assign_splits(images: Iterable[str], seed: int, shares: Mapping[str, float]) -> dict[str, str]:
     """A split for every image, by a hash of its name and the seed: further images change nobody else's split.
 
-    A split that stays empty takes the next image of the first split, as long as that has two.
+    A split that stays empty takes an image of the largest one, as long as that has two.
     """
     place = {
         image: int.from_bytes(hashlib.sha256(f"{seed} {image}".encode(errors="replace")).digest()[:8], "big") / 2**64
@@ -212,8 +213,9 @@ def assign_splits(images: Iterable[str], seed: int, shares: Mapping[str, float])
             if value < total or split == splits[-1]:
                 found[image] = split
                 break
-    for split in splits[1:]:
-        first = sorted((i for i, s in found.items() if s == splits[0]), key=lambda image: place[image])
-        if split not in found.values() and len(first) > 1:
-            found[first[-1]] = split
+    for split in splits:
+        sizes = Counter(found.values())
+        largest = max(splits, key=lambda other: sizes[other])
+        if not sizes[split] and sizes[largest] > 1:
+            found[max((i for i, s in found.items() if s == largest), key=lambda image: place[image])] = split
     return found

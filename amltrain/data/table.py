@@ -60,7 +60,7 @@ def read_table(
     rows = list(read_rows(table))
     if not rows:
         raise UserError(f"{table} has no rows")
-    names = _find_columns(rows[0], columns or {}, str(table))
+    names = _find_columns(list(dict.fromkeys(key for row in rows for key in row)), columns or {}, str(table))
     folders = [folder for folder in (masks, images, table.parent) if folder is not None]
     parsed = [
         _parse(row, names, f"row {number}", str(table), images, folders, mask_threshold)
@@ -154,20 +154,20 @@ def _coco_rows(content: dict[str, Any], table: Path) -> Iterator[dict[str, Any]]
         yield row
 
 
-def _find_columns(row: dict[str, Any], renamed: Mapping[str, str], place: str) -> dict[str, str]:
-    """Where in a row each of COLUMNS is. Raises UserError naming the columns that the table has."""
-    has = ", ".join(row) or "none"
+def _find_columns(there: Sequence[str], renamed: Mapping[str, str], place: str) -> dict[str, tuple[str, ...]]:
+    """Under which names each of COLUMNS is found. Raises UserError naming the columns that the table has."""
+    has = ", ".join(there) or "none"
     unknown = [key for key in renamed if key not in COLUMNS]
     if unknown:
         raise UserError(f"--columns {unknown[0]}: the columns are {', '.join(COLUMNS)}")
     found = {}
     for column, names in COLUMNS.items():
         wanted = (renamed[column],) if column in renamed else names
-        match = next((name for name in wanted if name in row), None)
-        if match is None and column in renamed:
+        matches = tuple(name for name in wanted if name in there)
+        if not matches and column in renamed:
             raise UserError(f"{place} has no column {renamed[column]!r}; it has {has}")
-        if match is not None:
-            found[column] = match
+        if matches:
+            found[column] = matches
     for column in ("image", "sentence"):
         if column not in found:
             raise UserError(f"{place} has no column {column!r}; it has {has} (rename with --columns {column}=NAME)")
@@ -178,7 +178,7 @@ def _find_columns(row: dict[str, Any], renamed: Mapping[str, str], place: str) -
 
 def _parse(
     row: dict[str, Any],
-    names: dict[str, str],
+    names: dict[str, tuple[str, ...]],
     place: str,
     table: str,
     images: Path,
@@ -187,7 +187,10 @@ def _parse(
 ) -> tuple[TableRow, bool]:
     """One row, and whether its mask is a box. Raises UserError naming the row."""
     where = f"{table}, {place}"
-    cell = {column: row.get(name) for column, name in names.items()}
+    cell = {
+        column: next((row[name] for name in found if not _empty(row.get(name))), None)
+        for column, found in names.items()
+    }
     image = cell["image"]
     if not isinstance(image, str) or not image:
         raise UserError(f"{where}: the image is {image!r}, not a path")
