@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
+from amltrain.commands import benchmark, convert, download, evaluate, predict, prepare, push, push_data
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
@@ -26,6 +26,8 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "prepare": prepare.build_parser().parse_args,
     "convert": convert.build_parser().parse_args,
     "benchmark": benchmark.build_parser().parse_args,
+    "download": download.build_parser().parse_args,
+    "push-data": push_data.build_parser().parse_args,
     "push": push.build_parser().parse_args,
 }
 SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
@@ -42,7 +44,7 @@ def commands(page: str) -> Iterator[str]:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         code = re.match(r"(?:#? {3,})?((?:[A-Z_]+=\S+ +)*(?:python|accelerate|torchrun|sbatch|amltrain) .*)", line)
-        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain \w+ -", code[1]):
+        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain (?:download|push-data) |amltrain \w+ -", code[1]):
             yield code[1]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,10 @@ def write_data_card(output: Path, repository: str | None = None) -> None:
     aside.replace(path)
 
 
-def data_card(output: Path, repository: str | None = None) -> str:
-    """The card's text. Raises UserError for a damaged manifest."""
+def data_card(output: Path, repository: str | None = None, names: Sequence[str] | None = None) -> str:
+    """The card's text. names: data sets to list; None = all. Raises UserError for a damaged manifest."""
     folders = sorted(path.parent for path in output.glob(f"*/{MANIFEST}"))
+    folders = [folder for folder in folders if names is None or folder.name in names]
     found = {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
     header = {
         "task_categories": ["image-segmentation"],
