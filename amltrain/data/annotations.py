@@ -120,6 +120,11 @@ def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> Ima
     return job_group(job, file, categories)
 
 
+def read_jobs(jobs: Sequence[ImageJob], image_root: Path, categories: dict[int, str]) -> list[ImageGroup]:
+    """`read_job` for several jobs; here, so that a further process imports little."""
+    return [read_job(job, image_root, categories) for job in jobs]
+
+
 def job_group(job: ImageJob, file: ImageFile, categories: dict[int, str]) -> ImageGroup:
     """The group of a job whose image was read: every referent's mask, and what cannot be used."""
     assert job.image is not None

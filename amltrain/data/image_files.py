@@ -37,7 +37,7 @@ def path_below(root: Path, name: str) -> Path:
     root: resolved.
     """
     pure = PurePosixPath(name.replace("\\", "/"))
-    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
+    if not pure.parts or "\0" in name or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
         raise FileFault(f"the path {name[:200]!r} leads outside {root}")
     path = root / pure
     try:

@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from tqdm import tqdm
 
-from amltrain.data.annotations import Annotations, ImageGroup, ImageJob, Skipped, image_jobs, read_job
+from amltrain.data.annotations import Annotations, ImageGroup, ImageJob, Skipped, image_jobs, read_job, read_jobs
 from amltrain.data.data_card import write_data_card
 from amltrain.data.manifest import MANIFEST, compare_with_published, read_manifest
 from amltrain.data.parquet import ShardWriter, hash_file
@@ -223,7 +223,9 @@ class _Reader:
 
     def __enter__(self) -> "_Reader":
         if self._workers > 1:
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=get_context("forkserver"))
+            context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+            context.set_forkserver_preload(["amltrain.data.annotations"])
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -239,7 +241,7 @@ class _Reader:
         try:
             while True:
                 while len(queue) < 3 * self._workers and (task := list(islice(jobs, JOBS_PER_TASK))):
-                    queue.append(self._pool.submit(_read_jobs, task, self._images, self._categories))
+                    queue.append(self._pool.submit(read_jobs, task, self._images, self._categories))
                 if not queue:
                     return
                 yield from queue.popleft().result()
@@ -247,10 +249,6 @@ class _Reader:
             raise UserError(
                 "a process that reads images was killed, perhaps because memory ran out; use fewer --workers"
             ) from error
-
-
-def _read_jobs(jobs: list[ImageJob], images: Path, categories: dict[int, str]) -> list[ImageGroup]:
-    return [read_job(job, images, categories) for job in jobs]
 
 
 def _write_split(

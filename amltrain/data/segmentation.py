@@ -52,7 +52,7 @@ def referent_mask(segmentations: Sequence[Any], height: int, width: int) -> Refe
     sentence without target). Broken polygons are dropped as long as one is left (ReLA's rule). Raises
     BrokenSegmentationError when none is, or when what is left covers no pixel.
     """
-    if not 0 < height * width <= MAX_PIXELS:
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
         raise BrokenSegmentationError(f"an image of {height} x {width} pixels cannot be")
     if not segmentations:
         return ReferentMask(_text(_encode(np.zeros((height, width), np.uint8))), None)
@@ -163,7 +163,7 @@ def _run_lengths(rle: Any, height: int, width: int) -> Rle:
     if not isinstance(runs, list):
         raise BrokenSegmentationError("its run lengths have no counts")
     # pycocotools reads outside its memory where counts do not fit
-    if not 0 < height * width <= MAX_PIXELS or len(runs) > height * width + 1:
+    if min(height, width) < 1 or height * width > MAX_PIXELS or len(runs) > height * width + 1:
         raise BrokenSegmentationError("its run lengths do not add up to the image")
     if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
         raise BrokenSegmentationError("its run lengths do not add up to the image")
