@@ -47,7 +47,7 @@ class RowSheet:
         for number, shown in enumerate(self._kept):
             row, column = divmod(number, columns)
             sheet.paste(_tile(shown), (8 + column * (SIDE + 8), 8 + row * (SIDE + TEXT + 8)))
-        sheet.save(path)
+        sheet.save(path, compress_level=1)  # quick rather than small
 
 
 def _tile(shown: _Shown) -> Image.Image:
@@ -55,9 +55,11 @@ def _tile(shown: _Shown) -> Image.Image:
     group = shown.group
     assert group.content is not None
     referent = group.referents[int(shown.order[:8], 16) % len(group.referents)]
-    image = to_rgb(Image.open(io.BytesIO(group.content)))
-    scale = SIDE / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    opened = Image.open(io.BytesIO(group.content))
+    full = opened.size
+    opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at about the size that is shown
+    image = to_rgb(opened)
+    size = (max(1, round(full[0] * SIDE / max(full))), max(1, round(full[1] * SIDE / max(full))))
     mask = Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
     share = np.asarray(mask, np.float32)[..., None] / 255 * 0.55
     pixels = np.asarray(image.resize(size), np.float32)

@@ -130,7 +130,7 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
         return "a polygon has fewer than 3 points"  # pycocotools would read four numbers as a box
     if len(polygon) % 2:
         return "a polygon has an odd number of coordinates"
-    if not all(isinstance(coordinate, (int, float)) for coordinate in polygon):
+    if not set(map(type, polygon)) <= {int, float}:
         return "a polygon has a coordinate that is no number"
     try:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)

@@ -102,6 +102,7 @@ for streaming in ("false", "true"):
 """
 
 
+@pytest.mark.slow
 def test_trained_on_from_the_hub_mapped_and_streamed(prepared: Path, tmp_path: Path, repository: Path) -> None:
     with running_hub() as running:
         environment = {"HF_ENDPOINT": running.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
