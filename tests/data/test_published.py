@@ -8,7 +8,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from amltrain.commands.prepare import main
-from amltrain.config.parse import parse_config
+from amltrain.commands.train import read_run
 from amltrain.data.ensure import ensure_prepared
 from amltrain.data.manifest import read_manifest
 from amltrain.data.rows import open_rows
@@ -97,7 +97,7 @@ def test_two_steps_and_an_evaluation(name: str, split: str, tmp_path: Path, repo
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     LAYOUTS[name](tmp_path)
-    config = parse_config([
+    config = read_run([
         "--config", str(repository / "configs/recipes/refer_mini.yaml"), "--data.datasets", f"[{name}]",
         "--data.refer_root", str(tmp_path), "--data.prepared", str(tmp_path / "prepared"), "--data.workers", "0",
         "--output", str(tmp_path / "run"), "--train.max_steps", "2", "--train.global_batch_size", "2",
