@@ -1,6 +1,6 @@
 """amltrain: referring image segmentation on HuggingFace Accelerate, with alignment-aware masked learning (AML).
 
-from amltrain import Predictor, create_model, list_models, load_pretrained
+from amltrain import Predictor, create_model, decode_mask, list_models, load_pretrained
 """
 
 import importlib
@@ -12,6 +12,7 @@ _EXPORTS = {
     "Predictor": "amltrain.predictor",
     "create_model": "amltrain.models.registry",
     "list_models": "amltrain.models.registry",
+    "decode_mask": "amltrain.data.segmentation",
     "load_pretrained": "amltrain.hub.model_folder",
     "save_pretrained": "amltrain.hub.model_folder",
 }

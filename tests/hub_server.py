@@ -1,4 +1,5 @@
-"""A HuggingFace Hub on loopback, as far as `huggingface_hub` needs one to make, fill, list and download models.
+"""A HuggingFace Hub on loopback, as far as `huggingface_hub` needs one to make, fill, list and download models and
+data sets (whose repositories are kept under the same names).
 
 Speaks the documented HTTP endpoints (repos, branches, preupload, git-lfs batch with basic transfers, ndjson commits,
 tree, resolve) and keeps everything in memory. Large files lie on a host of another name (localhost), to which uploads
@@ -13,13 +14,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
 
 TOKENS = {"hf_alice": "alice"}
-LFS_SUFFIX = ".safetensors"
+LFS_SUFFIX = (".safetensors", ".parquet")
 
 
 class Repo:
@@ -176,7 +178,23 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if known else 404, {})
 
     def fetch(self, oid: str) -> None:
-        self.send(200, self.hub.objects[oid], {"ETag": f'"{oid}"'})
+        content, headers = self.hub.objects[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
+        if not (wanted := self.headers.get("Range")):
+            return self.send(200, content, headers)
+        first, last = wanted.removeprefix("bytes=").split("-")
+        end = min(int(last) + 1, len(content)) if last else len(content)
+        headers["Content-Range"] = f"bytes {first}-{end - 1}/{len(content)}"
+        self.send(206, content[int(first) : end], headers)
+
+    def paths_info(self, repo: str, revision: str) -> None:
+        found = self.readable(repo, revision)
+        if not found:
+            return
+        asked = json.loads(self.body)["paths"]
+        folders = {str(parent) for path in found[2] for parent in PurePosixPath(path).parents} - {"."}
+        answer = [_entry(path, found[2][path]) for path in asked if path in found[2]]
+        answer += [_folder(path) for path in asked if path in folders]
+        self.answer(200, answer)
 
     def commit(self, repo: str, revision: str) -> None:
         found = self.writable(repo)
@@ -205,10 +223,17 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in found[2]]
             self.answer(200, {"id": repo, "modelId": repo, "sha": found[0], "tags": [], "siblings": siblings})
 
-    def tree(self, repo: str, revision: str) -> None:
+    def tree(self, repo: str, revision: str, under: str | None = None) -> None:
         found = self.readable(repo, revision)
-        if found:
-            self.answer(200, [_entry(path, content) for path, content in found[2].items()])
+        if not found:
+            return
+        under = (under or "").strip("/")
+        recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        inside = {path: c for path, c in found[2].items() if not under or path.startswith(f"{under}/")}
+        depth = len(PurePosixPath(under).parts) + 1
+        folders = {str(PurePosixPath(*PurePosixPath(p).parts[:depth])) for p in inside} - inside.keys()
+        entries = [_entry(p, c) for p, c in inside.items() if recursive or len(PurePosixPath(p).parts) == depth]
+        self.answer(200, [*map(_folder, sorted(folders)), *entries])
 
     def resolve(self, repo: str, revision: str, path: str) -> None:
         found = self.readable(repo, revision)
@@ -261,22 +286,28 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
 
+KIND = "(?:models|datasets)"
 REPO, REVISION = r"(?P<repo>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", Handler.create_repo),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
-    ("POST", f"/api/models/{REPO}/branch/{REVISION}", Handler.create_branch),
-    ("POST", f"/api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
-    ("POST", f"/api/models/{REPO}/commit/{REVISION}", Handler.commit),
-    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    ("POST", f"/api/{KIND}/{REPO}/branch/{REVISION}", Handler.create_branch),
+    ("POST", f"/api/{KIND}/{REPO}/preupload/{REVISION}", Handler.preupload),
+    ("POST", f"/api/{KIND}/{REPO}/commit/{REVISION}", Handler.commit),
+    ("POST", rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", "/storage/(?P<oid>[0-9a-f]{64})", Handler.store),
     ("POST", "/storage/(?P<oid>[0-9a-f]{64})/verify", Handler.verify),
     ("GET HEAD", "/storage/(?P<oid>[0-9a-f]{64})", Handler.fetch),
-    ("GET", f"/api/models/{REPO}/revision/{REVISION}", Handler.info),
-    ("GET", f"/api/models/{REPO}/tree/{REVISION}", Handler.tree),
-    ("GET", f"/api/models/{REPO}", Handler.info),
-    ("GET HEAD", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
+    ("GET", f"/api/{KIND}/{REPO}/revision/{REVISION}", Handler.info),
+    ("GET", f"/api/{KIND}/{REPO}/tree/{REVISION}(?P<under>/.+)?", Handler.tree),
+    ("POST", f"/api/{KIND}/{REPO}/paths-info/{REVISION}", Handler.paths_info),
+    ("GET", f"/api/{KIND}/{REPO}", Handler.info),
+    ("GET HEAD", f"/(?:datasets/)?{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 ]
+
+
+def _folder(path: str) -> dict[str, Any]:
+    return {"type": "directory", "path": path, "oid": _oid(path.encode()), "size": 0}
 
 
 def _entry(path: str, content: bytes) -> dict[str, Any]:

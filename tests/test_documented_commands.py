@@ -10,7 +10,19 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands import benchmark, convert, demo, evaluate, export, predict, prepare, push, report
+from amltrain.commands import (
+    benchmark,
+    convert,
+    demo,
+    download,
+    evaluate,
+    export,
+    predict,
+    prepare,
+    push,
+    push_data,
+    report,
+)
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
@@ -29,6 +41,8 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "prepare": prepare.build_parser().parse_args,
     "convert": convert.build_parser().parse_args,
     "benchmark": benchmark.build_parser().parse_args,
+    "download": download.build_parser().parse_args,
+    "push-data": push_data.build_parser().parse_args,
     "push": push.build_parser().parse_args,
 }
 SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
@@ -45,7 +59,7 @@ def commands(page: str) -> Iterator[str]:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         code = re.match(r"(?:#? {3,})?((?:[A-Z_]+=\S+ +)*(?:python|accelerate|torchrun|sbatch|amltrain) .*)", line)
-        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain \w+ -", code[1]):
+        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain (?:download|push-data) |amltrain \w+ -", code[1]):
             yield code[1]
 
 

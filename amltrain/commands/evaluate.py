@@ -19,6 +19,7 @@ from amltrain.config.files import Groups, check_config_files
 from amltrain.config.parse import one_line
 from amltrain.config.ranges import ANY, check_number
 from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ProtocolOverrides
+from amltrain.data.ensure import check_scenes, ensure_prepared
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import evaluate_model
@@ -27,7 +28,6 @@ from amltrain.evaluation.pictures import prediction_sheet, save_picture
 from amltrain.evaluation.protocols import PROTOCOLS, named_protocol, run_protocol
 from amltrain.evaluation.results import Results, table, write_results
 from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
-from amltrain.training.build import check_scenes, ensure_prepared
 from amltrain.training.distributed import PREPARATION, on_main_process
 
 

@@ -1,11 +1,16 @@
 """`launch/prepare_data.py` and `amltrain prepare`: annotations and images -> Parquet that `datasets` reads.
 
-    python launch/prepare_data.py --dataset combined --refer_root data/refer --image_root data/train2014
-    python launch/prepare_data.py --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
+    amltrain prepare --table my.csv --images photos --name mine
+    amltrain prepare --folder my_files --name mine
+    amltrain prepare --hf user/data --columns image=photo sentence=text mask=mask --name mine
+    amltrain prepare --dataset combined --refer_root data/refer --image_root data/train2014
+    amltrain prepare --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
 
-Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), or the same annotations
-from the Hub, decodes every image once, and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several
-data sets also get the list of images that a combined training leaves out. docs/data.md says where the files are found.
+Own data comes from a table (image, sentence, mask), a COCO-style JSON, a folder of files, or a data set of the Hub.
+Published data sets come from their original files: `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO:
+`grefs(unc).json`), or the same annotations from the Hub. Every image is decoded once, and `<output>/<name>/*.parquet`
+is written with a manifest of counts and `rows.png`, some rows to look at. Several data sets also get the list of images
+that a combined training leaves out. docs/data.md shows every form of mask and says where the files are found.
 """
 
 import argparse
@@ -14,14 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from amltrain.config.schema import COMBINED
+from amltrain.data.ensure import available_cores
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
-from amltrain.data.prepare import describe, prepare, prepare_files
+from amltrain.data.manifest import describe, find_spec
+from amltrain.data.own import SHARES
+from amltrain.data.prepare import prepare, prepare_files
+from amltrain.data.readers import READERS
 from amltrain.data.refer import refer_paths
 from amltrain.data.specs import DATASETS, dataset_spec
+from amltrain.data.table import read_folder, read_table
 from amltrain.errors import UserError, one_line_errors
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
 """Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
+OWN = ("table", "folder", "hf")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,52 +40,132 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    own = parser.add_argument_group("own data")
+    own.add_argument("--table", type=Path, help="JSONL, CSV, TSV, Parquet, or COCO-style JSON")
+    own.add_argument("--folder", type=Path, help="folder of X.jpg, X_mask.png and X.txt, or images/, masks/, texts/")
+    own.add_argument("--hf", metavar="ID", help="data set of the Hub, or a folder that `load_dataset` reads")
+    own.add_argument("--name", help="name of the data set, for data.datasets and --dataset later")
+    own.add_argument("--images", type=Path, help="folder that the table's image paths start from (default: its own)")
+    own.add_argument("--masks", type=Path, help="folder that mask paths start from (default: --images)")
+    own.add_argument(
+        "--columns", nargs="+", default=[], metavar="COLUMN=NAME", help="columns that have other names: image=photo"
+    )
+    own.add_argument("--mask_threshold", type=int, help="mask pixels of at least this value are the object")
+    own.add_argument(
+        "--split_shares",
+        nargs="+",
+        metavar="SPLIT=SHARE",
+        help="how images without a split are shared out (default train=0.8 val=0.1 test=0.1)",
+    )
+    own.add_argument("--seed", type=int, default=0, help="of that choice")
+    published = parser.add_argument_group("published data sets")
+    published.add_argument(
         "--dataset",
         nargs="+",
-        required=True,
+        default=[],
         metavar="NAME",
         help=f"{', '.join(DATASETS)}; or combined = {' '.join(COMBINED)}, from whose training every image is dropped "
         f"that any of them evaluates on; or combined-unfiltered, which keeps them",
     )
-    parser.add_argument("--refer_root", type=Path, help="folder in the original REFER layout")
-    parser.add_argument(
+    published.add_argument("--refer_root", type=Path, help="folder in the original layout")
+    published.add_argument(
         "--hub",
         nargs="+",
         metavar="ID",
         help="instead of refer_root: for every data set a Hub id like jxu124/refcoco, or a folder with its files",
     )
-    parser.add_argument("--image_root", type=Path, help="COCO train2014; default: looked for under refer_root")
+    published.add_argument("--image_root", type=Path, help="COCO train2014; default: looked for under refer_root")
+    published.add_argument(
+        "--also_held_out", nargs="*", default=[], metavar="NAME", help="prepared data sets whose val and test count too"
+    )
+    published.add_argument("--held_out_ids", type=Path, help="JSON list of further image ids to leave out")
     parser.add_argument("--output", type=Path, default=Path("prepared"), help="where the prepared data goes")
     parser.add_argument(
         "--max_skipped", type=float, default=0.001, help="share of expressions that may be unusable (default 0.001)"
     )
-    parser.add_argument(
-        "--also_held_out", nargs="*", default=[], metavar="NAME", help="prepared data sets whose val and test count too"
-    )
-    parser.add_argument("--held_out_ids", type=Path, help="JSON list of further image ids to leave out")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core); the output is the same")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepare what the arguments name and say what there is."""
+    """Prepare what the arguments name and print the counts."""
     args = build_parser().parse_args(argv)
     with one_line_errors():
-        names = list(dict.fromkeys(n for name in args.dataset for n in (COMBINED if name in GROUPS else [name])))
-        leak_filter = all(GROUPS.get(name, True) for name in args.dataset)
-        sources = _sources(names, args)
-        _check_options(names, args, leaves_out=len(names) > 1 and leak_filter)
-        _check_sources(names, sources, args.refer_root)
-        for name, source in zip(names, sources, strict=True):
-            if dataset_spec(name).shares_images:
-                print(f"note: {name} trains and evaluates on the same images; the umd split (refcocog) does not")
-            print(describe(_prepare(name, source, args)))
-        if len(names) > 1:
-            excluded = excluded_images(
-                str(args.output), names, also_held_out=args.also_held_out, held_out_ids=args.held_out_ids
-            )
-            path = combined_path(str(args.output), names, leak_filter)
-            print(write_combined_manifest(path, str(args.output), names, excluded if leak_filter else set()))
+        if not 0 <= args.max_skipped <= 1:
+            raise UserError(f"--max_skipped is {args.max_skipped}; it is a share of the expressions, from 0 to 1")
+        if args.workers is not None and args.workers < 1:
+            raise UserError(f"--workers is {args.workers}; it should be at least 1")
+        args.workers = args.workers or available_cores()
+        given = [f"--{source}" for source in OWN if getattr(args, source) is not None]
+        if len(given) + bool(args.dataset) != 1:
+            raise UserError("give one of --table, --folder, --hf (own data) and --dataset (published data sets)")
+        if given:
+            _prepare_own(args)
+        else:
+            _prepare_published(args)
+
+
+def _prepare_own(args: argparse.Namespace) -> None:
+    if args.name is None:
+        raise UserError("give --name, under which every command will know the data set")
+    options: dict[str, Any] = {"mask_threshold": args.mask_threshold, "seed": args.seed}
+    options["shares"] = _shares(args.split_shares) if args.split_shares else SHARES
+    columns = dict(_pairs(args.columns, "--columns", "image=photo"))
+    with_columns = {**options, "columns": columns}
+    if args.table is not None:
+        images = args.images or args.table.parent
+        files = read_table(args.table, images, args.name, masks=args.masks, **with_columns)
+    elif args.folder is not None:
+        images = args.folder
+        files = read_folder(args.folder, args.name, **options)
+    else:
+        from amltrain.data.hf_table import read_hf  # imports datasets
+
+        images = args.output / "source" / args.name
+        files = read_hf(args.hf, images, args.name, **with_columns)
+    manifest = prepare_files(files, args.output, images, max_skipped=args.max_skipped, workers=args.workers)
+    print(describe(manifest))
+    _show_next(args.output, args.name)
+
+
+def _show_next(output: Path, name: str) -> None:
+    print(f"look at {output / name / 'rows.png'}: it shows some rows as they were read")
+
+
+def _pairs(entries: Sequence[str], flag: str, example: str) -> list[tuple[str, str]]:
+    pairs = [entry.partition("=") for entry in entries]
+    bad = next((entry for entry, pair in zip(entries, pairs, strict=True) if not pair[0] or not pair[2]), None)
+    if bad is not None:
+        raise UserError(f"{flag} {bad!r} should look like {example}")
+    return [(key, value) for key, _, value in pairs]
+
+
+def _shares(entries: Sequence[str]) -> dict[str, float]:
+    try:
+        return {split: float(share) for split, share in _pairs(entries, "--split_shares", "train=0.9")}
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--split_shares: {error}") from error
+
+
+def _prepare_published(args: argparse.Namespace) -> None:
+    names = list(dict.fromkeys(n for name in args.dataset for n in (COMBINED if name in GROUPS else [name])))
+    leak_filter = all(GROUPS.get(name, True) for name in args.dataset)
+    sources = _sources(names, args)
+    _check_options(names, args, leaves_out=len(names) > 1 and leak_filter)
+    _check_sources(names, sources, args.refer_root)
+    for name, source in zip(names, sources, strict=True):
+        if dataset_spec(name).shares_images:
+            print(f"note: {name} trains and evaluates on the same images; the umd split (refcocog) does not")
+        print(describe(_prepare(name, source, args)))
+        _show_next(args.output, name)
+    if len(names) > 1 and all("train" in dataset_spec(name).splits for name in names):
+        excluded = excluded_images(
+            str(args.output), names, also_held_out=args.also_held_out, held_out_ids=args.held_out_ids
+        )
+        path = combined_path(str(args.output), names, leak_filter)
+        print(write_combined_manifest(path, str(args.output), names, excluded if leak_filter else set()))
 
 
 def _sources(names: Sequence[str], args: argparse.Namespace) -> list[str | None]:
@@ -94,8 +185,6 @@ def _sources(names: Sequence[str], args: argparse.Namespace) -> list[str | None]
 
 def _check_options(names: Sequence[str], args: argparse.Namespace, *, leaves_out: bool) -> None:
     """Raise UserError for what would fail after all the images were read, or would do nothing."""
-    if not 0 <= args.max_skipped <= 1:
-        raise UserError(f"--max_skipped is {args.max_skipped}; it is a share of the expressions, from 0 to 1")
     held_out = "--held_out_ids" if args.held_out_ids else "--also_held_out" if args.also_held_out else None
     if held_out and not leaves_out:
         raise UserError(
@@ -105,7 +194,7 @@ def _check_options(names: Sequence[str], args: argparse.Namespace, *, leaves_out
     if args.held_out_ids:
         read_image_ids(args.held_out_ids)
     for name in args.also_held_out:
-        dataset_spec(name)
+        find_spec(name, str(args.output))
         if name not in names and not any((args.output / name).glob("*.parquet")):
             raise UserError(f"--also_held_out {name}: {args.output / name} is not prepared; prepare it first")
 
@@ -113,18 +202,25 @@ def _check_options(names: Sequence[str], args: argparse.Namespace, *, leaves_out
 def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_root: Path) -> None:
     """Raise UserError unless every data set's annotations are there, before the first one's images are read."""
     for name, source in zip(names, sources, strict=True):
-        dataset_spec(name)
-        if source is None:
+        spec = dataset_spec(name)
+        if source is None and spec.layout == "refer":
             refer_paths(refer_root, name)
-        else:
+        elif source is not None and spec.layout != "refer":
+            raise UserError(f"{name} is not read through --hub; give --refer_root, the folder with its files")
+        elif source is not None:
             from amltrain.data.refer_hub import check_source  # imports torchvision
 
             check_source(source)
 
 
 def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {"max_skipped": args.max_skipped, "workers": args.workers}
+    layout = dataset_spec(name).layout
+    if source is None and layout == "refer":
+        return prepare(name, args.refer_root, args.output, image_root=args.image_root, **options)
     if source is None:
-        return prepare(name, args.refer_root, args.output, image_root=args.image_root, max_skipped=args.max_skipped)
+        files = READERS[layout](args.refer_root, name)
+        return prepare_files(files, args.output, args.image_root or args.refer_root, **options)
     from amltrain.data.refer_hub import read_hub_schema  # imports torchvision
 
-    return prepare_files(read_hub_schema(source, name), args.output, args.image_root, max_skipped=args.max_skipped)
+    return prepare_files(read_hub_schema(source, name), args.output, args.image_root, **options)

@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
-from amltrain.data.schema import MaskParts, choose_rle
-from amltrain.data.segmentation import decode_rle
+from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
 

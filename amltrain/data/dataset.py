@@ -21,8 +21,7 @@ from amltrain.data.augment import Augmentation, RawSample, SampleIds
 from amltrain.data.cache import PresizedImages
 from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
-from amltrain.data.schema import MaskParts, choose_rle
-from amltrain.data.segmentation import decode_rle
+from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, Transformed
 from amltrain.errors import UserError

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from amltrain.data.manifest import find_spec
 from amltrain.data.rows import Rows, open_rows
-from amltrain.data.specs import Counts, dataset_spec
+from amltrain.data.specs import Counts
 from amltrain.errors import UserError
 
 
@@ -31,7 +32,7 @@ def excluded_images(
     """
     held_out: set[int] = set() if held_out_ids is None else read_image_ids(Path(held_out_ids))
     for name in dict.fromkeys([*dataset_names, *also_held_out]):
-        for split in dataset_spec(name).evaluation_splits:
+        for split in find_spec(name, prepared).evaluation_splits:
             rows = open_rows(prepared, name, split, streaming=streaming)
             held_out.update(rows.columns.column("image_id").to_pylist())
     return held_out

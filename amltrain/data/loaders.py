@@ -15,9 +15,9 @@ from amltrain.data.cache import PresizedImages, open_presized
 from amltrain.data.collate import collate
 from amltrain.data.dataset import Part, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
+from amltrain.data.manifest import find_spec
 from amltrain.data.rows import open_rows
 from amltrain.data.sampler import EpochSampler
-from amltrain.data.specs import dataset_spec
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
@@ -150,7 +150,7 @@ def build_eval_loaders(
     then written out. preprocess, protocol: complete. perturb: see ReferDataset.
     """
     loaders = {}
-    for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets):
+    for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets, data.prepared):
         assert preprocess.sentence_field and protocol.mask_parts
         transform = build_transform(preprocess)
         sized = None if perturb else (transform, protocol.mask_parts)
@@ -172,14 +172,18 @@ def build_eval_loaders(
     return loaders
 
 
-def resolve_splits(splits: Sequence[str], dataset_names: Sequence[str]) -> list[tuple[str, str, str]]:
+def resolve_splits(
+    splits: Sequence[str], dataset_names: Sequence[str], prepared: str | None = None
+) -> list[tuple[str, str, str]]:
     """(data set, split, name) of every split named. Raises UserError for a split that no data set has."""
     resolved = []
     for entry in splits:
         dataset_name, _, split = entry.rpartition(":")
-        owners = [dataset_name] if dataset_name else [n for n in dataset_names if split in dataset_spec(n).splits]
-        if not owners or split not in dataset_spec(owners[0]).splits:
-            known = {n: dataset_spec(n).splits for n in ([dataset_name] if dataset_name else dataset_names)}
+        owners = (
+            [dataset_name] if dataset_name else [n for n in dataset_names if split in find_spec(n, prepared).splits]
+        )
+        if not owners or split not in find_spec(owners[0], prepared).splits:
+            known = {n: find_spec(n, prepared).splits for n in ([dataset_name] if dataset_name else dataset_names)}
             listed = "; ".join(f"{n}: {', '.join(s)}" for n, s in known.items())
             raise UserError(f"no split {entry!r} (evaluation.splits); there are {listed}")
         for owner in owners:

@@ -1,62 +1,73 @@
 """Annotations + images -> Parquet shards that `datasets` reads, once, checked, whole or not at all.
 
+<output>/README.md              a data card, with which `load_dataset(<output>, <dataset>)` finds every split
 <output>/<dataset>/train-00000-of-00003.parquet ...
                    val-00000-of-00001.parquet ...
-                   manifest.json   counts, comparison with the published ones, hashes of the sources, what was skipped
+                   manifest.json   counts, comparison with the published ones, hashes, what was skipped and noticed
+                   rows.png        some random rows, for a person to look at
 """
 
-import io
 import json
 import os
 import shutil
-from collections import Counter
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from filelock import FileLock
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from amltrain.data.refer import ImageGroup, ReferFiles, Skipped, image_groups, load_json, read_refer
-from amltrain.data.schema import FEATURES
-from amltrain.data.specs import Counts, belongs
+from amltrain.data.annotations import Annotations, ImageGroup, ImageJob, Skipped, image_jobs, read_job, read_jobs
+from amltrain.data.data_card import write_data_card
+from amltrain.data.manifest import MANIFEST, compare_with_published, read_manifest
+from amltrain.data.parquet import ShardWriter, hash_file
+from amltrain.data.refer import read_refer
+from amltrain.data.row_sheet import RowSheet
+from amltrain.data.specs import Counts
 from amltrain.errors import UserError
 
 FORMAT = 1
-ROWS_PER_GROUP = 64
-SHARD_BYTES = 512 * 2**20
 IMAGE_FOLDERS = (
     "",
     "images/mscoco/images/train2014",
     "train2014",
     "images/train2014",
     "mscoco/train2014",
+    "images/mscoco/train2014",
     "coco/train2014",
     "images",
 )
-"""Where the releases, and who follows them, keep COCO's train2014."""
+"""Where official code, and people who follow it, keep COCO's train2014."""
+JOBS_PER_TASK = 16
+IMAGES_PER_WORKER = 250
+"""A further process is worth its start only for so many images."""
+_FIRST = 5
 
 
-class _Checked(NamedTuple):
-    group: ImageGroup
-    image: bytes | None
-    fault: str
+class _Findings:
+    """What could not be used, and what a person should look at.
 
+    Raises UserError as soon as more than a share of all expressions is lost.
+    """
 
-class _SkipLog:
-    """What could not be used. Raises UserError as soon as that is more than a share of all expressions."""
-
-    def __init__(self, files: ReferFiles, max_skipped: float) -> None:
+    def __init__(self, files: Annotations, max_skipped: float) -> None:
         self.entries: list[Skipped] = []
+        self.noticed: dict[str, dict[str, Any]] = {}
         self._lost: list[Skipped] = []
-        self._name, self._max_skipped = files.name, max_skipped
-        self._total = sum(len(ref["sentences"]) for ref in files.refs)
+        self._name, self._place, self._max_skipped = files.name, files.place, max_skipped
+        self._total = files.expressions
+
+    def notice(self, found: Iterable[tuple[str, str]]) -> None:
+        """Count (kind, example); the first few examples of a kind are kept."""
+        for kind, example in found:
+            entry = self.noticed.setdefault(kind, {"count": 0, "first": []})
+            entry["count"] += 1
+            entry["first"] += [example] if len(entry["first"]) < _FIRST else []
 
     def add(self, entries: Iterable[Skipped]) -> None:
         """Note them. Raises UserError."""
@@ -67,9 +78,9 @@ class _SkipLog:
         if count > self._max_skipped * self._total:
             first = "; ".join(f"{entry.what}: {entry.why}" for entry in self._lost[:3])
             raise UserError(
-                f"{self._name}: {count} of {self._total} expressions cannot be used so far, more than max_skipped = "
-                f"{self._max_skipped:g} allows ({first}{'; ...' if len(self._lost) > 3 else ''}); mend the files or "
-                f"raise max_skipped; nothing was written"
+                f"{self._name}: {count} of {self._total} expressions in {self._place} cannot be used so far, more than "
+                f"max_skipped = {self._max_skipped:g} allows ({first}{'; ...' if len(self._lost) > 3 else ''}); "
+                f"correct the files or raise max_skipped; nothing was written"
             )
 
 
@@ -81,29 +92,37 @@ def prepare(
     image_root: Path | str | None = None,
     max_skipped: float = 0.001,
     drawn: Mapping[str, int] | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepare one data set from the original files under `refer_root`; see `prepare_files`."""
-    files = read_refer(Path(refer_root), dataset)
     return prepare_files(
-        files, output, image_root or refer_root, max_skipped=max_skipped, drawn=drawn, progress=progress
+        read_refer(Path(refer_root), dataset),
+        output,
+        image_root or refer_root,
+        max_skipped=max_skipped,
+        drawn=drawn,
+        workers=workers,
+        progress=progress,
     )
 
 
 def prepare_files(
-    files: ReferFiles,
+    files: Annotations,
     output: Path | str,
     image_root: Path | str,
     *,
     max_skipped: float = 0.001,
     drawn: Mapping[str, int] | None = None,
+    workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepare one data set under `output` and return its manifest; does nothing if that was done from the same files.
 
     image_root: a folder that has the images, itself or in one of IMAGE_FOLDERS. max_skipped: share of the expressions
     that may be unusable before everything is given up. drawn: how synthetic scenes were made, kept in the manifest.
-    Raises UserError; `output` then holds what it held before.
+    workers: processes that decode; the output does not depend on it. More than one needs a main module that can be
+    imported. Raises UserError; `output` then holds what it held before.
     """
     folder = Path(output) / files.name
     manifest = read_manifest(folder)
@@ -116,7 +135,10 @@ def prepare_files(
             with FileLock(folder.parent / f".{files.name}.lock"):
                 manifest = read_manifest(folder)
                 if manifest is None:
-                    return _prepare_aside(files, folder, images, max_skipped, drawn, progress)
+                    manifest = _prepare_atomically(files, folder, images, max_skipped, drawn, workers, progress)
+                    with FileLock(folder.parent / ".README.lock"):
+                        write_data_card(folder.parent)
+                    return manifest
         except OSError as error:
             raise UserError(
                 f"could not write {folder} ({error.strerror or error}); nothing was left there; make room, or choose "
@@ -127,171 +149,124 @@ def prepare_files(
     return manifest
 
 
-def _prepare_aside(
-    files: ReferFiles,
+def _prepare_atomically(
+    files: Annotations,
     folder: Path,
     images: Path,
     max_skipped: float,
     drawn: Mapping[str, int] | None,
+    workers: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write beside `folder` and rename when whole: a killed run leaves nothing that looks finished."""
+    """Write to a temporary folder and rename it: a killed run leaves nothing that looks finished."""
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that was not prepared here; remove it or choose another output")
-    skipped = _SkipLog(files, max_skipped)
-    skipped.add(_refs_of_no_split(files))
+    findings = _Findings(files, max_skipped)
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
     aside.mkdir()
     try:
         counts: dict[str, Counts] = {}
-        for split in files.spec.splits:
-            counts[split] = _write_split(aside, split, files, images, skipped, progress)
+        sheet = RowSheet()
+        with _Reader(
+            images.resolve(), files.categories, min(workers, 1 + len(files.images) // IMAGES_PER_WORKER)
+        ) as read:
+            for split in files.spec.splits:
+                counts[split] = _write_split(aside, split, files, read, findings, sheet, progress)
+        sheet.save(aside / "rows.png")
         manifest = {
             "format": FORMAT,
             "dataset": files.name,
             "split_by": files.spec.split_by,
             "splits": {split: count._asdict() for split, count in counts.items()},
-            "published": compare_with_published(files, counts),
+            "published": compare_with_published(files.spec, counts),
+            "spec": files.spec.to_manifest(),
             "sources": files.sources,
-            "skipped": [entry._asdict() for entry in skipped.entries],
+            "files": {path.name: hash_file(path)._asdict() for path in sorted(aside.glob("*.parquet"))},
+            "skipped": [entry._asdict() for entry in findings.entries],
+            "noticed": findings.noticed,
+            "notes": list(files.notes),
             **({} if drawn is None else {"drawn": dict(drawn)}),
         }
-        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
-def _refs_of_no_split(files: ReferFiles) -> list[Skipped]:
-    splits = Counter[str]()
-    for ref in files.refs:
-        if not any(belongs(ref["split"], split) for split in files.spec.splits):
-            splits[ref["split"]] += len(ref["sentences"])
-    return [Skipped(f"all refs of split {s!r}", f"{files.name} has no such split", n) for s, n in splits.items()]
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared data set; None if there is none. Raises UserError if it is damaged."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        return None
-    manifest = load_json(path)
-    if not isinstance(manifest, dict) or not {"format", "splits", "sources", "skipped"} <= set(manifest):
-        raise UserError(f"{path} is no manifest of prepared data; remove {folder} and prepare it again")
-    return manifest
-
-
-def find_images(files: ReferFiles, root: Path) -> Path:
-    """The folder under `root` that holds the images; releases put them in different places."""
+def find_images(files: Annotations, root: Path) -> Path:
+    """The folder under `root` that holds the images; official code puts them in different places."""
     some = [image["file_name"] for image in islice(files.images.values(), 100)]
-    for folder in (root / sub for sub in IMAGE_FOLDERS):
-        if any((folder / name).is_file() for name in some):
+    spec = files.spec
+    if spec.layout == "refer":
+        folders = (*spec.image_folders, *IMAGE_FOLDERS)
+    else:
+        folders = ("",) if spec.layout == "table" else ("", "images", spec.folder, f"{spec.folder}/images")
+    for folder in (root / sub for sub in folders):
+        if any((folder / name).is_file() for name in some if "\0" not in name):
             return folder
-    tried = ", ".join(sub or "." for sub in IMAGE_FOLDERS)
+    tried = ", ".join(sub or "." for sub in folders)
+    kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"
     raise UserError(
         f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); set image_root to the "
-        f"folder of COCO's train2014 images"
+        f"folder of {kind}"
     )
 
 
-def compare_with_published(files: ReferFiles, counts: dict[str, Counts]) -> dict[str, str]:
-    """For every split whose counts are published: `as published`, or what is."""
-    verdicts = {}
-    for split, expected in files.spec.published.items():
-        found = counts[split]
-        published = {unit: count for unit, count in expected._asdict().items() if count is not None}
-        same = all(getattr(found, unit) == count for unit, count in published.items())
-        listed = ", ".join(f"{count:,} {unit}" for unit, count in published.items())
-        verdicts[split] = "as published" if same else f"published: {listed}"
-    return verdicts
+class _Reader:
+    """Reads jobs in order, in this process or in several; memory is bounded."""
 
+    def __init__(self, images: Path, categories: dict[int, str], workers: int) -> None:
+        self._images, self._categories, self._workers = images, categories, workers
+        self._pool: ProcessPoolExecutor | None = None
 
-def describe(manifest: dict[str, Any]) -> str:
-    """The manifest for a person: a line per split, and what was skipped."""
-    lines = [f"{manifest['dataset']} (split by {manifest['split_by']})"]
-    for split, count in manifest["splits"].items():
-        verdict = manifest["published"].get(split)
-        lines.append(
-            f"  {split:6} {count['images']:>7,} images {count['refs']:>7,} refs {count['expressions']:>8,} expressions"
-            + (f"  {verdict}" if verdict else "")
-        )
-    skipped = manifest["skipped"]
-    if skipped:
-        lost = sum(entry["expressions"] for entry in skipped)
-        lines.append(f"  {lost} expressions skipped; faults found: {len(skipped)}")
-    lines += [f"    {entry['what']}: {entry['why']}" for entry in skipped[:5]]
-    if len(skipped) > 5:
-        lines.append(f"    ... and {len(skipped) - 5} more, all in manifest.json")
-    return "\n".join(lines)
-
-
-class _ShardWriter:
-    """Rows of a split -> Parquet shards of about SHARD_BYTES in row groups of ROWS_PER_GROUP."""
-
-    def __init__(self, folder: Path, split: str) -> None:
-        self._folder, self._split = folder, split
-        self._shards: list[Path] = []
-        self._writer: pq.ParquetWriter | None = None
-        self._pending: list[dict[str, Any]] = []
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take a row of FEATURES; every ROWS_PER_GROUP of them are written."""
-        self._pending.append(row)
-        if len(self._pending) == ROWS_PER_GROUP:
-            self._flush()
-
-    def __enter__(self) -> "_ShardWriter":
+    def __enter__(self) -> "_Reader":
+        if self._workers > 1:
+            context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+            context.set_forkserver_preload(["amltrain.data.annotations"])
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """After a failure; a file that is given up may fail to close as well."""
-        with suppress(OSError):
-            self._close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
-    def finish(self) -> None:
-        """Write what is pending (a split without rows becomes an empty shard) and give the shards their names."""
-        if self._pending or not self._shards:
-            self._flush()
-        self._close()
-        for number, shard in enumerate(self._shards):
-            shard.rename(self._folder / f"{self._split}-{number:05d}-of-{len(self._shards):05d}.parquet")
-
-    def _close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-
-    def _flush(self) -> None:
-        if self._writer is None:
-            self._shards.append(self._folder / f"{self._split}-{len(self._shards)}.parquet")
-            self._writer = pq.ParquetWriter(self._shards[-1], FEATURES.arrow_schema)
-        self._writer.write_table(pa.Table.from_pylist(self._pending, schema=FEATURES.arrow_schema))
-        self._pending.clear()
-        if self._shards[-1].stat().st_size > SHARD_BYTES:
-            self._close()
+    def __call__(self, jobs: Iterator[ImageJob]) -> Iterator[ImageGroup]:
+        """The groups of the jobs, in their order. Raises UserError if a process was killed."""
+        if self._pool is None:
+            yield from (read_job(job, self._images, self._categories) for job in jobs)
+            return
+        queue: deque[Future[list[ImageGroup]]] = deque()
+        try:
+            while True:
+                while len(queue) < 3 * self._workers and (task := list(islice(jobs, JOBS_PER_TASK))):
+                    queue.append(self._pool.submit(read_jobs, task, self._images, self._categories))
+                if not queue:
+                    return
+                yield from queue.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that reads images was killed, perhaps because memory ran out; use fewer --workers"
+            ) from error
 
 
 def _write_split(
-    folder: Path, split: str, files: ReferFiles, images: Path, skipped: _SkipLog, progress: bool
+    folder: Path, split: str, files: Annotations, read: _Reader, findings: _Findings, sheet: RowSheet, progress: bool
 ) -> Counts:
-    """Write one split's shards; `skipped` gets what could not be used."""
+    """Write one split's shards; `findings` gets what could not be used."""
     refs = expressions = rows = 0
-    total = len({ref["image_id"] for ref in files.refs if belongs(ref["split"], split)})
+    total = len({ref["image_id"] for ref in files.refs if files.spec.has(ref["split"], split)})
     bar = tqdm(total=total, desc=f"prepare {split}", unit="image", disable=not progress, leave=False)
-    with bar, _ShardWriter(folder, split) as writer:
-        for checked in _checked_images(image_groups(files, split), images):
+    with bar, ShardWriter(folder, split) as writer:
+        for group in read(image_jobs(files, split)):
             bar.update()
-            group = checked.group
-            skipped.add(group.skipped)
-            if checked.image is None and group.referents:
-                lost = sum(len(referent["sentences"]) for referent in group.referents)
-                what = f"image {group.file_name} with {len(group.referents)} refs"
-                skipped.add([Skipped(what, checked.fault, lost)])
-            if checked.image is None or not group.referents:
+            findings.add(group.skipped)
+            findings.notice(group.noticed)
+            if group.content is None:
                 continue
-            writer.add(_row(group, checked.image))
+            writer.add(_row(group, group.content))
+            sheet.offer(split, group)
             rows += 1
             refs += len(group.referents)
             expressions += sum(len(referent["sentences"]) for referent in group.referents)
@@ -299,43 +274,12 @@ def _write_split(
     return Counts(refs, expressions, rows)
 
 
-def _row(group: ImageGroup, image: bytes) -> dict[str, Any]:
+def _row(group: ImageGroup, content: bytes) -> dict[str, Any]:
     return {
         "image_id": group.image_id,
         "file_name": group.file_name,
         "height": group.height,
         "width": group.width,
-        "image": {"bytes": image, "path": group.file_name},
+        "image": {"bytes": content, "path": group.file_name},
         "referents": group.referents,
     }
-
-
-def _checked_images(groups: Iterator[ImageGroup], images: Path) -> Iterator[_Checked]:
-    """Read and decode every image once, a few at a time beside the writing, in order."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        queue = [pool.submit(_check_image, group, images) for group in islice(groups, 32)]
-        while queue:
-            checked = queue.pop(0).result()
-            queue += [pool.submit(_check_image, group, images) for group in islice(groups, 1)]
-            yield checked
-
-
-def _check_image(group: ImageGroup, images: Path) -> _Checked:
-    if not group.referents:
-        return _Checked(group, None, "no usable ref")
-    path = images / group.file_name
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return _Checked(group, None, f"the file is missing in {images}")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            size = (image.height, image.width)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        return _Checked(group, None, f"the file is damaged ({error})")
-    if size != (group.height, group.width):
-        return _Checked(
-            group, None, f"it is {size[0]} x {size[1]} pixels, its annotations say {group.height} x {group.width}"
-        )
-    return _Checked(group, content, "")

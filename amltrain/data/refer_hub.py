@@ -20,14 +20,14 @@ from typing import Any
 import datasets
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from amltrain.data.refer import ReferFiles, by_id, check_refs
+from amltrain.data.annotations import Annotations, by_id, check_refs
 from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
 
 COLUMNS = ("ref_id", "ann_id", "image_id", "split", "sentences", "raw_anns", "raw_image_info", "image_path")
 
 
-def read_hub_schema(source: str, dataset: str) -> ReferFiles:
+def read_hub_schema(source: str, dataset: str) -> Annotations:
     """Read the annotations of `dataset` from a Hub data set id or a folder with the same Parquet files.
 
     Returns what `read_refer` returns. Raises UserError naming the source and the row.
@@ -45,10 +45,11 @@ def read_hub_schema(source: str, dataset: str) -> ReferFiles:
         images |= by_id([image], "image", ("file_name", "height", "width"), place)
         annotations |= by_id([annotation], "annotation", ("segmentation", "bbox", "category_id"), place)
         refs.append({key: row[key] for key in ("ref_id", "ann_id", "image_id", "split", "sentences")})
-    check_refs(refs, source)
+    check_refs(refs, spec, dataset, source)
     content = json.dumps([refs, sorted(images.items()), sorted(annotations.items())], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return ReferFiles(dataset, spec, refs, images, annotations, _coco_categories(), {source: digest}, source)
+    name = Path(source).name if Path(source).is_dir() else source
+    return Annotations(dataset, spec, refs, images, annotations, _coco_categories(), {name: digest}, source)
 
 
 def check_source(source: str) -> None:

@@ -3,13 +3,18 @@
 MappedRows    a memory-mapped copy of the files, which `datasets` keeps in its cache
 StreamedRows  the files themselves, on a disk or the Hub: one row group is read at a time, no copy is made
 
-A stream of `datasets` only goes forward, so going on in mid-epoch would read all that came before, and every process
-would draw other samples. Parquet keeps its rows in groups that can be read alone: a sampler that stays within a few of
-them at a time (see `EpochSampler`) gets the same samples with the same numbers as from the copy, from any place on.
+A stream of `datasets` only goes forward, so resuming in mid-epoch would read everything before, and every process would
+draw other samples. Parquet keeps its rows in groups that can be read alone: a sampler that stays within a few of them
+at a time (see `EpochSampler`) gets the same samples with the same numbers as from the copy, from any place on.
 """
 
+import errno
+import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import datasets
@@ -17,16 +22,19 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from tqdm.auto import tqdm
 
-from amltrain.data.prepared import check_columns, local_shards, open_prepared
-from amltrain.data.schema import FEATURES
+from amltrain.data.manifest import check_split, find_manifest
+from amltrain.data.parquet import FEATURES, check_columns, check_file, check_footer, damaged
 from amltrain.errors import UserError
 
 WINDOW = 8
 """Row groups that a streamed training mixes at a time, about a thousand expressions, and that a reader keeps."""
 _IMAGE = "image"
 _SMALL = [name for name in FEATURES if name != _IMAGE]
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
 class Rows(Protocol):
@@ -55,23 +63,27 @@ class MappedRows:
         return len(self._images)
 
     def image_bytes(self, row: int) -> bytes:
+        """The encoded image of a row."""
         return self._images[row]["bytes"].as_py()
 
 
 class StreamedRows:
     """Rows of Parquet files. The small columns are read once; images a row group at a time, the last ones kept."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
-        """urls: paths or fsspec URLs (hf://datasets/user/name/...), in order. Raises UserError."""
+    def __init__(self, urls: Sequence[str], hashes: dict[str, Any] | None = None) -> None:
+        """urls: paths or fsspec URLs (hf://datasets/user/name/...), in order. hashes: `files` of the manifest, by file
+        name. Raises UserError for what is missing, damaged or changed."""
         self.urls = list(urls)
         self._metadata: list[pq.FileMetaData] = []
         tables = []
         for url in tqdm(self.urls, desc="read index", unit="file", leave=False, disable=len(self.urls) < 2):
-            with _Reading(url), _open(url) as file:
-                parquet = pq.ParquetFile(file, pre_buffer=True)
-                check_columns(url, parquet.schema_arrow.names)
-                self._metadata.append(parquet.metadata)
-                tables.append(parquet.read(columns=_SMALL))
+            with _Reading(url):
+                check_footer(url, (hashes or {}).get(url.rpartition("/")[2]))
+                with _open(url) as file:
+                    parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+                    check_columns(url, parquet.schema_arrow.names)
+                    self._metadata.append(parquet.metadata)
+                    tables.append(parquet.read(columns=_SMALL))
         self.columns = pa.concat_tables(tables)
         self._groups = [(file, g) for file, m in enumerate(self._metadata) for g in range(m.num_row_groups)]
         sizes = [self._metadata[file].row_group(g).num_rows for file, g in self._groups]
@@ -83,6 +95,7 @@ class StreamedRows:
         return int(self._first_row[-1])
 
     def image_bytes(self, row: int) -> bytes:
+        """The encoded image of a row."""
         group = int(np.searchsorted(self._first_row, row, side="right")) - 1
         images = self._kept.pop(group) if group in self._kept else self._read(group)
         self._kept[group] = images
@@ -92,9 +105,11 @@ class StreamedRows:
 
     def _read(self, group: int) -> pa.ChunkedArray:
         number, row_group = self._groups[group]
-        # opened anew every time: a worker must not share an open file with the process that it was forked from
+        # opened every time: a worker must not share an open file with the process that it was forked from
         with _Reading(self.urls[number]), _open(self.urls[number]) as file:
-            parquet = pq.ParquetFile(file, metadata=self._metadata[number], pre_buffer=True)
+            parquet = pq.ParquetFile(
+                file, metadata=self._metadata[number], pre_buffer=True, page_checksum_verification=True
+            )
             return parquet.read_row_group(row_group, columns=[_IMAGE]).column(_IMAGE)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +127,85 @@ def open_rows(prepared: str, dataset: str, split: str, *, streaming: bool = Fals
         if not files:
             raise UserError(f"Hub data set {prepared} has no {dataset}/{split}-*.parquet")
         urls = [f"hf://{path}" for path in sorted(files)]
-    return StreamedRows(urls)
+    return StreamedRows(urls, _hashes(prepared, dataset))
+
+
+def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = False) -> Dataset | IterableDataset:
+    """Rows of `FEATURES` of one split of one data set.
+
+    prepared: the folder that holds `<dataset>/<split>-*.parquet`, or a Hub data set id with the same files.
+    Raises UserError when they are missing, damaged or changed, and when the cache of `datasets` cannot be written.
+    """
+    shards = local_shards(prepared, dataset, split)
+    files = shards or f"hf://datasets/{prepared}/{dataset}/{split}-*.parquet"
+    try:
+        for shard in shards or ():  # `datasets` would fill a column that is not there with nulls
+            check_columns(shard, pq.read_schema(shard).names)
+        with _quiet():
+            builder = datasets.load_dataset_builder("parquet", data_files={split: files}, features=FEATURES)
+            if streaming:
+                return builder.as_streaming_dataset(split)
+            if shards is not None and not os.path.exists(builder.cache_dir):
+                hashes = _hashes(prepared, dataset) or {}
+                for shard in shards:  # the copy is made once; it would carry a flipped bit on for good
+                    check_file(Path(shard), hashes.get(Path(shard).name))
+            if shards is not None and not sum(pq.read_metadata(shard).num_rows for shard in shards):
+                raise UserError(f"split {split} of {dataset} has no rows; choose another split of {prepared}")
+            builder.download_and_prepare()
+            return builder.as_dataset(split)
+    except UserError:
+        raise
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        why = shorten(str(cause), 300)  # `datasets` prints whole schemas
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            raise UserError(
+                f"could not write the memory-mapped copy of {dataset}/{split} below "
+                f"{datasets.config.HF_DATASETS_CACHE} ({cause.strerror or why}); make room there, set "
+                f"HF_DATASETS_CACHE to another folder, or set data.streaming true, which needs no copy"
+            ) from error
+        fix = (
+            f"copy it again, or remove {prepared}/{dataset} and prepare it again"
+            if shards is not None
+            else "it is no folder here either: run amltrain prepare first"
+        )
+        raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
+
+
+def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
+    """Paths of one split's Parquet files, in order; None if `prepared` is a Hub data set id. Raises UserError."""
+    check_split(dataset, split, prepared)
+    folder = Path(prepared)
+    if folder.is_dir():
+        paths = sorted(str(path) for path in folder.glob(f"{dataset}/{split}-*.parquet"))
+        if not paths:
+            there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+            raise UserError(
+                f"{prepared} has no {dataset}/{split}-*.parquet (it holds {', '.join(there) or 'nothing prepared'}); "
+                f"run launch/prepare_data.py --dataset {dataset}"
+            )
+        return paths
+    if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
+        return None
+    raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
+
+
+def _hashes(prepared: str, dataset: str) -> dict[str, Any] | None:
+    """Hashes of the files by name, as the manifest keeps them; None for data prepared before it did."""
+    manifest = find_manifest(prepared, dataset)
+    return (manifest or {}).get("files")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for the memory-mapped copy, which takes a second."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _open(url: str) -> Any:
@@ -120,7 +213,7 @@ def _open(url: str) -> Any:
 
 
 class _Reading:
-    """What goes wrong while reading from `place` becomes a UserError."""
+    """Turns what goes wrong while reading from `place` into a UserError."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -128,5 +221,7 @@ class _Reading:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and "crc" in str(error).lower():
+            raise damaged(self.place, error) from error
         if isinstance(error, (OSError, pa.ArrowException)):
             raise UserError(f"could not read {self.place}: {error}") from error

@@ -1,21 +1,41 @@
 """Polygons and run lengths of COCO annotations -> one compressed RLE per referent."""
 
+import reprlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco
 
+from amltrain.errors import UserError
+
 Rle = dict[str, Any]
 """COCO compressed run lengths: {"size": [height, width], "counts": str}."""
+MaskParts = Literal["union", "exclusive"]
+
+
+def choose_rle(referent: dict[str, Any], mask_parts: MaskParts) -> Rle:
+    """Choose the run lengths of a referent's mask. exclusive: without the pixels that several polygons cover."""
+    exclusive = referent["mask_exclusive"]
+    if mask_parts == "exclusive" and exclusive is not None and exclusive["counts"] is not None:
+        return exclusive
+    return referent["mask"]
 
 
 class BrokenSegmentationError(ValueError):
     """A segmentation that describes no region; the message says why."""
 
 
+MAX_PIXELS = 2**28
+"""No image that can be decoded has more."""
+MAX_OUTLINE = 5_000_000
+"""Pixels along a polygon's outline; pycocotools' memory grows with it."""
+MAX_POLYGONS = 10_000
+
+
 class ReferentMask(NamedTuple):
-    """union: every part is foreground. exclusive: pixels of exactly one part (LAVT's rule); None where they agree.
+    """union: every component is foreground. exclusive: pixels of exactly one component (LAVT's rule); None where they
+    agree.
 
     dropped: why polygons were left out, one reason each, where others remained.
     """
@@ -32,28 +52,53 @@ def referent_mask(segmentations: Sequence[Any], height: int, width: int) -> Refe
     sentence without target). Broken polygons are dropped as long as one is left (ReLA's rule). Raises
     BrokenSegmentationError when none is, or when what is left covers no pixel.
     """
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise BrokenSegmentationError(f"an image of {height} x {width} pixels cannot be")
     if not segmentations:
         return ReferentMask(_text(_encode(np.zeros((height, width), np.uint8))), None)
-    parts: list[Rle] = []
+    components: list[Rle] = []
     dropped: list[str] = []
     for segmentation in segmentations:
-        found, broken = _parts(segmentation, height, width)
-        parts += found
+        found, broken = _components(segmentation, height, width)
+        components += found
         dropped += broken
-    if not parts:
+    if not components:
         raise BrokenSegmentationError(dropped[0])
-    union = coco.merge(parts)
+    union = coco.merge(components)
     if not coco.area(union):
         raise BrokenSegmentationError("it covers no pixel")
-    if len(parts) == 1 or coco.area(union) == sum(coco.area(part) for part in parts):
+    if len(components) == 1 or coco.area(union) == sum(map(coco.area, components)):
         return ReferentMask(_text(union), None, tuple(dropped))
-    covered = coco.decode(parts).sum(axis=2)
+    covered = coco.decode(components).sum(axis=2)
     return ReferentMask(_text(union), _text(_encode((covered == 1).astype(np.uint8))), tuple(dropped))
 
 
+def decode_mask(mask: Rle) -> np.ndarray:
+    """A prepared mask as [height, width] uint8, 0 or 1.
+
+    mask: {"size": [height, width], "counts": str}, as `mask` of a referent in prepared data. Checks it first. Raises
+    UserError for one that does not describe a mask of its size.
+    """
+    try:
+        height, width = (int(side) for side in mask["size"])
+        return decode_rle(_text(_run_lengths(mask, height, width)))
+    except (KeyError, TypeError, ValueError) as error:  # BrokenSegmentationError is a ValueError
+        raise UserError(f"the mask cannot be decoded: {error}") from error
+
+
 def decode_rle(rle: Rle) -> np.ndarray:
-    """[height, width] uint8, 0 or 1."""
+    """Run lengths that this module wrote, as [height, width] uint8, 0 or 1. Foreign ones go to `decode_mask`."""
     return coco.decode({"size": rle["size"], "counts": rle["counts"].encode()})
+
+
+def encode_mask(mask: np.ndarray) -> Rle:
+    """[height, width] uint8, 0 or 1 -> compressed run lengths."""
+    return _text(_encode(mask))
+
+
+def area(rle: Rle) -> int:
+    """Foreground pixels of run lengths that this module wrote."""
+    return int(coco.area({"size": rle["size"], "counts": rle["counts"].encode()}))
 
 
 def _encode(mask: np.ndarray) -> Rle:
@@ -64,14 +109,16 @@ def _text(rle: Rle) -> Rle:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
-def _parts(segmentation: Any, height: int, width: int) -> tuple[list[Rle], list[str]]:
-    """Run lengths of every usable part, and why the others are not."""
+def _components(segmentation: Any, height: int, width: int) -> tuple[list[Rle], list[str]]:
+    """Run lengths of every usable component, and why the others are not."""
     if isinstance(segmentation, dict):
         return [_run_lengths(segmentation, height, width)], []
     if not isinstance(segmentation, list) or not segmentation:
         return [], ["it has no polygon and no run lengths"]
     if isinstance(segmentation[0], dict):
-        return [_run_lengths(part, height, width) for part in segmentation], []
+        return [_run_lengths(rle, height, width) for rle in segmentation], []
+    if len(segmentation) > MAX_POLYGONS:
+        return [], [f"it has more than {MAX_POLYGONS:,} polygons"]
     faults = [_fault(polygon, height, width) for polygon in segmentation]
     usable = [polygon for polygon, fault in zip(segmentation, faults, strict=True) if fault is None]
     return coco.frPyObjects(usable, height, width) if usable else [], [fault for fault in faults if fault]
@@ -83,7 +130,7 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
         return "a polygon has fewer than 3 points"  # pycocotools would read four numbers as a box
     if len(polygon) % 2:
         return "a polygon has an odd number of coordinates"
-    if not all(isinstance(coordinate, (int, float)) for coordinate in polygon):
+    if not set(map(type, polygon)) <= {int, float}:
         return "a polygon has a coordinate that is no number"
     try:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
@@ -94,6 +141,10 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
     side = max(height, width)
     if points.min() < -side or points.max() > 2 * side:  # pycocotools' memory grows with the outline
         return "a polygon lies far outside the image"
+    if len(points) * 2 * side > MAX_OUTLINE:  # else its outline cannot be longer
+        steps = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1)
+        if steps.sum() > MAX_OUTLINE:
+            return f"a polygon's outline is longer than {MAX_OUTLINE:,} pixels"
     return None
 
 
@@ -102,7 +153,9 @@ def _run_lengths(rle: Any, height: int, width: int) -> Rle:
         raise BrokenSegmentationError("it mixes run lengths and polygons")
     size = rle.get("size")
     if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
-        raise BrokenSegmentationError(f"its run lengths are for size {size}, the image is {[height, width]}")
+        raise BrokenSegmentationError(
+            f"its run lengths are for size {reprlib.repr(size)}, the image is {[height, width]}"
+        )
     counts = rle.get("counts")
     if isinstance(counts, bytes):
         counts = counts.decode("ascii", errors="replace")
@@ -110,9 +163,15 @@ def _run_lengths(rle: Any, height: int, width: int) -> Rle:
     if not isinstance(runs, list):
         raise BrokenSegmentationError("its run lengths have no counts")
     # pycocotools reads outside its memory where counts do not fit
+    if min(height, width) < 1 or height * width > MAX_PIXELS or len(runs) > height * width + 1:
+        raise BrokenSegmentationError("its run lengths do not add up to the image")
     if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
         raise BrokenSegmentationError("its run lengths do not add up to the image")
     return coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+
+
+_LONGEST_NUMBER = 60
+"""Bits of a run length; none that fits an image has more."""
 
 
 def _runs_of_text(text: str) -> list[int]:
@@ -127,6 +186,8 @@ def _runs_of_text(text: str) -> list[int]:
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:
+            if shift > _LONGEST_NUMBER:
+                raise BrokenSegmentationError("its run lengths hold a number that never ends")
             continue
         value -= (bits & 16) << (shift - 4)  # the sign
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))

@@ -1,26 +1,35 @@
-"""The one table of data sets: where their files lie, which splits they have, and how many of what there should be.
+"""The open table of data sets: one entry each with its folder, splits, published counts and special keys.
 
-Counts: RefCOCO val/testA/testB and all expressions recounted from the files; training images after the literature.
+Counts: RefCOCO val, testA, testB and all expressions were recounted from the files. The others are what the papers and
+the official code state; where a paper gives the total as well, the splits add up to it.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from amltrain.errors import UserError, unknown_name
 
+Layout = Literal["refer", "phrasecut", "refcoco-m", "reasonseg", "refsegrs", "table"]
+"""Which reader understands the files: REFER's own, one in `amltrain.data.readers`, or a table of your own."""
+
+SPECIAL_KEYS = ("exist", "no_target", "source", "negative", "ignore")
+"""Keys that change what a ref or a sentence means. A data set must list the ones that it uses."""
+
 
 class Counts(NamedTuple):
-    """refs: objects referred to; expressions: sentences; images."""
+    """refs: objects referred to; expressions: sentences; images. None where a published count is not known."""
 
-    refs: int
-    expressions: int
+    refs: int | None = None
+    expressions: int | None = None
     images: int | None = None
 
 
 class DatasetSpec(NamedTuple):
-    """A data set in the REFER layout: `<root>/<folder>/refs(<split_by>).p` (or grefs) and `instances.json`.
+    """A data set: `<root>/<folder>/refs(<split_by>).p` (or grefs) and `instances.json` if the layout is "refer".
 
-    published: what the full files hold, by split; empty for synthetic data.
-    shares_images: training and evaluation images overlap.
+    published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
+    none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
+    metrics: what its papers report beside ours ("rIoU", "zero-target accuracy"). exact_splits: a ref belongs to the
+    split of the same name only. image_folders: where its images lie, below the image root.
     """
 
     folder: str
@@ -29,19 +38,42 @@ class DatasetSpec(NamedTuple):
     published: dict[str, Counts] = {}  # noqa: RUF012 - never mutated
     generalised: bool = False
     shares_images: bool = False
+    layout: Layout = "refer"
+    special_keys: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    exact_splits: bool = False
+    image_folders: tuple[str, ...] = ()
 
     @property
     def refs_name(self) -> str:
         """File name of the referring expressions without its ending."""
-        return f"{'grefs' if self.generalised else 'refs'}({self.split_by})"
+        return f"{'grefs' if self.generalised and self.layout == 'refer' else 'refs'}({self.split_by})"
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
+        """Every split but `train`."""
         return tuple(split for split in self.splits if split != "train")
+
+    def has(self, ref_split: str, split: str) -> bool:
+        """Whether a ref that the files file under `ref_split` belongs to `split`."""
+        return ref_split == split if self.exact_splits else belongs(ref_split, split)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """What a prepared folder keeps, so that every command knows the data set without this table."""
+        return {
+            "splits": list(self.splits),
+            "split_by": self.split_by,
+            "generalised": self.generalised,
+            "shares_images": self.shares_images,
+            "layout": self.layout,
+            "metrics": list(self.metrics),
+        }
 
 
 _UNC = ("train", "val", "testA", "testB")
 _UMD = ("train", "val", "test")
+_GREF_KEYS = ("exist", "no_target")
+_ROBUST = ("r", "rIoU")
 
 DATASETS: dict[str, DatasetSpec] = {
     "refcoco": DatasetSpec(
@@ -83,16 +115,72 @@ DATASETS: dict[str, DatasetSpec] = {
         {"train": Counts(44822, 85474), "val": Counts(5000, 9536, 4650)},
         shares_images=True,
     ),
-    "grefcoco": DatasetSpec("grefcoco", "unc", _UNC, generalised=True),
+    "grefcoco": DatasetSpec("grefcoco", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS),
+    "refclef": DatasetSpec("refclef", "berkeley", _UMD, image_folders=("images/saiapr_tc-12", "saiapr_tc-12")),
+    "refclef-unc": DatasetSpec(
+        "refclef",
+        "unc",
+        ("train", "val", "testA", "testB", "testC"),
+        image_folders=("images/saiapr_tc-12", "saiapr_tc-12"),
+    ),
+    "rrsis-d": DatasetSpec(
+        "rrsisd",
+        "unc",
+        _UMD,
+        {"train": Counts(expressions=12181), "val": Counts(expressions=1740), "test": Counts(expressions=3481)},
+        image_folders=("images/rrsisd/JPEGImages", "JPEGImages"),
+    ),
+    "ref-zom": DatasetSpec(
+        "ref-zom",
+        "final",
+        ("train", "test"),
+        {"train": Counts(images=43749), "test": Counts(images=11329)},
+        special_keys=("source",),
+        metrics=("zero-target accuracy",),
+        image_folders=("trainval2014", "images/trainval2014", "coco/trainval2014"),
+    ),
+    "r-refcoco": DatasetSpec("rrefcoco", "unc", _UNC, special_keys=("exist",), metrics=_ROBUST),
+    "r-refcoco+": DatasetSpec("rrefcoco+", "unc", _UNC, special_keys=("exist",), metrics=_ROBUST),
+    "r-refcocog": DatasetSpec("rrefcocog", "umd", _UMD, special_keys=("exist",), metrics=_ROBUST),
+    "phrasecut": DatasetSpec(
+        "VGPhraseCut_v0",
+        "phrasecut",
+        _UMD,
+        {"train": Counts(expressions=310816), "val": Counts(expressions=20316), "test": Counts(expressions=14354)},
+        layout="phrasecut",
+        exact_splits=True,
+    ),
+    "refcoco-m": DatasetSpec(
+        "refcoco-m", "moondream", ("val",), {"val": Counts(2080, 5598, 1190)}, layout="refcoco-m", exact_splits=True
+    ),
+    "reasonseg": DatasetSpec(
+        "ReasonSeg",
+        "lisa",
+        _UMD,
+        {"train": Counts(images=239), "val": Counts(images=200), "test": Counts(images=779)},
+        layout="reasonseg",
+        exact_splits=True,
+    ),
+    "refsegrs": DatasetSpec(
+        "RefSegRS",
+        "refsegrs",
+        _UMD,
+        {"train": Counts(expressions=2172), "val": Counts(expressions=431), "test": Counts(expressions=1817)},
+        layout="refsegrs",
+        exact_splits=True,
+    ),
     "refshapes": DatasetSpec("refshapes", "unc", _UNC),
     "refshapes+": DatasetSpec("refshapes+", "unc", _UNC),
     "refshapesg": DatasetSpec("refshapesg", "umd", _UMD),
-    "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True),
+    "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS),
 }
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """The table's entry. Raises UserError for an unknown name, naming the right pair for `refcoco-umd` and the like."""
+    """The table's entry. Raises UserError for an unknown name, naming the right pair for `refcoco-umd` and the like.
+
+    A data set of your own is not in the table; `amltrain.data.manifest.find_spec` also looks in the prepared folder.
+    """
     if name in DATASETS:
         return DATASETS[name]
     folder, _, split_by = name.rpartition("-")
@@ -103,13 +191,6 @@ def dataset_spec(name: str) -> DatasetSpec:
     if of_folder:
         raise UserError(f"{folder} has no split by {split_by!r}; it has {', '.join(of_folder)}")
     raise unknown_name("data set", name, DATASETS)
-
-
-def check_split(name: str, split: str) -> None:
-    """Raise UserError unless the data set has that split."""
-    splits = dataset_spec(name).splits
-    if split not in splits:
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
 
 
 def belongs(ref_split: str, split: str) -> bool:

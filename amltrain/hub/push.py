@@ -69,7 +69,7 @@ def push_model(
         old = [CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE) if name in there - files.keys()]
         return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        raise UserError(f"could not push to {repo}: {_reason(error, repo)}") from error
+        raise UserError(f"could not push to {repo}: {failure_reason(error, repo)}") from error
 
 
 def check_access(repo: str) -> None:
@@ -111,7 +111,7 @@ def _message(results: list[Results]) -> str:
     return f"{step}{name} {value:.2f} on {first.dataset} {first.split}"
 
 
-def _reason(error: Exception, repo: str) -> str:
+def failure_reason(error: Exception, repo: str) -> str:
     """One phrase; an upload's error wraps the one that the Hub answered."""
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "response", None) is None:

@@ -1,8 +1,7 @@
 """From a run's config to the built parts of a run. Every `build_*` here sees the config; what they build does not."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from amltrain.config.partial import override
-from amltrain.config.schema import DataConfig, Preprocess, Protocol, RunConfig
+from amltrain.config.schema import Preprocess, Protocol, RunConfig
 from amltrain.data.augment import build_augmentations
 from amltrain.data.dataset import ReferDataset
-from amltrain.data.leakage import combined_path, write_combined_manifest
-from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, leaks
-from amltrain.data.prepare import describe, prepare, read_manifest
-from amltrain.data.refer import refer_paths
-from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
-from amltrain.data.specs import check_split
+from amltrain.data.ensure import check_scenes
+from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset
 from amltrain.data.text import SentenceTokenizer
-from amltrain.errors import UserError
 from amltrain.evaluation.protocols import run_protocol
 from amltrain.evaluation.results import Results, write_results
 from amltrain.hub.model_folder import RESULTS_FILE, TRAINING_FILE, load_pretrained, load_weights, save_pretrained
@@ -43,77 +37,6 @@ class Parts(NamedTuple):
     preprocess: Preprocess
     protocol: Protocol
     model_kwargs: dict[str, Any]
-
-
-def ensure_prepared(data: DataConfig, say: Callable[[str], None]) -> None:
-    """Prepare every data set that is not there yet: from `refer_root`, or drawn for the refshapes family."""
-    prepared = Path(data.prepared)
-    for name in data.datasets:
-        check_split(name, data.train_split)
-    if not prepared.exists() and data.prepared.count("/") == 1 and data.refer_root is None and not _synthetic(data):
-        return  # a Hub data set
-    missing = [name for name in data.datasets if read_manifest(prepared / name) is None]
-    for name in missing:  # of every one, before the first takes its minutes
-        _check_source(name, data)
-    for name in missing:
-        if "shapes" in name:
-            source = _draw_scenes(name, data)
-            manifest = prepare(name, source, prepared, max_skipped=data.max_skipped, drawn=asdict(data.shapes))
-        else:
-            manifest = prepare(
-                name, data.refer_root, prepared, image_root=data.image_root, max_skipped=data.max_skipped
-            )
-        say(describe(manifest))
-
-
-def _check_source(name: str, data: DataConfig) -> None:
-    """Raise UserError if there is nothing that a data set could be prepared from."""
-    if "shapes" in name:
-        return
-    if data.refer_root is None:
-        raise UserError(
-            f"{Path(data.prepared) / name} is not prepared; give data.refer_root (and data.image_root), or run "
-            f"launch/prepare_data.py --dataset {name}"
-        )
-    refer_paths(Path(data.refer_root), name)
-
-
-def ensure_training_data(data: DataConfig, say: Callable[[str], None]) -> None:
-    """Prepare what is missing, and write down what combined training drops."""
-    ensure_prepared(data, say)
-    if len(data.datasets) > 1:
-        path = combined_path(data.prepared, data.datasets, data.leak_filter)
-        say(write_combined_manifest(path, data.prepared, data.datasets, leaks(data)))
-
-
-def _draw_scenes(name: str, data: DataConfig) -> Path:
-    """Draw a data set of the refshapes family; returns its folder in the original layout."""
-    scenes = data.shapes
-    source = Path(data.prepared) / "source" / f"{name}-{scenes.size}px-seed{scenes.seed}"
-    sizes = dict.fromkeys(SPLIT_SIZES, scenes.evaluation) | {"train": scenes.train}
-    try:
-        write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed)
-    except OSError as error:
-        raise UserError(
-            f"could not draw scenes into {source} ({error.strerror or error}); make room, or choose another "
-            f"data.prepared"
-        ) from error
-    return source
-
-
-def check_scenes(data: DataConfig) -> None:
-    """Raise UserError if synthetic scenes were drawn otherwise than data.shapes asks for, by an earlier run."""
-    for name in data.datasets:
-        drawn = (read_manifest(Path(data.prepared) / name) or {}).get("drawn")
-        if drawn is not None and drawn != asdict(data.shapes):
-            raise UserError(
-                f"{Path(data.prepared) / name} holds scenes drawn with {drawn}, data.shapes asks for "
-                f"{asdict(data.shapes)}; remove the folder or choose another data.prepared"
-            )
-
-
-def _synthetic(data: DataConfig) -> bool:
-    return any("shapes" in name for name in data.datasets)
 
 
 def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from: Path | None = None) -> Parts:

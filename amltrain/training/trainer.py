@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from amltrain.config.schema import RunConfig
 from amltrain.data.collate import collate
+from amltrain.data.ensure import ensure_training_data
 from amltrain.data.loaders import build_sampler, build_train_loader
 from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
@@ -30,7 +31,7 @@ from amltrain.models import model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.build import build_parts, ensure_training_data, write_model_folder
+from amltrain.training.build import build_parts, write_model_folder
 from amltrain.training.distributed import (
     PREPARATION,
     build_accelerator,

@@ -90,8 +90,7 @@ def main(folder: str) -> None:
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
-    from amltrain.data.prepared import open_prepared
-    from amltrain.data.rows import open_rows
+    from amltrain.data.rows import open_prepared, open_rows
 
     for streaming in (False, True):
         rows = open_rows(REPO, "refshapes", "val", streaming=streaming)

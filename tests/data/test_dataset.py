@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 from amltrain.data.dataset import Part, ReferDataset
-from amltrain.data.prepared import open_prepared
-from amltrain.data.rows import MappedRows
-from amltrain.data.schema import FEATURES
+from amltrain.data.parquet import FEATURES
+from amltrain.data.rows import MappedRows, open_prepared
 from amltrain.data.segmentation import decode_rle, referent_mask
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError

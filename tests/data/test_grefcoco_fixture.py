@@ -12,10 +12,11 @@ from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import load_file
 
-from amltrain.data.refer import image_groups, read_refer
+from amltrain.data.refer import read_refer
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, normalise
+from tests.data.groups import image_groups
 
 SPLITS = ("train", "val", "testA", "testB")
 

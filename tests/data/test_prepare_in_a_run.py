@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from amltrain.config.schema import DataConfig, ShapesConfig
-from amltrain.data.prepare import read_manifest
+from amltrain.data.ensure import check_scenes, ensure_training_data
+from amltrain.data.manifest import read_manifest
 from amltrain.errors import UserError
-from amltrain.training.build import check_scenes, ensure_training_data
 from tests.data.original import Original
 from tests.data.test_prepare import largest_file
 

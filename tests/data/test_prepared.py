@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from amltrain.data.prepared import open_prepared
+from amltrain.data.rows import open_prepared
 from amltrain.errors import UserError
 
 
@@ -32,7 +32,7 @@ def test_a_hub_id_gives_the_rows_of_the_same_folder(prepared: str, tmp_path: Pat
 
 def test_what_is_not_there_is_said(prepared: str, tmp_path: Path) -> None:
     for place, message in (
-        ("nobody/nothing", "could not read refshapes/val from nobody/nothing .* run launch/prepare_data.py first"),
+        ("nobody/nothing", "could not read refshapes/val from nobody/nothing .* run amltrain prepare first"),
         (str(tmp_path / "x"), "x is no folder; run launch/prepare_data.py --dataset refshapes"),
         (str(tmp_path), r"has no refshapes/val-\*\.parquet \(it holds nothing prepared\)"),
     ):
@@ -46,7 +46,7 @@ def test_a_missing_column_is_said(prepared: str, tmp_path: Path) -> None:
     (source,) = Path(prepared).glob("refshapes/val-*")
     (tmp_path / "refshapes").mkdir()
     pq.write_table(pq.read_table(source).drop_columns("referents"), tmp_path / "refshapes" / source.name)
-    with pytest.raises(UserError, match=rf"refshapes/{source.name} has no column referents; make it with"):
+    with pytest.raises(UserError, match=rf"refshapes/{source.name} has no column referents \(it has .*; make it with"):
         open_prepared(str(tmp_path), "refshapes", "val")
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.data.refer import ReferFiles, image_groups, load_pickle, read_refer
+from amltrain.data.annotations import Annotations
+from amltrain.data.json_files import load_pickle
+from amltrain.data.refer import read_refer
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.specs import DATASETS, belongs, dataset_spec
 from amltrain.errors import UserError
+from tests.data.groups import image_groups
 from tests.data.original import Original
 
 
-def groups(files: ReferFiles, split: str = "train") -> list:
+def groups(files: Annotations, split: str = "train") -> list:
     return list(image_groups(files, split))
 
 
@@ -77,6 +80,8 @@ def test_several_targets_crowds_and_none(tmp_path: Path) -> None:
     original.annotations[1]["bbox"] = [26, 5, 10, 10]
     original.annotations[1]["category_id"] = 2
     original.annotations[2]["iscrowd"] = 1
+    for annotation in original.annotations:
+        del annotation["image_id"]  # here several images share them
     original.refs[0]["ann_id"] = [101, 102, 103]
     original.refs[1]["ann_id"] = [-1]
     original.refs[2]["ann_id"] = [103]
@@ -150,6 +155,11 @@ def set_key(original: Original, kind: str, key: str, value: object) -> None:
     write_annotations(original)
 
 
+def set_exist(original: Original, value: object) -> None:
+    original.refs[1]["sentences"][0]["exist"] = value
+    write_annotations(original)
+
+
 def write_annotations(original: Original) -> None:
     """Without the images, whose files need a size."""
     (original.folder / "instances.json").write_text(
@@ -184,8 +194,19 @@ def write_annotations(original: Original) -> None:
         ),
         (
             lambda o: set_key(o, "images", "height", "480"),
-            "image number 1 has 'height' '480', not a whole number above 0",
+            "image number 1 has 'height' '480', not a whole number from 1 to 1048576",
         ),
+        (
+            lambda o: set_key(o, "refs", "split", "trainn"),
+            r"refs\(unc\)\.p: ref number 1 has split 'trainn', and refcoco",
+        ),
+        (lambda o: set_key(o, "refs", "ann_id", []), r"ref number 1 has an empty ann_id; write \[-1\]"),
+        (lambda o: set_key(o, "refs", "source", "zero"), "ref number 1 has 'source' 'zero', which changes its meaning"),
+        (
+            lambda o: set_exist(o, False),
+            "a sentence of ref 1002 has 'exist' False, which changes its meaning and is not",
+        ),
+        (lambda o: set_key(o, "refs", "ref_id", 2**70), "'ref_id' .*, not a whole number of 64 bits"),
         (
             lambda o: set_key(o, "annotations", "bbox", [1, 2]),
             r"annotation number 1 has 'bbox' \[1, 2\], not four numb",

@@ -9,11 +9,13 @@ import pytest
 from datasets import Features, Sequence, Value
 
 from amltrain.commands.prepare import main
-from amltrain.data.prepare import read_manifest
-from amltrain.data.prepared import open_prepared
-from amltrain.data.refer import ReferFiles, image_groups, read_refer
+from amltrain.data.annotations import Annotations
+from amltrain.data.manifest import read_manifest
+from amltrain.data.refer import read_refer
 from amltrain.data.refer_hub import read_hub_schema
+from amltrain.data.rows import open_prepared
 from amltrain.errors import UserError
+from tests.data.groups import image_groups
 from tests.data.original import IMAGES, Original
 
 HUB_SPLITS = {"train": "train", "val": "validation", "testA": "test", "testB": "testB", "test": "test"}
@@ -42,7 +44,7 @@ SCHEMA = Features(
 )  # fmt: skip
 
 
-def hub_row(files: ReferFiles, ref: dict[str, Any]) -> dict[str, Any]:
+def hub_row(files: Annotations, ref: dict[str, Any]) -> dict[str, Any]:
     image, annotation = files.images[ref["image_id"]], files.annotations[ref["ann_id"]]
     x, y, width, height = annotation["bbox"]
     return {
@@ -61,7 +63,7 @@ def hub_row(files: ReferFiles, ref: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_hub_folder(files: ReferFiles, folder: Path) -> Path:
+def write_hub_folder(files: Annotations, folder: Path) -> Path:
     """The files of such a Hub data set, as `datasets` writes them."""
     for split in files.spec.splits:
         rows = [hub_row(files, ref) for ref in files.refs if ref["split"] == split]
@@ -71,7 +73,7 @@ def write_hub_folder(files: ReferFiles, folder: Path) -> Path:
     return folder
 
 
-def everything(files: ReferFiles) -> list:
+def everything(files: Annotations) -> list:
     return [group for split in files.spec.splits for group in image_groups(files, split)]
 
 
@@ -94,7 +96,7 @@ def test_real_annotations_joined_to_a_coco_folder(shared_dir: Path, tmp_path: Pa
         one, other = (list(open_prepared(str(tmp_path / f), "refcoco", split)) for f in ("from_hub", "from_files"))
         assert one == other
     manifest = read_manifest(tmp_path / "from_hub" / "refcoco")
-    assert manifest["splits"]["train"]["refs"] == 37 and list(manifest["sources"]) == [str(source)]
+    assert manifest["splits"]["train"]["refs"] == 37 and list(manifest["sources"]) == [source.name]
 
 
 def spoilt(tmp_path: Path, **changes: Any) -> str:

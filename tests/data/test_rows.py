@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from amltrain.data.loaders import EpochSampler
-from amltrain.data.prepared import open_prepared
-from amltrain.data.rows import WINDOW, StreamedRows, open_rows
+from amltrain.data.rows import WINDOW, StreamedRows, open_prepared, open_rows
 from amltrain.errors import UserError
 from tests.data.stand_in import shapes_dataset
 from tests.data.test_dataset import equal

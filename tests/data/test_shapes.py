@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from amltrain.data.prepare import prepare
-from amltrain.data.prepared import open_prepared
+from amltrain.data.rows import open_prepared
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.shapes import COLOURS, FORMS, SIZES, TEXTURES, Scene, draw_scene, expressions, write_refshapes
 from amltrain.errors import UserError

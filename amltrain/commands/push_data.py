@@ -1,0 +1,37 @@
+"""Publish prepared data as a HuggingFace Hub data set, with a card that shows every split and its pictures.
+
+    amltrain push-data prepared user/my-data --private
+    accelerate launch launch/train.py --data.prepared user/my-data --data.datasets '[mine]'
+
+Parquet files, manifests and the card are pushed; `source/` and everything else stays here. Rerun the same command after
+an interruption: files that the Hub has are not sent again. Check the licences of the images first.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from amltrain.errors import one_line_errors
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, whose help is this file's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="amltrain push-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the prepared folder")
+    parser.add_argument("repo", metavar="REPO", help="repository, user/name; created if it does not exist")
+    parser.add_argument("--dataset", nargs="*", default=[], metavar="NAME", help="data sets to push (default: all)")
+    parser.add_argument("--private", action="store_true", help="make the repository private (default: public)")
+    parser.add_argument("--revision", help="branch to push to; created if it does not exist (default: main)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Push what the arguments name."""
+    args = build_parser().parse_args(arguments)
+    with one_line_errors():
+        from amltrain.hub.push_data import push_data  # once the arguments are known to be good: torch takes a while
+
+        address = push_data(args.folder, args.repo, private=args.private, names=args.dataset, revision=args.revision)
+        print(f"pushed to {address}")

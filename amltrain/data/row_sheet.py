@@ -1,0 +1,72 @@
+"""`rows.png`: some random rows of a prepared data set as pictures, so that a person sees what was read."""
+
+import hashlib
+import io
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from amltrain.data.annotations import ImageGroup
+from amltrain.data.images import to_rgb
+from amltrain.data.segmentation import decode_rle
+
+ROWS = 12
+COLUMNS = 4
+SIDE, TEXT = 260, 78
+_TINT = np.array([230, 30, 30], np.float32)
+
+
+class _Shown(NamedTuple):
+    order: str
+    split: str
+    group: ImageGroup
+
+
+class RowSheet:
+    """Keeps the ROWS rows whose hashes are lowest: a random choice that is always the same for the same data."""
+
+    def __init__(self) -> None:
+        self._kept: list[_Shown] = []
+
+    def offer(self, split: str, group: ImageGroup) -> None:
+        """Consider a row."""
+        order = hashlib.sha256(f"{split} {group.file_name}".encode(errors="replace")).hexdigest()
+        if len(self._kept) < ROWS or order < self._kept[-1].order:
+            self._kept = sorted([*self._kept, _Shown(order, split, group)], key=lambda shown: shown.order)[:ROWS]
+
+    def save(self, path: Path) -> None:
+        """Write the sheet. Raises OSError. Without any row nothing is written."""
+        if not self._kept:
+            return
+        columns = min(COLUMNS, len(self._kept))
+        rows = -(-len(self._kept) // columns)
+        sheet = Image.new("RGB", (columns * (SIDE + 8) + 8, rows * (SIDE + TEXT + 8) + 8), "white")
+        for number, shown in enumerate(self._kept):
+            row, column = divmod(number, columns)
+            sheet.paste(_tile(shown), (8 + column * (SIDE + 8), 8 + row * (SIDE + TEXT + 8)))
+        sheet.save(path, compress_level=1)  # quick rather than small
+
+
+def _tile(shown: _Shown) -> Image.Image:
+    """One referent of the row on its image, and its sentence."""
+    group = shown.group
+    assert group.content is not None
+    referent = group.referents[int(shown.order[:8], 16) % len(group.referents)]
+    opened = Image.open(io.BytesIO(group.content))
+    full = opened.size
+    opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at about the size that is shown
+    image = to_rgb(opened)
+    size = (max(1, round(full[0] * SIDE / max(full))), max(1, round(full[1] * SIDE / max(full))))
+    mask = Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
+    share = np.asarray(mask, np.float32)[..., None] / 255 * 0.55
+    pixels = np.asarray(image.resize(size), np.float32)
+    tile = Image.new("RGB", (SIDE, SIDE + TEXT), "white")
+    tile.paste(Image.fromarray((pixels * (1 - share) + _TINT * share).astype(np.uint8)), (0, 0))
+    about = "nothing in this image" if referent["no_target"] else f"{referent['category'] or 'object'}"
+    text = f"{shown.split}, ref {referent['ref_id']}, {about}, {len(referent['sentences'])} sentence(s)"
+    lines = [text, *textwrap.wrap(referent["sentences"][0]["raw"], 40)[:4]]
+    ImageDraw.Draw(tile).multiline_text((2, SIDE + 2), "\n".join(lines), fill="black", font=ImageFont.load_default(12))
+    return tile

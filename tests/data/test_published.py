@@ -1,0 +1,110 @@
+"""Every published data set from a small file in its real layout: prepare, read, and for some train and evaluate."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from amltrain.commands.prepare import main
+from amltrain.commands.train import read_run
+from amltrain.data.ensure import ensure_prepared
+from amltrain.data.manifest import read_manifest
+from amltrain.data.rows import open_rows
+from amltrain.data.segmentation import decode_mask
+from amltrain.data.specs import DATASETS
+from amltrain.training.trainer import train
+from tests.data.layouts import LAYOUTS, rewrite_refs, square
+
+
+def prepare(name: str, root: Path) -> Path:
+    LAYOUTS[name](root)
+    main(["--dataset", name, "--refer_root", str(root), "--output", str(root / "prepared"), "--workers", "1"])
+    return root / "prepared"
+
+
+def referents(prepared: Path, name: str, split: str) -> list[dict[str, Any]]:
+    rows = open_rows(str(prepared), name, split, streaming=True).columns.column("referents").to_pylist()
+    return [referent for row in rows for referent in row]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_split_is_read(name: str, tmp_path: Path) -> None:
+    prepared = prepare(name, tmp_path)
+    for split in DATASETS[name].splits:
+        found = referents(prepared, name, split)
+        assert found and all(referent["sentences"] for referent in found)
+        assert all(decode_mask(r["mask"]).any() != r["no_target"] for r in found)
+    manifest = read_manifest(prepared / name)
+    assert manifest["skipped"] == [] and manifest["spec"]["metrics"] == list(DATASETS[name].metrics)
+    assert all(verdict.startswith("published: ") for verdict in manifest["published"].values())
+
+
+@pytest.mark.parametrize("name", ["rrsis-d", "refclef", "refcoco-m", "refsegrs"])
+def test_run_lengths_and_mask_files_are_exact(name: str, tmp_path: Path) -> None:
+    for referent in referents(prepare(name, tmp_path), name, DATASETS[name].splits[-1]):
+        assert np.array_equal(decode_mask(referent["mask"]), square())
+
+
+def test_sentences_about_nothing_are_no_positives(tmp_path: Path) -> None:
+    real, absent = referents(prepare("r-refcoco", tmp_path / "r"), "r-refcoco", "val")[:2]
+    assert real["ref_id"] == absent["ref_id"] and (real["no_target"], absent["no_target"]) == (False, True)
+    assert [s["sent"] for s in real["sentences"]] == ["the square"]
+    assert [s["sent"] for s in absent["sentences"]] == ["left thing"]
+    zero = referents(prepare("ref-zom", tmp_path / "zom"), "ref-zom", "test")
+    assert [r["no_target"] for r in zero] == [False, False, True]
+
+
+def test_an_ignored_region_is_background_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (referent,) = referents(prepare("reasonseg", tmp_path), "reasonseg", "val")
+    mask = decode_mask(referent["mask"])
+    assert mask[20, 20] and not mask[12, 12] and referent["sentences"][0]["raw"].endswith("Café")
+    assert "3 images have `ignore` regions; here they are background" in capsys.readouterr().out
+
+
+def test_instances_of_a_phrase_are_one_target(tmp_path: Path) -> None:
+    prepared = prepare("phrasecut", tmp_path)
+    found = referents(prepared, "phrasecut", "train")
+    assert [r["sentences"][0]["raw"] for r in found] == ["white squares", "all the things"]
+    assert decode_mask(found[0]["mask"]).sum() == 400 + 48
+
+
+def test_the_wrong_name_for_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """R-RefCOCO and Ref-ZOM filed as RefCOCO would train sentences about nothing as positives."""
+    for name, key in (("r-refcoco", "exist"), ("ref-zom", "source")):
+        LAYOUTS[name](tmp_path / name)
+        folder = tmp_path / name / DATASETS[name].folder
+        folder.rename(tmp_path / name / "refcoco")
+        (tmp_path / name / "refcoco" / f"{DATASETS[name].refs_name}.p").rename(tmp_path / name / "refcoco/refs(unc).p")
+        with pytest.raises(SystemExit):
+            main(["--dataset", "refcoco", "--refer_root", str(tmp_path / name), "--output", str(tmp_path / "out")])
+        said = capsys.readouterr().err
+        assert f"has {key!r}" in said and "which changes its meaning and is not part of refcoco" in said
+
+
+@pytest.mark.parametrize("value", ["no", 2, None])
+def test_exist_is_true_or_false(value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LAYOUTS["r-refcoco"](tmp_path)
+    rewrite_refs(tmp_path / "rrefcoco/refs(unc).p", lambda refs: refs[1]["sentences"][0].update(exist=value))
+    with pytest.raises(SystemExit):
+        main(["--dataset", "r-refcoco", "--refer_root", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert "a sentence of ref 1002 has 'exist'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "split"), [("r-refcoco", "val"), ("rrsis-d", "test")])
+def test_two_steps_and_an_evaluation(name: str, split: str, tmp_path: Path, repository: Path) -> None:
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    LAYOUTS[name](tmp_path)
+    config = read_run([
+        "--config", str(repository / "configs/recipes/refer_mini.yaml"), "--data.datasets", f"[{name}]",
+        "--data.refer_root", str(tmp_path), "--data.prepared", str(tmp_path / "prepared"), "--data.workers", "0",
+        "--output", str(tmp_path / "run"), "--train.max_steps", "2", "--train.global_batch_size", "2",
+        "--evaluation.splits", f"[{split}]", "--evaluation.every_steps", "null", "--preprocess.size", "64",
+        "--evaluation.best_metric", "mIoU", "--evaluation.pictures", "0", "--tracking.trackers", "[]",
+    ])  # fmt: skip
+    (result,) = train(config)
+    assert result.dataset == name and result.counts["samples"] == 6
+    assert result.counts["no_target"] == (3 if name == "r-refcoco" else 0)
+    ensure_prepared(config.data, lambda text: pytest.fail("prepared again"))
