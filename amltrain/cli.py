@@ -8,6 +8,8 @@ from amltrain.errors import one_line_errors, unknown_name
 COMMANDS = {
     "train": ("amltrain.commands.train", "train a model, or go on with a run"),
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
+    "compare": ("amltrain.commands.compare", "compare models over seeds, with error bars"),
+    "analyse": ("amltrain.commands.analyse", "robustness, occlusion, activation, histogram, dynamics, errors, ..."),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
     "prepare": ("amltrain.commands.prepare", "original REFER files + images -> Parquet"),
     "presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),

@@ -39,7 +39,8 @@ def test_known_scores(accelerator: Accelerator):
     assert results.score("oIoU") == pytest.approx(100 * i.sum() / u.sum())
     assert results.score("mIoU") == pytest.approx(100 * (i / u).mean())
     assert results.counts == {
-        "samples": 13, "referents": 7, "images": 4, "no_target": 0, "empty_unions": 0, "not_finite": 0,
+        "samples": 13, "referents": 7, "images": 4, "no_target": 0, "empty_unions": 0, "empty_masks": 0,
+        "not_finite": 0,
     }  # fmt: skip
     assert (results.dataset, results.split) == ("scenes", "val")
     assert results.protocol["size"] == [24, 24]
