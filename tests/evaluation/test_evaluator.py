@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from amltrain.config.schema import Protocol
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.protocols import named_protocol
@@ -111,11 +110,6 @@ def test_pictures_are_spread_and_at_the_original_size(accelerator: Accelerator):
     assert [p.sample_id for p in results.predictions] == [0, 4, 8]
     assert results.predictions[1].mask.shape == results.predictions[1].truth.shape == (48, 72)
     assert results.predictions[1].mask.sum() > results.predictions[1].truth.sum() > 0
-
-
-def test_an_incomplete_protocol_is_refused(accelerator: Accelerator):
-    with pytest.raises(UserError, match=r"protocol\.frame is not set"):
-        evaluate_model(accelerator, SeesBright(), loader(Scenes()), Protocol())
 
 
 def test_a_loader_without_original_masks_is_refused(accelerator: Accelerator):
