@@ -11,6 +11,7 @@ from accelerate.utils import send_to_device
 
 from amltrain.commands.analysed import Analysed, data_of, load_models, loaders_of, moved, parse_models, single_process
 from amltrain.config.schema import DataConfig, ProtocolOverrides
+from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.analysis.alignment import draw_dynamics, draw_histogram, histogram_table, statistics_table
 from amltrain.evaluation.protocols import run_protocol
@@ -75,4 +76,6 @@ def _batches(args: argparse.Namespace, accelerator: Accelerator, data: DataConfi
     """The first batches of the first data set, on the device."""
     protocol = run_protocol(model.pretrained.protocol, data, ProtocolOverrides())
     loader = next(iter(loaders_of(args, data, model, protocol).values()))
-    return [send_to_device(batch, accelerator.device) for batch in itertools.islice(loader, args.batches)]
+    normalization = model.pretrained.preprocess.normalization
+    batches = itertools.islice(loader, args.batches)
+    return [normalise_batch(send_to_device(batch, accelerator.device), normalization) for batch in batches]

@@ -12,6 +12,7 @@ from amltrain.commands.analysed import Analysed, data_of, load_models, loaders_o
 from amltrain.commands.trained import trained_data
 from amltrain.config.schema import ProtocolOverrides
 from amltrain.data.collate import collate
+from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.analysis.activation import Evidence, draw_activation, evidence
 from amltrain.evaluation.analysis.convergence import (
@@ -122,6 +123,7 @@ def activation(args: argparse.Namespace) -> str:
 
 def _evidence(accelerator: Accelerator, model: Analysed, dataset: Any, chosen: Sequence[int]) -> Evidence:
     batch = send_to_device(collate([dataset[i] for i in chosen]), accelerator.device)
+    batch = normalise_batch(batch, dataset.describe()["normalization"])
     with torch.no_grad():
         return evidence(moved(accelerator, model)(batch).logits, batch.image.shape[-2:])
 
