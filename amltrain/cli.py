@@ -8,6 +8,8 @@ from amltrain.errors import one_line_errors, unknown_name
 COMMANDS = {
     "train": ("amltrain.commands.train", "train a model, or go on with a run"),
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
+    "compare": ("amltrain.commands.compare", "compare models over seeds, with error bars"),
+    "analyse": ("amltrain.commands.analyse", "robustness, occlusion, activation, histogram, dynamics, errors, ..."),
     "predict": ("amltrain.commands.predict", "segment what a sentence means in an image"),
     "report": ("amltrain.commands.report", "one HTML page about a run: curves, scores, predictions"),
     "demo": ("amltrain.commands.demo", "try one or two models in the browser"),

@@ -53,6 +53,20 @@ class SampleInfo(NamedTuple):
     sentence: str
 
 
+class Annotation(NamedTuple):
+    """What the annotations tell of a referent.
+
+    category      its class; empty where the data do not name it
+    same_class    other objects of that class in the image that this split refers to; -1 without a category
+    height, width of the image, pixels
+    """
+
+    category: str
+    same_class: int
+    height: int
+    width: int
+
+
 class _Index(NamedTuple):
     """One entry per referent, all [N] int64: part, row in the part, referent in the row, number of its sentences."""
 
@@ -220,6 +234,22 @@ class ReferDataset(torch.utils.data.Dataset):
         image = self._decode(number, row, "pil")
         assert isinstance(image, Image.Image)
         return image if self.perturb is None else self.perturb(image, sample_id)
+
+    def image_groups(self) -> NDArray[np.int64]:
+        """Which samples show the same picture, [samples] int64; perturbed pictures differ from sample to sample."""
+        if self.perturb is not None:
+            return np.arange(self.length)
+        entries = self.referent_of[: self.length]
+        return (self.index.part[entries] << 32) + self.index.row[entries]
+
+    def annotation(self, sample_id: int) -> Annotation:
+        """What the annotations tell of a sample's referent."""
+        number, row, place = self._place(sample_id)
+        referents = self.parts[number].rows.columns.column("referents")[row].as_py()
+        category, own = referents[place]["category"], set(referents[place]["ann_ids"])
+        others = {tuple(r["ann_ids"]) for r in referents if r["category"] == category and not own & set(r["ann_ids"])}
+        height, width = self._row_size(number, row)
+        return Annotation(category or "", len(others) if category else -1, height, width)
 
     @property
     def input_size(self) -> int:

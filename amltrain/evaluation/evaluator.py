@@ -1,8 +1,8 @@
-"""Run a model over a split and score it: exact at any number of processes, without AML, without waiting on the device.
+"""Score a model, or masks from files, on a split: exact at any number of processes, without waiting for the device.
 
-    loader -> batches shared out over the processes, the last ones filled up so that every process runs equally many
-           -> forward -> mask at network or original size -> I, U, flags per sample, kept on the device
-           -> gathered once -> duplicates of the filling dropped by sample id -> every sample of the split exactly once
+    loader -> batches dealt to the processes, the last ones padded so that every process runs equally many
+           -> masks at network or original size -> I, U, area and flags of every sample, kept on the device
+           -> gathered once -> padding dropped by sample id -> every sample of the split exactly once
            -> metrics
 
 Averages of per-process figures would be wrong as soon as a split divides unevenly; rows of samples cannot be.
@@ -27,10 +27,15 @@ from amltrain import __version__
 from amltrain.config.schema import Protocol
 from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
-from amltrain.evaluation.masks import network_probability, original_probability, to_original
-from amltrain.evaluation.metrics import ReferringSegmentation
+from amltrain.evaluation.image_cache import ImageCache, shares_images
+from amltrain.evaluation.masks import original_probability, to_original
+from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
+from amltrain.evaluation.scoring import Masks, count_pixels, network_size, output_masks
 from amltrain.records import Batch, ModelOutput
+
+MaskSource = Callable[[Batch, Batch], tuple[Masks, ModelOutput | None]]
+"""(batch on the device, batch on the host) -> masks, and the output that they come from where there is one."""
 
 
 def evaluate_model(
@@ -42,97 +47,127 @@ def evaluate_model(
     pictures: int = 0,
     provenance: dict[str, Any] | None = None,
     progress: bool = True,
+    writer: PredictionWriter | None = None,
+    encode_once: bool = True,
 ) -> Results:
     """Score `model` on one split; every process returns the same Results.
 
-    model       called with a Batch on the accelerator's device, returns a ModelOutput; prepared by Accelerate or not.
-                Its modules are put into eval mode and back into the mode each had. Runs under `accelerator.autocast()`:
-                in fp32 unless the run uses mixed precision (said in Results.provenance["precision"]).
-    loader      of one split as `build_eval_loaders` makes it, not prepared: sharing out is done here. Its batches carry
-                `original_target` where the protocol's frame is "original".
-    protocol    complete (the model's own, with a run's values over it).
-    pictures    samples to keep for pictures, spread evenly over the split.
-    provenance  what else results.json should say (checkpoint, seed, ...).
+    model        called with a Batch on the accelerator's device, returns a ModelOutput; prepared by Accelerate or not.
+                 Its modules are put into eval mode and back into the mode each had. Runs under
+                 `accelerator.autocast()`: in fp32 unless mixed precision is on (see Results.provenance["precision"]).
+    loader       of one split as `build_eval_loaders` makes it, not prepared. Its batches carry `original_target` where
+                 the protocol's frame is "original".
+    protocol     complete (the model's own, with a run's values over it).
+    pictures     samples to keep for pictures, spread evenly over the split.
+    provenance   what else results.json records (checkpoint, seed, ...).
+    writer       where to save every predicted mask; None = nowhere.
+    encode_once  run the image encoder once for all sentences of an image, where the model allows it.
 
     The classic metrics are computed, or the generalized ones where the split has no-target sentences or the model has a
-    no-target head. Raises UserError for an incomplete protocol or an empty split, RuntimeError if samples were lost.
+    no-target head. Raises UserError for an empty split, RuntimeError if samples were lost.
     """
+    cache = None
+    if encode_once and isinstance(model, nn.Module) and shares_images(accelerator.unwrap_model(model), loader.dataset):
+        cache = ImageCache(accelerator.unwrap_model(model), loader.dataset)
+
+    def predict(batch: Batch, host: Batch) -> tuple[Masks, ModelOutput]:
+        with accelerator.autocast():
+            output = model(batch) if cache is None else cache(batch, host)
+        return output_masks(output, batch, host.geometry.tolist(), protocol), output
+
+    notes = {"precision": _precision(accelerator), **(provenance or {})}
+    with _evaluating(model):
+        return _score_split(accelerator, predict, loader, protocol, pictures, notes, progress, writer)
+
+
+def evaluate_predictions(
+    accelerator: Accelerator,
+    predictions: FileMasks,
+    loader: DataLoader,
+    protocol: Protocol,
+    *,
+    pictures: int = 0,
+    provenance: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> Results:
+    """Score masks from files on one split; every process returns the same Results.
+
+    predictions: as `find_predictions` gives them for this split. The other arguments are those of `evaluate_model`.
+    Raises UserError, naming and counting them, if any prediction is missing, doubled, of another size or not binary;
+    nothing is scored then.
+    """
+    predictions.check_ids(loader.dataset)
+
+    def predict(batch: Batch, host: Batch) -> tuple[Masks, None]:
+        return predictions.masks(host, loader.dataset, protocol), None
+
+    notes = {"predictions": str(predictions.source), **(provenance or {})}
+    results = _score_split(accelerator, predict, loader, protocol, pictures, notes, progress, None)
+    faults = sorted(set(gather_object(predictions.faults)))
+    predictions.raise_faults(faults)
+    results.protocol.update(threshold=None, interpolation=None)  # the files hold masks, not probabilities
+    return results
+
+
+def _score_split(
+    accelerator: Accelerator,
+    predict: MaskSource,
+    loader: DataLoader,
+    protocol: Protocol,
+    pictures: int,
+    notes: dict[str, Any],
+    progress: bool,
+    writer: PredictionWriter | None,
+) -> Results:
     shard = prepare_data_loader(
         loader,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        put_on_device=False,  # the host keeps ids and geometry, which nothing has to wait for
+        put_on_device=False,  # ids and geometry stay on the host, where nothing has to wait for them
         dispatch_batches=False,
     )
-    normalization = loader.dataset.describe().get("normalization")  # type: ignore[attr-defined]
-    expected = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None  # type: ignore[arg-type]
+    dataset: Any = loader.dataset
+    expected = len(dataset) if hasattr(dataset, "__len__") else None
+    normalization = dataset.describe().get("normalization")
     wanted = _evenly_spread(pictures, expected)
     rows: list[Tensor] = []
     kept: list[Prediction] = []
     head, size = False, (0, 0)
     quiet = not (progress and accelerator.is_main_process)
-    bar = tqdm(shard, desc="evaluate", unit="batch", leave=False, disable=quiet)
-    with _evaluating(model), torch.no_grad():
-        for host in bar:
+    with torch.no_grad():
+        for host in tqdm(shard, desc="evaluate", unit="batch", leave=False, disable=quiet):
             batch = send_to_device(host, accelerator.device, non_blocking=True)
             batch = normalise_batch(batch, normalization)
-            with accelerator.autocast():
-                output = model(batch)
-            geometry = host.geometry.tolist()
-            rows.append(_score(output, batch, geometry, protocol))
-            kept += _keep(output, host, rows[-1], protocol, wanted)
-            head, size = "no_target" in output.aux, _size(host)
+            masks, output = predict(batch, host)
+            rows.append(count_pixels(masks, batch, protocol))
+            kept += _keep(masks, output, host, rows[-1], protocol, wanted)
+            head, size = masks.no_target is not None, network_size(host)
+            if writer is not None:
+                writer.add(host.sample_id.tolist(), masks, dataset)
     samples = _gather(accelerator, rows, expected)
-    notes = {"amltrain": __version__, "precision": _precision(accelerator), **(provenance or {})}
-    return _results(samples, loader.dataset, protocol, head, size, notes, _unique(gather_object(kept)))
+    provenance = {"amltrain": __version__, **notes}
+    return _results(samples, dataset, protocol, head, size, provenance, _unique(gather_object(kept)))
 
 
-def _score(output: ModelOutput, batch: Batch, geometry: Sequence[Sequence[float]], protocol: Protocol) -> Tensor:
-    """One row of `SAMPLE_COLUMNS` per sample, [B, 6] int64 on the device."""
-    size, cut = _size(batch), protocol.threshold
-    if protocol.frame == "network":
-        mask = network_probability(output.logits, size, protocol.interpolation) > cut
-        pixels = _pixels(mask, batch.target > 127)
-    else:
-        if len(batch.original_target) != len(geometry):
-            raise UserError('protocol.frame="original" needs a loader that gives the masks at their original size')
-        maps = original_probability(output.logits, size, geometry, protocol.interpolation)
-        pairs = zip(maps, batch.original_target, strict=True)
-        pixels = torch.stack([_pixels(p[None] > cut, truth[None] > 0)[0] for p, truth in pairs])
-    said = _says_no_target(output, pixels[:, 2], protocol)
-    finite = output.logits.isfinite().flatten(1).all(1)
-    columns = (batch.sample_id, pixels[:, 0], pixels[:, 1], batch.no_target, said, finite)
-    return torch.stack([c.to(torch.int64) for c in columns], dim=1)
-
-
-def _size(batch: Batch) -> tuple[int, int]:
-    return batch.image.shape[-2], batch.image.shape[-1]
-
-
-def _pixels(mask: Tensor, truth: Tensor) -> Tensor:
-    """[B, 3] int64: intersection, union and area of the predicted mask, from two [B, H, W] bool."""
-    return torch.stack([(mask & truth).sum((1, 2)), (mask | truth).sum((1, 2)), mask.sum((1, 2))], dim=1)
-
-
-def _says_no_target(output: ModelOutput, area: Tensor, protocol: Protocol) -> Tensor:
-    """[B] bool: by the model's head where it has one, else by the protocol's pixel count."""
-    if "no_target" in output.aux:
-        return output.aux["no_target"].argmax(1) == 1
-    return area < (protocol.no_target_pixels or 0)
-
-
-def _keep(output: ModelOutput, host: Batch, scored: Tensor, protocol: Protocol, wanted: set[int]) -> list[Prediction]:
+def _keep(
+    masks: Masks, output: ModelOutput | None, host: Batch, scored: Tensor, protocol: Protocol, wanted: set[int]
+) -> list[Prediction]:
     """The wanted samples of this batch, at their original size (only these wait for the device)."""
-    predictions, size = [], _size(host)
+    predictions = []
     for row, sample_id in enumerate(host.sample_id.tolist()):
         if sample_id not in wanted:
             continue
         geometry = host.geometry[row].tolist()
-        logits = output.logits[row : row + 1]
-        mask = original_probability(logits, size, [geometry], protocol.interpolation)[0] > protocol.threshold
+        mask = masks.masks[row]
+        if protocol.frame == "network" and output is not None:
+            logits = output.logits[row : row + 1]
+            probability = original_probability(logits, network_size(host), [geometry], protocol.interpolation)[0]
+            mask = probability > protocol.threshold
+        elif protocol.frame == "network":
+            mask = to_original(mask.float(), geometry, "bilinear") > 0.5
         truth = to_original(host.target[row].float() / 255, geometry, "bilinear") > 0.5
-        said = bool(scored[row, SAMPLE_COLUMNS.index("predicted_no_target")])
-        predictions.append(Prediction(sample_id, mask.cpu().numpy(), truth.numpy(), said))
+        predicted_none = bool(scored[row, SAMPLE_COLUMNS.index("predicted_no_target")])
+        predictions.append(Prediction(sample_id, mask.cpu().numpy(), truth.numpy(), predicted_none))
     return predictions
 
 
@@ -140,7 +175,7 @@ def _gather(accelerator: Accelerator, rows: list[Tensor], expected: int | None) 
     """All samples' rows on every process, each sample once, in the order of their ids."""
     if not rows:
         raise UserError("the split to evaluate has no samples")
-    local = accelerator.pad_across_processes(torch.cat(rows), dim=0, pad_index=-1)
+    local = accelerator.pad_across_processes(torch.cat(rows).to(accelerator.device), dim=0, pad_index=-1)
     gathered = accelerator.gather(local).cpu().numpy()
     gathered = gathered[gathered[:, 0] >= 0]
     _, first = np.unique(gathered[:, 0], return_index=True)
@@ -158,11 +193,14 @@ def _results(
     provenance: dict[str, Any],
     predictions: list[Prediction],
 ) -> Results:
+    from amltrain.evaluation.hf_metric import ReferringSegmentation  # takes a second to import
+
     columns = dict(zip(SAMPLE_COLUMNS, samples.T, strict=True))
     generalized = head or bool(columns["no_target"].any())
     scores = ReferringSegmentation(keep_in_memory=True).compute(
         intersections=columns["intersection"],
         unions=columns["union"],
+        areas=columns["area"],
         no_target=columns["no_target"].astype(bool),
         predicted_no_target=columns["predicted_no_target"].astype(bool),
         generalized=generalized,
@@ -175,25 +213,23 @@ def _results(
         "images": held["images"],
         "no_target": scores.pop("no_target"),
         "empty_unions": scores.pop("empty_unions"),
+        "empty_masks": scores.pop("empty_masks"),
         "not_finite": int((columns["finite"] == 0).sum()),
     }
-    by_pixels = f"fewer than {protocol.no_target_pixels} pixels" if protocol.no_target_pixels else "nothing: never said"
+    source = "the files" if "predictions" in provenance else "the model's head"
+    by_pixels = (
+        f"fewer than {protocol.no_target_pixels} pixels" if protocol.no_target_pixels else "nothing: never predicted"
+    )
     facts = {
         "size": list(size),
         "metrics": "generalized" if generalized else "classic",
-        "ties": "ge" if generalized else protocol.ties,  # ReLA's evaluator knows no other
-        "no_target_by": "the model's head" if head else by_pixels,
+        "ties": "ge" if generalized else protocol.ties,  # ReLA's evaluator has only this one
+        "no_target_by": source if head else by_pixels,
     }
     info = dataset.info(int(samples[0, 0]))
+    described = asdict(protocol) | dataset.describe() | facts
     return Results(
-        info.dataset,
-        info.split,
-        scores,
-        counts,
-        asdict(protocol) | dataset.describe() | facts,
-        provenance,
-        samples,
-        predictions,
+        info.dataset, info.split, scores, counts, described, provenance, samples=samples, predictions=predictions
     )
 
 

@@ -1,30 +1,31 @@
-"""Referring-segmentation metrics from per-sample intersections and unions, each named as the papers name it.
+"""Metrics of referring segmentation, each named as the papers name it. The table is open: see `register_metric`.
 
 For one (image, sentence) sample: I = |prediction and truth|, U = |prediction or truth|, in pixels. Two sets of metrics:
 
-    classic      oIoU ("overall", "cumulative", LAVT's and DETRIS' overall IoU) = sum I / sum U
-                 mIoU (LAVT "Mean IoU", CRIS and ETRIS "IoU") = mean over samples of I / U
+    classic      oIoU ("overall", "cumulative" IoU) = sum I / sum U
+                 mIoU ("Mean IoU" in LAVT, "IoU" in CRIS and ETRIS) = mean over samples of I / U
                  Pr@t = share of samples whose IoU reaches t
-    generalized  gRefCOCO, sentences that mean several things or nothing (GRES, arXiv 2306.00968, evaluator of ReLA):
+    generalized  gRefCOCO, where a sentence may refer to several objects or to none (GRES, arXiv 2306.00968):
                  gIoU, cIoU = mean and cumulative IoU with the no-target rule of `no_target_rule`
                  N-acc, T-acc = share of no-target / target samples recognised as such
                  Pr@t over target samples only
 
-Everything is in percent (ReLA prints N-acc and T-acc as fractions).
+Every metric is a ratio of two sums over samples. That makes it exact at any number of processes and gives it bootstrap
+intervals. All are in percent (ReLA prints N-acc and T-acc as fractions).
 
 An empty union counts as IoU 0, as in LAVT, CRIS, DETRIS, ReLA and PolyFormer. CARIS (and MaskRIS, AMLRIS) divide 0 by 0
-there and report NaN for the whole split; here such samples are counted and reported as `empty_unions` instead.
+there and report NaN for the whole split; here such samples are counted and reported as `empty_unions`.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
-import datasets
-import evaluate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, unknown_name
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 GENERALIZED_THRESHOLDS = (0.7, 0.8, 0.9)
@@ -32,6 +33,105 @@ CRIS_EPSILON = 1e-6
 """CRIS, ETRIS, DETRIS and CGFormer divide by U + 1e-6, so that an IoU of exactly 0.5 is a little below 0.5."""
 
 Ties = Literal["ge", "gt"]
+Kind = Literal["classic", "generalized"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Columns of a scored split, all [N], one entry per sample.
+
+    intersection, union  pixels, int64
+    area                 pixels of the predicted mask, int64
+    no_target            bool, the sentence refers to nothing in the image
+    predicted_no_target  bool, the model predicts so
+    ties                 arithmetic of the IoU, see `sample_iou`
+    """
+
+    intersection: NDArray[np.int64]
+    union: NDArray[np.int64]
+    area: NDArray[np.int64]
+    no_target: NDArray[np.bool_]
+    predicted_no_target: NDArray[np.bool_]
+    ties: Ties = "ge"
+
+    def __len__(self) -> int:
+        return len(self.union)
+
+    @property
+    def truth_area(self) -> NDArray[np.int64]:
+        """Pixels of the ground truth."""
+        return self.union - self.area + self.intersection
+
+    @cached_property
+    def iou(self) -> NDArray[np.float64]:
+        """IoU of every sample in 0..1, without the no-target rule."""
+        return sample_iou(self.intersection, self.union, self.ties)
+
+    @cached_property
+    def ruled(self) -> "Ruled":
+        """IoU, I and U of every sample by the no-target rule."""
+        return no_target_rule(self.intersection, self.union, self.no_target, self.predicted_no_target)
+
+
+class Ruled(NamedTuple):
+    """What `no_target_rule` returns, all [N]."""
+
+    iou: NDArray[np.float64]
+    intersection: NDArray[np.int64]
+    union: NDArray[np.int64]
+
+
+class Ratio(NamedTuple):
+    """A metric before the division: 100 * sum(numerator) / sum(denominator); both [N]."""
+
+    numerator: NDArray[Any]
+    denominator: NDArray[Any]
+
+    def percent(self) -> float:
+        """The metric in percent; NaN where there is nothing to divide by."""
+        return 100 * _ratio(self.numerator.sum(), self.denominator.sum())
+
+
+Metric = Callable[[Scored], Ratio]
+METRICS: dict[Kind, dict[str, Metric]] = {"classic": {}, "generalized": {}}
+
+
+def register_metric(name: str, *kinds: Kind) -> Callable[[Metric], Metric]:
+    """Decorate a function of `Scored` that returns a `Ratio`: every evaluation of these kinds then reports it.
+
+    kinds: "classic", "generalized", or both. Raises ValueError for a name that is taken.
+    """
+
+    def register(metric: Metric) -> Metric:
+        for kind in kinds:
+            if name in METRICS[kind]:
+                raise ValueError(f"{kind} metric {name!r} is already registered")
+            METRICS[kind][name] = metric
+        return metric
+
+    return register
+
+
+def list_metrics() -> list[str]:
+    """Names of all metrics, classic ones first."""
+    return list(dict.fromkeys(name for table in METRICS.values() for name in table))
+
+
+def metric_terms(name: str, samples: Scored, kind: Kind) -> Ratio:
+    """One metric before the division. Raises UserError for an unknown name."""
+    if name not in METRICS[kind]:
+        raise unknown_name(f"{kind} metric", name, METRICS[kind])
+    return METRICS[kind][name](samples)
+
+
+def compute_scores(samples: Scored, kind: Kind) -> dict[str, float]:
+    """Every metric of a kind in percent, by name; NaN where there is nothing to divide by.
+
+    Raises UserError where an intersection is negative or larger than its union.
+    """
+    if (samples.intersection > samples.union).any() or (samples.intersection < 0).any():
+        raise UserError("an intersection must lie between 0 and its union; were the two columns exchanged?")
+    return {name: metric(samples).percent() for name, metric in METRICS[kind].items()}
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -48,10 +148,9 @@ def sample_iou(intersections: NDArray[np.int64], unions: NDArray[np.int64], ties
     return np.divide(intersections, unions, out=np.zeros(len(unions)), where=unions > 0)
 
 
-def precision_at(iou: NDArray[np.float64], threshold: float, ties: Ties = "ge") -> float:
-    """Percent of samples whose IoU reaches the threshold ("ge"), or exceeds it as a float32 ("gt", CRIS family)."""
-    hits = iou >= threshold if ties == "ge" else iou > np.float64(np.float32(threshold))
-    return 100 * _ratio(hits.sum(), len(iou))
+def reaches(iou: NDArray[np.float64], threshold: float, ties: Ties = "ge") -> NDArray[np.bool_]:
+    """[N] bool: the IoU reaches the threshold ("ge"), or exceeds it as a float32 ("gt", CRIS family)."""
+    return iou >= threshold if ties == "ge" else iou > np.float64(np.float32(threshold))
 
 
 def no_target_rule(
@@ -59,96 +158,120 @@ def no_target_rule(
     unions: NDArray[np.int64],
     no_target: NDArray[np.bool_],
     predicted_no_target: NDArray[np.bool_],
-) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """(IoU, I, U) of every sample by ReLA's rule; arguments and results are [N].
+) -> Ruled:
+    """IoU, I and U of every sample by the rule of ReLA's evaluator; arguments and results are [N].
 
-    | sentence  | prediction | IoU     | adds to sum I | adds to sum U                         |
-    |-----------|------------|---------|---------------|---------------------------------------|
-    | no target | no target  | 1       | 0             | 0, whatever the mask                  |
-    | no target | target     | 0       | 0             | U, the area of the predicted mask     |
-    | target    | no target  | 0       | 0             | U, of the mask as if it were not void |
-    | target    | target     | I / U   | I             | U                                     |
+    | sentence  | prediction | IoU     | adds to sum I | adds to sum U                             |
+    |-----------|------------|---------|---------------|-------------------------------------------|
+    | no target | no target  | 1       | 0             | 0, whatever the mask                      |
+    | no target | target     | 0       | 0             | U, the area of the predicted mask         |
+    | target    | no target  | 0       | 0             | U, of the mask as if no target were unset |
+    | target    | target     | I / U   | I             | U                                         |
     """
     both_have_target = ~no_target & ~predicted_no_target
     rejected = no_target & predicted_no_target
     iou = np.where(both_have_target, sample_iou(intersections, unions), 0.0)
-    return (
+    return Ruled(
         np.where(rejected, 1.0, iou),
         np.where(both_have_target, intersections, 0),
         np.where(rejected, 0, unions),
     )
 
 
-def classic_scores(
-    intersections: ArrayLike, unions: ArrayLike, *, ties: Ties = "ge", thresholds: Sequence[float] = THRESHOLDS
-) -> dict[str, float]:
-    """oIoU, mIoU and Pr@t in percent; NaN where there is nothing to divide by.
+@register_metric("oIoU", "classic")
+def overall_iou(samples: Scored) -> Ratio:
+    """Sum of I / sum of U."""
+    return Ratio(samples.intersection, samples.union)
 
-    intersections, unions: [N] pixels. ties: "ge" is the arithmetic of LAVT, CARIS, ReLA and PolyFormer, "gt" that of
-    CRIS, ETRIS, DETRIS and CGFormer (see `sample_iou`, `precision_at`).
-    """
+
+@register_metric("mIoU", "classic")
+def mean_iou(samples: Scored) -> Ratio:
+    """Mean of I / U."""
+    return Ratio(samples.iou, np.ones(len(samples)))
+
+
+@register_metric("gIoU", "generalized")
+def generalized_mean_iou(samples: Scored) -> Ratio:
+    """Mean IoU with the no-target rule."""
+    return Ratio(samples.ruled.iou, np.ones(len(samples)))
+
+
+@register_metric("cIoU", "generalized")
+def cumulative_iou(samples: Scored) -> Ratio:
+    """Sum of I / sum of U with the no-target rule."""
+    return Ratio(samples.ruled.intersection, samples.ruled.union)
+
+
+@register_metric("N-acc", "generalized")
+def no_target_accuracy(samples: Scored) -> Ratio:
+    """Share of no-target samples recognised as such; 0 without any, as ReLA prints it."""
+    if not samples.no_target.any():
+        return _zero(samples)
+    return Ratio(samples.no_target & samples.predicted_no_target, samples.no_target)
+
+
+@register_metric("T-acc", "generalized")
+def target_accuracy(samples: Scored) -> Ratio:
+    """Share of target samples recognised as such; 0 without any no-target sample, as ReLA prints it."""
+    if not samples.no_target.any():
+        return _zero(samples)
+    return Ratio(~samples.no_target & ~samples.predicted_no_target, ~samples.no_target)
+
+
+def _zero(samples: Scored) -> Ratio:
+    return Ratio(np.zeros(len(samples)), np.ones(len(samples)))
+
+
+def _register_precision(threshold: float) -> None:
+    @register_metric(f"Pr@{threshold}", "classic")
+    def precision(samples: Scored) -> Ratio:
+        return Ratio(reaches(samples.iou, threshold, samples.ties), np.ones(len(samples)))
+
+    if threshold in GENERALIZED_THRESHOLDS:
+
+        @register_metric(f"Pr@{threshold}", "generalized")
+        def target_precision(samples: Scored) -> Ratio:
+            return Ratio(reaches(samples.ruled.iou, threshold) & ~samples.no_target, ~samples.no_target)
+
+
+for _threshold in THRESHOLDS:
+    _register_precision(_threshold)
+
+
+def scored_columns(
+    intersections: ArrayLike,
+    unions: ArrayLike,
+    no_target: ArrayLike | None = None,
+    predicted_no_target: ArrayLike | None = None,
+    areas: ArrayLike | None = None,
+    ties: Ties = "ge",
+) -> Scored:
+    """Build a `Scored` from anything array-like, [N] each; flags default to false, areas to the intersections."""
     i, u = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
-    iou = sample_iou(i, u, ties)
-    scores = {"oIoU": 100 * _ratio(i.sum(), u.sum()), "mIoU": 100 * _ratio(iou.sum(), len(iou))}
-    return scores | {f"Pr@{t}": precision_at(iou, t, ties) for t in thresholds}
+    none = np.zeros(len(u), bool)
+    truth, predicted = (none if flag is None else np.asarray(flag, bool) for flag in (no_target, predicted_no_target))
+    return Scored(i, u, i if areas is None else np.asarray(areas, np.int64), truth, predicted, ties)
+
+
+def classic_scores(intersections: ArrayLike, unions: ArrayLike, *, ties: Ties = "ge") -> dict[str, float]:
+    """Every classic metric in percent from I and U, [N] pixels each.
+
+    ties: "ge" is the arithmetic of LAVT, CARIS, ReLA and PolyFormer, "gt" that of CRIS, ETRIS, DETRIS and CGFormer.
+    """
+    return compute_scores(scored_columns(intersections, unions, ties=ties), "classic")
 
 
 def generalized_scores(
-    intersections: ArrayLike,
-    unions: ArrayLike,
-    no_target: ArrayLike,
-    predicted_no_target: ArrayLike,
-    *,
-    thresholds: Sequence[float] = GENERALIZED_THRESHOLDS,
+    intersections: ArrayLike, unions: ArrayLike, no_target: ArrayLike, predicted_no_target: ArrayLike
 ) -> dict[str, float]:
-    """gIoU, cIoU, N-acc, T-acc and Pr@t in percent by ReLA's evaluator; all arguments are [N].
+    """Every generalized metric in percent by the rules of ReLA's evaluator; all arguments are [N].
 
-    Where no sample is a no-target sample, N-acc and T-acc are 0, as ReLA prints them. A ratio over nothing else (every
-    sample a rejected no-target sample; ReLA stops with ZeroDivisionError) is NaN.
+    A ratio over nothing (every sample a rejected no-target sample; ReLA stops with ZeroDivisionError) is NaN.
     """
-    i, u = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
-    truth, said = np.asarray(no_target, bool), np.asarray(predicted_no_target, bool)
-    iou, kept_i, kept_u = no_target_rule(i, u, truth, said)
-    none = not truth.any()
-    scores = {
-        "gIoU": 100 * _ratio(iou.sum(), len(iou)),
-        "cIoU": 100 * _ratio(kept_i.sum(), kept_u.sum()),
-        "N-acc": 0.0 if none else 100 * _ratio((truth & said).sum(), truth.sum()),
-        "T-acc": 0.0 if none else 100 * _ratio((~truth & ~said).sum(), (~truth).sum()),
-    }
-    return scores | {f"Pr@{t}": precision_at(iou[~truth], t) for t in thresholds}
+    return compute_scores(scored_columns(intersections, unions, no_target, predicted_no_target), "generalized")
 
 
-class ReferringSegmentation(evaluate.Metric):
-    """The two sets of metrics as one `evaluate.Metric`; constructed here, never fetched from the Hub.
-
-    metric = ReferringSegmentation(keep_in_memory=True)
-    metric.add_batch(intersections=i, unions=u, no_target=nt, predicted_no_target=said)
-    metric.compute(generalized=False, ties="ge")
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        flag, pixels = datasets.Value("bool"), datasets.Value("int64")
-        return evaluate.MetricInfo(
-            description="oIoU, mIoU, Pr@t; on gRefCOCO gIoU, cIoU, N-acc, T-acc, Pr@t.",
-            citation="LAVT (arXiv 2112.02244), GRES (arXiv 2306.00968)",
-            inputs_description=(
-                "intersections, unions: pixels of every sample; no_target: the sentence means nothing in the image; "
-                "predicted_no_target: the model says so."
-            ),
-            features=datasets.Features(
-                {"intersections": pixels, "unions": pixels, "no_target": flag, "predicted_no_target": flag}
-            ),
-        )
-
-    def _compute(self, *, generalized: bool = False, ties: Ties = "ge", **columns: Any) -> dict[str, float]:
-        """Scores in percent, with `samples`, `no_target` and `empty_unions` counted beside them."""
-        i, u, truth = (np.asarray(columns[k]) for k in ("intersections", "unions", "no_target"))
-        if (i > u).any() or (i < 0).any():
-            raise UserError("an intersection must lie between 0 and its union; were the two columns exchanged?")
-        if generalized:
-            scores = generalized_scores(i, u, truth, columns["predicted_no_target"])
-        else:
-            scores = classic_scores(i, u, ties=ties)
-        counts = {"samples": len(u), "no_target": int(truth.sum()), "empty_unions": int((u == 0).sum())}
-        return scores | counts
+def take(samples: Scored, index: Sequence[int] | NDArray[Any]) -> Scored:
+    """Select samples by position or by a [N] bool mask."""
+    columns = {f.name: getattr(samples, f.name) for f in fields(samples) if f.name != "ties"}
+    return Scored(**{name: column[index] for name, column in columns.items()}, ties=samples.ties)

@@ -5,7 +5,7 @@ They differ in these options only; the formulas are in `metrics`, the way from l
 
 from amltrain.config.partial import override
 from amltrain.config.ranges import check_number
-from amltrain.config.schema import DataConfig, Protocol, ProtocolOverrides
+from amltrain.config.schema import DataConfig, Preprocess, Protocol, ProtocolOverrides
 from amltrain.errors import UserError, unknown_name
 from amltrain.models import list_models, model_info
 
@@ -22,8 +22,16 @@ def named_protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def named_preprocess(name: str) -> Preprocess:
+    """The preprocessing of an official repository's full-size model. Raises UserError for an unknown name."""
+    if name not in PROTOCOLS:
+        raise unknown_name("evaluation preset", name, PROTOCOLS)
+    own = [model_info(model).preprocess for model in list_models() if model.partition("_")[0] == name]
+    return max(own, key=lambda preprocess: preprocess.size)
+
+
 def run_protocol(own: Protocol, data: DataConfig, run: ProtocolOverrides) -> Protocol:
-    """The model's or a preset's own protocol, over it data.mask_parts, over that what the run sets.
+    """Take the model's or a preset's protocol, then data.mask_parts, then what the run sets; the last one wins.
 
     Raises UserError for a threshold that decides nothing.
     """

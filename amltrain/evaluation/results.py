@@ -1,20 +1,27 @@
-"""Scores that carry their protocol with them, so that nobody has to ask which IoU a number is."""
+"""Scores that carry their protocol, and the file that keeps them: results.json.
 
+A results.json holds one row per model, data set, split, protocol, perturbation, shuffling and number of samples. A new
+row replaces the row with the same key; all others are kept.
+"""
+
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from amltrain import __version__
 from amltrain.errors import UserError
+from amltrain.evaluation.metrics import Kind, Scored
 
-SAMPLE_COLUMNS = ("sample_id", "intersection", "union", "no_target", "predicted_no_target", "finite")
+SAMPLE_COLUMNS = ("sample_id", "intersection", "union", "no_target", "predicted_no_target", "finite", "area")
 SAME_FORM = {"oIoU": "cIoU", "mIoU": "gIoU", "cIoU": "oIoU", "gIoU": "mIoU"}
 """Classic and generalized metrics of one form: cumulative (oIoU, cIoU) and mean (mIoU, gIoU)."""
 
@@ -33,10 +40,12 @@ class Results:
     """Scores of one split.
 
     metrics      percent; classic (oIoU, mIoU, Pr@0.5-0.9) or generalized (gIoU, cIoU, N-acc, T-acc, Pr@0.7-0.9)
-    counts       samples, referents, images, no_target, empty_unions, not_finite (samples with NaN or Inf logits)
+    counts       samples, referents, images, no_target, empty_unions, empty_masks (predictions without a pixel),
+                 not_finite (samples with NaN or Inf logits)
     protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...
     provenance   what was scored and how: checkpoint, seed, precision, perturbation, ...
-    samples      [N, 6] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
+    files        what was written beside results.json, by kind: samples, picture, predictions; relative paths
+    samples      [N, 7] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
     predictions  samples kept for pictures
     """
 
@@ -46,6 +55,7 @@ class Results:
     counts: dict[str, int]
     protocol: dict[str, Any]
     provenance: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, len(SAMPLE_COLUMNS)), dtype=np.int64))
     predictions: list[Prediction] = field(default_factory=list)
 
@@ -59,6 +69,59 @@ class Results:
                 return self.metrics[key]
         raise UserError(f"no metric {name!r} on {self.dataset} {self.split}; known: {', '.join(self.metrics)}")
 
+    @property
+    def kind(self) -> Kind:
+        """Which set of metrics: "classic" or "generalized"."""
+        return "generalized" if self.protocol.get("metrics") == "generalized" else "classic"
+
+    @property
+    def alteration(self) -> str:
+        """What makes this row something else than a score of the data set, e.g. "haze 1"; empty for a score."""
+        notes = []
+        if changed := self.provenance.get("perturbation"):
+            share = f"{100 * changed['severity']:g} %" if changed["name"] == "occluded" else f"{changed['severity']:g}"
+            notes.append(f"{changed['name']} {share}")
+        if self.protocol.get("shuffled_sentences"):
+            notes.append("sentences shuffled")
+        if self.provenance.get("max_samples"):
+            notes.append(f"first {self.provenance['max_samples']} samples")
+        return ", ".join(notes)
+
+    @property
+    def is_score(self) -> bool:
+        """The whole split was scored as it is: neither perturbed nor shuffled images or sentences, no subset.
+
+        Only such rows may be published or compared as scores.
+        """
+        return not self.alteration
+
+    def key(self) -> str:
+        """What a row of results.json is merged by, as JSON text."""
+        names = ("checkpoint", "predictions", "model", "step", "perturbation", "max_samples")
+        source = {name: self.provenance.get(name) for name in names}
+        return json.dumps([self.dataset, self.split, self.protocol, source], sort_keys=True)
+
+    def stem(self) -> str:
+        """A file name for what belongs to this row, e.g. `refcoco-val-haze-1-3fa2c1`; no two keys share one.
+
+        The last six characters are a hash of the key.
+        """
+        changed = self.alteration.replace(", ", "-").replace(" %", "").replace(" ", "-")
+        digest = hashlib.sha256(self.key().encode()).hexdigest()[:6]
+        return "-".join(part for part in (self.dataset, self.split, changed, digest) if part)
+
+    def scored(self) -> Scored:
+        """The samples as columns for metrics; the generalized rules know only the arithmetic "ge"."""
+        columns = dict(zip(SAMPLE_COLUMNS, self.samples.T, strict=True))
+        return Scored(
+            columns["intersection"],
+            columns["union"],
+            columns["area"],
+            columns["no_target"].astype(bool),
+            columns["predicted_no_target"].astype(bool),
+            self.protocol["ties"],
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """What results.json keeps; NaN (a ratio over nothing) becomes null."""
         return {
@@ -68,119 +131,61 @@ class Results:
             "counts": self.counts,
             "protocol": self.protocol,
             "provenance": self.provenance,
+            **({"files": self.files} if self.files else {}),
         }
 
 
+def results_json(results: Sequence[Results]) -> str:
+    """The text of a results.json."""
+    return json.dumps({"amltrain": __version__, "results": [r.to_dict() for r in results]}, indent=2) + "\n"
+
+
 def write_results(path: str | Path, results: Sequence[Results]) -> None:
-    """Write results.json: written aside and renamed, so that a reader never finds half of it."""
+    """Write results.json atomically, with these rows alone. Raises UserError when it cannot be written."""
+    write_text(path, results_json(results))
+
+
+def merge_results(path: str | Path, results: Sequence[Results]) -> list[Results]:
+    """Add rows to a results.json and return all of its rows: those already there first, in their order.
+
+    A row with the key of a new one (`Results.key`) is replaced in its place; no other row is changed or lost, also when
+    several commands write to the file at once. Raises UserError, and leaves the file alone, when it is damaged.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"amltrain": __version__, "results": [r.to_dict() for r in results]}, indent=2)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        merged = {r.key(): r for r in (read_results(path) if path.exists() else [])}
+        merged |= {r.key(): r for r in results}
+        write_results(path, list(merged.values()))
+    return list(merged.values())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file to a temporary name and rename it. Raises UserError when that fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text + "\n", encoding="utf-8")
-        aside.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_results(path: str | Path) -> list[Results]:
-    """What `write_results` wrote, without samples and predictions. Raises UserError for any other file."""
+    """Read what `write_results` wrote, without samples and predictions. Raises UserError for any other file."""
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
         return [_from_dict(entry) for entry in entries]
     except FileNotFoundError as error:
-        raise UserError(f"there is no {path}") from error
+        raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no results.json of amltrain ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path} is not a results.json of amltrain ({type(error).__name__}: {error})") from error
 
 
 def _from_dict(entry: dict[str, Any]) -> Results:
     metrics = {k: math.nan if v is None else float(v) for k, v in entry["metrics_percent"].items()}
     named = {name: entry[name] for name in ("dataset", "split", "counts", "protocol", "provenance")}
-    return Results(metrics=metrics, **named)
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
-
-
-def table(results: Sequence[Results]) -> str:
-    """The scores as markdown (readable as plain text): one table per kind of metric, one row per split, then protocols.
-
-    Percent with two decimals, as in the papers.
-    """
-    groups: dict[tuple[str, ...], list[Results]] = {}
-    for result in results:
-        groups.setdefault(tuple(result.metrics), []).append(result)
-    lines: list[str] = []
-    for names, group in groups.items():
-        rows = [("dataset", "split", "samples", *names)]
-        rows += [(r.dataset, _label(r), str(r.counts["samples"]), *(_cell(r.metrics[n]) for n in names)) for r in group]
-        lines += [*_markdown(rows + _means(group, names)), ""]
-    lines += dict.fromkeys(f"Scored {describe(r)}." for r in results)
-    for r in results:
-        name, count = f"{r.dataset} {_label(r)}", r.counts
-        if count.get("empty_unions"):
-            lines.append(f"{name}: {count['empty_unions']} samples with an empty union count as IoU 0.")
-        if count.get("not_finite"):
-            lines.append(f"{name}: the logits of {count['not_finite']} samples are NaN or infinite!")
-        lines += [f"{name}: {seen}" for seen in _seen_in_training(r)]
-    return "\n".join(lines)
-
-
-def _seen_in_training(result: Results) -> Iterator[str]:
-    """What a reader must know of scores on data that the model may have learnt."""
-    trained_on = result.provenance.get("trained_on") or []
-    if result.dataset in trained_on and result.split == result.provenance.get("train_split"):
-        yield "the model was trained on this split."
-    elif len(trained_on) > 1 and not result.provenance.get("leak_filter", True):
-        yield f"trained on {', '.join(trained_on)} without the leak filter: images of this split may be among them."
-
-
-def _label(result: Results) -> str:
-    """The split, and what was done to it."""
-    notes = []
-    if changed := result.provenance.get("perturbation"):
-        notes.append(f"{changed['name']} {changed['severity']:g}")
-    if result.protocol.get("shuffled_sentences"):
-        notes.append("sentences shuffled")
-    return f"{result.split} ({', '.join(notes)})" if notes else result.split
-
-
-def _means(group: Sequence[Results], names: Sequence[str]) -> list[tuple[str, ...]]:
-    """A row for every split that was scored under several perturbations: the plain mean of their scores."""
-    splits: dict[tuple[str, str], list[Results]] = {}
-    for result in group:
-        if result.provenance.get("perturbation"):
-            splits.setdefault((result.dataset, result.split), []).append(result)
-    return [
-        (name, f"{split} (mean of {len(rs)})", "", *(_cell(sum(r.metrics[n] for r in rs) / len(rs)) for n in names))
-        for (name, split), rs in splits.items()
-        if len(rs) > 1
-    ]
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    pad = [str.ljust, str.ljust, *[str.rjust] * (len(widths) - 2)]
-    lines = ["| " + " | ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True)) + " |" for row in rows]
-    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return [lines[0], "| " + " | ".join(rule) + " |", *lines[1:]]
-
-
-def describe(result: Results) -> str:
-    """The protocol in one phrase: "at the original size, probability > 0.35 (bicubic), all sentences, ..."."""
-    p = result.protocol
-    frame = "the original size" if p["frame"] == "original" else f"{p['size'][0]} x {p['size'][1]}"
-    ties = "IoU >= t" if p["ties"] == "ge" else "I / (U + 1e-6) > t"
-    text = (
-        f"at {frame}, probability > {p['threshold']} ({p['interpolation']}), {p['sentences']} sentences, Pr@t: {ties}"
-    )
-    if p.get("mask_parts") == "exclusive":
-        text += ", overlapping parts of an object are background"
-    if p["metrics"] == "generalized":
-        text += f", no target by {p['no_target_by']}"
-    return text
+    return Results(metrics=metrics, files=entry.get("files", {}), **named)

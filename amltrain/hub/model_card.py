@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from amltrain.evaluation.results import Results, table
+from amltrain.evaluation.results import Results
+from amltrain.evaluation.tables import table
 from amltrain.hub.model_folder import CONFIG_FILE, read_training
 from amltrain.models.registry import ModelInfo, model_info
 
@@ -76,15 +77,10 @@ def _model_index(results: Sequence[Results]) -> list[EvalResult]:
             metric_value=round(value, 2),
         )
         for result in results
-        if not _altered(result)
+        if result.is_score
         for name, value in result.metrics.items()
         if not math.isnan(value)
     ]
-
-
-def _altered(result: Results) -> bool:
-    """Scored on perturbed images or shuffled sentences: shown in the table, but no score of the data set itself."""
-    return bool(result.provenance.get("perturbation") or result.protocol.get("shuffled_sentences"))
 
 
 def _with_aml(training: dict[str, Any] | None) -> str:

@@ -146,13 +146,13 @@ def _tokenizer(folder: Path) -> "SentenceTokenizer | None":
 
 
 def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: `source` itself, its `model/`, or a Hub repository downloaded to the cache."""
+    """Find a model's local folder: `source`, its `model/`, a run's `best/model/`, or a Hub repository in the cache."""
     local = Path(source)
-    for folder in (local, local / "model"):
+    for folder in (local, local / "model", local / "best" / "model"):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if local.exists():
-        raise UserError(f"{source} has no {CONFIG_FILE}; give a model folder, e.g. RUN/last/model")
+        raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
     try:
         return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=list(MODEL_FILES)))
     except HFValidationError as error:

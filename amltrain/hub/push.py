@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
-from amltrain.evaluation.results import Results, read_results
+from amltrain.evaluation.results import Results, read_results, results_json
 from amltrain.hub.model_card import build_model_card
 from amltrain.hub.model_folder import (
     MODEL_FILES,
@@ -52,12 +52,16 @@ def push_model(
     check_access(repo)
     folder = _whole_model_folder(Path(source))
     scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
-    results = read_results(scores) if results_file is not None or scores.is_file() else []
+    found = read_results(scores) if results_file is not None or scores.is_file() else []
+    results = [row for row in found if row.is_score]  # never a perturbed, shuffled or partial row
+    if results_file is not None and not results:
+        raise UserError(f"{results_file} holds no score: {_altered(found)}; evaluate the whole split as it is")
     card = build_model_card(folder, repo, results)
     files = {p.name: p for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in MODEL_FILES)}
-    if results:
-        files[RESULTS_FILE] = scores
+    files.pop(RESULTS_FILE, None)
     adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+    if results:
+        adds.append(CommitOperationAdd(RESULTS_FILE, results_json(results).encode()))
     adds.append(CommitOperationAdd("README.md", str(card).encode()))
     api = HfApi(library_name="amltrain")
     try:
@@ -66,7 +70,8 @@ def push_model(
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=revision))
         # an earlier push's scores are not this model's
-        old = [CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE) if name in there - files.keys()]
+        added = {add.path_in_repo for add in adds}
+        old = [CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE) if name in there - added]
         return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
         raise UserError(f"could not push to {repo}: {failure_reason(error, repo)}") from error
@@ -100,6 +105,11 @@ def _whole_model_folder(source: Path) -> Path:
     if not any(folder.glob("tokenizer*.json")):
         raise UserError(f"{folder} has no tokenizer files, so it could not predict; convert it again with a tokenizer")
     return folder
+
+
+def _altered(results: list[Results]) -> str:
+    rows = ", ".join(f"{row.dataset} {row.split} ({row.alteration})" for row in results)
+    return f"it has only {rows}" if rows else "it is empty"
 
 
 def _message(results: list[Results]) -> str:

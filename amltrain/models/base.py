@@ -40,6 +40,9 @@ class RISModel(nn.Module):
     alignment_is_frozen   what `alignment_features` returns never changes in training
     alignment_texts       values of its argument `text` that this model offers, the default first
     alignment_visuals     the same of its argument `visual`
+
+    encodes_image_alone   the image encoder does not read the sentence, so an evaluation may run it once for all
+                          sentences of an image. Such a model overrides `encode_image` and `encode_with_image`.
     """
 
     mask_channels: int | None = None
@@ -49,9 +52,21 @@ class RISModel(nn.Module):
     alignment_is_frozen: bool = False
     alignment_texts: tuple[str, ...] = ()
     alignment_visuals: tuple[str, ...] = ()
+    encodes_image_alone: bool = False
 
     def encode(self, batch: Batch) -> Features:
         """Run the encoders: image and tokens in, features before cross-modal fusion out (where there is a before)."""
+        raise NotImplementedError
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Encode images [B, 3, H, W] without their sentences; every tensor returned has B rows.
+
+        Only where `encodes_image_alone`; then `encode(batch)` is `encode_with_image(batch, encode_image(batch.image))`.
+        """
+        raise NotImplementedError
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        """Encode the rest, given what `encode_image` returned for every sample of the batch."""
         raise NotImplementedError
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:

@@ -253,6 +253,7 @@ class CARIS(RISModel):
     mask_channels = 2
     supports_suppression = True
     alignment_texts = ("prompted", "plain")
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -278,9 +279,15 @@ class CARIS(RISModel):
         self.fused_dims = (dim, dim)
 
     def encode(self, batch: Batch) -> Features:
-        visual = self.vision(batch.image)
-        text = encode_tokens(self.text, batch.input_ids, batch.text_mask, self.prompts(visual[-1]))
-        return Features(visual, text[:, : batch.input_ids.shape[1]], batch.text_mask)
+        return self.encode_with_image(batch, self.encode_image(batch.image))
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        return self.vision(image)
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        """Encode the sentence; BERT reads prompts made of the image, so it runs for every (image, sentence) pair."""
+        text = encode_tokens(self.text, batch.input_ids, batch.text_mask, self.prompts(image[-1]))
+        return Features(image, text[:, : batch.input_ids.shape[1]], batch.text_mask)
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         return self.decoder(features)

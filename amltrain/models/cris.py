@@ -102,6 +102,7 @@ class CRIS(RISModel):
 
     mask_channels = 1
     supports_suppression = True
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -131,10 +132,13 @@ class CRIS(RISModel):
 
     def encode(self, batch: Batch) -> Features:
         """Maps at strides 8, 16 and 32 of the image padded to multiples of 32; `extra["sentence"]` is [B, E]."""
-        tokens, sentence = self.text(batch.input_ids, batch.text_mask)
-        return Features(self._see(batch.image), tokens, batch.text_mask, {"sentence": sentence})
+        return self.encode_with_image(batch, self.encode_image(batch.image))
 
-    def _see(self, image: Tensor) -> tuple[Tensor, ...]:
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        tokens, sentence = self.text(batch.input_ids, batch.text_mask)
+        return Features(image, tokens, batch.text_mask, {"sentence": sentence})
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
         height, width = image.shape[-2:]
         return self.vision(F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE)))
 
@@ -159,7 +163,7 @@ class CRIS(RISModel):
         return AlignmentFeatures(features.visual[-1], shared, features.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
-        return features._replace(visual=self._see(batch.image))
+        return features._replace(visual=self.encode_image(batch.image))
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """CLIP at a tenth of the rate but for its two position tables."""

@@ -9,14 +9,13 @@ from torch import nn
 from amltrain.config.schema import EvaluationConfig, RunConfig
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.evaluator import evaluate_model
-from amltrain.evaluation.pictures import prediction_sheet, save_picture
-from amltrain.evaluation.results import Results, table, write_results
+from amltrain.evaluation.metrics import list_metrics
+from amltrain.evaluation.results import Results, write_results
+from amltrain.evaluation.tables import table
 from amltrain.hub.model_folder import RESULTS_FILE
 from amltrain.training.build import Parts
 from amltrain.training.checkpoint import checkpoint_name
 from amltrain.training.tracking import say
-
-METRICS = ("oIoU", "mIoU", "cIoU", "gIoU", "N-acc", "T-acc", *(f"Pr@0.{tenths}" for tenths in range(5, 10)))
 
 
 def evaluate_splits(
@@ -47,6 +46,8 @@ def evaluate_splits(
         write_results(Path(config.output) / RESULTS_FILE, results)
         for name, result in scored.items():
             if result.predictions:
+                from amltrain.evaluation.pictures import prediction_sheet, save_picture  # matplotlib takes a second
+
                 picture = f"{checkpoint_name(step)}-{name.replace(':', '-')}.png"
                 sheet = prediction_sheet(result, parts.eval_loaders[name].dataset)
                 save_picture(sheet, Path(config.output) / "pictures" / picture)
@@ -57,8 +58,8 @@ def evaluate_splits(
 def check_best_metric(evaluation: EvaluationConfig, splits: list[str]) -> None:
     """Refuse, before any training, a best_metric that no evaluation will give."""
     split, _, metric = evaluation.best_metric.rpartition("/")
-    if metric not in METRICS:
-        raise unknown_name("evaluation.best_metric", metric, METRICS)
+    if metric not in list_metrics():
+        raise unknown_name("evaluation.best_metric", metric, list_metrics())
     if split and split not in splits:
         raise UserError(f"evaluation.best_metric names split {split!r}; evaluated are {', '.join(splits)}")
 

@@ -60,7 +60,10 @@ def test_splits_table_results_and_pictures(run: Path, tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert "| refcoco | testB |      14 |" in said
     assert "Scored at 96 x 96, probability > 0.5 (bilinear), all sentences, Pr@t: IoU >= t." in said
-    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "val.png", "testB.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        ".results.json.lock", "results.json", "results.md", "results.tex", "results.csv", "samples", "pictures",
+    }  # fmt: skip
+    assert len(list((tmp_path / "pictures").glob("refcoco-*.png"))) == 2
     assert results[0]["protocol"]["mask_parts"] == "union"
     assert results[0]["provenance"]["checkpoint"].endswith("last")
 
@@ -80,7 +83,7 @@ def test_perturbations_and_shuffled_sentences(run: Path, tmp_path: Path, capsys:
     names = [r["provenance"]["perturbation"] and r["provenance"]["perturbation"]["name"] for r in results]
     assert names == [None, "low_light", "occluded"]
     assert all(r["protocol"]["shuffled_sentences"] and r["counts"]["samples"] == 5 for r in results)
-    assert "val (occluded 0.9, sentences shuffled)" in capsys.readouterr().out
+    assert "val (occluded 90 %, sentences shuffled, first 5 samples)" in capsys.readouterr().out
 
 
 def test_data_that_is_not_prepared_yet_is(run: Path, shared_dir: Path, tmp_path: Path):
@@ -140,7 +143,7 @@ def test_a_model_that_knows_its_data_is_scored_on_it(
     result = json.loads(Path("evaluation/run-last/results.json").read_text())["results"][0]
     assert result["dataset"] == "refcoco"
     assert (result["provenance"]["trained_on"], result["provenance"]["train_split"]) == (["refcoco"], "testB")
-    assert "refcoco testB: the model was trained on this split." in capsys.readouterr().out
+    assert "refcoco testB (first 3 samples): the model was trained on this split." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["now", "before config.json named it"])
@@ -155,13 +158,10 @@ def test_a_converted_model_is_scored_on_its_releases_ground_truth(run: Path, tmp
         config = json.loads((converted / "config.json").read_text())
         del config["protocol"]["mask_parts"]
         (converted / "config.json").write_text(json.dumps(config))
-    for more, expected in (
-        ([], "exclusive"),
-        (["--preset", "caris"], "union"),
-        (["--preset", "caris", "--protocol.mask_parts", "exclusive"], "exclusive"),
-    ):
-        given = ["--checkpoint", str(converted), "--max_samples", "1", *more]
-        assert evaluate(run, tmp_path / "out", *given)[0]["protocol"]["mask_parts"] == expected
+    cases = [([], "exclusive"), (["--preset", "caris"], "union")]
+    for more, expected in [*cases, (["--preset", "caris", "--protocol.mask_parts", "exclusive"], "exclusive")]:
+        given = ["--checkpoint", str(converted), "--max_samples", "1", "--pictures", "0", *more]
+        assert evaluate(run, tmp_path / f"out{len(more)}", *given)[0]["protocol"]["mask_parts"] == expected
 
 
 @pytest.mark.e2e

@@ -2,13 +2,22 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from amltrain.errors import UserError
-from amltrain.evaluation.metrics import ReferringSegmentation, classic_scores, generalized_scores, sample_iou
+from amltrain.evaluation.hf_metric import ReferringSegmentation
+from amltrain.evaluation.metrics import (
+    METRICS,
+    classic_scores,
+    compute_scores,
+    generalized_scores,
+    sample_iou,
+    scored_columns,
+)
 
 SETS = ("all", "gt_nonempty", "ordinary")
 CLOSE = 1e-6
@@ -33,6 +42,7 @@ def metric(pairs: dict, index: list[int], **options) -> dict:
     return ReferringSegmentation(keep_in_memory=True).compute(
         intersections=columns["I"],
         unions=columns["U"],
+        areas=pairs["area"][index],
         no_target=columns["gt"],
         predicted_no_target=columns["pred"],
         **options,
@@ -136,5 +146,20 @@ def test_ties_split_the_families():
 def test_exchanged_columns_are_refused():
     with pytest.raises(UserError, match="exchanged"):
         ReferringSegmentation(keep_in_memory=True).compute(
-            intersections=[5], unions=[3], no_target=[False], predicted_no_target=[False]
+            intersections=[5], unions=[3], areas=[4], no_target=[False], predicted_no_target=[False]
         )
+
+
+def test_the_page_on_adding_a_metric(repository: Path):
+    """Its example, run as it stands, is reported by the next evaluation."""
+    page = (repository / "docs" / "adding-a-metric.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    try:
+        exec(compile(code, "adding-a-metric.md", "exec"), {})
+        scores = compute_scores(scored_columns([4, 0], [10, 6], areas=[6, 2]), "classic")
+        assert scores["Dice"] == pytest.approx(100 * 2 * 4 / (6 + 8 + 2 + 4))
+        with pytest.raises(ValueError, match="already registered"):
+            exec(compile(code, "adding-a-metric.md", "exec"), {})
+    finally:
+        METRICS["classic"].pop("Dice", None)
+    assert "Dice" not in classic_scores([1], [2])

@@ -1,12 +1,14 @@
 """results.json and the table say what was scored and how."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from amltrain.errors import UserError
-from amltrain.evaluation.results import Results, table, write_results
+from amltrain.evaluation.results import Results, merge_results, read_results, write_results
+from amltrain.evaluation.tables import csv_table, latex_table, table
 
 PROTOCOL = {
     "frame": "original", "size": [448, 448], "threshold": 0.35, "interpolation": "bicubic", "sentences": "all",
@@ -63,3 +65,44 @@ def test_score_of_the_same_form_and_of_none():
     assert classic().score("cIoU") == classic().score("oIoU") == 65.4321
     with pytest.raises(UserError, match="no metric 'AP' on refcoco val; known: oIoU"):
         classic().score("AP")
+
+
+def test_a_second_evaluation_loses_no_row(tmp_path: Path):
+    """The same split, then with shuffled sentences, then perturbed, then under another protocol: four rows."""
+    path, clean = tmp_path / "results.json", classic()
+    shuffled = replace(clean, protocol=PROTOCOL | {"shuffled_sentences": True}, metrics={"oIoU": 4.98})
+    haze = replace(clean, provenance=clean.provenance | {"perturbation": {"name": "haze", "severity": 1.0}})
+    strict = replace(clean, protocol=PROTOCOL | {"threshold": 0.5})
+    for row in (clean, shuffled, haze, strict, shuffled):
+        merge_results(path, [row])
+    rows = read_results(path)
+    assert [r.metrics["oIoU"] for r in rows] == [65.4321, 4.98, 65.4321, 65.4321]
+    assert [r.is_score for r in rows] == [True, False, False, True]
+    assert len({r.stem() for r in rows}) == 4
+    again = merge_results(path, [replace(clean, metrics={"oIoU": 66.0})])
+    assert [r.metrics["oIoU"] for r in again] == [66.0, 4.98, 65.4321, 65.4321]
+
+
+def test_a_damaged_file_is_left_alone(tmp_path: Path):
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"not a results\.json"):
+        merge_results(path, [classic()])
+    assert path.read_text() == "{"
+
+
+def test_latex_and_csv():
+    other = replace(classic(), metrics={"oIoU": 64.0, "mIoU": 71.0, "Pr@0.5": 80.0}, provenance={"checkpoint": "b_1"})
+    text = latex_table([classic(), other, classic("testA")])
+    assert r"runs/a/best & refcoco & val & \textbf{65.43} & 70.00 & - \\" in text
+    assert r"b\_1 & refcoco & val & 64.00 & \textbf{71.00} & 80.00 \\" in text
+    assert text.count("\\textbf") == 2  # testA has nothing to compare with
+    assert text.startswith("\\begin{tabular}{lllrrr}\n\\toprule")
+    lines = csv_table([classic(), other]).splitlines()
+    assert lines[0].startswith("model,dataset,split,alteration,samples,oIoU,mIoU,Pr@0.5,protocol")
+    assert lines[1].startswith("runs/a/best,refcoco,val,,10834,65.4321,70.0000,,")
+
+
+def test_empty_masks_are_reported():
+    empty = classic(samples=7, empty_masks=7)
+    assert "refcoco val: every predicted mask is empty" in table([empty])

@@ -1,0 +1,81 @@
+"""Histogram and dynamics of AML's alignment scores: from the command line to a table and a picture."""
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+
+from amltrain.commands.analysed import Analysed, data_of, load_models, loaders_of, moved, parse_models, single_process
+from amltrain.config.schema import DataConfig, ProtocolOverrides
+from amltrain.data.transforms import normalise_batch
+from amltrain.errors import UserError
+from amltrain.evaluation.analysis.alignment import draw_dynamics, draw_histogram, histogram_table, statistics_table
+from amltrain.evaluation.protocols import run_protocol
+from amltrain.evaluation.results import write_text
+from amltrain.methods.aml.scores import collect_scores, paper_scorer, score_histogram, score_statistics
+
+NOTE = "Scores of the paper's PMME on early features; temperature solved on the first batches of {}."
+
+
+def histogram(args: argparse.Namespace) -> str:
+    """Distribution of the scores under every model, each at a temperature solved for that model."""
+    models = load_models(args.models)
+    data = data_of(args, models[0].place)
+    accelerator = single_process(data)
+    shares, statistics = {}, {}
+    for model in models:
+        batches = _batches(args, accelerator, data, model)
+        network = moved(accelerator, model)
+        collected = collect_scores(network, paper_scorer(network, batches[: args.calibration]), batches)
+        shares[model.name], statistics[model.name] = score_histogram(collected), score_statistics(collected)
+    text = histogram_table(shares, statistics) + "\n\n" + NOTE.format("each model")
+    write_text(args.output / "histogram.md", text + "\n")
+    draw_histogram(shares, args.output / "histogram.png")
+    return text
+
+
+def dynamics(args: argparse.Namespace) -> str:
+    """Statistics of the scores at every checkpoint of a run, at one temperature."""
+    places = list(parse_models(args.models).values())
+    if len(places) > 1:
+        raise UserError("dynamics follows one run; give --models one run folder")
+    checkpoints = run_checkpoints(Path(places[0]))
+    data = data_of(args, str(checkpoints[0][1]))
+    accelerator = single_process(data)
+    scorer, statistics = None, {}
+    for step, folder in checkpoints:
+        [model] = load_models([f"model={folder}"])
+        batches = _batches(args, accelerator, data, model)
+        network = moved(accelerator, model)
+        scorer = scorer or paper_scorer(network, batches[: args.calibration])
+        statistics[step] = score_statistics(collect_scores(network, scorer, batches))
+    rows = {f"{step:,}": values for step, values in statistics.items()}
+    text = statistics_table(rows, "step") + "\n\n" + NOTE.format(f"step {checkpoints[0][0]:,}")
+    write_text(args.output / "dynamics.md", text + "\n")
+    draw_dynamics(list(statistics), list(statistics.values()), args.output / "dynamics.png")
+    return text
+
+
+def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints that a run still has, in order. Raises UserError for fewer than two."""
+    found = []
+    for folder in run.glob("step-*"):
+        number = re.fullmatch(r"step-(\d+)", folder.name)
+        if number and (folder / "model").is_dir():
+            found.append((int(number[1]), folder))
+    if len(found) < 2:
+        raise UserError(f"{run} has {len(found)} checkpoints step-N; dynamics needs two (raise checkpoint.keep)")
+    return sorted(found)
+
+
+def _batches(args: argparse.Namespace, accelerator: Accelerator, data: DataConfig, model: Analysed) -> list[Any]:
+    """The first batches of the first data set, on the device."""
+    protocol = run_protocol(model.pretrained.protocol, data, ProtocolOverrides())
+    loader = next(iter(loaders_of(args, data, model, protocol).values()))
+    normalization = model.pretrained.preprocess.normalization
+    batches = itertools.islice(loader, args.batches)
+    return [normalise_batch(send_to_device(batch, accelerator.device), normalization) for batch in batches]

@@ -1,0 +1,90 @@
+"""What the analyses of models share: the models named on the command line, and the data to run them on."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from amltrain.commands.trained import trained_data
+from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ShapesConfig
+from amltrain.data.loaders import build_eval_loaders, resolve_splits
+from amltrain.errors import UserError
+from amltrain.hub.model_folder import Pretrained, load_pretrained
+from amltrain.training.build import ensure_prepared
+
+
+class Analysed(NamedTuple):
+    """A model to analyse. place: as the user named it."""
+
+    name: str
+    place: str
+    pretrained: Pretrained
+
+
+def parse_models(models: Sequence[str]) -> dict[str, str]:
+    """NAME=PLACE or PLACE -> name and place. Raises UserError for a name given twice."""
+    named: dict[str, str] = {}
+    for text in models:
+        name, equals, place = text.partition("=")
+        if not equals:
+            place, name = text, Path(text.rstrip("/")).name
+        if not name or not place or name in named:
+            raise UserError(f"--models {text}: the name {name!r} is missing or taken; write NAME=PLACE")
+        named[name] = place
+    return named
+
+
+def load_models(models: Sequence[str]) -> list[Analysed]:
+    """Load every model. Raises UserError for one without a tokenizer."""
+    found = [Analysed(name, place, load_pretrained(place)) for name, place in parse_models(models).items()]
+    for model in found:
+        if model.pretrained.tokenizer is None:
+            raise UserError(f"{model.place} has no tokenizer files; save or convert it again with a tokenizer")
+    return found
+
+
+def data_of(args: argparse.Namespace, place: str) -> DataConfig:
+    """The data that --datasets and --prepared name; by default those that the model was trained on."""
+    trained = trained_data(place)
+    datasets = args.datasets or trained.get("datasets")
+    if not datasets:
+        raise UserError(f"{place} does not record its training data; give --datasets")
+    prepared = args.prepared or trained.get("prepared", "prepared")
+    shapes = ShapesConfig(**trained["shapes"]) if trained.get("shapes") else ShapesConfig()
+    data = DataConfig(datasets=list(datasets), prepared=prepared, workers=args.workers, shapes=shapes)
+    resolve_splits([args.split], data.datasets)
+    return data
+
+
+def loaders_of(
+    args: argparse.Namespace,
+    data: DataConfig,
+    model: Analysed,
+    protocol: Protocol,
+    perturb: Callable[[Image.Image, int], Image.Image] | None = None,
+) -> dict[str, DataLoader]:
+    """A loader of the split for every data set, with the model's own preprocessing."""
+    evaluation = EvaluationConfig(splits=[args.split], batch_size=args.batch_size, max_samples=args.max_samples)
+    pretrained = model.pretrained
+    return build_eval_loaders(
+        data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer, seed=args.seed, perturb=perturb
+    )
+
+
+def single_process(data: DataConfig) -> Accelerator:
+    """An accelerator for one process, with the data prepared. Raises UserError under a launcher of several."""
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("amltrain analyse runs in one process; start it without accelerate launch")
+    ensure_prepared(data, lambda text: print(text, file=sys.stderr))
+    return accelerator
+
+
+def moved(accelerator: Accelerator, model: Analysed) -> Any:
+    """The model on the accelerator's device, in eval mode."""
+    return model.pretrained.model.to(accelerator.device).eval()

@@ -1,0 +1,75 @@
+"""Positive and negative activation maps (Figs. 4a and 5): where a model's logits speak for and against the referent.
+
+The activation of a pixel is the margin of the referent against the background (logit difference); its positive part is
+evidence for the referent, its negative part evidence against it. All maps of a picture share one scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from amltrain.evaluation.analysis.figures import saved_figure
+from amltrain.evaluation.masks import referent_margin
+
+
+class Evidence(NamedTuple):
+    """margin: [B, H, W] float32 at network size, positive for the referent."""
+
+    margin: Tensor
+
+    def shares(self, row: int, truth: Tensor) -> tuple[float, float]:
+        """Shares of the pixels inside and outside the truth ([H, W] bool) with a positive margin; NaN over nothing."""
+        positive = self.margin[row] > 0
+        return float(positive[truth].float().mean()), float(positive[~truth].float().mean())
+
+
+def evidence(logits: Tensor, size: Sequence[int]) -> Evidence:
+    """Margins of logits [B, 2 or 1, h, w], brought to the network's size (H, W), on the CPU."""
+    margin = referent_margin(logits)[:, None]
+    size = (size[0], size[1])
+    return Evidence(F.interpolate(margin, size, mode="bilinear", align_corners=True)[:, 0].cpu())
+
+
+def draw_activation(
+    images: Sequence[Image.Image],
+    sentences: Sequence[str],
+    truths: Sequence[Tensor],
+    maps: Mapping[str, Evidence],
+    path: Path,
+) -> None:
+    """One row per sample: the image with the true outline, then every model's positive and negative map.
+
+    truths: [H, W] bool at network size; the images are stretched to it.
+    """
+    largest = max(float(np.percentile(m.margin.abs().numpy(), 99)) for m in maps.values()) or 1.0
+    columns = 1 + 2 * len(maps)
+    with saved_figure(path, (2.4 * columns, 2.7 * len(images))) as figure:
+        grid = figure.subplots(len(images), columns, squeeze=False)
+        drawn = {}
+        for row, image in enumerate(images):
+            height, width = truths[row].shape
+            picture = np.asarray(image.convert("RGB").resize((width, height)))
+            grey = picture.mean(-1)
+            grid[row][0].imshow(picture)
+            grid[row][0].set_title(sentences[row], fontsize=9, loc="left", wrap=True)
+            cells = [(m, sign) for m in maps for sign in ("positive", "negative")]
+            for axes, (model, sign) in zip(grid[row][1:], cells, strict=True):
+                margin = maps[model].margin[row].numpy()
+                part = np.clip(margin if sign == "positive" else -margin, 0, None)
+                axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
+                colours = "Reds" if sign == "positive" else "Blues"
+                alpha = np.clip(part / largest, 0, 1) * 0.85
+                drawn[sign] = axes.imshow(part, cmap=colours, vmin=0, vmax=largest, alpha=alpha)
+                if row == 0:
+                    axes.set_title(f"{model}\n{sign}", fontsize=9)
+            for axes in grid[row]:
+                if truths[row].any():
+                    axes.contour(truths[row].numpy(), levels=[0.5], colors="lime", linewidths=1)
+                axes.set_axis_off()
+        for sign, mappable in drawn.items():
+            figure.colorbar(mappable, ax=grid[:, -1], fraction=0.05, label=f"{sign} logit margin")

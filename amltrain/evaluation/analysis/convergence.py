@@ -1,0 +1,103 @@
+"""Convergence (Table 14): the mean training loss of every epoch, from the log of a run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amltrain.errors import UserError
+from amltrain.evaluation.analysis.figures import COLOURS, saved_figure
+from amltrain.evaluation.tables import markdown
+
+LOG = "log.jsonl"
+
+
+def read_log(place: str | Path) -> list[tuple[int, float]]:
+    """(step, loss) of every log line of a run. place: a run, or a checkpoint or model folder in it.
+
+    Raises UserError where there is no log, or no loss in it.
+    """
+    folder = next((p for p in (Path(place), *Path(place).resolve().parents[:2]) if (p / LOG).is_file()), None)
+    if folder is None:
+        raise UserError(f"{place} has no {LOG}; convergence needs the folder of a run")
+    losses = []
+    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a run that was killed leaves half a line
+            continue
+        if "loss" in row and row["loss"] is not None:
+            losses.append((int(row["step"]), float(row["loss"])))
+    if not losses:
+        raise UserError(f"{folder / LOG} holds no loss yet; let the run log a few steps (train.log_every)")
+    return losses
+
+
+def steps_per_epoch(place: str | Path, data: Mapping[str, Any], global_batch_size: int) -> float:
+    """Optimizer steps of an epoch, from the manifests of the prepared data.
+
+    data: of the run's recipe, with `prepared`. Raises UserError where the data are gone.
+    """
+    unit = "refs" if data.get("train_unit") == "referent" else "expressions"
+    samples = 0
+    for name in data.get("datasets", []):
+        path = Path(data.get("prepared", "")) / name / "manifest.json"
+        try:
+            samples += json.loads(path.read_text(encoding="utf-8"))["splits"][data["train_split"]][unit]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the length of an epoch of {place} is unknown: {path} is gone; prepare it again"
+            ) from error
+    if not samples:
+        raise UserError(f"{place} does not record its training data, so the length of its epochs is unknown")
+    return max(1.0, samples / global_batch_size)
+
+
+def epoch_losses(losses: Sequence[tuple[int, float]], epoch_steps: float) -> list[float]:
+    """Mean of the logged losses of every epoch; NaN for an epoch without a log line.
+
+    A run logs the loss of single steps (every train.log_every), so this is a sample of an epoch's steps.
+    """
+    epochs = [int((step - 1) // epoch_steps) for step, _ in losses]
+    values = np.array([loss for _, loss in losses])
+    return [
+        float(np.mean(values[np.equal(epochs, e)])) if e in epochs else float("nan") for e in range(max(epochs) + 1)
+    ]
+
+
+def convergence_table(losses: Mapping[str, Sequence[float]]) -> str:
+    """One row per epoch; at most 20 of them, evenly spread with the first and last; differences to the first model."""
+    models = list(losses)
+    last = max(len(values) for values in losses.values())
+    shown = sorted(set(np.linspace(1, last, min(last, 20)).round().astype(int).tolist()))
+    header = ["epoch", *models, *(f"{m} - {models[0]}" for m in models[1:])]
+    rows = []
+    for epoch in shown:
+        at = [values[epoch - 1] if epoch <= len(values) else float("nan") for values in losses.values()]
+        cells = [_number(value) for value in (*at, *(value - at[0] for value in at[1:]))]
+        rows.append([str(epoch), *cells])
+    return "\n".join(
+        [*markdown([header, *rows], text_columns=1), "", "Mean of the logged training losses of an epoch."]
+    )
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4f}"
+
+
+def draw_convergence(losses: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Loss over epochs, one line per model."""
+    from matplotlib.ticker import MaxNLocator
+
+    with saved_figure(path, (6, 4)) as figure:
+        axes = figure.subplots()
+        for i, (model, values) in enumerate(losses.items()):
+            axes.plot(range(1, len(values) + 1), values, marker=".", label=model, color=COLOURS[i % len(COLOURS)])
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("mean training loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)

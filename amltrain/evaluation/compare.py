@@ -1,0 +1,302 @@
+"""Compare models over seeds: means, deviations, and differences with paired bootstrap intervals clustered by image.
+
+Sentences of one image are not independent, so the bootstrap draws images with replacement and takes all their samples.
+The same draw serves both models (paired) and all seeds. Metrics are ratios of sums, so a draw costs one product of
+matrices. Everything is a function of the seed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from amltrain.errors import UserError
+from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
+from amltrain.evaluation.results import Results, read_results
+from amltrain.evaluation.samples import read_samples, scored_samples
+from amltrain.evaluation.tables import cell, latex, markdown
+
+SplitKey = tuple[str, str]
+"""(data set, split)."""
+
+
+class Run(NamedTuple):
+    """One row of a results.json. samples: its rows per sample; None where the evaluation wrote none."""
+
+    place: str
+    results: Results
+    samples: pa.Table | None
+
+
+class Difference(NamedTuple):
+    """`model` minus `reference` in percentage points, with a 95 % interval; NaN without samples.
+
+    unequal: the interval leaves out 0.
+    """
+
+    reference: str
+    model: str
+    split: SplitKey
+    metric: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def unequal(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+class Comparison(NamedTuple):
+    """values: model -> split -> metric -> one value per seed, percent. kinds: split -> kind of metrics."""
+
+    values: dict[str, dict[SplitKey, dict[str, list[float]]]]
+    kinds: dict[SplitKey, Kind]
+    differences: list[Difference]
+    notes: list[str]
+
+
+def find_results(place: str | Path) -> Path:
+    """The results.json of a file, an evaluation's folder, or a run (run, best or model folder). Raises UserError."""
+    place = Path(place)
+    if place.is_file():
+        return place
+    for inner in ("", "best/model", "model"):
+        if (path := place / inner / "results.json").is_file():
+            return path
+    raise UserError(f"{place} has no results.json; evaluate it first: amltrain evaluate --checkpoint {place}")
+
+
+def read_runs(place: str | Path) -> dict[SplitKey, list[Run]]:
+    """Every score of a results.json by split; perturbed, shuffled and partial rows are left out."""
+    path = find_results(place)
+    found: dict[SplitKey, list[Run]] = {}
+    for row in read_results(path):
+        if not row.is_score:
+            continue
+        samples = row.files.get("samples")
+        table = read_samples(path.parent / samples) if samples and (path.parent / samples).exists() else None
+        found.setdefault((row.dataset, row.split), []).append(Run(str(path), row, table))
+    if not found:
+        raise UserError(f"{path} holds no score of a whole split as it is; evaluate without changes to images or text")
+    return found
+
+
+def compare(
+    groups: Mapping[str, Sequence[str | Path]], *, draws: int = 2000, seed: int = 0, metrics: Sequence[str] = ()
+) -> Comparison:
+    """Compare groups of evaluations; the first group is the reference of all differences.
+
+    groups: model name -> results of its seeds (run folders, evaluation folders or results.json files).
+    draws: bootstrap draws. metrics: names to compare; empty = all. Only splits that every result has are compared.
+    Raises UserError, naming the field, where two results of a split were measured under different protocols.
+    """
+    read = {name: [read_runs(place) for place in places] for name, places in groups.items()}
+    everything = [runs for group in read.values() for runs in group]
+    splits = [split for split in everything[0] if all(split in runs for runs in everything)]
+    if not splits:
+        raise UserError("the results have no split in common; evaluate all models on the same splits")
+    dropped = sorted({split for runs in everything for split in runs} - set(splits))
+    notes = [f"{dataset} {split}: left out, because not every result has it" for dataset, split in dropped]
+    chosen = {split: _of_one_protocol(split, read) for split in splits}
+    kinds: dict[SplitKey, Kind] = {split: next(iter(chosen[split].values()))[0].results.kind for split in splits}
+    values: dict[str, dict[SplitKey, dict[str, list[float]]]] = {
+        name: {
+            split: {
+                metric: [run.results.metrics[metric] for run in chosen[split][name]]
+                for metric in chosen[split][name][0].results.metrics
+                if not metrics or metric in metrics
+            }
+            for split in splits
+        }
+        for name in groups
+    }
+    differences = []
+    reference = next(iter(groups))
+    for split in splits:
+        for name in list(groups)[1:]:
+            found, without = _differences(reference, name, split, chosen[split], draws, seed)
+            differences += [d for d in found if not metrics or d.metric in metrics]
+            notes += without
+    return Comparison(values, kinds, differences, notes)
+
+
+def _of_one_protocol(
+    split: SplitKey, read: Mapping[str, Sequence[Mapping[SplitKey, list[Run]]]]
+) -> dict[str, list[Run]]:
+    """The runs of a split by model, all of one protocol. Raises UserError if there is none, or more than one."""
+    candidates = [runs[split] for group in read.values() for runs in group]
+    common = set.intersection(*({_protocol(run) for run in runs} for runs in candidates))
+    if not common:
+        _refuse(split, candidates)
+    if len(common) > 1:
+        raise UserError(
+            f"{split[0]} {split[1]}: the results hold scores under several common protocols; keep one per folder "
+            "(evaluate with another --output)"
+        )
+    [protocol] = common
+    found = {
+        name: [[run for run in runs[split] if _protocol(run) == protocol] for runs in group]
+        for name, group in read.items()
+    }
+    for group in found.values():
+        for same in group:
+            if len(same) > 1:
+                what = f"{len(same)} models' scores of {split[0]} {split[1]}"
+                raise UserError(f"{same[0].place} holds {what}; give each model a folder of its own")
+    return {name: [same[0] for same in group] for name, group in found.items()}
+
+
+def _protocol(run: Run) -> str:
+    return json.dumps(run.results.protocol, sort_keys=True)
+
+
+def _refuse(split: SplitKey, candidates: Sequence[Sequence[Run]]) -> None:
+    first = candidates[0][0]
+    for [other, *_] in candidates[1:]:
+        mine, theirs = first.results.protocol, other.results.protocol
+        unequal = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+        if unequal:
+            fields = ", ".join(f"{k} ({mine.get(k)} and {theirs.get(k)})" for k in unequal)
+            raise UserError(
+                f"{split[0]} {split[1]}: the protocols of {first.place} and {other.place} differ in {fields}; "
+                "evaluate both with the same --preset"
+            )
+    raise UserError(f"{split[0]} {split[1]}: no protocol is common to all results; evaluate with the same --preset")
+
+
+def _differences(
+    reference: str, model: str, split: SplitKey, runs: Mapping[str, Sequence[Run]], draws: int, seed: int
+) -> tuple[list[Difference], list[str]]:
+    one, two = runs[reference], runs[model]
+    names = list(one[0].results.metrics)
+    means = {n: _mean(two, n) - _mean(one, n) for n in names}
+    if any(run.samples is None for run in (*one, *two)):
+        note = f"{split[0]} {split[1]}: no interval for {model}, because not every result has samples; evaluate again"
+        return [Difference(reference, model, split, n, v, np.nan, np.nan) for n, v in means.items()], [note]
+    _check_same_samples(split, [*one, *two])
+    weights = image_draws(_images(one[0]), draws, seed)
+    found = []
+    for name in names:
+        drawn = _drawn(two, name, weights) - _drawn(one, name, weights)
+        low, high = np.nanpercentile(drawn, [2.5, 97.5])
+        found.append(Difference(reference, model, split, name, means[name], float(low), float(high)))
+    return found, []
+
+
+def _mean(runs: Sequence[Run], metric: str) -> float:
+    return float(np.mean([run.results.metrics[metric] for run in runs]))
+
+
+def _check_same_samples(split: SplitKey, runs: Sequence[Run]) -> None:
+    names = ["image_id", "ref_id", "sent_id"]
+    for run in runs[1:]:
+        assert run.samples is not None and runs[0].samples is not None
+        if not run.samples.select(names).equals(runs[0].samples.select(names)):
+            raise UserError(
+                f"{split[0]} {split[1]}: {run.place} and {runs[0].place} were scored on different samples; prepare the "
+                "data once and evaluate both on it"
+            )
+
+
+def _images(run: Run) -> NDArray[np.int64]:
+    assert run.samples is not None
+    return run.samples.column("image_id").to_numpy()
+
+
+def image_draws(image_ids: NDArray[np.int64], draws: int, seed: int) -> NDArray[np.float64]:
+    """How often every draw holds every sample, [draws, samples]: images are drawn with replacement."""
+    _, image = np.unique(image_ids, return_inverse=True)
+    count = int(image.max()) + 1
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(count, np.full(count, 1 / count), size=draws)
+    return times[:, image].astype(np.float64)
+
+
+def _drawn(runs: Sequence[Run], metric: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A metric of every draw, mean over seeds, [draws] percent."""
+    values = []
+    for run in runs:
+        assert run.samples is not None
+        terms = metric_terms(metric, scored_samples(run.samples, run.results.protocol["ties"]), run.results.kind)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            top, bottom = weights @ terms.numerator.astype(float), weights @ terms.denominator.astype(float)
+            values.append(100 * top / bottom)
+    return np.mean(values, axis=0)
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Means with sample standard deviations over seeds, then the differences."""
+    lines: list[str] = []
+    for kind in METRICS:
+        rows = list(_value_rows(comparison, kind))
+        if rows:
+            lines += [*markdown([("model", "data set", "split", "seeds", *_names(comparison, kind)), *rows], 3), ""]
+    if comparison.differences:
+        header = ("model - reference", "data set", "split", "metric", "difference", "95 % interval", "")
+        lines += [*markdown([header, *(_difference_row(d) for d in comparison.differences)], 4), ""]
+        lines.append("Intervals: paired bootstrap over images. `*`: the interval leaves out 0.")
+        lines.append("They cover the choice of images, not of seeds; the deviations above show the seeds.")
+    return "\n".join([*lines, *comparison.notes])
+
+
+def comparison_latex(comparison: Comparison) -> str:
+    """One booktabs tabular per kind of metric; the best mean of every split and metric is bold."""
+    tabulars = []
+    for kind in METRICS:
+        names = _names(comparison, kind)
+        rows = list(_value_rows(comparison, kind))
+        if not rows:
+            continue
+        bold = []
+        for split in {tuple(row[1:3]) for row in rows}:
+            own = [i for i, row in enumerate(rows) if tuple(row[1:3]) == split]
+            for j in range(4, 4 + len(names)):
+                means = [float(rows[i][j].split(" ")[0].replace("-", "nan")) for i in own]
+                bold += [(i, j) for i, mean in zip(own, means, strict=True) if len(own) > 1 and mean == max(means)]
+        tabulars.append(latex(("Model", "Data set", "Split", "Seeds", *names), rows, bold, text_columns=3))
+    return "\n\n".join(tabulars) + "\n"
+
+
+def _names(comparison: Comparison, kind: Kind) -> list[str]:
+    splits = [split for split, own in comparison.kinds.items() if own == kind]
+    return list(dict.fromkeys(n for model in comparison.values.values() for s in splits for n in model[s]))
+
+
+def _value_rows(comparison: Comparison, kind: Kind) -> list[tuple[str, ...]]:
+    names = _names(comparison, kind)
+    return [
+        (model, *split, str(len(next(iter(splits[split].values())))), *(_mean_cell(splits[split][n]) for n in names))
+        for split, own in comparison.kinds.items()
+        if own == kind
+        for model, splits in comparison.values.items()
+    ]
+
+
+def _mean_cell(values: Sequence[float]) -> str:
+    mean = cell(float(np.mean(values)))
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+
+
+def _difference_row(d: Difference) -> tuple[str, ...]:
+    interval = "-" if np.isnan(d.low) else f"{d.low:+.2f} to {d.high:+.2f}"
+    return f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval, "*" if d.unequal else ""
+
+
+def comparison_dict(comparison: Comparison) -> dict[str, object]:
+    """The comparison as JSON values."""
+    values = [
+        {"model": model, "dataset": split[0], "split": split[1], "metric": metric, "values": seeds}
+        for model, splits in comparison.values.items()
+        for split, metrics in splits.items()
+        for metric, seeds in metrics.items()
+    ]
+    differences = [
+        {name: None if isinstance(v, float) and np.isnan(v) else v for name, v in d._asdict().items()}
+        for d in comparison.differences
+    ]
+    return {"values": values, "differences": differences, "notes": comparison.notes}

@@ -1,0 +1,266 @@
+"""Predicted masks as files: written by an evaluation, read to score anybody's predictions.
+
+Two forms, each for one split; REF and SENT are the data set's ref_id and sent_id:
+
+    masks   a folder with one picture per sample, `REF_SENT.png` (or `SENT.png` where sent_ids are unique); 0 is
+            background, one other value the referent. `no_target.json` may list the names predicted to have no target.
+    rle     JSON lines, one sample each: {"ref_id": .., "sent_id": .., "size": [height, width], "counts": "..",
+            "no_target": false}; size and counts are COCO's compressed run lengths. They may lie in "mask" or
+            "segmentation" too; ref_id and no_target may be missing; lines of another "dataset" or "split" are skipped.
+
+A mask has the size of its image. For a protocol that scores at network size it may have that size instead.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pycocotools import mask as coco
+
+from amltrain.config.schema import Protocol
+from amltrain.errors import UserError, first_line
+from amltrain.evaluation.scoring import Masks, network_size
+from amltrain.records import Batch
+
+SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".jpg", ".jpeg")
+NO_TARGET_FILE = "no_target.json"
+Form = Literal["masks", "rle"]
+SampleKey = tuple[int | None, int]
+"""(ref_id, sent_id); ref_id None where the file names the sentence alone."""
+
+
+class Entry(NamedTuple):
+    """One prediction: where it is, its mask (a picture's path or run lengths), and its no-target flag if given."""
+
+    place: str
+    mask: Path | dict[str, Any]
+    no_target: bool | None
+
+
+class FileMasks:
+    """Predictions of one split, looked up by sample.
+
+    faults collects, in one phrase each, the samples whose masks cannot be scored.
+    """
+
+    def __init__(self, source: Path, entries: Sequence[tuple[SampleKey, Entry]]) -> None:
+        self.source = source
+        self.entries = dict(entries)
+        self.doubled = sorted(_name(key) for key, count in Counter(key for key, _ in entries).items() if count > 1)
+        self.has_flags = any(entry.no_target is not None for entry in self.entries.values())
+        self.by_sentence = all(ref is None for ref, _ in self.entries)
+        self.faults: list[str] = []
+
+    def check_ids(self, dataset: Any) -> None:
+        """Raise UserError, with counts and examples, unless every sample has exactly one prediction."""
+        wanted = [self._key(dataset.info(i)) for i in range(len(dataset))]
+        faults = []
+        if len(set(wanted)) < len(wanted):
+            fix = "give every prediction its ref_id" if self.by_sentence else "rename them in the data"
+            faults.append(f"{len(wanted) - len(set(wanted))} samples share their ids with another; {fix}")
+        faults += _counted("missing", [_name(key) for key in wanted if key not in self.entries], len(wanted))
+        faults += _counted("there twice", self.doubled, len(wanted))
+        self.raise_faults(faults)
+
+    def raise_faults(self, faults: Sequence[str]) -> None:
+        """Raise UserError if there are any; nothing is scored then."""
+        if faults:
+            shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+            raise UserError(f"{self.source}: {shown}. Nothing was scored; correct the predictions.")
+
+    def masks(self, host: Batch, dataset: Any, protocol: Protocol) -> Masks:
+        """The masks of a batch in the protocol's frame; a faulty one is noted in `faults` and empty."""
+        found, flags = [], []
+        for row, sample_id in enumerate(host.sample_id.tolist()):
+            entry = self.entries[self._key(dataset.info(sample_id))]
+            original = (int(host.geometry[row, 0]), int(host.geometry[row, 1]))
+            expected = original if protocol.frame == "original" else network_size(host)
+            found.append(torch.from_numpy(self._mask(entry, original, expected, dataset)))
+            flags.append(bool(entry.no_target))
+        return Masks(found, torch.tensor(flags) if self.has_flags else None, torch.ones(len(found), dtype=torch.bool))
+
+    def _mask(self, entry: Entry, original: tuple[int, int], expected: tuple[int, int], dataset: Any) -> np.ndarray:
+        try:
+            mask = _read_picture(entry.mask) if isinstance(entry.mask, Path) else _decode(entry.mask)
+        except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
+            self.faults.append(f"{entry.place}: {first_line(error)}")
+            return np.zeros(expected, bool)
+        if mask.shape == expected:
+            return mask
+        if mask.shape == original:  # to the network's size, as the ground truth gets there
+            return dataset.transform.target(mask.astype(np.uint8)).numpy() > 127
+        sizes = [original, *([] if expected == original else [expected])]
+        needed = " or ".join(f"{height} x {width}" for height, width in sizes)
+        self.faults.append(f"{entry.place} is {mask.shape[0]} x {mask.shape[1]}, not {needed} (height x width)")
+        return np.zeros(expected, bool)
+
+    def _key(self, info: Any) -> SampleKey:
+        return (None if self.by_sentence else info.ref_id, info.sent_id)
+
+
+def find_predictions(source: str | Path, dataset: str, split: str) -> FileMasks:
+    """Predictions of one split: a JSON-lines file, a folder of masks, or a folder that holds either per split.
+
+    In a folder, `DATASET-SPLIT.jsonl`, `DATASET-SPLIT/` or one name that starts so and continues with `-` (as
+    evaluations write them) is taken first. Raises UserError where nothing or several things fit.
+    """
+    source = Path(source)
+    if source.is_file():
+        return FileMasks(source, _read_lines(source, dataset, split))
+    if not source.is_dir():
+        raise UserError(f"there are no predictions at {source}; give a folder of masks or a .jsonl file")
+    name = f"{dataset}-{split}"
+    own = [p for p in (source / f"{name}.jsonl", source / name) if p.exists()] or sorted(
+        p for p in source.glob(f"{name}-*") if p.is_dir() or p.suffix == ".jsonl"
+    )
+    if len(own) > 1:
+        raise UserError(f"{source} has several predictions of {name}: {', '.join(p.name for p in own)}; name one")
+    if own:
+        return find_predictions(own[0], dataset, split) if own[0].is_file() else _read_folder(own[0])
+    return _read_folder(source)
+
+
+def _read_folder(folder: Path) -> FileMasks:
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(f"{folder} holds no masks (REF_SENT.png) and no predictions of this split")
+    names = _read_json(folder / NO_TARGET_FILE) if (folder / NO_TARGET_FILE).exists() else None
+    entries = []
+    for path in paths:
+        parts = path.stem.split("_")
+        if len(parts) > 2 or not all(part.isdigit() for part in parts):
+            raise UserError(f"{path} is not named REF_SENT.png or SENT.png (the data set's ref_id and sent_id)")
+        key = (int(parts[0]) if len(parts) == 2 else None, int(parts[-1]))
+        entries.append((key, Entry(path.name, path, None if names is None else path.stem in names)))
+    return FileMasks(folder, entries)
+
+
+def _read_json(path: Path) -> list[str]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        return [str(name).removesuffix(".png") for name in names]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} must hold a JSON list of names, e.g. ['12_34'] ({first_line(error)})") from error
+
+
+def _read_lines(path: Path, dataset: str, split: str) -> list[tuple[SampleKey, Entry]]:
+    entries = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            place = f"line {number}"
+            try:
+                row = json.loads(line)
+                if row.get("dataset", dataset) != dataset or row.get("split", split) != split:
+                    continue
+                ref = row.get("ref_id")
+                key = (None if ref is None else int(ref), int(row["sent_id"]))
+                mask = row.get("mask") or row.get("segmentation") or {name: row[name] for name in ("size", "counts")}
+                no_target = row.get("no_target")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                needed = "sent_id, size and counts"
+                raise UserError(
+                    f"{path}, {place}: not a prediction ({first_line(error)}); it needs {needed}"
+                ) from error
+            entries.append((key, Entry(place, mask, no_target)))
+    return entries
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("L"))
+    values = np.unique(pixels)
+    if len(values) > 2 or (len(values) == 2 and values[0] != 0):
+        raise ValueError(f"it has the values {', '.join(map(str, values[:4]))}, ...; a mask has 0 and one other")
+    return pixels > 0
+
+
+def _decode(rle: dict[str, Any]) -> np.ndarray:
+    height, width = (int(side) for side in rle["size"])
+    counts = rle["counts"]
+    if isinstance(counts, list):
+        rle = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    else:
+        rle = {"size": [height, width], "counts": counts.encode()}
+    return coco.decode(rle).astype(bool)
+
+
+def _counted(what: str, names: Sequence[str], total: int) -> list[str]:
+    if not names:
+        return []
+    return [f"{len(names)} of {total} samples are {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"]
+
+
+def _name(key: SampleKey) -> str:
+    return f"sentence {key[1]}" if key[0] is None else f"ref {key[0]} sentence {key[1]}"
+
+
+class PredictionWriter:
+    """Writes every predicted mask of a split in one of the two forms, in the frame that was scored.
+
+    Every process writes its share; `finish` joins them.
+    """
+
+    def __init__(self, folder: Path, form: Form, accelerator: Accelerator) -> None:
+        """folder: where the finished predictions will lie."""
+        self.form, self.accelerator = form, accelerator
+        self.temporary = folder / f".writing-{form}"
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        self.lines = (self.temporary / f"{accelerator.process_index}.jsonl").open("w", encoding="utf-8")
+
+    def add(self, sample_ids: Iterable[int], masks: Masks, dataset: Any) -> None:
+        """Write one batch; waits for the device."""
+        flags = [None] * len(masks.masks) if masks.no_target is None else masks.no_target.tolist()
+        for sample_id, mask, flag in zip(sample_ids, masks.masks, flags, strict=True):
+            info, pixels = dataset.info(sample_id), mask.cpu().numpy()
+            row: dict[str, Any] = info._asdict() | ({} if flag is None else {"no_target": flag})
+            if self.form == "masks":
+                Image.fromarray(pixels.astype(np.uint8) * 255).save(
+                    self.temporary / f"{info.ref_id}_{info.sent_id}.png"
+                )
+            else:
+                rle = coco.encode(np.asfortranarray(pixels.astype(np.uint8)))
+                row |= {"size": list(pixels.shape), "counts": rle["counts"].decode()}
+            self.lines.write(json.dumps({"sample_id": sample_id} | row) + "\n")
+
+    def finish(self, target: Path) -> Path:
+        """Join what the processes wrote under this name (plus .jsonl for run lengths), and return the path.
+
+        Older predictions of that name are replaced.
+        """
+        target = target.with_name(f"{target.name}.jsonl") if self.form == "rle" else target
+        self.lines.close()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self._join(target)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def _join(self, target: Path) -> None:
+        rows: dict[int, dict[str, Any]] = {}
+        for path in self.temporary.glob("*.jsonl"):
+            with path.open(encoding="utf-8") as file:
+                rows |= {row.pop("sample_id"): row for row in map(json.loads, file)}
+            path.unlink()
+        if self.form == "rle":
+            joined = self.temporary / "joined"
+            with joined.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(rows[i]) + "\n" for i in sorted(rows))
+            os.replace(joined, target)
+            shutil.rmtree(self.temporary)
+            return
+        named = [f"{row['ref_id']}_{row['sent_id']}" for row in rows.values() if row.get("no_target")]
+        if any("no_target" in row for row in rows.values()):
+            (self.temporary / NO_TARGET_FILE).write_text(json.dumps(sorted(named)), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        self.temporary.rename(target)

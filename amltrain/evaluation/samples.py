@@ -1,0 +1,102 @@
+"""One row per sample as Parquet: ids, sentence, pixels, IoU and flags, for error analysis, comparisons and reports."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from amltrain.errors import UserError, first_line
+from amltrain.evaluation.metrics import Scored
+from amltrain.evaluation.results import Results
+
+FOLDER = "samples"
+COLUMNS = {
+    "dataset": "data set",
+    "split": "split",
+    "sample_id": "position in the split, int64",
+    "image_id": "int64",
+    "ref_id": "int64",
+    "sent_id": "int64",
+    "sentence": "text that the model read",
+    "intersection": "pixels, int64, in the protocol's frame",
+    "union": "pixels, int64",
+    "iou": "0..1, float64; with the no-target rule where the generalized metrics are computed",
+    "area": "pixels of the predicted mask, int64",
+    "truth_area": "pixels of the ground truth, int64",
+    "truth_share": "share of the frame that the ground truth covers, 0..1, float64; NaN if the frame is unknown",
+    "no_target": "bool, the sentence refers to nothing",
+    "predicted_no_target": "bool",
+    "finite": "bool, the logits were finite",
+    "category": "class of the referent; empty where the data do not name it",
+    "same_class": "other objects of that class in the image that the split refers to, int64; -1 = unknown",
+}
+"""Columns of the file and what they hold."""
+
+
+def sample_table(results: Results, dataset: Any) -> pa.Table:
+    """Rows of `COLUMNS`, in the order of sample ids. dataset: the one evaluated."""
+    scored = results.scored()
+    ids = results.samples[:, 0].tolist()
+    infos = [dataset.info(i) for i in ids]
+    iou = scored.ruled.iou if results.kind == "generalized" else scored.iou
+    if hasattr(dataset, "annotation"):
+        notes = [dataset.annotation(i) for i in ids]
+        if results.protocol["frame"] == "original":
+            pixels = np.array([note.height * note.width for note in notes], float)
+        else:
+            pixels = np.full(len(ids), float(np.prod(results.protocol["size"])))
+        annotated = ([note.category for note in notes], [note.same_class for note in notes])
+    else:
+        pixels, annotated = np.full(len(ids), np.nan), ([""] * len(ids), [-1] * len(ids))
+    columns = {
+        "dataset": [results.dataset] * len(ids),
+        "split": [results.split] * len(ids),
+        "sample_id": ids,
+        **{name: [getattr(i, name) for i in infos] for name in ("image_id", "ref_id", "sent_id", "sentence")},
+        "intersection": scored.intersection,
+        "union": scored.union,
+        "iou": iou,
+        "area": scored.area,
+        "truth_area": scored.truth_area,
+        "truth_share": scored.truth_area / pixels,
+        "no_target": scored.no_target,
+        "predicted_no_target": scored.predicted_no_target,
+        "finite": results.samples[:, 5].astype(bool),
+        "category": annotated[0],
+        "same_class": annotated[1],
+    }
+    return pa.table({name: columns[name] for name in COLUMNS})
+
+
+def write_samples(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file atomically. Raises UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_samples(path: str | Path) -> pa.Table:
+    """Read what `write_samples` wrote. Raises UserError for any other file."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is not a table of samples ({first_line(error)}); evaluate again") from error
+    missing = [name for name in COLUMNS if name not in table.column_names]
+    if missing:
+        raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
+    return table
+
+
+def scored_samples(table: pa.Table, ties: str) -> Scored:
+    """The columns that metrics need. ties: of the protocol."""
+    names = ("intersection", "union", "area", "no_target", "predicted_no_target")
+    return Scored(*(table.column(name).to_numpy() for name in names), ties=ties)  # type: ignore[arg-type]

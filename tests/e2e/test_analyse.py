@@ -1,0 +1,83 @@
+"""`amltrain analyse` and `amltrain compare` on an untrained model and a few scenes: a table and a picture each."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from amltrain.commands.analyse import main
+from amltrain.config.schema import DataConfig
+from amltrain.data.loaders import build_tokenizer
+from amltrain.hub.model_folder import save_pretrained
+from amltrain.models import create_model, model_info
+
+
+@pytest.fixture(scope="module")
+def run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with two untrained checkpoints."""
+    folder = tmp_path_factory.mktemp("analyse")
+    info = model_info("cris_tiny")
+    tokenizer = build_tokenizer(DataConfig(datasets=["refshapes"], prepared=str(shapes)), info.preprocess)
+    kwargs = {"vocab_size": tokenizer.vocab_size}
+    for step in (1, 2):
+        torch.manual_seed(step)
+        save_pretrained(
+            folder / f"step-{step:06d}" / "model", name="cris_tiny", kwargs=kwargs, preprocess=info.preprocess,
+            state_dict=create_model("cris_tiny", **kwargs).state_dict(), protocol=info.protocol, tokenizer=tokenizer,
+        )  # fmt: skip
+    return folder
+
+
+def analyse(run: Path, shapes: Path, output: Path, name: str, *more: str) -> str:
+    models = [f"one={run}/step-000001", f"two={run}/step-000002"]
+    data = ["--datasets", "refshapes", "--prepared", str(shapes), "--workers", "0", "--output", str(output)]
+    main([name, "--models", *models, *data, *more])
+    return (output / f"{name}.md").read_text()
+
+
+def test_occlusion_with_drops(run: Path, shapes: Path, tmp_path: Path):
+    text = analyse(run, shapes, tmp_path, "occlusion", "--shares", "0", "0.5", "--max_samples", "3")
+    assert "| refshapes val, oIoU |" in text and "two: drop" in text
+    assert "Only the first 3 samples" in text
+    assert (tmp_path / "occlusion.png").stat().st_size > 5000
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    shares = [r["provenance"]["perturbation"] and r["provenance"]["perturbation"]["severity"] for r in rows]
+    assert shares == [None, None, 0.5, 0.5]
+
+
+def test_histogram(run: Path, shapes: Path, tmp_path: Path):
+    sizes = ["--batches", "1", "--calibration", "1", "--batch_size", "4"]
+    text = analyse(run, shapes, tmp_path, "histogram", *sizes)
+    bins = [line.split("|") for line in text.splitlines() if " to " in line and line.startswith("| 0")]
+    assert len(bins) == 20
+    assert sum(float(b[2]) for b in bins) == pytest.approx(100, abs=0.2)
+    assert (tmp_path / "histogram.png").exists()
+
+
+def test_activation(run: Path, shapes: Path, tmp_path: Path):
+    text = analyse(run, shapes, tmp_path, "activation", "--count", "1")
+    assert text.count("| refshapes | 0 |") == 2
+    assert (tmp_path / "activation-refshapes-val.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["occlusion", "--shares", "2"], "not a share of the image"),
+        (["robustness", "--metric", "oIuO"], "did you mean oIoU"),
+        (["robustness", "--datasets", "refcocoo"], "refcocoo"),
+        (["activation", "--count", "0"], "--count is 0"),
+        (["dynamics"], "follows one run"),
+        (["convergence"], "has no log.jsonl"),
+    ],
+)
+def test_mistakes_get_one_line(
+    run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: list[str], message: str
+):
+    models = ["--models", f"one={run}/step-000001", f"two={run}/step-000002"]
+    data = ["--datasets", "refshapes", "--prepared", str(shapes)] if mistake[0] != "convergence" else []
+    with pytest.raises(SystemExit) as stopped:
+        main([mistake[0], *models, *data, "--output", str(tmp_path), *mistake[1:]])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""Means over seeds, paired intervals clustered by image, and refusals, on results whose answers are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from amltrain.commands.compare import main, parse_groups
+from amltrain.errors import UserError
+from amltrain.evaluation.breakdown import break_down, kinds_of, worst_cases
+from amltrain.evaluation.compare import compare, comparison_latex, comparison_markdown, image_draws
+from amltrain.evaluation.evaluator import evaluate_model
+from amltrain.evaluation.metrics import scored_columns
+from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import Results, merge_results
+from amltrain.evaluation.samples import read_samples, sample_table, write_samples
+from tests.evaluation.stand_in import Scenes, SeesBright, loader
+
+
+@pytest.fixture(scope="module")
+def scored() -> Results:
+    return evaluate_model(Accelerator(cpu=True), SeesBright(), loader(Scenes()), named_protocol("caris"))
+
+
+def write(folder: Path, results: Results, gain: int = 0, **protocol: object) -> Path:
+    """Results whose intersections are larger by `gain` pixels, as an evaluation writes them."""
+    samples = results.samples.copy()
+    samples[:, 1] = np.minimum(samples[:, 1] + gain, samples[:, 2])
+    i, u = samples[:, 1], samples[:, 2]
+    iou = {"oIoU": 100 * i.sum() / u.sum(), "mIoU": 100 * scored_columns(i, u).iou.mean()}
+    changed = replace(
+        results,
+        samples=samples,
+        metrics=results.metrics | iou,
+        protocol=results.protocol | protocol,
+        files={"samples": "samples/x.parquet"},
+    )
+    write_samples(folder / "samples" / "x.parquet", sample_table(changed, Scenes()))
+    merge_results(folder / "results.json", [changed])
+    return folder
+
+
+def test_means_deviations_and_paired_intervals(scored: Results, tmp_path: Path):
+    none = [write(tmp_path / f"none{s}", scored, s) for s in (0, 4)]
+    aml = [write(tmp_path / f"aml{s}", scored, s) for s in (8, 16)]
+    found = compare({"none": none, "aml": aml}, draws=500)
+    split = ("scenes", "val")
+    seeds = found.values["none"][split]["oIoU"]
+    assert len(seeds) == 2
+    text = comparison_markdown(found)
+    assert f"{np.mean(seeds):.2f} ± {np.std(seeds, ddof=1):.2f}" in text
+    gain = {d.metric: d for d in found.differences}["mIoU"]
+    expected = np.mean(found.values["aml"][split]["mIoU"]) - np.mean(found.values["none"][split]["mIoU"])
+    assert gain.value == pytest.approx(expected)
+    assert gain.low < gain.value < gain.high and gain.unequal
+    assert found.differences == compare({"none": none, "aml": aml}, draws=500).differences
+    assert "\\textbf{" in comparison_latex(found) and "$\\pm$" in comparison_latex(found)
+
+
+def test_the_same_model_differs_by_nothing(scored: Results, tmp_path: Path):
+    one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored)
+    assert all((d.value, d.low, d.high) == (0, 0, 0) for d in compare({"a": [one], "b": [two]}).differences)
+
+
+def test_draws_take_whole_images():
+    weights = image_draws(np.array([7, 7, 3, 9, 9, 9]), draws=50, seed=1)
+    assert (weights[:, 0] == weights[:, 1]).all() and (weights[:, 3] == weights[:, 5]).all()
+    assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
+    assert weights.std(0).min() > 0
+
+
+def test_unequal_protocols_are_refused_by_name(scored: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored, threshold=0.35)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(one), str(two)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "differ in threshold (0.5 and 0.35); evaluate both with the same --preset" in said
+
+
+def test_altered_rows_and_other_samples_are_refused(scored: Results, tmp_path: Path):
+    shuffled = replace(scored, protocol=scored.protocol | {"shuffled_sentences": True})
+    merge_results(tmp_path / "results.json", [shuffled])
+    with pytest.raises(UserError, match="holds no score"):
+        compare({"a": [tmp_path]})
+    with pytest.raises(UserError, match="evaluate it first"):
+        compare({"a": [tmp_path / "gone"]})
+    fewer = replace(scored, samples=scored.samples[1:])
+    with pytest.raises(UserError, match="different samples"):
+        compare({"a": [write(tmp_path / "a", scored)], "b": [write(tmp_path / "b", fewer)]})
+
+
+def test_groups():
+    assert parse_groups(["none=a,b", "runs/aml"]) == {"none": ["a", "b"], "aml": ["runs/aml"]}
+    with pytest.raises(UserError, match="taken"):
+        parse_groups(["x/a", "y/a"])
+
+
+def test_breakdown(scored: Results, tmp_path: Path):
+    write_samples(tmp_path / "x.parquet", sample_table(scored, Scenes()))
+    table = read_samples(tmp_path / "x.parquet")
+    groups = break_down(table, "ge", "classic")
+    assert [(g.name, g.samples) for g in groups["words"]] == [("3 to 4", 13)]  # "the bright one 3"
+    assert groups["words"][0].metrics["mIoU"] == pytest.approx(scored.metrics["mIoU"])
+    assert groups["category"] == []
+    worst = worst_cases(table, 3)
+    assert [case["ref_id"] for case in worst] == [0, 1, 2] or worst[0]["iou"] <= worst[1]["iou"] <= worst[2]["iou"]
+    assert len({case["ref_id"] for case in worst}) == 3
+
+
+@pytest.mark.parametrize(
+    ("sentence", "kinds"),
+    [
+        ("the red car on the left", {"colour", "position"}),
+        ("second man not wearing a hat", {"ordinal", "negation", "relation"}),
+        ("dog", {"plain"}),
+        ("bystander", {"plain"}),  # whole words only
+    ],
+)
+def test_kinds(sentence: str, kinds: set[str]):
+    assert kinds_of(sentence) == kinds
