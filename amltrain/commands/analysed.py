@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from amltrain.commands.trained import trained_data
 from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ShapesConfig
+from amltrain.data.ensure import ensure_prepared
 from amltrain.data.loaders import build_eval_loaders, resolve_splits
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import Pretrained, load_pretrained
-from amltrain.training.build import ensure_prepared
 
 
 class Analysed(NamedTuple):
