@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands import benchmark, convert, evaluate, predict, prepare, push
+from amltrain.commands import benchmark, configs, convert, evaluate, models, predict, prepare, push
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
@@ -27,6 +27,8 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "convert": convert.build_parser().parse_args,
     "benchmark": benchmark.build_parser().parse_args,
     "push": push.build_parser().parse_args,
+    "configs": configs.build_parser().parse_args,
+    "models": models.build_parser().parse_args,
 }
 SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
 STAND_INS = {
@@ -42,7 +44,7 @@ def commands(page: str) -> Iterator[str]:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         code = re.match(r"(?:#? {3,})?((?:[A-Z_]+=\S+ +)*(?:python|accelerate|torchrun|sbatch|amltrain) .*)", line)
-        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain \w+ -", code[1]):
+        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain \w+ -", code[1]):  # a command, not a sentence
             yield code[1]
 
 
@@ -62,6 +64,7 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         script = Path(words[program]).stem
         name, arguments = SCRIPTS.get(script, script), words[program + 1 :]
     if "sbatch" in words:
+        assert arguments and not arguments[0].startswith("-")
         arguments = ["--config", *arguments]
     if {"--help", "--print_config"} & set(arguments):
         return

@@ -1,6 +1,6 @@
 """Score a trained model on splits of the prepared data: oIoU, mIoU, Pr@t, or gIoU, cIoU, N-acc, T-acc on gRefCOCO.
 
-    accelerate launch launch/evaluate.py --checkpoint runs/caris/best/model --data.datasets [refcoco] --splits val testA
+    amltrain evaluate --checkpoint runs/caris/best/model --data.datasets [refcoco] --splits val testA
 
 Prints a table and writes results.json (with the protocol inside) and a sheet of predictions. The scores are the same at
 any number of processes. Without --data.datasets it scores on the data sets that the model was trained on.
@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from torch.utils.data import DataLoader
 
-from amltrain.config.files import Groups, check_config_files
+from amltrain.config.files import Groups, read_config_files
 from amltrain.config.parse import one_line
 from amltrain.config.ranges import ANY, check_number
 from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ProtocolOverrides
@@ -33,7 +33,7 @@ from amltrain.training.distributed import PREPARATION, on_main_process
 
 def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="amltrain evaluate", description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of these options; later ones override")
     parser.add_argument(
         "--checkpoint", type=str, required=True, help="model folder, checkpoint folder or Hub repository"
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parser = build_parser()
         groups: Groups = {"data": DataConfig, "protocol": ProtocolOverrides}
-        check_config_files(sys.argv[1:] if arguments is None else arguments, groups)
+        arguments = read_config_files(sys.argv[1:] if arguments is None else arguments, groups).arguments
         try:
             checkpoint = parser.parse_args(arguments).checkpoint
             parser.set_defaults(_as_trained(checkpoint))

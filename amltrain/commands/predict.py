@@ -1,6 +1,6 @@
 """Segment what sentences mean in an image, with a trained model.
 
-    python launch/predict.py --checkpoint runs/quickstart/last/model --image street.jpg \
+    amltrain predict --checkpoint runs/quickstart/last/model --image street.jpg \
         --sentence "red car on the left" "the dog" --output predictions/
 
 Writes for every sentence a mask (PNG, 0/255, at the image's own size) and an overlay to look at, and prints how sure
@@ -24,7 +24,7 @@ from amltrain.predictor import Predictor, Segmentation, read_image
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True, help="model folder, checkpoint folder or Hub repository")
     parser.add_argument("--image", required=True, help="image file")

@@ -1,7 +1,7 @@
-"""`launch/prepare_data.py` and `amltrain prepare`: annotations and images -> Parquet that `datasets` reads.
+"""Turn annotations and images into Parquet that `datasets` reads.
 
-    python launch/prepare_data.py --dataset combined --refer_root data/refer --image_root data/train2014
-    python launch/prepare_data.py --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
+    amltrain prepare --dataset combined --refer_root data/refer --image_root data/train2014
+    amltrain prepare --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
 
 Reads `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO: `grefs(unc).json`), or the same annotations
 from the Hub, decodes every image once, and writes `<output>/<dataset>/*.parquet` with a manifest of counts. Several
@@ -27,7 +27,7 @@ GROUPS = {"combined": True, "combined-unfiltered": False}
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--dataset",

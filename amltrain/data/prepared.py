@@ -39,7 +39,7 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
         fix = (
             f"remove {prepared}/{dataset} and prepare it again"
             if shards is not None
-            else "it is no folder here either: run launch/prepare_data.py first"
+            else "it is no folder here either: run amltrain prepare first"
         )
         raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
 
@@ -48,7 +48,7 @@ def check_columns(place: str, columns: Sequence[str]) -> None:
     """Raise UserError unless a Parquet file has the columns of prepared data."""
     missing = sorted(set(FEATURES) - set(columns))
     if missing:
-        raise UserError(f"{place} has no column {', '.join(missing)}; make it with launch/prepare_data.py")
+        raise UserError(f"{place} has no column {', '.join(missing)}; make it with amltrain prepare")
 
 
 def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
@@ -61,12 +61,12 @@ def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
             there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
             raise UserError(
                 f"{prepared} has no {dataset}/{split}-*.parquet (it holds {', '.join(there) or 'nothing prepared'}); "
-                f"run launch/prepare_data.py --dataset {dataset}"
+                f"run amltrain prepare --dataset {dataset}"
             )
         return paths
     if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
         return None
-    raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
+    raise UserError(f"{prepared} is no folder; run amltrain prepare --dataset {dataset} --output {prepared}")
 
 
 @contextmanager
