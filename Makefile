@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test quality format install clean
+.PHONY: help quickstart test quality format install wheel docs clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (about 10 minutes on 2 CPU cores)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --config_file configs/accelerate/single.yaml launch/train.py --config configs/quickstart.yaml
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain train
 
 test: $(VENV)/.dev  ## run every test (under 15 minutes on 2 CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -28,6 +28,12 @@ format: $(VENV)/.dev  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 install: $(VENV)/.dev  ## install for development into .venv
+
+wheel: $(VENV)/.dev  ## build the wheel and use it in an empty folder
+	.ci/wheel
+
+docs: $(VENV)/.docs  ## build the documentation in site/, links checked
+	$(BIN)/mkdocs build --strict
 
 clean:  ## remove the environment, runs and prepared data
 	rm -rf $(VENV) runs prepared
@@ -45,4 +51,8 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev,deepspeed]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@

@@ -12,11 +12,13 @@ import yaml
 from amltrain.cli import COMMANDS
 from amltrain.commands import (
     benchmark,
+    configs,
     convert,
     demo,
     download,
     evaluate,
     export,
+    models,
     predict,
     prepare,
     push,
@@ -44,6 +46,8 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     "download": download.build_parser().parse_args,
     "push-data": push_data.build_parser().parse_args,
     "push": push.build_parser().parse_args,
+    "configs": configs.build_parser().parse_args,
+    "models": models.build_parser().parse_args,
 }
 SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
 STAND_INS = {
@@ -79,6 +83,7 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         script = Path(words[program]).stem
         name, arguments = SCRIPTS.get(script, script), words[program + 1 :]
     if "sbatch" in words:
+        assert arguments and not arguments[0].startswith("-")
         arguments = ["--config", *arguments]
     if {"--help", "--print_config"} & set(arguments):
         return

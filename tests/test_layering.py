@@ -13,7 +13,7 @@ LAYERS = [
     {"methods"},
     {"evaluation", "hub", "predictor", "export"},
     {"training"},
-    {"commands", "cli"},
+    {"commands", "__main__", "cli", "completion"},
 ]
 """Rooms from the lowest layer to the highest. Rooms of one layer may import each other as long as no file circle
 exists; data, models and losses may not, because each of them has to be usable without the others."""

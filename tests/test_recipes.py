@@ -1,14 +1,17 @@
-"""Every recipe, and every full-size model's file, trains as the release: the numbers are the releases', not the files'.
+"""Every recipe, and every full-size model's file, trains as the official code. The numbers here are the official ones.
 
-Written as the releases write them: lengths and milestones in epochs (steps for ReLA), batches over all GPUs.
+Written as the official code writes them: lengths and milestones in epochs (steps for ReLA), batches over all GPUs.
 """
 
+import itertools
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
@@ -20,7 +23,7 @@ NAMES = [path.relative_to(RECIPES).as_posix() for path in sorted(RECIPES.glob("*
 CLASSIC = ["refcoco", "refcoco+", "refcocog"]
 
 
-class Release(NamedTuple):
+class Official(NamedTuple):
     optimizer: str
     lr: float
     weight_decay: float
@@ -42,39 +45,39 @@ class Release(NamedTuple):
     first_epoch_full_lr: bool = False
 
 
-CARIS = Release(
+CARIS = Official(
     *("adamw", 1e-4, 0.01, "poly_caris", (), 50, 16, "fp16", 1.0, False, 448, 20, "referent", "oIoU"),
     *("union", "weighted_cross_entropy"),
     warmup=1500,
 )
-CGFORMER = Release(
+CGFORMER = Official(
     *("adamw", 1e-4, 1e-4, "poly", (), 50, 64, "fp16", None, True, 480, 20, "referent", "oIoU"),
     *("exclusive", "cgformer"),
     amsgrad=True,
 )
-ETRIS = Release(
+ETRIS = Official(
     *("adam", 1e-4, 0.0, "multistep", (35,), 50, 32, "fp16", None, True, 416, 17, "referent", "mIoU"),
     *("union", "binary_cross_entropy"),
 )
 CRIS = ETRIS._replace(batch=64, first_epoch_full_lr=True)
 DETRIS = ETRIS._replace(milestones=(35, 55), length=65, size=448)
-LAVT = Release(
+LAVT = Official(
     *("adamw", 5e-5, 0.01, "poly", (), 40, 32, "no", None, True, 480, 20, "referent", "oIoU"),
     *("exclusive", "weighted_cross_entropy"),
 )
 MILESTONES = (110_000, 140_000)
-RELA = Release(
+RELA = Official(
     *("adamw", 1e-5, 0.05, "multistep", MILESTONES, 150_000, 48, "fp16", 0.01, False, 480, 20, "sentence", "cIoU"),
     *("union", "rela"),
 )
 SHORT = DETRIS._replace(milestones=(35,), length=50)
 MAGNET = LAVT._replace(loss="cross_entropy_dice")  # ours: the official code cannot train
-REMAMBER = Release(
+REMAMBER = Official(
     *("adamw", 5e-5, 1e-4, "cosine", (), 50, 64, "fp16", None, False, 480, 20, "referent", "mIoU"),
     *("union", "cross_entropy_dice"),
 )
 BARLERIA = ETRIS._replace(loss="barleria")
-RELEASES = {
+OFFICIAL = {
     **{f"magnet/{name}": MAGNET for name in CLASSIC},
     **{f"remamber/{name}": REMAMBER for name in CLASSIC},
     **{f"barleria/{name}": BARLERIA for name in CLASSIC},
@@ -109,12 +112,12 @@ def parse(name: str) -> RunConfig:
     return read_run(["--config", str(RECIPES / name)])
 
 
-def as_trained(run: RunConfig) -> Release:
-    """The run's numbers in the releases' terms, what the recipe leaves to the model's own filled in."""
+def as_trained(run: RunConfig) -> Official:
+    """The run's numbers in the official code's terms, with the model's own values filled in."""
     optim, train = run.optim, run.train
     info = model_info(run.model.name)
     length = train.max_steps or train.epochs
-    return Release(
+    return Official(
         optimizer=optim.optimizer,
         lr=optim.lr,
         weight_decay=optim.weight_decay,
@@ -137,17 +140,17 @@ def as_trained(run: RunConfig) -> Release:
     )
 
 
-@pytest.mark.parametrize("name", RELEASES)
-def test_the_baseline_trains_as_its_release(name: str) -> None:
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_baseline_trains_as_its_official_code(name: str) -> None:
     run = parse(f"{name}.yaml")
-    assert as_trained(run) == RELEASES[name]
+    assert as_trained(run) == OFFICIAL[name]
     nothing_else(run)
     assert run.method == "supervised"
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_model_alone_trains_as_its_release(name: str) -> None:
-    """What a run of one's own gets that is layered on the model's file; in steps, such a run says how many."""
+def test_a_model_alone_trains_as_its_official_code(name: str) -> None:
+    """The values that a run gets from the file of its model alone; a run in steps must give their number."""
     steps = ["--train.max_steps", str(RELA.length)] if LAYERS[name] is RELA else []
     run = read_run(["--config", str(CONFIGS / "models" / f"{name}.yaml"), *steps])
     assert as_trained(run) == LAYERS[name]
@@ -155,7 +158,7 @@ def test_a_model_alone_trains_as_its_release(name: str) -> None:
 
 
 def nothing_else(run: RunConfig) -> None:
-    """What all releases have in common."""
+    """What all official codes have in common."""
     assert (run.optim.betas, run.optim.eps, run.optim.gamma, run.optim.power) == ((0.9, 0.999), 1e-8, 0.1, 0.9)
     assert run.train.ema_decay is None
 
@@ -175,7 +178,7 @@ def test_aml_changes_nothing_else(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_says_how_to_run_it(name: str) -> None:
     header = (RECIPES / name).read_text().split("\n\n")[0]
-    assert f"--config configs/recipes/{name}" in header
+    assert f"amltrain train --config recipes/{name.removesuffix('.yaml')}" in header
     assert "# Published" in header
     assert "# Ours: " in header
     assert parse(name).output == f"runs/{name.removesuffix('.yaml')}"
@@ -183,9 +186,46 @@ def test_the_header_says_how_to_run_it(name: str) -> None:
 
 def test_every_recipe_is_compared() -> None:
     plain = {name.removesuffix(".yaml") for name in NAMES if "_aml" not in name and "_released" not in name}
-    assert plain == set(RELEASES)
+    assert plain == set(OFFICIAL)
 
 
 def test_every_full_size_model_is_compared() -> None:
     files = (CONFIGS / "models").glob("*.yaml")
     assert {path.stem for path in files if "vision_weights" in path.read_text()} == set(LAYERS)
+
+
+def blocks(path: Path) -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
+    """The groups of a config file, with the settings that stand in this file."""
+
+    def walk(prefix: str, group: dict[str, object]) -> Iterator[tuple[str, frozenset[tuple[str, str]]]]:
+        yield prefix, frozenset((key, repr(value)) for key, value in group.items() if not isinstance(value, dict))
+        for key, value in group.items():
+            if isinstance(value, dict):
+                yield from walk(f"{prefix}{key}.", value)
+
+    yield from walk("", yaml.safe_load(path.read_text()))
+
+
+def repeated(paths: list[Path]) -> list[str]:
+    """Pairs of files with the same three settings in a group, or with a whole group of at least two in common."""
+    found = []
+    for one, two in itertools.combinations(paths, 2):
+        other = dict(blocks(two))
+        for group, settings in blocks(one):
+            common = settings & other.get(group, frozenset())
+            if len(common) > 2 or (len(common) == 2 and common in (settings, other[group])):
+                found.append(f"{one.name} and {two.name}: {group} {sorted(common)}")
+    return found
+
+
+def test_no_block_of_settings_is_in_two_files(tmp_path: Path) -> None:
+    paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "accelerate"]
+    assert len(paths) > 80
+    assert repeated(paths) == []
+    (tmp_path / "one.yaml").write_text("optim: {lr: 1, schedule: poly, power: 2, eps: 3}\n")
+    (tmp_path / "two.yaml").write_text("optim: {lr: 1, schedule: poly, power: 2, eps: 4}\n")
+    assert len(repeated([tmp_path / "one.yaml", tmp_path / "two.yaml"])) == 1
+
+
+def test_one_suffix() -> None:
+    assert {path.suffix for path in CONFIGS.rglob("*") if path.is_file()} == {".yaml"}

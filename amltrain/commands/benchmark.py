@@ -1,8 +1,8 @@
 """What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
 
-    python launch/benchmark.py --model caris_tiny --size 96 --batch 8
-    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
-    python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
+    amltrain benchmark --model caris_tiny --size 96 --batch 8
+    amltrain benchmark --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
+    amltrain benchmark --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
 On one CPU core full-size CARIS takes 6 to 9 GiB, and 11 to 21 s a step.
 
@@ -297,7 +297,7 @@ def hardware(device: torch.device) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="caris_tiny", help="a registered model (default: caris_tiny)")
     parser.add_argument("--size", type=int, help="side of the input, pixels (default: the model's own)")

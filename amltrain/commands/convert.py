@@ -1,7 +1,7 @@
 """Turn a release's official checkpoint into a model folder that evaluate.py, predict.py and train.py load.
 
-    python launch/convert_checkpoint.py --model caris_swin_base --file caris_refcoco.pth --output models/caris_refcoco
-    python launch/convert_checkpoint.py --model cris_r101 --file cris_g.pth --output models/cris_g --max_tokens 22
+    amltrain convert --model caris_swin_base --file caris_refcoco.pth --output models/caris_refcoco
+    amltrain convert --model cris_r101 --file cris_g.pth --output models/cris_g --max_tokens 22
 
 Prints what was renamed, what was dropped and why; refuses a file that does not match the model, naming the keys.
 """
@@ -23,7 +23,7 @@ from amltrain.models.registry import model_info
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="registered model; `amltrain models` lists them")
     parser.add_argument("--file", required=True, help="official .pth, .pt, .bin or .safetensors file")

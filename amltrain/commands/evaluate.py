@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from amltrain.commands.trained import trained_data
-from amltrain.config.files import Groups, check_config_files
+from amltrain.config.files import Groups, read_config_files
 from amltrain.config.parse import one_line
 from amltrain.config.ranges import ANY, check_number
 from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess, Protocol, ProtocolOverrides
@@ -63,7 +63,7 @@ class NoText:
 
 def build_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="evaluate.py", description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="amltrain evaluate", description=__doc__, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
     add("--config", action="config", help="YAML file of these options; later ones override")
     add("--checkpoint", type=str | None, help="run (its best model), model folder, checkpoint or Hub repository")
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         parser = build_parser()
         groups: Groups = {"data": DataConfig, "protocol": ProtocolOverrides}
-        check_config_files(sys.argv[1:] if arguments is None else arguments, groups)
+        arguments = read_config_files(sys.argv[1:] if arguments is None else arguments, groups).arguments
         try:
             checkpoint = parser.parse_args(arguments).checkpoint
             if checkpoint:

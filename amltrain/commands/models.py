@@ -1,28 +1,48 @@
-"""List the registered models: a Markdown table of name, parameters, paper, licence of the release, what AML scores.
+"""List the registered models as a Markdown table: parameters, paper, licence of the official code, what AML scores.
 
 amltrain models
+amltrain models caris        # only the names that contain this
 """
 
 import argparse
 from collections.abc import Sequence
 
-import torch
-
-from amltrain.models import create_model, list_models, model_info
+from amltrain.errors import one_line_errors, unknown_name
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="amltrain models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args(arguments)
-    print("| model | parameters (trained) | paper | licence of the release | AML scores |")
-    print("| --- | ---: | --- | --- | --- |")
-    for name in list_models():
+    parser.add_argument("name", nargs="?", default="", help="list only the models whose name contains this")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
+    from amltrain.models import list_models  # imports torch
+
+    with one_line_errors():
+        names = [name for name in list_models() if args.name in name]
+        if not names:
+            raise unknown_name("model", args.name, list_models())
+    print("\n".join(table(names)))
+
+
+def table(names: Sequence[str]) -> list[str]:
+    """The rows of the Markdown table, with a header."""
+    import torch
+
+    from amltrain.models import create_model, model_info
+
+    rows = ["| Model | Parameters (trained) | Paper | Licence of the official code | AML scores |"]
+    rows.append("| --- | ---: | --- | --- | --- |")
+    for name in names:
         with torch.device("meta"):
             model = create_model(name)
         total = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         info = model_info(name)
         size = f"{total / 1e6:.1f} M" + (f" ({trained / 1e6:.1f} M)" if trained != total else "")
-        print(f"| {name} | {size} | {info.paper} | {info.licence} | {info.aml_scores} |")
+        rows.append(f"| {name} | {size} | {info.paper} | {info.licence} | {info.aml_scores} |")
+    return rows

@@ -1,4 +1,4 @@
-"""`launch/prepare_data.py` and `amltrain prepare`: annotations and images -> Parquet that `datasets` reads.
+"""Turn annotations and images into Parquet that `datasets` reads.
 
     amltrain prepare --table my.csv --images photos --name mine
     amltrain prepare --folder my_files --name mine
@@ -38,7 +38,7 @@ OWN = ("table", "folder", "hf")
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own = parser.add_argument_group("own data")
     own.add_argument("--table", type=Path, help="JSONL, CSV, TSV, Parquet, or COCO-style JSON")

@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
     parser.add_argument("--private", action="store_true", help="make the repository private (default: public)")
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
-    parser.add_argument("--results", type=Path, help="results.json of launch/evaluate.py for the card")
+    parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
     return parser
 
 

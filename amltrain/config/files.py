@@ -1,19 +1,47 @@
-"""The `--config` files of a command line, checked before the config library reads them: it would not say which file it
-stumbled over, and of a key that is given twice it would quietly take the last value."""
+"""Find, check and layer the `--config` files of a command line.
 
-import argparse
-from collections.abc import Mapping, Sequence
+A file may start from others: `base: [models/caris_swin_base, data/refcoco]`. A name is a path (relative to the working
+folder, or in `base` to the file), or a config that ships with amltrain, without its folder and `.yaml`. Every layer
+becomes one `--config` argument, lowest first, so the config library merges bases exactly as it merges several files.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from amltrain.errors import UserError
 
 Groups = Mapping[str, type]
-"""Keys whose value is a group of keys, or the path of a part file that holds them, and the dataclass of each."""
+"""Keys whose value is a group of keys, and the dataclass of each."""
 TEXT = "tag:yaml.org,2002:str"
+BASE = "base"
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Layers(NamedTuple):
+    """A command line whose config files are read."""
+
+    arguments: list[str]
+    """The arguments, with the text of one layer after every --config."""
+    places: dict[str, str]
+    """The file and line that sets each key: {"optim.lr": "run.yaml, line 3"}; the last one where several do."""
+
+    values: dict[str, Any]
+    """The top-level keys of all layers; a later layer's value replaces an earlier one's."""
+
+    def place(self, message: str) -> str:
+        """Return "FILE, line N: " for the first key in an error message that a config file sets, else ""."""
+        flags = {argument[2:].split("=")[0] for argument in self.arguments if argument.startswith("--")}
+        for word in re.findall(r"[\w.+-]+", message):
+            key = word.rstrip(".")
+            if key in self.places and key not in flags:
+                return f"{self.places[key]}: "
+        return ""
 
 
 def groups_of(kind: type) -> Groups:
@@ -23,48 +51,126 @@ def groups_of(kind: type) -> Groups:
     return {f.name: f.type for f in fields(kind) if isinstance(f.type, type) and is_dataclass(f.type)}
 
 
-def check_config_files(arguments: Sequence[str], groups: Groups) -> None:
-    """Raise UserError for a `--config` file, or a part file that it names, that is no YAML mapping of single keys."""
-    for name in config_names(arguments):
-        if name not in (None, "-") and not Path(name).is_fifo():  # a pipe can be read only once
-            _check_file(Path(name).expanduser(), groups, "--config")
+def config_folder() -> Path:
+    """The folder of shipped configs: inside an installed package, beside it in a checkout."""
+    installed = PACKAGE / "configs"
+    return installed if installed.is_dir() else PACKAGE.parent / "configs"
 
 
-def _check_file(path: Path, groups: Groups, asked_by: str) -> None:
+def shipped_configs() -> dict[str, Path]:
+    """The name and file of every shipped config: `quickstart`, `models/caris_tiny`, `recipes/paper/refcoco_aml`, ..."""
+    folder = config_folder()
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
+    """Find a config file by its path or its shipped name. An existing path wins.
+
+    Args:
+        name: a path, relative to `folder`, or a shipped name, with or without `.yaml`.
+        asked_by: the flag, or file, line and key, for the message.
+    Raises:
+        UserError: nothing has this name; the message lists close matches.
+    """
+    path = folder / Path(name).expanduser()
+    for candidate in (path, path.with_name(f"{path.name}.yaml")):
+        if candidate.exists() and not candidate.is_dir():
+            return candidate
+    shipped = shipped_configs()
+    wanted = name.removeprefix("configs/").removesuffix(".yaml")
+    if wanted in shipped:
+        return shipped[wanted]
+    same_end = [known for known in shipped if known.endswith(f"/{wanted}")]
+    close = same_end or difflib.get_close_matches(wanted, shipped, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain configs` lists the shipped names"
+    raise UserError(f"{asked_by}: there is no file and no shipped config {name}; {hint}")
+
+
+def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
+    """Replace every `--config NAME` by one `--config TEXT` for each of its layers.
+
+    Raises:
+        UserError: a file is missing, not a YAML mapping, sets a key twice, or is its own base.
+    """
+    replaced: list[str] = []
+    places: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        name = next(rest, None) if argument == "--config" else None
+        if argument.startswith("--config="):
+            name = argument.removeprefix("--config=")
+        if name is None or name == "-" or Path(name).is_fifo():  # a pipe can be read only once
+            replaced += [argument] if name is None or argument != "--config" else [argument, name]
+            continue
+        for layer in _read(find_config(name, "--config"), groups, "--config", (), places):
+            replaced += ["--config", layer]
+            values |= yaml.safe_load(layer)
+    return Layers(replaced, places, values)
+
+
+def _read(path: Path, groups: Groups, asked_by: str, above: tuple[Path, ...], places: dict[str, str]) -> list[str]:
+    """The texts of a file's layers, lowest first. above: the files whose base this is, outermost first."""
+    if path.resolve() in above:
+        names = " -> ".join(file.name for file in (*above[above.index(path.resolve()) :], path))
+        raise UserError(f"{asked_by}: these files are each other's base: {names}; remove one `{BASE}`")
+    content = _compose(path, asked_by)
+    layers: list[str] = []
+    for key, value in content.value:
+        if key.value == BASE:
+            place = f"{path}, line {key.start_mark.line + 1}, {BASE}"
+            for name in _names(value, place):
+                base = find_config(name, place, path.parent)
+                layers += _read(base, groups, place, (*above, path.resolve()), places)
+    content.value = [(key, value) for key, value in content.value if key.value != BASE]
+    _check_keys(content, groups, path, "", places)
+    return [*layers, yaml.serialize(content, Dumper=yaml.SafeDumper)] if content.value else layers
+
+
+def _names(value: yaml.Node, place: str) -> Iterable[str]:
+    entries = value.value if isinstance(value, yaml.SequenceNode) else [value]
+    if not entries or not all(isinstance(entry, yaml.ScalarNode) and entry.tag == TEXT for entry in entries):
+        raise UserError(f"{place} should be a list of files, e.g. [models/caris_tiny, data/refcoco]")
+    return [entry.value for entry in entries]
+
+
+def _compose(path: Path, asked_by: str) -> yaml.MappingNode:
+    """Parse a file to YAML nodes, which know their lines."""
     try:
         content = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UserError(
-            f"{asked_by}: could not read {path} ({error.strerror}); give the path of a YAML file"
-        ) from error
+        raise UserError(f"{asked_by}: could not read {path} ({error.strerror}); give a YAML file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{asked_by}: {path} is no text in UTF-8; give a YAML file") from error
+        raise UserError(f"{asked_by}: {path} is not text in UTF-8; give a YAML file") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line} is no YAML: {error.problem}") from error
+        raise UserError(f"{path}{line} is not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         raise UserError(f"{asked_by}: {path} is empty; give a file with keys and values, or leave it out")
     if not isinstance(content, yaml.MappingNode):
-        raise UserError(f"{asked_by}: {path} holds no keys; its lines should look like `seed: 0`")
-    _check_keys(content, groups, path, "")
+        raise UserError(f"{asked_by}: {path} has no keys; its lines should look like `seed: 0`")
+    return content
 
 
-def _check_keys(mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: str) -> None:
-    """prefix: the groups that the mapping is in, `model.`"""
+def _check_keys(mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: str, places: dict[str, str]) -> None:
+    """Refuse repeated keys and groups given as text; record where each key is set. prefix: `model.`"""
     seen: dict[str, int] = {}
     for key, value in mapping.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
         if name in seen:
-            raise UserError(f"{path}, line {line}: {name} is already given in line {seen[name]}; keep one of them")
+            raise UserError(f"{path}, line {line}: {name} is already set in line {seen[name]}; keep one of them")
         seen[name] = line
+        places[name] = f"{path}, line {line}"
         group = groups.get(str(key.value))
-        inner = groups_of(group) if group else {}
         if isinstance(value, yaml.MappingNode):
-            _check_keys(value, inner, path, f"{name}.")
-        elif group and isinstance(value, yaml.ScalarNode) and value.tag == TEXT:
-            _check_file(path.parent / Path(value.value).expanduser(), inner, f"{path}, line {line}, {name}")
+            _check_keys(value, groups_of(group) if group else {}, path, f"{name}.", places)
+        elif group and isinstance(value, yaml.ScalarNode):
+            raise UserError(
+                f"{path}, line {line}: {name} is a group of keys, not {value.value or 'empty'}; "
+                f"to start from another file, write `{BASE}: [FILE]` at the top"
+            )
 
 
 def read_flags(arguments: Sequence[str]) -> dict[str, str]:
@@ -76,19 +182,3 @@ def read_flags(arguments: Sequence[str]) -> dict[str, str]:
             following = arguments[number + 1] if number + 1 < len(arguments) else ""
             flags[key] = value if given else "" if following.startswith("--") else following
     return flags
-
-
-def top_level(arguments: Sequence[str]) -> dict[str, Any]:
-    """The top-level keys of all `--config` files, later files over earlier ones. Call `check_config_files` first."""
-    values: dict[str, Any] = {}
-    for name in config_names(arguments):
-        if name not in (None, "-") and not Path(name).is_fifo():
-            values |= yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
-    return values
-
-
-def config_names(arguments: Sequence[str]) -> list[str]:
-    """What `--config` names, in order."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", nargs="?", default=[])
-    return parser.parse_known_args(arguments)[0].config

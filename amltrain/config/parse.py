@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from amltrain.config.files import check_config_files, groups_of, read_flags, top_level
+from amltrain.config.files import groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.config.sections import NoGroups, Sections, find_option, refuse_unused
 from amltrain.errors import UserError, unknown_name
@@ -27,7 +27,7 @@ def parse_config(
     methods: Sections | None = None,
     augmentations: Sections | None = None,
 ) -> RunConfig:
-    """Read a run from a command line: `--config` files (later ones win, values may be paths of part files), then flags.
+    """Read a run from a command line: `--config` files and their bases (later ones win), then flags.
 
     methods, augmentations: where the sections of options come from. Raises UserError for a key or a value that does not
     fit, naming it. `--help` and `--print_config` print and exit.
@@ -36,20 +36,21 @@ def parse_config(
     methods, augmentations = methods or Sections("method"), augmentations or Sections("augmentation")
     kinds = (methods, augmentations)
     sections = {name: NoGroups for kind in kinds for name in kind.names}
-    check_config_files(argv, {**sections, **groups_of(RunConfig)})
-    flags, files = read_flags(argv), top_level(argv)
+    layers = read_config_files(argv, {**sections, **groups_of(RunConfig)})
+    flags, files = read_flags(argv), layers.values
     method = str(flags.get("method") or files.get("method") or RunConfig.method)
     if methods.names and method not in methods.names:
         raise unknown_name("training method (method)", method, methods.names)
     mentioned = {method, *files, *(key.split(".")[0] for key in flags)}
     options = {name: kind.options(name) for kind in kinds for name in kind.names if name in mentioned}
-    parser = _parser(prog, options)
+    parser = build_run_parser(prog, options)
     try:
-        parsed = parser.instantiate(parser.parse_args(argv))
-    except UserError:
-        raise
+        parsed = parser.instantiate(parser.parse_args(layers.arguments))
+    except UserError as error:
+        raise UserError(f"{layers.place(str(error))}{error}") from error
     except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
-        raise UserError(one_line(str(error), parser, kinds)) from error
+        message = one_line(str(error), parser, kinds)
+        raise UserError(f"{layers.place(message)}{message}") from error
     values = {f.name: parsed[f.name] for f in fields(RunConfig) if f.name not in DERIVED}
     augment = values["data"].augment
     refuse_unused(flags, [method], methods)
@@ -57,11 +58,12 @@ def parse_config(
     for name in augment:
         if name not in augmentations.names:
             raise unknown_name("augmentation (data.augment)", name, augmentations.names)
-    return RunConfig(
-        **values,
-        method_options=_section(parsed, method, options) if method in options else None,
-        augment_options={name: _section(parsed, name, options) for name in augment},
-    )
+    own = _section(parsed, method, options) if method in options else None
+    augment_options = {name: _section(parsed, name, options) for name in augment}
+    try:
+        return RunConfig(**values, method_options=own, augment_options=augment_options)
+    except UserError as error:
+        raise UserError(f"{layers.place(str(error))}{error}") from error
 
 
 def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:
@@ -75,7 +77,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(_plain(sectioned(config)), sort_keys=False))
 
 
-def _parser(prog: str, options: dict[str, type]) -> ArgumentParser:
+def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
@@ -86,7 +88,7 @@ def _parser(prog: str, options: dict[str, type]) -> ArgumentParser:
         "--train.global_batch_size 16. The options of a training method are the section of its name: add --method NAME "
         "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here.",
     )
-    parser.add_argument("--config", action="config", help="YAML file with a run; give several to layer them.")
+    parser.add_argument("--config", action="config", help="YAML file or shipped config; several are layered.")
     parser.add_class_arguments(RunConfig, skip=set(DERIVED))
     for name, kind in options.items():
         if fields(kind):
@@ -111,11 +113,9 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
         expected = list(dict.fromkeys([*choices, *types])) or [reasons.strip(" .\n")]
         sentence = f"{key}: {given} does not fit; expected {' or '.join(expected).replace('NoneType', 'null')}"
         return sentence + (f", e.g. '[{given}]'" if "list" in types and given[:1] != "[" else "")
-    part = re.search(r'key "([^"]+)":\s+Unable to load config \'([^\']+)\'', message)
-    if part:
-        return "{}: {} is not a file that can be read here; give the path of a YAML file, or single keys".format(
-            *part.groups()
-        )
+    group = re.search(r'key "([^"]+)":\s+Unable to load config \'([^\']+)\'', message)
+    if group:
+        return f"{group[1]}: {group[2]} is not a group of keys; set single keys, or give the file with --config"
     return " ".join(message.split())
 
 

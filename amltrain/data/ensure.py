@@ -60,7 +60,7 @@ def _check_source(name: str, data: DataConfig) -> None:
     if data.refer_root is None:
         raise UserError(
             f"{Path(data.prepared) / name} is not prepared; give data.refer_root (and data.image_root), or run "
-            f"launch/prepare_data.py --dataset {name}"
+            f"amltrain prepare --dataset {name}"
         )
     if dataset_spec(name).layout == "refer":
         refer_paths(Path(data.refer_root), name)

@@ -182,12 +182,12 @@ def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
             there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
             raise UserError(
                 f"{prepared} has no {dataset}/{split}-*.parquet (it holds {', '.join(there) or 'nothing prepared'}); "
-                f"run launch/prepare_data.py --dataset {dataset}"
+                f"run amltrain prepare --dataset {dataset}"
             )
         return paths
     if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
         return None
-    raise UserError(f"{prepared} is no folder; run launch/prepare_data.py --dataset {dataset} --output {prepared}")
+    raise UserError(f"{prepared} is no folder; run amltrain prepare --dataset {dataset} --output {prepared}")
 
 
 def _hashes(prepared: str, dataset: str) -> dict[str, Any] | None:

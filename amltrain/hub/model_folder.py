@@ -176,7 +176,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
         if pickled:
-            fix = f"{pickled[0]} is a pickle: turn it into a model folder with launch/convert_checkpoint.py"
+            fix = f"{pickled[0]} is a pickle: turn it into a model folder with amltrain convert"
         else:
             fix = "copy or download the folder again"
         raise UserError(f"{folder} has no {WEIGHTS_FILE}; {fix}")

@@ -36,8 +36,8 @@ def test_every_launcher_file_is_read(path: Path) -> None:
 
 
 def test_layers_and_flags(tmp_path: Path) -> None:
-    (tmp_path / "part.yaml").write_text("name: caris_swin_base\nkwargs: {drop_path_rate: 0.1}\n")
-    (tmp_path / "first.yaml").write_text("model: part.yaml\nseed: 1\noutput: a\n")
+    (tmp_path / "low.yaml").write_text("model: {name: caris_swin_base, kwargs: {drop_path_rate: 0.1}}\n")
+    (tmp_path / "first.yaml").write_text("base: low.yaml\nseed: 1\noutput: a\n")
     (tmp_path / "second.yaml").write_text("seed: 2\n")
     files = ["--config", str(tmp_path / "first.yaml"), "--config", str(tmp_path / "second.yaml")]
     config = read_run([*files, "--model.kwargs.window_size", "12", "--aml.tau", "0.3"])
@@ -59,8 +59,8 @@ def test_a_saved_run_repeats(tmp_path: Path) -> None:
         (["--train.epochs", "many"], "train.epochs: many"),
         (["--aml.preset", "papr"], "'paper', 'released'"),
         (["--hub.push", "best"], "--hub.repo"),
-        (["--config", "nowhere.yaml"], "--config: could not read nowhere.yaml"),
-        (["--model", "nowhere.yaml"], "model: nowhere.yaml is not a file"),
+        (["--config", "nowhere.yaml"], "--config: there is no file and no shipped config nowhere.yaml"),
+        (["--model", "nowhere.yaml"], "model: nowhere.yaml is not a group of keys"),
         (["--evaluation.splits", "val"], "expected list, e.g. '[val]'"),
         (["--train.mixed_precision", "fp32"], "fp32 does not fit; expected 'no', 'fp16', 'bf16' or null"),
         (["--data.datasets", "[refcoco,refcocog,refcoco]"], "data.datasets names refcoco more than once"),

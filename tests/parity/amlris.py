@@ -79,15 +79,35 @@ def compare_masks(recorded: Mapping[str, Tensor]) -> list[compare.Row]:
     return rows
 
 
-def compare_batch(recorded: Mapping[str, Tensor]) -> list[compare.Row]:
-    """`mask.batch.*`: several samples at once, some of which draw nothing."""
-    attention = recorded["mask.batch.attention"]
-    grid = round(attention.shape[1] ** 0.5)
-    scores = attention.amax(-1).unflatten(1, (grid, grid))
+def compare_attention(recorded: Mapping[str, Tensor]) -> list[compare.Row]:
+    """`mask.CASE.attention` [B, n, T]: masks from token probabilities, several samples at once."""
+    rows = []
     nothing = torch.zeros(0, dtype=torch.long)
-    permutations = [recorded.get(f"mask.batch.perm_sample{i}", nothing) for i in range(len(scores))]
-    blocks = released_blocks(scores, grid * BLOCK, permutations)
-    return [exact("mask.batch.zeroed", blocks.flatten(1), recorded["mask.batch.zeroed"])]
+    for name in recorded:
+        if not (name.startswith("mask.") and name.endswith(".attention")):
+            continue
+        case = name.removesuffix(".attention")
+        grid = round(recorded[name].shape[1] ** 0.5)
+        scores = recorded[name].amax(-1).unflatten(1, (grid, grid))
+        only = recorded.get(f"{case}.perm", nothing)
+        permutations = [recorded.get(f"{case}.perm_sample{i}", only) for i in range(len(scores))]
+        blocks = released_blocks(scores, grid * BLOCK, permutations)
+        if f"{case}.zeroed" in recorded:
+            theirs = recorded[f"{case}.zeroed"]
+            rows.append(exact(f"{case}.zeroed", blocks.reshape(theirs.shape), theirs))
+    return rows
+
+
+INPUTS = ("attn.l_feats", "attn.vis_feat", "attn.text_proj.", "mask.x", "input.", "aug.", "inter.perm")
+INPUT_ENDS = (".relevance", ".attention", ".perm")
+
+
+def not_compared(recorded: Mapping[str, Tensor], rows: list[compare.Row]) -> list[str]:
+    """Recorded tensors that are neither compared nor fed in."""
+    compared = {row.name for row in rows}
+    fed = [n for n in recorded if n.startswith(INPUTS) or (n.startswith("mask.") and n.endswith(INPUT_ENDS))]
+    fed = [n for n in fed if n not in ("attn.relevance", "attn.scores")] + [n for n in recorded if ".perm_sample" in n]
+    return [n for n in recorded if n not in compared and n not in fed and n not in compare.official_weights(recorded)]
 
 
 class RecordedTask(AML):
@@ -162,8 +182,7 @@ def compare_case(
     if "attn.l_feats" in recorded:
         rows += compare_scores(recorded)
     rows += compare_masks(recorded)
-    if "mask.batch.attention" in recorded:
-        rows += compare_batch(recorded)
+    rows += compare_attention(recorded)
     if "inter.attention" in recorded:
         rows += compare_step(config, weights, recorded)
     return rows
@@ -177,7 +196,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.case.is_file():
         parser.error(f"{arguments.case} does not exist")
-    recorded = load_file(arguments.case)
+    recorded = compare.read_tensors(arguments.case)
     config, weights = {}, compare.official_weights(recorded)
     if "inter.attention" in recorded:
         beside = arguments.case.with_name("components.json")
@@ -187,11 +206,17 @@ def main() -> int:
         config = json.loads(config_file.read_text())["config"]
         model_weights = arguments.weights or compare.find_beside("caris", Path("caris"), ".safetensors")
         weights = compare.official_weights(load_file(model_weights))
-    rows = compare_case(recorded, config, weights)
+    try:
+        rows = compare_case(recorded, config, weights)
+    except Exception as error:  # a case of another kind: say so, instead of a traceback
+        compare.fail(f"{arguments.case} cannot be compared: {type(error).__name__}: {error}")
+    if not rows:
+        compare.fail(f"{arguments.case} has no attn.*, mask.* or inter.attention to compare")
     print(compare.table(rows))
     beyond = [r.name for r in rows if not r.passed]
-    print(f"{len(rows)} compared, {len(beyond)} beyond tolerance")
-    return 1 if beyond or not rows else 0
+    left_out = not_compared(recorded, rows)
+    print(f"{len(rows)} compared, {len(beyond)} beyond tolerance; recorded but not compared: {left_out or 'none'}")
+    return 1 if beyond else 0
 
 
 if __name__ == "__main__":
