@@ -22,6 +22,7 @@ from amltrain.models import RISModel, check_param_groups, create_model, list_mod
 from amltrain.records import Batch
 
 PARAMETERS = {
+    "caris_lite": (29_266_912, 29_266_912),
     "caris_swin_base": (226_572_664, 226_572_664),
     "caris_swin_tiny": (166_832_250, 166_832_250),
     "cgformer_swin_base": (249_506_171, 249_506_171),
@@ -30,6 +31,9 @@ PARAMETERS = {
     "detris_base": (175_529_778, 25_518_129),
     "detris_large": (394_106_930, 26_306_097),
     "detris_large_mixed": (424_327_842, 56_527_009),
+    "dual_dinov3_base": (225_412_992, 225_412_992),
+    "dual_eva02_base": (180_505_728, 179_849_856),
+    "dual_siglip2_base": (406_114_176, 398_436_480),
     "etris_r101": (146_923_938, 26_328_129),
     "etris_r50": (132_783_522, 28_819_009),
     "etris_vit_base": (173_259_330, 23_829_313),
@@ -252,7 +256,7 @@ VARIANTS = [
     {"stage1_size": 56},
 ]
 IDENTITY = {"projection": "identity"}
-REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "etris_tiny": []}
+REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "dual_tiny": [], "etris_tiny": []}
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
 
 
