@@ -41,6 +41,7 @@ PARAMETERS = {
     "rela_r50": (153_368_197, 115_355_269),
     "rela_swin_base": (225_521_469, 187_508_541),
     "rela_swin_tiny": (162_560_575, 124_547_647),
+    "sam3": (840_376_374, 29_571_634),
 }
 """Full size: all parameters and trained ones. Those of the releases, less what a model's header says is left out."""
 
@@ -256,7 +257,13 @@ VARIANTS = [
     {"stage1_size": 56},
 ]
 IDENTITY = {"projection": "identity"}
-REFUSED = {"lavt_tiny": [{"level": "feature"}, IDENTITY], "cris_tiny": [], "dual_tiny": [], "etris_tiny": []}
+REFUSED = {
+    "lavt_tiny": [{"level": "feature"}, IDENTITY],
+    "cris_tiny": [],
+    "dual_tiny": [],
+    "etris_tiny": [],
+    "sam3_tiny": [{"level": "feature"}],
+}
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
 
 
