@@ -1,6 +1,6 @@
 """Registered models. Importing this package fills the registry; a new baseline adds one file and one line here."""
 
-from amltrain.models import caris, cgformer, cris, detris, dual, etris, lavt, rela, sam3  # noqa: F401 - they register their models
+from amltrain.models import beit3, caris, cgformer, cris, detris, dual, etris, lavt, rela, sam3  # noqa: F401 - register
 from amltrain.models.base import Conversion, RISModel, check_param_groups
 from amltrain.models.registry import ModelInfo, create_model, list_models, model_builder, model_info, register_model
 

@@ -22,6 +22,8 @@ from amltrain.models import RISModel, check_param_groups, create_model, list_mod
 from amltrain.records import Batch
 
 PARAMETERS = {
+    "beit3_base": (223_352_323, 223_352_323),
+    "beit3_large": (675_461_379, 675_461_379),
     "caris_lite": (29_266_912, 29_266_912),
     "caris_swin_base": (226_572_664, 226_572_664),
     "caris_swin_tiny": (166_832_250, 166_832_250),
@@ -258,6 +260,7 @@ VARIANTS = [
 ]
 IDENTITY = {"projection": "identity"}
 REFUSED = {
+    "beit3_tiny": [{"level": "feature"}],
     "lavt_tiny": [{"level": "feature"}, IDENTITY],
     "cris_tiny": [],
     "dual_tiny": [],
