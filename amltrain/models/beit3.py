@@ -22,7 +22,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
 from amltrain.models.base import Conversion, RISModel
@@ -243,13 +243,15 @@ class BEiT3(RISModel):
         aux = {"no_target": no_target, "fused_visual": features.visual[-1], "fused_text": features.text}
         return ModelOutput(at_image_size(logits, size, self.beit3.patch), aux)
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         """The image alone [B, C, h, w] and the words alone [B, L, C]; `features` have seen each other."""
         image, grid = self._embed_image(batch.image)
         alone = self.beit3(image, image.shape[1], None)[-1]
         words = self.beit3.embed_words(batch.input_ids, batch.text_mask)
-        text = self.beit3(words, 0, batch.text_mask[:, None, None, :])[-1]
-        return AlignmentFeatures(_as_map(alone[:, 1:], grid), text, batch.text_mask)
+        tokens = self.beit3(words, 0, batch.text_mask[:, None, None, :])[-1]
+        return AlignmentFeatures(_as_map(alone[:, 1:], grid), tokens, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The encoder at its own rate; norms, embeddings, biases and other vectors do not decay."""
@@ -323,7 +325,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         release="github.com/microsoft/unilm, beit3 (encoder)",
         licence="MIT (encoder); the decoder is ours, Apache-2.0",
         aml_scores="the image alone x the words alone through the shared encoder",
-        preprocess=PreprocessConfig(
+        preprocess=Preprocess(
             size=size,
             resize="square",
             normalization="half",
@@ -331,7 +333,9 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
+        protocol=Protocol(
+            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
+        ),
         loss="mask_and_presence",
     )
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.models.backbones.lora import Tuning, tune
 from amltrain.models.backbones.packaged import load_packaged_minilm, load_packaged_vision
@@ -116,7 +116,9 @@ class Dual(RISModel):
         size = (batch.image.shape[-2], batch.image.shape[-1])
         return output._replace(logits=at_image_size(output.logits, size, self.vision.stride))
 
-    def alignment_features(self, batch: Batch, features: Features | None = None) -> AlignmentFeatures:
+    def alignment_features(
+        self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
+    ) -> AlignmentFeatures:
         found = super().alignment_features(batch, features)
         if self.alignment == "features":
             return found
@@ -205,7 +207,7 @@ def _info(
         release=release,
         licence=licence,
         aml_scores=scored if shared else "last image map x last token features, both without the other modality",
-        preprocess=PreprocessConfig(
+        preprocess=Preprocess(
             size=size,
             resize="square",
             normalization=normalization,  # type: ignore[arg-type]
@@ -213,7 +215,9 @@ def _info(
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
+        protocol=Protocol(
+            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
+        ),
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from amltrain.config.schema import PreprocessConfig, ProtocolConfig
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.models.backbones.lora import Tuning, tune
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
@@ -232,7 +232,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         release="huggingface.co/facebook/sam3 through transformers' Sam3Model",
         licence="code Apache-2.0 (transformers); weights SAM License (Meta), access on request",
         aml_scores="stride-14 pyramid map x projected tokens, of equal width, before fusion",
-        preprocess=PreprocessConfig(
+        preprocess=Preprocess(
             size=size,
             resize="square",
             normalization="half",
@@ -240,7 +240,9 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=ProtocolConfig("network", 0.5, "bilinear", "all", "ge", "union"),
+        protocol=Protocol(
+            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
+        ),
         loss="mask_and_presence",
     )
 
