@@ -284,7 +284,15 @@ def sam3_tiny(
     """A small SAM 3 of the same parts, trained whole, that learns synthetic scenes from scratch; 96 pixels."""
     if text_weights is not None:
         raise UserError("SAM 3's text encoder comes with model.vision_weights; leave model.text_weights out")
-    detr = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "dropout": dropout}
+    start = {"initializer_range": 0.1}  # the release's 0.02 is for wide layers; narrow ones would hardly start to learn
+    detr = {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "dropout": dropout,
+        **start,
+    }
     model = _build_sam3(
         vision_config={
             "backbone_config": {
@@ -299,8 +307,10 @@ def sam3_tiny(
                 "window_size": 6,
                 "global_attn_indexes": [1, 3],
                 "hidden_dropout": dropout,
+                **start,
             },
             "fpn_hidden_size": 64,
+            **start,
         },
         text_config={
             "model_type": "clip_text_model",
@@ -318,7 +328,8 @@ def sam3_tiny(
         geometry_encoder_config={**detr, "num_layers": 1},
         detr_encoder_config=detr,
         detr_decoder_config={**detr, "num_queries": 8},
-        mask_decoder_config={"hidden_size": 64, "num_attention_heads": 4},
+        mask_decoder_config={"hidden_size": 64, "num_attention_heads": 4, **start},
+        **start,
     )
     if vision_weights is not None:
         _load(model, vision_weights)
