@@ -265,3 +265,37 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
     probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
     both = (probability * truth).sum(dim=1)
     return (1 - (2 * both + 1) / (probability.sum(dim=1) + truth.sum(dim=1) + 1)).mean()
+
+
+@register_loss("mask_and_presence")
+class MaskAndPresence(nn.Module):
+    """Binary cross-entropy and Dice of a one-channel mask, and cross-entropy of the no-target head (SAM 3, ours).
+
+    The mask's part is a mean over all samples; without a target the mask is empty.
+    """
+
+    channels = 1
+    needs_heads = True
+
+    def __init__(self, dice_weight: float = 1.0, presence_weight: float = 0.1) -> None:
+        super().__init__()
+        self.dice_weight, self.presence_weight = dice_weight, presence_weight
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w]; aux no_target [B, 2] logits; batch.target [B, H, W] uint8, no_target [B] bool.
+
+        Returns loss, and detached and unweighted: cross_entropy, dice, presence.
+        """
+        if "no_target" not in output.aux:
+            raise UserError("loss mask_and_presence needs a model with a no-target head (sam3); name another loss.name")
+        logits = upsample_logits(output.logits, batch.target.shape[-2:])
+        truth = batch.target[:, None].to(logits.dtype) / 255
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
+        dice = dice_loss(logits, truth)
+        presence = F.cross_entropy(at_least_float32(output.aux["no_target"]), batch.no_target.long())
+        return {
+            "loss": cross_entropy + self.dice_weight * dice + self.presence_weight * presence,
+            "cross_entropy": cross_entropy.detach(),
+            "dice": dice.detach(),
+            "presence": presence.detach(),
+        }

@@ -24,6 +24,9 @@ from amltrain.records import Batch
 PARAMETERS = {
     "barleria_eva02_base": (175_836_962, 26_186_785),
     "barleria_vit_base": (176_136_738, 26_706_721),
+    "beit3_base": (223_352_323, 223_352_323),
+    "beit3_large": (675_461_379, 675_461_379),
+    "caris_lite": (29_266_912, 29_266_912),
     "caris_swin_base": (226_572_664, 226_572_664),
     "caris_swin_tiny": (166_832_250, 166_832_250),
     "cgformer_swin_base": (249_506_171, 249_506_171),
@@ -32,6 +35,9 @@ PARAMETERS = {
     "detris_base": (175_529_778, 25_518_129),
     "detris_large": (394_106_930, 26_306_097),
     "detris_large_mixed": (424_327_842, 56_527_009),
+    "dual_dinov3_base": (225_412_992, 225_412_992),
+    "dual_eva02_base": (180_505_728, 179_849_856),
+    "dual_siglip2_base": (406_114_176, 398_436_480),
     "etris_r101": (146_923_938, 26_328_129),
     "etris_r50": (132_783_522, 28_819_009),
     "etris_vit_base": (173_259_330, 23_829_313),
@@ -42,6 +48,7 @@ PARAMETERS = {
     "rela_swin_tiny": (162_560_575, 124_547_647),
     "remamber_conv": (254_578_177, 254_578_177),
     "remamber_mamba": (281_551_937, 281_551_937),
+    "sam3": (840_376_374, 29_571_634),
 }
 """Full size: all parameters and trained ones. Those of the releases, less what a model's header says is left out."""
 
@@ -263,6 +270,9 @@ REFUSED = {
     "etris_tiny": [],
     "barleria_tiny": [],
     "remamber_tiny": [{"level": "feature"}, IDENTITY],
+    "beit3_tiny": [{"level": "feature"}],
+    "dual_tiny": [],
+    "sam3_tiny": [{"level": "feature"}],
 }
 """Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
 

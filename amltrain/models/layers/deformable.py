@@ -1,9 +1,10 @@
 """Multi-scale deformable attention: every query reads a few learned places around it on every level.
 
-Paper: Zhu et al., Deformable DETR, ICLR 2021. The sampling itself is transformers'; its module is not used because it
-waits for the device in training (a check for infinities) and because its arguments change between versions.
+Paper: Zhu et al., Deformable DETR, ICLR 2021. transformers' module is not used because it waits for the device in
+training (a check for infinities) and because its arguments change between versions; its sampling function keeps the
+samples of all levels until the end, where summing level by level needs less memory and time.
 
-Dimensions: B batch, Q queries, N positions of all levels together, C width.
+Dimensions: B batch, Q queries, N positions of all levels together, C width, P points.
 """
 
 import math
@@ -11,7 +12,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -61,8 +61,31 @@ class MultiScaleDeformableAttention(nn.Module):
             weights = weights.unflatten(-1, (self.levels, self.points))
             cells = offsets.to(exact) / level_sizes(shapes, query.device)[:, None]
             places = reference[:, None, None, None] + cells  # [B, Q, heads, levels, points, 2]
-            read = multi_scale_deformable_attention(values.to(exact), shapes, places, weights.to(exact))
+            read = sample_levels(values.to(exact), shapes, places, weights.to(exact))
             return self.output_proj(read.to(dtype))
+
+
+def sample_levels(values: Tensor, shapes: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of bilinear samples over points and levels, one level at a time, [B, Q, C].
+
+    values   [B, N, heads, C / heads]
+    places   [B, Q, heads, levels, P, 2], (x, y) in units of the map; what lies outside reads zero
+    weights  [B, Q, heads, levels, P]
+    """
+    batch, heads = places.shape[0], places.shape[2]
+    parts = values.split([h * w for h, w in shapes], dim=1)
+    total: Tensor | None = None
+    for level in reversed(range(len(shapes))):  # rounding as near to the releases' recorded gradients as can be
+        part, shape = parts[level], shapes[level]
+        maps = part.flatten(2).transpose(1, 2).reshape(batch * heads, -1, *shape)  # [B * heads, C / heads, h, w]
+        # points before queries: the sum over points then runs along whole rows
+        grid = (2 * places[:, :, :, level] - 1).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [B * heads, P, Q, 2]
+        weight = weights[:, :, :, level].permute(0, 2, 3, 1).flatten(0, 1)[:, None]  # [B * heads, 1, P, Q]
+        sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        read = (sampled * weight).sum(dim=2)  # [B * heads, C / heads, Q]
+        total = read if total is None else total + read
+    assert total is not None
+    return total.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
 
 
 def level_sizes(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:

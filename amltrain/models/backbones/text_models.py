@@ -1,0 +1,260 @@
+"""Any text model of transformers as an encoder of tokens, and its own projection into a shared space if it has one.
+
+Dimensions: B batch, L text tokens, C width, S width of a shared space.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPTextModelWithProjection,
+    PretrainedConfig,
+    PreTrainedModel,
+    SiglipTextModel,
+    T5EncoderModel,
+)
+
+from amltrain.errors import UserError, first_line
+from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+
+ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+KNOWN: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {"model_type": "bert"},
+    "bert-large-uncased": {
+        "model_type": "bert",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "sentence-transformers/all-MiniLM-L6-v2": {
+        "model_type": "bert",
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "distilbert-base-uncased": {"model_type": "distilbert"},
+    "roberta-base": {"model_type": "roberta", "vocab_size": 50265, **ROBERTA},
+    "xlm-roberta-base": {"model_type": "xlm-roberta", "vocab_size": 250002, **ROBERTA},
+    "openai/clip-vit-base-patch16": {"model_type": "clip_text_model"},
+    "openai/clip-vit-large-patch14": {
+        "model_type": "clip_text_model",
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "projection_dim": 768,
+    },
+    "QuanSun/EVA-CLIP-B-16": {"model_type": "clip_text_model", "hidden_act": "gelu"},
+    "google/siglip2-base-patch16-256": {
+        "model_type": "siglip_text_model",
+        "vocab_size": 256000,
+        "projection_size": 768,
+    },
+    "google-t5/t5-base": {
+        "model_type": "t5",
+        "vocab_size": 32128,
+        "d_model": 768,
+        "d_kv": 64,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+    },
+    "answerdotai/ModernBERT-base": {"model_type": "modernbert"},
+}
+"""Architectures that are built without the Hub: fields of their config.json that differ from transformers' defaults."""
+
+FOUR_DIMENSIONS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "clip_text_model")
+"""Model types that take a mask [B, 1, L, L] as it is. Others get [B, L], from which transformers may read on the host
+whether anything is padded, which waits for the device once per step."""
+SHARED_HEADS = ("text_projection", "head")
+OPEN_CLIP_NAMES = [
+    (r"^(module\.|text\.)+", ""),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ln_(\d)\.", r".layer_norm\1."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+]
+"""OpenAI's and open_clip's names of a CLIP text model to transformers', as rules for `re.sub`."""
+
+
+class TextModel(nn.Module):
+    """A transformers text model that gives one vector per token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        config = model.config
+        self.hidden_size = int(config.hidden_size)
+        self.model_type = str(config.model_type)
+        self.pad_token_id = int(getattr(config, "pad_token_id", 0) or 0)
+        # SigLIP was trained without a mask: it reads its padding, so sentences keep the length of its training
+        self.reads_padding = self.model_type.startswith("siglip")
+        self.causal = self.model_type == "clip_text_model"
+        self.head = next((name for name in SHARED_HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
+        self.shared_dim = None if self.head is None else int(getattr(model, self.head).out_features)
+        if self.head is not None:  # its answers enter no loss, so no gradient ever reaches it
+            getattr(model, self.head).requires_grad_(False)
+
+    def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """input_ids [B, L] int64, text_mask [B, L] bool (True = a real token) -> last hidden states [B, L, C]."""
+        if self.model_type != "clip_text_model":  # CLIP is causal: padding is never read
+            input_ids = input_ids.masked_fill(~text_mask, self.pad_token_id)
+        inner = self.model.text_model if self.causal else self.model
+        mask = None if self.reads_padding else self._mask(text_mask)
+        return inner(input_ids=input_ids, attention_mask=mask).last_hidden_state
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Token features [B, L, C] in the space that the model shares with its image encoder, [B, L, S]."""
+        if self.head is None:
+            raise UserError(
+                f"{self.model_type} has no projection into a shared space; leave alignment at features, or name a CLIP "
+                f"or SigLIP text model (model.kwargs.text)"
+            )
+        return getattr(self.model, self.head)(hidden)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute layers in the backward pass (the non-reentrant kind, which DDP and compile need)."""
+        self.model._set_gradient_checkpointing(enabled, partial(checkpoint, use_reentrant=False))
+
+    def _mask(self, text_mask: Tensor) -> Tensor:
+        if self.model_type not in FOUR_DIMENSIONS:
+            return text_mask.long()
+        length = text_mask.shape[1]
+        mask = text_mask[:, None, None, :].expand(-1, 1, length, length)
+        return mask.tril() if self.causal else mask
+
+
+def build_text_model(
+    name: str, options: Mapping[str, Any] | None = None, *, vocab_size: int | None = None
+) -> TextModel:
+    """A text model with random weights.
+
+    name: a model type ("bert"), one of `KNOWN`, a folder with a config.json, or a Hub id (fetched).
+    options: fields of its config.json that replace those found; with a model type, all that differ from the defaults.
+    vocab_size: of the tokenizer; a known or fetched model keeps its own where that is larger.
+    Raises UserError for a name that gives no config.
+    """
+    options = dict(options or {})
+    config = _config(name, options)
+    if vocab_size is not None and "vocab_size" not in options:
+        bare = name not in KNOWN and "/" not in name and not Path(name).is_dir() and bool(options)
+        config.vocab_size = vocab_size if bare else max(vocab_size, int(config.vocab_size))
+    config._attn_implementation = "sdpa"
+    try:
+        return TextModel(_construct(config))
+    except ValueError as error:
+        if "scaled_dot_product" not in str(error):
+            raise UserError(f"text model {name!r} cannot be built: {first_line(error)} (model.kwargs.text)") from error
+        config._attn_implementation = "eager"
+        return TextModel(_construct(config))
+
+
+def load_text_model(text: TextModel, weights: str) -> None:
+    """Fill a text model from a Hub id, a folder, or a file under transformers', OpenAI's or open_clip's names.
+
+    What the weights hold besides (an image encoder, heads) is left. Raises UserError when a tensor is missing or does
+    not fit.
+    """
+    own = text.model.state_dict()
+    if is_file(weights):
+        state = _own_names(read_state_dict(Path(weights)), own)
+    else:
+        try:
+            loaded: Any = type(text.model).from_pretrained(weights, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
+                f"is a network and name the folder (model.text_weights)"
+            ) from error
+        found, report = loaded
+        absent = set(report["missing_keys"])  # transformers has filled these with random numbers
+        state = {key: value for key, value in found.state_dict().items() if key in own and key not in absent}
+    fill(text.model, state, weights)
+
+
+def _config(name: str, options: dict[str, Any]) -> PretrainedConfig:
+    try:
+        if name in KNOWN:
+            fields = {**KNOWN[name], **options}
+            config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        elif "/" not in name and not Path(name).exists() and _is_model_type(name):
+            config = AutoConfig.for_model(name, **options)
+        else:
+            config = AutoConfig.from_pretrained(name)
+            config = getattr(config, "text_config", config)
+            for key, value in options.items():
+                setattr(config, key, value)
+    except (OSError, ValueError, TypeError) as error:
+        known = ", ".join(sorted(KNOWN))
+        raise UserError(
+            f"text model {name!r} is not a folder and its config cannot be fetched from the Hub; name a folder, or one "
+            f"that is built in: {known} (model.kwargs.text)"
+        ) from error
+    return config
+
+
+def _is_model_type(name: str) -> bool:
+    try:
+        AutoConfig.for_model(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _construct(config: PretrainedConfig) -> PreTrainedModel:
+    """Without what gives a single vector per sentence, which would never get a gradient."""
+    special = {
+        "clip_text_model": CLIPTextModelWithProjection,
+        "siglip_text_model": SiglipTextModel,
+        "t5": T5EncoderModel,
+    }
+    kind = special.get(config.model_type)
+    if kind is None:
+        kind = AutoModel._model_mapping[type(config)]
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        return kind(config, add_pooling_layer=False)
+    return kind(config)
+
+
+def _own_names(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors under this model's names, by the prefix that fits most of them."""
+    if any(re.search(r"(^|\.)transformer\.resblocks\.0\.", key) for key in state):
+        state = _from_open_clip(state)
+    modern = {key.replace("LayerNorm.gamma", "LayerNorm.weight"): value for key, value in state.items()}
+    modern = {key.replace("LayerNorm.beta", "LayerNorm.bias"): value for key, value in modern.items()}
+    prefixes = {""} | {key.split(".")[0] + "." for key in modern}
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in modern.items() if key.removeprefix(prefix) in own}
+
+    return max((named(prefix) for prefix in sorted(prefixes)), key=len)
+
+
+def _from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith("visual."):
+            continue
+        for pattern, replacement in OPEN_CLIP_NAMES:
+            key = re.sub(pattern, replacement, key)
+        if key == "text_projection":
+            renamed["text_projection.weight"] = value.T.contiguous()
+        elif "in_proj_" in key:
+            for part, tensor in zip("qkv", value.chunk(3), strict=True):
+                renamed[re.sub(r"in_proj_(\w+)$", rf"{part}_proj.\1", key)] = tensor.clone()
+        else:
+            renamed[key] = value
+    return renamed
