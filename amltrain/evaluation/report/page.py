@@ -13,7 +13,8 @@ from amltrain import __version__
 from amltrain.errors import UserError
 from amltrain.evaluation.report.collect import Card
 from amltrain.evaluation.report.curves import Chart
-from amltrain.evaluation.results import Results, describe
+from amltrain.evaluation.results import Results
+from amltrain.evaluation.tables import describe
 
 GROUPS = ("chosen", "best", "worst", "random")
 
