@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
     parser.add_argument("--private", action="store_true", help="make the repository private (default: public)")
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
+    parser.add_argument("--dry_run", action="store_true", help="check everything, push nothing, print files and card")
     parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
     return parser
 
@@ -38,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (checkpoint / MANIFEST).is_file() and (fault := find_fault(checkpoint)):
                 raise UserError(f"checkpoint {checkpoint} is damaged: {fault}; push another one")
         address = push_model(
-            args.folder, args.repo, private=args.private, revision=args.revision, results_file=args.results
+            args.folder,
+            args.repo,
+            private=args.private,
+            revision=args.revision,
+            results_file=args.results,
+            dry_run=args.dry_run,
         )
-        print(f"pushed to {address}")
+        print(address if args.dry_run else f"pushed to {address}")

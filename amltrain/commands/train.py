@@ -10,6 +10,7 @@ from amltrain.config.schema import RunConfig
 from amltrain.data.augment import augmentation_sections
 from amltrain.errors import one_line_errors
 from amltrain.methods.registry import check_options, method_sections
+from amltrain.training.preemption import exit_on_signals
 
 QUICKSTART = "quickstart"
 
@@ -28,12 +29,27 @@ def read_run(argv: Sequence[str] | None = None) -> RunConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run with these arguments (default: the command line's); without a --config they change the quickstart."""
+    """Run with these arguments (default: the command line's); without a --config they change the quickstart.
+
+    `--processes N` starts N processes, `--accelerate FILE` uses a file of `accelerate config`; neither is for use under
+    `accelerate launch`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument.split("=")[0] in ("--processes", "--accelerate") for argument in arguments):
+        from amltrain.training.launcher import launch_processes, take_launch_options
+
+        rest, processes, file = take_launch_options(arguments)
+        launch_processes(rest, processes, file)
+        return
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]
     with one_line_errors():
         config = read_run(arguments)
-        from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
+        with exit_on_signals():
+            from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
 
         train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ Leaf functions take plain values; only `build_*` functions and commands see a co
 """
 
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from amltrain.config.partial import Partial, partial_of
@@ -158,6 +159,8 @@ class ModelConfig:
     """Pretrained text encoder: a Hub id or folder, or an official file. null = random."""
     checkpoint: str | None = None
     """Start from all weights of a model folder (…/step-N/model) or a Hub repository."""
+    allow_random_frozen: bool = False
+    """Train although a frozen encoder has random weights, which it keeps."""
     gradient_checkpointing: bool = False
     """Recompute encoder activations in the backward pass: less memory, about a third more time."""
 
@@ -221,12 +224,22 @@ class TrainConfig:
     """Overrides what `accelerate launch` was told."""
     sync_batchnorm: bool = False
     """Convert batch norms to SyncBN when there is more than one process."""
+    tf32: bool = True
+    """Let float32 matrix products use TensorFloat-32 on GPUs that have it: faster, 10 bits of mantissa."""
     compile: bool = False
     """torch.compile the model."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, evaluate and export it; null = off."""
     log_every: int = 10
     """Steps between log lines."""
+    limit_samples: int | None = None
+    """Train on the first so many samples only (a smoke test); null = all."""
+    dry_run: bool = False
+    """Check everything, train one step, evaluate one batch, and leave nothing behind."""
+    profile: int | None = None
+    """Profile so many steps, after two others, into OUTPUT/profile; null = off."""
+    loader_timeout: float = 10.0
+    """Minutes to wait for a batch before data loading counts as broken."""
     max_bad_steps: int = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     collective_timeout: float = 10.0
@@ -287,15 +300,23 @@ class TrackingConfig:
     """Trackers. Off-line by default."""
 
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Accelerate trackers: tensorboard, wandb, ...; an empty list turns them off."""
+    """Accelerate trackers: tensorboard, wandb, trackio, ...; an empty list turns them off."""
+    project: str = "amltrain"
+    """Project in trackers that have projects."""
+    name: str | None = None
+    """Name of the run in the trackers; null = the name of the output folder."""
+    group: str | None = None
+    """Group of runs in trackers that have groups."""
+    optional: bool = False
+    """Train without a tracker that cannot start, instead of ending the run."""
 
 
 @dataclass
 class RunConfig:
     """A whole training run."""
 
-    output: str = "runs/quickstart"
-    """Folder for checkpoints, logs, results and pictures."""
+    output: str | None = None
+    """Folder for checkpoints, logs, results and pictures; null = runs/MODEL-METHOD-DATA."""
     seed: int = 0
     """Seed of everything random."""
     resume: str = "auto"
@@ -322,6 +343,14 @@ class RunConfig:
         if self.hub.push != "never" and not self.hub.repo:
             raise UserError(f"hub.push={self.hub.push} needs --hub.repo user/name")
         check_ranges(self)
+        if self.output is None:
+            self.output = f"runs/{self.model.name}-{self.method}-{'+'.join(self.data.datasets)}"
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        assert self.output is not None  # set above
+        return Path(self.output)
 
 
 def sectioned(config: RunConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Read JSON and annotation pickles from files that nobody vouches for."""
 
-import hashlib
 import io
 import json
 import pickle
@@ -56,9 +55,3 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"could not read {path} ({getattr(error, 'strerror', None) or error})") from error
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 may be a test image of another. Every image of any evaluation split is dropped from training (big_vision's rule)."""
 
 import json
-import os
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -15,6 +14,7 @@ from amltrain.data.manifest import find_spec
 from amltrain.data.rows import Rows, open_rows
 from amltrain.data.specs import Counts
 from amltrain.errors import UserError
+from amltrain.files import write_text
 
 
 def excluded_images(
@@ -78,12 +78,9 @@ def write_combined_manifest(path: Path, prepared: str, dataset_names: Sequence[s
         "train": counts,
         "dropped_images": sorted(dropped),
     }
-    aside = path.with_suffix(".json.tmp")
     try:
-        aside.write_text(json.dumps(manifest, indent=1))
-        os.replace(aside, path)
+        write_text(path, json.dumps(manifest, indent=1))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"could not write {path} ({error.strerror})") from error
     return "\n".join([f"combined training, {len(dropped):,} images dropped ({path.name}):", *lines])
 

@@ -47,6 +47,7 @@ def build_train_dataset(
     mask_parts: MaskParts,
     seed: int,
     augmentations: Sequence[Augmentation] = (),
+    max_samples: int | None = None,
 ) -> ReferDataset:
     """Build the training samples of all data sets, without the images that any of them evaluates on (data.leak_filter).
 
@@ -69,7 +70,10 @@ def build_train_dataset(
         excluded_images=excluded,
         augmentations=augmentations,
         decoder=data.decoder,
+        max_samples=max_samples,
     )
+    if max_samples is not None:
+        return dataset
     empty = [part.dataset for part, size in zip(parts, dataset.part_sizes, strict=True) if size == 0]
     if empty:
         raise UserError(f"{', '.join(empty)}: no training sample is left; check data.train_split and leak_filter")

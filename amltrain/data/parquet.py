@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, Value
 from datasets import Sequence as ListOf
 
-from amltrain.data.json_files import sha256
 from amltrain.errors import UserError, first_line
+from amltrain.files import sha256
 
 ROWS_PER_GROUP = 64
 SHARD_BYTES = 512 * 2**20

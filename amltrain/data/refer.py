@@ -7,9 +7,10 @@ is not a file on disk; the image's is. RRSIS-D, RefCLEF, Ref-ZOM and R-RefCOCO u
 from pathlib import Path
 
 from amltrain.data.annotations import Annotations, by_id, check_refs
-from amltrain.data.json_files import load_json, load_pickle, sha256
+from amltrain.data.json_files import load_json, load_pickle
 from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
+from amltrain.files import sha256
 
 
 def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:

@@ -18,9 +18,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from amltrain.data.annotations import Annotations, MaskFile
-from amltrain.data.json_files import load_json, read_bytes, sha256
+from amltrain.data.json_files import load_json, read_bytes
 from amltrain.data.own import SHARES, TableRow, build_annotations, check_name
 from amltrain.errors import UserError, first_line
+from amltrain.files import sha256
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "image_path"),

@@ -106,7 +106,7 @@ class SentenceTokenizer:
         fix: what to do where there is none. Raises UserError for one that cannot be had, or whose files are damaged.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name))
+            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         except Exception as error:  # files that are no tokenizer's can raise almost anything
             if Path(name).is_dir():
                 raise UserError(

@@ -8,8 +8,7 @@
 Averages of per-process figures would be wrong as soon as a split divides unevenly; rows of samples cannot be.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -32,6 +31,7 @@ from amltrain.evaluation.masks import original_probability, to_original
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.evaluation.scoring import Masks, count_pixels, network_size, output_masks
+from amltrain.models.eval_mode import eval_mode
 from amltrain.records import Batch, ModelOutput
 
 MaskSource = Callable[[Batch, Batch], tuple[Masks, ModelOutput | None]]
@@ -76,7 +76,7 @@ def evaluate_model(
         return output_masks(output, batch, host.geometry.tolist(), protocol), output
 
     notes = {"precision": _precision(accelerator), **(provenance or {})}
-    with _evaluating(model):
+    with eval_mode(model):
         return _score_split(accelerator, predict, loader, protocol, pictures, notes, progress, writer)
 
 
@@ -231,20 +231,6 @@ def _results(
     return Results(
         info.dataset, info.split, scores, counts, described, provenance, samples=samples, predictions=predictions
     )
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """Eval mode, then every module back in its own mode (a frozen part may have been in eval mode before)."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [m.training for m in modules]
-    try:
-        if modules:
-            model.eval()
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
 
 
 def _precision(accelerator: Accelerator) -> str:

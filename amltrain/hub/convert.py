@@ -19,7 +19,7 @@ from torch import Tensor
 from amltrain.config.partial import override
 from amltrain.config.schema import PreprocessOverrides
 from amltrain.errors import UserError
-from amltrain.hub.model_folder import INITIAL_WEIGHTS, load_weights, save_pretrained
+from amltrain.hub.model_folder import CONVERSION_FILE, INITIAL_WEIGHTS, load_weights, save_pretrained
 from amltrain.models.backbones.weights import load_plain
 from amltrain.models.base import Conversion
 from amltrain.models.registry import create_model, model_info
@@ -85,6 +85,8 @@ def convert_official(
     known to be superfluous and every weight of the model is given in its shape.
     """
     kwargs = {k: v for k, v in (kwargs or {}).items() if k not in INITIAL_WEIGHTS}
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
+        raise UserError(f"{output} exists already and is never overwritten; choose another --output")
     model, info = create_model(name, **kwargs), model_info(name)
     conversion = model.convert_state_dict(read_official(path, entry))
     if conversion.unmatched:
@@ -102,7 +104,7 @@ def convert_official(
         tokenizer=tokenizer,
     )
     said = {"file": Path(path).name, "renamed": conversion.renamed, "dropped": conversion.dropped}
-    (folder / "conversion.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    (folder / CONVERSION_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     return conversion
 
 

@@ -1,6 +1,6 @@
-"""The page of a pushed model: what it is, how to use it, what it scores under which protocol, how it was trained.
+"""The page of a pushed model: what it is, how to use it, its scores and their protocol, how it was trained.
 
-Everything in it is read from the model folder; what the folder does not know, the card says it does not know.
+Everything in it is read from the model folder; what the folder does not record, the card calls unknown.
 """
 
 import json
@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
-from amltrain.hub.model_folder import CONFIG_FILE, read_training
+from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, read_training
+from amltrain.methods.registry import list_methods, method_info
 from amltrain.models.registry import ModelInfo, model_info
 
 HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0", "GPL-3.0": "gpl-3.0"}
@@ -31,26 +32,27 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
     model = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]
     training = read_training(folder)
     info = model_info(model)
-    aml = training is not None and training["recipe"]["aml"]["enabled"]
+    recipe = training["recipe"] if training is not None else {}
+    data_sets = list(recipe.get("data", {}).get("datasets", []))
     data = ModelCardData(
         **_licence(info),
         language="en",
         library_name="amltrain",
         pipeline_tag="image-segmentation",
-        tags=[TASK.replace(" ", "-"), model, *(["aml"] if aml else [])],
+        tags=[TASK.replace(" ", "-"), model, *([recipe["method"]] if "method" in recipe else []), *data_sets],
         model_name=repo.split("/")[-1],
-        eval_results=_model_index(results) or None,
+        eval_results=_model_index(results, recipe) or None,
     )
     sections = [
         f"# {repo.split('/')[-1]}",
-        f"`{model}` for {TASK}: an image and a sentence in, the mask of what the sentence means out. The model is that "
-        f"of *{info.paper}*, trained with amltrain{_with_aml(training)}.",
+        f"`{model}` for {TASK}: given an image and a sentence, predict the mask of the object that the sentence refers "
+        f"to. The model is that of *{info.paper}*{_origin(folder, training)}.",
         f"## Use\n{_usage(repo)}",
         f"## Scores\n{_scores(results)}",
         f"## Training\n{_training(training)}",
-        f"## Licence\nThe release of the baseline ({info.release}) is under {info.licence}. amltrain, which trained "
-        "this model, is written anew, under Apache-2.0. The data sets and the pretrained encoders have terms of their "
-        "own.",
+        f"## Licence\nThe release of the baseline ({info.release}) is under {info.licence}. amltrain reimplements the "
+        "model and is under Apache-2.0. The data sets and the pretrained encoders have their own terms.",
+        f"## Citation\n{_citation(info.paper, recipe)}",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -63,7 +65,9 @@ def _licence(info: ModelInfo) -> dict[str, Any]:
     return {"license": "other", "license_name": name, "license_link": f"https://{info.release.split(',')[0]}"}
 
 
-def _model_index(results: Sequence[Results]) -> list[EvalResult]:
+def _model_index(results: Sequence[Results], recipe: dict[str, Any]) -> list[EvalResult]:
+    """Scores for the Hub's tables: of unaltered splits that the model was not trained on."""
+    trained_on = recipe.get("data", {}).get("train_split", "train")
     return [
         EvalResult(
             task_type="image-segmentation",
@@ -77,22 +81,40 @@ def _model_index(results: Sequence[Results]) -> list[EvalResult]:
             metric_value=round(value, 2),
         )
         for result in results
-        if result.is_score
+        if result.is_score and result.split not in ("train", trained_on)
         for name, value in result.metrics.items()
         if not math.isnan(value)
     ]
 
 
-def _with_aml(training: dict[str, Any] | None) -> str:
+def _origin(folder: Path, training: dict[str, Any] | None) -> str:
+    """How these weights came about, as far as the folder records it."""
+    conversion = folder / CONVERSION_FILE
     if training is None:
-        return ""
-    aml = training["recipe"]["aml"]
-    return f" and AML (arXiv 2602.22740, preset `{aml['preset']}`)" if aml["enabled"] else ", without AML"
+        if not conversion.is_file():
+            return ""
+        file = json.loads(conversion.read_text(encoding="utf-8")).get("file", "a file")
+        return (
+            f"; its weights are those of the official checkpoint `{file}`, converted by amltrain and not trained by it"
+        )
+    method = training["recipe"].get("method")
+    paper = method_info(method).paper if method in list_methods() else ""
+    named = f" by the method `{method}`" + (f" ({paper})" if paper else "") if method else ""
+    return f", trained with amltrain{named}"
+
+
+def _citation(paper: str, recipe: dict[str, Any]) -> str:
+    """BibTeX of the model's paper and of the method's, by title."""
+    method = recipe.get("method")
+    papers = [paper, *([method_info(method).paper] if method in list_methods() else [])]
+    entries = [f"@misc{{ref{n},\n  title = {{{title}}}\n}}" for n, title in enumerate(filter(None, papers), 1)]
+    return "```bibtex\n" + "\n".join(entries) + "\n```"
 
 
 def _usage(repo: str) -> str:
     sentence = "the man in the red shirt"
     return (
+        "```bash\npip install amltrain\n```\n"
         "```python\n"
         "from PIL import Image\n"
         "from amltrain import Predictor\n"
@@ -119,7 +141,7 @@ def _scores(results: Sequence[Results]) -> str:
 
 def _training(training: dict[str, Any] | None) -> str:
     if training is None:
-        return "Not known: the model folder has no training.json. It may be a converted official checkpoint."
+        return "Unknown: the model folder records no training."
     recipe = training["recipe"]
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     data = " + ".join(recipe["data"]["datasets"])
@@ -131,7 +153,7 @@ def _training(training: dict[str, Any] | None) -> str:
     ]
     text = yaml.safe_dump(_given(recipe), sort_keys=False, default_flow_style=False)
     return (
-        "\n".join(lines) + "\n\n<details><summary>Recipe (what is not here is the model's or AML's own default)"
+        "\n".join(lines) + "\n\n<details><summary>Recipe (what is not here is the default of the model or the method)"
         f"</summary>\n\n```yaml\n{text}```\n\n</details>"
     )
 

@@ -11,7 +11,6 @@ Nothing in it is code or a pickle, so loading a stranger's folder runs nothing o
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from amltrain import __version__
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, first_line, fits, type_name
+from amltrain.files import replacing
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from amltrain.data.text import SentenceTokenizer
 
 WEIGHTS_FILE, CONFIG_FILE, PREPROCESS_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
-RESULTS_FILE, TRAINING_FILE = "results.json", "training.json"
+RESULTS_FILE, TRAINING_FILE, CONVERSION_FILE = "results.json", "training.json", "conversion.json"
 MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
 """Patterns of a model folder's files: what goes to the Hub and comes from it."""
 INITIAL_WEIGHTS = ("vision_weights", "text_weights")
@@ -65,7 +65,7 @@ def save_pretrained(
     protocol: Protocol,
     tokenizer: "SentenceTokenizer | None",
 ) -> Path:
-    """Write a model folder, aside first and renamed when whole; an older model folder of that name is replaced.
+    """Write a model folder atomically; an older model folder of that name is replaced.
 
     name, kwargs: how `create_model` builds it (kwargs must be JSON); state_dict: the model's, on any device. tokenizer:
     None leaves it out; such a folder cannot predict. Raises UserError when the disk is full or `folder`
@@ -76,23 +76,33 @@ def save_pretrained(
         raise UserError(f"{folder} exists and is not a model folder; choose another name or remove it")
     kept = {k: v for k, v in kwargs.items() if k not in INITIAL_WEIGHTS}
     config = {"amltrain": __version__, "model": name, "kwargs": kept, "protocol": asdict(protocol)}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    described = asdict(preprocess) | {"tokenizer": public_name(preprocess.tokenizer)}
     try:
-        aside.mkdir(parents=True)
-        save_file(_owned(state_dict), aside / WEIGHTS_FILE, metadata={"format": "pt"})
-        (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (aside / PREPROCESS_FILE).write_text(json.dumps(asdict(preprocess), indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(aside / CONFIG_FILE, aside / WEIGHTS_FILE)  # safetensors writes for the owner alone
-        if tokenizer is not None:
-            tokenizer.save(aside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
+        with replacing(folder) as temporary:
+            temporary.mkdir(parents=True)
+            save_file(_owned(state_dict), temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (temporary / PREPROCESS_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors writes for the owner alone
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+                _forget_origin(temporary / "tokenizer_config.json")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot save the model to {folder}: {error}; nothing was changed there") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def public_name(source: str) -> str:
+    """The name of a local file or folder without the path that leads there; a Hub id as it is."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _forget_origin(path: Path) -> None:
+    """Remove from a tokenizer's config where it was loaded from, which may be a private path."""
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in config.items() if key not in ("name_or_path", "auto_map")}
+        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _owned(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,15 +41,22 @@ LONGEST_PUSH = 3600.0
 
 
 def push_model(
-    source: str | Path, repo: str, *, private: bool, revision: str | None = None, results_file: str | Path | None = None
+    source: str | Path,
+    repo: str,
+    *,
+    private: bool,
+    revision: str | None = None,
+    results_file: str | Path | None = None,
+    dry_run: bool = False,
 ) -> str:
     """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
 
     repo: user/name, made when it is not there (private if so asked). revision: branch to push to, made as well.
-    results_file: scores for the card instead of the folder's own. Raises UserError, in one line, for a folder that is
+    results_file: scores for the card instead of the folder's own. dry_run: check everything, contact nobody and return
+    the card and the list of files. Raises UserError, in one line, for a folder that is
     absent or not whole, a repository name that cannot be, a missing or refused token, and a Hub out of reach.
     """
-    check_access(repo)
+    check_access(repo, online=not dry_run)
     folder = _whole_model_folder(Path(source))
     scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
     found = read_results(scores) if results_file is not None or scores.is_file() else []
@@ -63,6 +70,9 @@ def push_model(
     if results:
         adds.append(CommitOperationAdd(RESULTS_FILE, results_json(results).encode()))
     adds.append(CommitOperationAdd("README.md", str(card).encode()))
+    if dry_run:
+        sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
+        return f"would push to {repo}:\n{sizes}\n  README.md:\n\n{card}"
     api = HfApi(library_name="amltrain")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -77,14 +87,16 @@ def push_model(
         raise UserError(f"could not push to {repo}: {failure_reason(error, repo)}") from error
 
 
-def check_access(repo: str) -> None:
-    """Refuse, before anything is done, what cannot be pushed: a malformed name, no token, a client that is off-line."""
+def check_access(repo: str, *, online: bool = True) -> None:
+    """Raise UserError for a malformed repository name and, if `online`, for a missing token or an offline client."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise UserError(f"{repo!r} cannot name a Hub repository: {first_line(error)}") from error
     if repo.count("/") != 1:
         raise UserError(f"{repo!r} does not say whose repository it is; write user/{repo}")
+    if not online:
+        return
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with amltrain push")
     if huggingface_hub.get_token() is None:
@@ -150,13 +162,13 @@ def _version(checkpoint: Path) -> Version:
 class Publisher:
     """Pushes checkpoints of a run in the background. Training never waits for it, and no failure of it stops training.
 
-    What is pushed is first linked aside, so that removing old checkpoints does not pull it away. While a push is under
+    What is pushed is first hard-linked, so that removing old checkpoints does not remove it. While a push is under
     way, only the newest checkpoint waits. A try that fails is said in one line.
     """
 
-    def __init__(self, push: Callable[[Path], str], say: Callable[[str], None]) -> None:
-        """push: pushes a model folder and returns its address. say: is called from another thread."""
-        self.push, self.say = push, say
+    def __init__(self, push: Callable[[Path], str], log: Callable[[str], None]) -> None:
+        """push: pushes a model folder and returns its address. log: called from another thread."""
+        self.push, self.log = push, log
         self._pushed: Version | None = None
         self._lock = threading.Lock()
         self._waiting: tuple[Version, Path] | None = None
@@ -170,7 +182,7 @@ class Publisher:
             aside = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
             shutil.copytree(checkpoint / "model", aside, copy_function=_link, dirs_exist_ok=True)
         except OSError as error:
-            self.say(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training goes on")
+            self.log(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training goes on")
             return
         with self._lock:
             replaced, self._waiting = self._waiting, (version, aside)
@@ -187,7 +199,7 @@ class Publisher:
         advice: what to do if it is not.
         """
         if not checkpoint.exists():
-            self.say(f"WARNING: nothing is on the Hub: there is no {checkpoint}")
+            self.log(f"WARNING: nothing is on the Hub: there is no {checkpoint}")
             return
         version = _version(checkpoint.resolve())
         deadline = time.monotonic() + LONGEST_PUSH
@@ -199,7 +211,7 @@ class Publisher:
             self.submit(checkpoint)
             self._wait(deadline)
         done = self._pushed == version
-        self.say(f"{version.name} is on the Hub" if done else f"WARNING: {version.name} is NOT on the Hub; {advice}")
+        self.log(f"{version.name} is on the Hub" if done else f"WARNING: {version.name} is NOT on the Hub; {advice}")
 
     def _wait(self, deadline: float) -> None:
         thread = self._thread
@@ -216,13 +228,13 @@ class Publisher:
             try:
                 address = self.push(folder)
                 self._pushed = version
-                self.say(f"pushed {version.name}: {address}")
+                self.log(f"pushed {version.name}: {address}")
             except Exception as error:  # whatever it is, training goes on
-                self.say(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training goes on")
+                self.log(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training goes on")
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_publisher(hub: HubConfig, say: Callable[[str], None]) -> Publisher | None:
+def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | None:
     """What pushes a run's checkpoints; None where nothing is to be pushed. Raises UserError as `check_access` does."""
     if hub.push == "never":
         return None
@@ -230,7 +242,7 @@ def build_publisher(hub: HubConfig, say: Callable[[str], None]) -> Publisher | N
     check_access(repo)
     disable_progress_bars()  # the run's own bar is on the screen
     hub_logging.set_verbosity_error()  # every try's failure is said once, by us
-    return Publisher(lambda folder: push_model(folder, repo, private=private), say)
+    return Publisher(lambda folder: push_model(folder, repo, private=private), log)
 
 
 def _link(source: str, target: str) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from amltrain.data.data_card import CARD, data_card
-from amltrain.data.json_files import sha256
 from amltrain.data.manifest import MANIFEST, read_manifest
 from amltrain.data.parquet import check_file
 from amltrain.errors import UserError
+from amltrain.files import sha256
 from amltrain.hub.push import check_access, failure_reason
 
 COMMIT_BYTES = 2**30

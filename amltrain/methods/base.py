@@ -5,8 +5,7 @@ A method is an nn.Module around a model and its loss. The trainer calls `forward
 the method does inside. It knows no method by name; everything that it asks is on this page.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +30,12 @@ class Recorder(Protocol):
         self, step: int, method: nn.Module, reduce: Reduce | None = None, is_main: bool = True
     ) -> dict[str, float] | None:
         """Called by every process after each optimizer step; a row for log and trackers when one is due, else None."""
+
+    def window(self, reduce: Reduce | None = None) -> Any:
+        """What was collected since the last row, as JSON values; called by every process when the run saves."""
+
+    def restore(self, window: Any, device: torch.device) -> None:
+        """Continue with what `window` returned."""
 
 
 class Method(nn.Module):
@@ -86,16 +91,3 @@ class Method(nn.Module):
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards exactly the modules that were training train again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

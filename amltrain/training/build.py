@@ -1,7 +1,6 @@
-"""From a run's config to the built parts of a run. Every `build_*` here sees the config; what they build does not."""
+"""Build the components of a run from its config. Every `build_*` here sees the config; what they build does not."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from amltrain.data.dataset import ReferDataset
 from amltrain.data.ensure import check_scenes
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset
 from amltrain.data.text import SentenceTokenizer
+from amltrain.errors import UserError
 from amltrain.evaluation.protocols import run_protocol
-from amltrain.evaluation.results import Results, write_results
-from amltrain.hub.model_folder import RESULTS_FILE, TRAINING_FILE, load_pretrained, load_weights, save_pretrained
+from amltrain.files import write_text
+from amltrain.hub.model_folder import TRAINING_FILE, load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
 from amltrain.methods.base import Method
 from amltrain.methods.registry import build_method
@@ -27,8 +27,8 @@ from amltrain.models import ModelInfo, RISModel, create_model, model_info
 from amltrain.training.provenance import describe_training, train_mask_parts
 
 
-class Parts(NamedTuple):
-    """The built parts of a run, before Accelerate wraps any of them. `preprocess` and `protocol` are complete."""
+class RunComponents(NamedTuple):
+    """What a run is made of, before Accelerate wraps any of it."""
 
     method: Method
     dataset: ReferDataset
@@ -39,10 +39,12 @@ class Parts(NamedTuple):
     model_kwargs: dict[str, Any]
 
 
-def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from: Path | None = None) -> Parts:
+def build_components(
+    config: RunConfig, *, processes: int, on_cuda: bool, resume_from: Path | None = None
+) -> RunComponents:
     """Build model, loss, method and data; the random start of the weights is a function of the seed.
 
-    resume_from: the checkpoint that the run goes on from; its words keep their numbers.
+    resume_from: the checkpoint to resume from; its tokenizer is used.
     """
     check_scenes(config.data)
     info = model_info(config.model.name)
@@ -57,16 +59,21 @@ def build_parts(config: RunConfig, *, processes: int, on_cuda: bool, resume_from
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
         method = convert_sync_batchnorm(method)
     mask_parts = train_mask_parts(config)
-    augmentations = build_augmentations(config.data.augment, config.augment_options)
     dataset = build_train_dataset(
-        config.data, preprocess, tokenizer, mask_parts=mask_parts, seed=config.seed, augmentations=augmentations
+        config.data,
+        preprocess,
+        tokenizer,
+        mask_parts=mask_parts,
+        seed=config.seed,
+        augmentations=build_augmentations(config.data.augment, config.augment_options),
+        max_samples=config.train.limit_samples,
     )
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
-    return Parts(method, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
+    return RunComponents(method, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
 
 
 def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Path | None) -> SentenceTokenizer:
-    """The one that the weights were trained with, where there are any; else the protocol's."""
+    """Take the tokenizer that the weights were trained with, or else the model's own."""
     if resume_from is not None:
         return SentenceTokenizer.load(resume_from / "model")
     if config.model.checkpoint is not None and config.preprocess.tokenizer is None:
@@ -77,7 +84,7 @@ def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Pat
 
 
 def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISModel, dict[str, Any]]:
-    """The model, and the arguments that build it again without pretrained encoders."""
+    """Build the model; also the arguments that build it again without pretrained encoders."""
     wanted = config.model
     kwargs = {"vocab_size": tokenizer.vocab_size, **wanted.kwargs}
     start = {
@@ -86,6 +93,7 @@ def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISMod
         if value is not None
     }
     model = create_model(wanted.name, **kwargs, **start)
+    check_vocabulary(model, tokenizer, pretrained=wanted.text_weights)
     if wanted.checkpoint is not None:
         load_weights(model, load_pretrained(wanted.checkpoint).model.state_dict(), wanted.checkpoint)
     if wanted.gradient_checkpointing:
@@ -99,19 +107,28 @@ def build_loss(config: RunConfig, info: ModelInfo) -> nn.Module:
     return create_loss(name, **{**defaults, **config.loss.kwargs})
 
 
-def write_model_folder(
-    folder: Path, config: RunConfig, parts: Parts, state_dict: dict[str, Any], results: Sequence[Results] = ()
-) -> None:
-    """The model of a run as a folder that loads alone; with how it was trained and, if it was evaluated, its scores."""
+def check_vocabulary(model: nn.Module, tokenizer: SentenceTokenizer, *, pretrained: str | None) -> None:
+    """Raise UserError for a tokenizer whose token ids do not fit the model's token embeddings.
+
+    pretrained: where the text encoder's weights come from; None = random ones, which fit any tokenizer that is small
+    enough.
+    """
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    rows, tokens = max(sizes, default=0), tokenizer.vocab_size
+    if rows < tokens or (pretrained is not None and rows != tokens):
+        fix = f"set preprocess.tokenizer to the one of {pretrained}" if pretrained else "choose another tokenizer"
+        raise UserError(f"the tokenizer has {tokens:,} tokens and the model's text encoder {rows:,}; {fix}")
+
+
+def write_model_folder(folder: Path, config: RunConfig, components: RunComponents, state_dict: dict[str, Any]) -> None:
+    """Write the model of a run as a folder that loads alone, with a record of how it was trained."""
     save_pretrained(
         folder,
         name=config.model.name,
-        kwargs=parts.model_kwargs,
+        kwargs=components.model_kwargs,
         state_dict=state_dict,
-        preprocess=parts.preprocess,
-        protocol=parts.protocol,
-        tokenizer=parts.tokenizer,
+        preprocess=components.preprocess,
+        protocol=components.protocol,
+        tokenizer=components.tokenizer,
     )
-    (folder / TRAINING_FILE).write_text(json.dumps(describe_training(config), indent=2) + "\n", encoding="utf-8")
-    if results:
-        write_results(folder / RESULTS_FILE, results)
+    write_text(folder / TRAINING_FILE, json.dumps(describe_training(config), indent=2) + "\n")

@@ -1,19 +1,20 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoint folders: complete or absent.
 
     OUTPUT/
       step-000400/
-        model/          safetensors, config, tokenizer: loadable alone with `load_pretrained`
-        state/          everything else that resuming needs: optimizer, scaler, the method's buffers, trainer.json
+        model/          safetensors, config, tokenizer: loadable alone with `load_pretrained`; results.json once scored
+        state/          what resuming needs besides: optimizer, the method's buffers, trainer.json; evaluated.json
+                        (trainer.json after the evaluation) once scored
         manifest.json   size and SHA-256 of every file above
       step-000800/
       last -> step-000800
       best -> step-000400
 
-A checkpoint is written beside its name, flushed to disk, given its manifest and only then renamed. Whatever is cut off
-before that is a folder that nobody looks at; whatever is damaged later no longer fits its manifest.
+A checkpoint is written to a temporary folder, flushed to disk, given its manifest and renamed. Scores arrive later:
+their files get new names, and then the manifest is replaced atomically. So a kill at any moment leaves a complete
+checkpoint, with or without scores; files that the manifest does not list are ignored.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -22,17 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 
-from amltrain.errors import UserError
-from amltrain.hub.model_folder import first_line
+from amltrain.errors import UserError, first_line
+from amltrain.files import flush, replacing, sha256, write_text
 from amltrain.training.failures import free_space
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
-Warn = Callable[[str], None]
+TRAINER_FILE, EVALUATED_FILE = "state/trainer.json", "state/evaluated.json"
+Log = Callable[[str], None]
 
 
 def checkpoint_name(step: int) -> str:
@@ -48,12 +48,12 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; follows `last` and `best`."""
     match = _NAME.search(checkpoint.resolve().name)
     if match is None:
-        raise UserError(f"{checkpoint} is no checkpoint; name a step-N folder, or last or best")
+        raise UserError(f"{checkpoint} is not a checkpoint; name a step-N folder, or last or best")
     return int(match[1])
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    """Compare a checkpoint with its manifest; what is wrong, or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, entry in manifest["files"].items():
@@ -62,18 +62,18 @@ def find_fault(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != entry["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     return None
 
 
-def find_resumable(output: Path, resume: str, warn: Warn) -> Path | None:
-    """The checkpoint that `--resume` means; None = start anew.
+def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
+    """Find the checkpoint that `--resume` means; None = start a new run.
 
-    auto takes the newest whole one, and says aloud which damaged ones it passes over. Raises UserError for a named one
-    that is damaged, for `never` in a folder that has checkpoints, and for `auto` if none of several is whole.
+    auto takes the newest complete one, and warns of every damaged one that it skips. Raises UserError for a named one
+    that is damaged, for `never` in a folder that has checkpoints, and for `auto` if all of several are damaged.
     """
     if resume == "never":
         if checkpoints(output):
@@ -84,15 +84,17 @@ def find_resumable(output: Path, resume: str, warn: Warn) -> Path | None:
     if resume != "auto":
         named = Path(resume).resolve()
         if not (named / MANIFEST).is_file():
-            raise UserError(f"{resume} is no checkpoint (it has no {MANIFEST}); name a step-N folder, or last or best")
+            raise UserError(
+                f"{resume} is not a checkpoint (it has no {MANIFEST}); name a step-N folder, or last or best"
+            )
         fault = find_fault(named)
         if fault:
             raise UserError(f"checkpoint {resume} is damaged: {fault}; resume from another one, or with --resume auto")
         newest = checkpoints(output)[-1:]
         if named.parent == output.resolve() and step_of(newest[0]) > step_of(named):
             raise UserError(
-                f"{output} goes on after {named.name} to {newest[0].name}; take that with --resume auto, or branch off "
-                f"from {named.name} in another --output"
+                f"{output} continues after {named.name} up to {newest[0].name}; resume from that with --resume auto, "
+                f"or branch off from {named.name} in another --output"
             )
         return named
     faults = []
@@ -101,66 +103,96 @@ def find_resumable(output: Path, resume: str, warn: Warn) -> Path | None:
         if fault is None:
             return checkpoint
         faults.append(f"{checkpoint}: {fault}")
-        warn(f"WARNING: passing over a damaged checkpoint, {faults[-1]}")
+        warn(f"WARNING: skipping a damaged checkpoint, {faults[-1]}")
     if faults:
         raise UserError(
-            f"no whole checkpoint is left in {output} ({'; '.join(faults)}); start anew in another --output"
+            f"every checkpoint in {output} is damaged ({'; '.join(faults)}); start a new run in another --output"
         )
     return None
 
 
-def save_checkpoint(
-    accelerator: Accelerator,
-    output: Path,
-    step: int,
-    trainer_state: dict[str, Any],
-    write_model: Callable[[Path], None],
-) -> Path:
-    """Write `step-N` from all processes. write_model: writes the model folder; called on the main process only.
+def write_checkpoint(output: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write `step-N` and point `last` at it. write: fills the folder that it is given with `model/` and `state/`.
 
-    Raises UserError on every process if any of them could not write; earlier checkpoints stay as they are.
+    Raises UserError if it cannot be written; earlier checkpoints stay as they are.
     """
-    final = output / checkpoint_name(step)
-    aside = output / f".{final.name}.writing"
-    fault = _attempt(lambda: _make_room(aside)) if accelerator.is_main_process else None
-    _refuse(accelerator, fault, aside, final)
-    fault = _attempt(lambda: accelerator.save_state(str(aside / "state")))
-    _refuse(accelerator, fault, aside, final)  # all have written their part before it is hashed
-    if accelerator.is_main_process:
-        fault = _attempt(lambda: _finish(aside, final, trainer_state, write_model))
-    _refuse(accelerator, fault, aside, final)
-    if accelerator.is_main_process:
-        point(output, "last", final)
+    temporary = open_checkpoint(output, step)
+    try:
+        write(temporary)
+        return finish_checkpoint(output, step)
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise not_saved(output, step, error) from error
+
+
+def open_checkpoint(output: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint, empty. Raises UserError."""
+    temporary = _temporary(output, step)
+    try:
+        _make_room(temporary)
+    except OSError as error:
+        raise not_saved(output, step, error) from error
+    return temporary
+
+
+def finish_checkpoint(output: Path, step: int) -> Path:
+    """Turn the temporary folder into a checkpoint: manifest, flush, rename, `last`."""
+    temporary, final = _temporary(output, step), output / checkpoint_name(step)
+    _write_manifest(temporary)
+    _rename(temporary, final)
+    point(output, "last", final)
     return final
 
 
-def _make_room(aside: Path) -> None:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+def not_saved(output: Path, step: int, error: Exception) -> UserError:
+    """The error of a checkpoint that could not be written, with the way out; a UserError stays as it is."""
+    if isinstance(error, UserError) and not isinstance(error.__cause__, (OSError, SafetensorError)):
+        return error
+    return UserError(
+        f"could not save {output / checkpoint_name(step)}: {first_line(error)} ({free_space(output)}); earlier "
+        f"checkpoints are intact, make room and run again"
+    )
 
 
-def _refuse(accelerator: Accelerator, fault: str | None, aside: Path, final: Path) -> None:
-    """Every process learns of a full disk on any of them, instead of waiting for it for ever."""
-    faults = [found for found in gather_object([fault]) if found]
-    if faults:
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
+def add_scores(checkpoint: Path, trainer_state: dict[str, Any], write_results: Callable[[Path], None]) -> None:
+    """Add an evaluation's scores to a finished checkpoint. write_results: writes results.json at the path it is given.
+
+    Raises UserError if they cannot be written; the checkpoint without them stays complete.
+    """
+    manifest_path = checkpoint / MANIFEST
+    try:
+        write_text(checkpoint / EVALUATED_FILE, json.dumps(trainer_state, indent=1))
+        write_results(checkpoint / "model" / "results.json")
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        for name in (EVALUATED_FILE, "model/results.json"):
+            manifest["files"][name] = _entry(checkpoint / name)
+            flush(checkpoint / name)
+        _replace_manifest(manifest_path, manifest)
+        flush(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"could not save {final}: {faults[0]} ({free_space(final.parent)}); earlier checkpoints are intact, "
-            f"make room and run again"
-        )
+            f"could not add the scores to {checkpoint}: {first_line(error)} ({free_space(checkpoint.parent)}); the "
+            f"checkpoint itself is intact, make room and run again"
+        ) from error
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state" / "trainer.json").read_text())
+    """Read the progress that a checkpoint was saved with, after its evaluation if it had one. Raises UserError."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        name = EVALUATED_FILE if EVALUATED_FILE in listed else TRAINER_FILE
+        state = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from another one") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{checkpoint / name} must hold a JSON object; resume from another checkpoint")
+    return state
 
 
 def point(output: Path, name: str, checkpoint: Path) -> None:
-    """Let `last` or `best` point at a checkpoint, in one step."""
-    aside = output / f".{name}.writing"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(checkpoint.name)
-    os.replace(aside, output / name)
+    """Let `last` or `best` point at a checkpoint, atomically."""
+    with replacing(output / name) as temporary:
+        temporary.symlink_to(checkpoint.name)
 
 
 def prune(output: Path, keep: int) -> None:
@@ -176,28 +208,40 @@ def remove_leftovers(output: Path) -> None:
     """Clear what a killed process left half-written, half-removed or half-pushed."""
     for path in [path for end in ("writing", "removing", "pushing") for path in output.glob(f".step-*.{end}")]:
         shutil.rmtree(path, ignore_errors=True)
+    for path in output.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
-def _finish(aside: Path, final: Path, trainer_state: dict[str, Any], write_model: Callable[[Path], None]) -> None:
-    (aside / "state" / "trainer.json").write_text(json.dumps(trainer_state, indent=1))
-    write_model(aside / "model")
-    _write_manifest(aside)
-    _rename(aside, final)
+def _temporary(output: Path, step: int) -> Path:
+    return output / f".{checkpoint_name(step)}.writing"
 
 
-def _write_manifest(aside: Path) -> None:
-    files = sorted(path for path in aside.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(aside)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-    (aside / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
-    for path in [*files, aside / MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside]:
-        _flush(path)
+def _make_room(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "state").mkdir(parents=True)
 
 
-def _rename(aside: Path, final: Path) -> None:
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    write_text(path, json.dumps(manifest, indent=1))
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        flush(path)
+
+
+def _rename(temporary: Path, final: Path) -> None:
     if final.exists():
         _put_away(final)
-    os.replace(aside, final)
-    _flush(final.parent)
+    os.replace(temporary, final)
+    flush(final.parent)
     shutil.rmtree(_removing(final), ignore_errors=True)
 
 
@@ -206,31 +250,6 @@ def _removing(checkpoint: Path) -> Path:
 
 
 def _put_away(checkpoint: Path) -> None:
-    """Out of sight, in one step: a half-removed folder must not look like a checkpoint."""
+    """Hide a checkpoint atomically: a half-removed folder must not look like a checkpoint."""
     shutil.rmtree(_removing(checkpoint), ignore_errors=True)
     os.replace(checkpoint, _removing(checkpoint))
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """Run; the reason if it could not write."""
-    try:
-        action()
-    except (OSError, RuntimeError, SafetensorError, UserError) as error:
-        return first_line(error)
-    return None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(2**20), b""):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ Whatever the engine, the recipe decides: samples per step, precision, clipping. 
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +81,6 @@ def check_trackers(names: list[str]) -> None:
 
 def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     """Accelerate with what this trainer relies on: the schedule is ours, accumulation ignores where an epoch ends."""
-    check_trackers(config.tracking.trackers)
     told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     on_cpu = told_cpu or not torch.accelerator.is_available()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -99,7 +97,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
         cpu=on_cpu and not deepspeed,  # DDP over CPUs has to be asked for, and DeepSpeed is not used where it is
         mixed_precision="no" if deepspeed else config.train.mixed_precision,
         log_with=config.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=config.output, logging_dir=str(Path(config.output) / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / "logs")),
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
@@ -156,6 +154,12 @@ def check_shardable(accelerator: Accelerator, method: nn.Module) -> None:
     for name, parameter in method.named_parameters():
         if parameter.ndim == 0:
             raise UserError(f"FSDP2 cannot shard {name}, which is a single number; train this model with DDP or ZeRO")
+
+
+def set_tf32(allowed: bool) -> None:
+    """Choose how float32 matrix products and convolutions compute on GPUs that have TensorFloat-32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

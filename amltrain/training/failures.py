@@ -1,4 +1,4 @@
-"""What no code here can prevent (memory, disk, killed processes), as one sentence with the way out."""
+"""Turn out-of-memory, full-disk and lost-process errors into one-line messages."""
 
 import errno
 import shutil
@@ -14,12 +14,12 @@ from amltrain.errors import UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOST_PROCESS = ("gloo", "Application timeout", "Connection closed by peer")
-"""What gloo's errors say, which have no type of their own."""
+"""Words in gloo's errors, which have no type of their own."""
 
 
 @contextmanager
 def explained(config: RunConfig, micro: int) -> Iterator[None]:
-    """Turn such errors of a run into a UserError. micro: samples per forward pass."""
+    """Turn these errors of a run into a UserError. micro: samples per forward pass."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -27,9 +27,9 @@ def explained(config: RunConfig, micro: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        name = error.filename or config.output
+        name = error.filename or config.folder
         raise UserError(
-            f"cannot write {name}: {error.strerror} ({free_space(Path(config.output))}); saved checkpoints are intact, "
+            f"cannot write {name}: {error.strerror} ({free_space(config.folder)}); saved checkpoints are intact, "
             f"make room and run again"
         ) from error
     except RuntimeError as error:
@@ -37,20 +37,23 @@ def explained(config: RunConfig, micro: int) -> Iterator[None]:
         if "DataLoader worker" in what:
             raise UserError(
                 f"{what} It was probably killed for its memory: lower data.workers ({config.data.workers}) or ask for "
-                f"more memory, and run again to go on from the last checkpoint"
+                f"more memory, and run again to resume from the last checkpoint"
             ) from error
         if isinstance(error, torch.distributed.DistError) or any(words in what for words in LOST_PROCESS):
             minutes = f"{config.train.collective_timeout:g} minutes (train.collective_timeout)"
             raise UserError(
                 f"another process of this run is gone, or did not answer for {minutes}; its own output says why, run "
-                f"again to go on from the last checkpoint ({what})"
+                f"again to resume from the last checkpoint ({what})"
             ) from error
         raise
 
 
-def release(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold. Loader processes end with the iterator that reads from them, and a
-    process that ends while it has some waits for them for ever: they leave signals to the trainer."""
+def drop_frames(error: BaseException | None) -> None:
+    """Drop the local variables that an error's frames hold.
+
+    Loader processes end with the iterator that reads from them; a process that exits while it still holds one waits for
+    them forever, because they leave signals to the trainer.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -73,5 +76,8 @@ def _out_of_memory(config: RunConfig, micro: int) -> str:
 
 
 def free_space(folder: Path) -> str:
-    """How much room is left where a folder lies."""
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
+    """Say how much room is left on a folder's disk."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
+    except OSError:
+        return f"{folder} is gone"

@@ -1,4 +1,4 @@
-"""What a set of weights came from: recipe, code, libraries, hardware. A model card says it to whoever finds them."""
+"""Record where weights came from: recipe, code, libraries, hardware. The model card shows it."""
 
 import importlib.metadata
 import os
@@ -12,11 +12,13 @@ import torch
 
 from amltrain import __version__
 from amltrain.config.schema import MaskParts, RunConfig, sectioned
+from amltrain.hub.model_folder import public_name
 from amltrain.models import model_info
 
 LIBRARIES = ("torch", "accelerate", "transformers", "timm", "datasets", "huggingface_hub")
 OF_THIS_MACHINE = ("output", "resume", "hub", "tracking")
 OF_THIS_DISK = ("prepared", "refer_root", "image_root", "workers")
+OF_THIS_RUN = ("dry_run", "profile", "loader_timeout")
 
 
 def describe_training(config: RunConfig) -> dict[str, Any]:
@@ -31,15 +33,24 @@ def describe_training(config: RunConfig) -> dict[str, Any]:
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:
-    """The run without what belongs to the machine it ran on; of files, the names alone; what data.mask_parts stood for,
-    since the targets depend on it."""
+    """The run without what belongs to the machine it ran on. Files appear by name only: paths may be private.
+
+    `data.mask_parts` is written out, since the targets depend on it.
+    """
     values = {key: value for key, value in sectioned(config).items() if key not in OF_THIS_MACHINE}
     values["data"] = {key: value for key, value in values["data"].items() if key not in OF_THIS_DISK}
     values["data"]["mask_parts"] = train_mask_parts(config)
     for key in ("vision_weights", "text_weights", "checkpoint"):
-        name = values["model"][key]
-        values["model"][key] = Path(name).name if name is not None and Path(name).exists() else name
+        values["model"][key] = _public(values["model"][key])
+    values["preprocess"]["tokenizer"] = _public(values["preprocess"]["tokenizer"])
+    values["data"]["held_out_ids"] = _public(values["data"]["held_out_ids"])
+    for key in OF_THIS_RUN:
+        values["train"].pop(key, None)
     return values
+
+
+def _public(source: str | None) -> str | None:
+    return None if source is None else public_name(source)
 
 
 def train_mask_parts(config: RunConfig) -> MaskParts:

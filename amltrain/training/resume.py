@@ -1,21 +1,27 @@
 """Opens a run's output folder and decides whether the run may resume there under its current config."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from amltrain.config.parse import save_config
 from amltrain.config.schema import RunConfig, free_options
+from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import read_training
 from amltrain.training import checkpoint as checkpoints
+from amltrain.training.lock import OutputLock
 from amltrain.training.preemption import mark_requeue
 from amltrain.training.provenance import recipe
+from amltrain.training.saving import Saver
+from amltrain.training.state import Progress
 
-PROBE = ".seen-by-all"
+PROBE, TOKENIZER = ".seen-by-all", "preprocess.tokenizer"
 FREE = (
     "checkpoint",
     "data.max_skipped",
@@ -35,16 +41,18 @@ FREE = (
     "train.max_bad_steps",
     "train.micro_batch_size",
     "train.time_limit",
+    "train.tf32",
+    "model.allow_random_frozen",
 )
-"""Keys and groups of keys that change nothing about what is learnt."""
+"""Keys and groups of keys that change nothing about what is learned."""
 FIRST = ("model.name", "method")
 """Keys to compare first: others follow from them."""
 SAID = ("train.epochs", "train.max_steps", "train.mixed_precision")
-"""Keys that do, and that one may mean to change: the length of the run, with its schedule, and the precision."""
+"""Keys that do, but that a user may want to change: the length of the run, with its schedule, and the precision."""
 
 
-def check_recipe(checkpoint: Path, config: RunConfig, say: Callable[[str], None]) -> None:
-    """Compare a run's config with the one that the checkpoint was made with, and say what differs.
+def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]) -> None:
+    """Compare a run's config with the one that the checkpoint was made with, and log what differs.
 
     Raises UserError naming the first key that a resumed run may not change.
     """
@@ -60,16 +68,52 @@ def check_recipe(checkpoint: Path, config: RunConfig, say: Callable[[str], None]
         )
     now = _flat(json.loads(json.dumps(recipe(config))))
     free = (*FREE, *free_options(config))
+    if _same_tokenizer(checkpoint, config, before, now):
+        free = (*free, "preprocess.tokenizer")
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in FIRST, key)):
         if before.get(key) == now.get(key) or _belongs(key, free) or not _comparable(key, before, now):
             continue
         change = f"{checkpoint} was made with {key} {_shown(before, key)}, not {_shown(now, key)}"
         if key not in SAID:
             raise UserError(
-                f"{change}; set it back, or start anew in another --output (from these weights with "
+                f"{change}; set it back, or start a new run in another --output (from these weights with "
                 f"--model.checkpoint {checkpoint / 'model'})"
             )
-        say(f"WARNING: {change}; the run goes on with the new value")
+        log(f"WARNING: {change}; the run continues with the new value")
+
+
+def _same_tokenizer(checkpoint: Path, config: RunConfig, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a tokenizer of another name has the vocabulary that the checkpoint was trained with."""
+    name = config.preprocess.tokenizer
+    if name is None or name == "wordpiece" or before.get(TOKENIZER) in (now.get(TOKENIZER), "wordpiece"):
+        return False
+    saved, given = (SentenceTokenizer.load(source).tokenizer for source in (checkpoint / "model", name))
+    return saved.get_vocab() == given.get_vocab()
+
+
+def resume_progress(saver: Saver, path: Path, new: Progress, output: Path, log: Callable[[str], None]) -> Progress:
+    """Load a checkpoint and return the progress to continue with; every process calls.
+
+    new: the progress of a new run with this config. Raises UserError if the run cannot continue from there.
+    """
+    accelerator, saved = saver.accelerator, checkpoints.load_trainer_state(path)
+    progress = new.resumed(saved, str(path))
+    if saved["spread"] != progress.spread:
+        before, now = (" x ".join(map(str, spread)) for spread in (saved["spread"], progress.spread))
+        log(f"the run was spread {before} (processes x micro x accumulated) and continues as {now}")
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and saved["spread"][0] != progress.spread[0]:
+            raise UserError(
+                f"{path} was saved by DeepSpeed on {saved['spread'][0]} processes, and DeepSpeed resumes on that many "
+                f"only; start as many, or start a new run from {path}/model with --model.checkpoint"
+            )
+    saver.load(path)
+    accelerator.step = 0  # it counts micro-batches, of which a step may now have another number
+    if path.resolve().parent != output.resolve():  # a branch: `best`, the log and the checkpoint stay where they are
+        progress.best, progress.worse_in_a_row, progress.log_lines, progress.saved = -math.inf, 0, 0, -1
+    elif progress.best_step == progress.step and accelerator.is_main_process:
+        checkpoints.point(output, "best", path)  # a kill may have come between saving and pointing
+    log(f"resuming from {path} at step {progress.step}")
+    return progress
 
 
 def _comparable(key: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -96,15 +140,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def prepare_output(config: RunConfig, say: Callable[[str], None]) -> Path | None:
-    """Make the folder ready, on the main process; the checkpoint to go on from. Raises UserError."""
-    output = Path(config.output)
+def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLock) -> Path | None:
+    """Make the folder ready and lock it, on the main process; the checkpoint to resume from. Raises UserError."""
+    output = config.folder
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         (output / PROBE).touch()
-        resume_from = checkpoints.find_resumable(output, config.resume, say)
+        resume_from = checkpoints.find_resumable(output, config.resume, log)
         if resume_from is not None:
-            check_recipe(resume_from, config, say)
+            check_recipe(resume_from, config, log)
         checkpoints.remove_leftovers(output)
         mark_requeue(output, False)
     except OSError as error:
@@ -125,9 +170,9 @@ def check_shared(accelerator: Accelerator, output: Path) -> None:
 def write_config(config: RunConfig) -> None:
     """Write config.yaml, once a run has started: a refused start must not replace the record of an earlier run."""
     try:
-        save_config(config, Path(config.output) / "config.yaml")
+        save_config(config, config.folder / "config.yaml")
     except OSError as error:
-        raise _unwritable(Path(config.output), error) from error
+        raise _unwritable(config.folder, error) from error
 
 
 def _unwritable(output: Path, error: OSError) -> UserError:

@@ -1,7 +1,7 @@
 """Where a run stands: what a resumed run must know besides weights and optimizer."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from amltrain.errors import UserError
@@ -16,6 +16,8 @@ class Progress:
     best, best_step best metric so far, and where; worse_in_a_row: evaluations since
     skipped         steps whose loss or gradient was not finite; bad_in_a_row: the newest of them, without a gap
     spread          processes, micro batch, accumulation
+    log_lines       lines of log.jsonl so far, which a resumed run keeps
+    window          sums of the method's recorder since its last row
     seed, samples   of the run and of its training set, which resuming must not change
     """
 
@@ -30,15 +32,20 @@ class Progress:
     spread: list[int] = field(default_factory=list)
     seed: int = 0
     samples: int = 0
+    log_lines: int = 0
+    window: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def resumed(self, saved: dict[str, Any], name: str) -> "Progress":
-        """What was saved, going on under this run's spread. Raises UserError if the samples would come otherwise.
+        """Continue from a saved progress under this run's spread. Raises UserError if its samples would be others.
 
         name: of the checkpoint, for the message.
         """
+        known = {f.name for f in fields(Progress)}
+        if not saved.keys() <= known or not isinstance(saved.get("spread"), list):
+            raise UserError(f"{name} was made by another version of amltrain; start a new run from its weights")
         before = Progress(**saved)
         for what, then, now in (
             ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
@@ -47,8 +54,8 @@ class Progress:
         ):
             if then != now:
                 raise UserError(
-                    f"{name} was made with {what} {then}, not {now}; a resumed run goes on with the same samples: "
-                    f"set it back, or start anew in another --output"
+                    f"{name} was made with {what} {then}, not {now}; a resumed run continues with the same samples: "
+                    f"set it back, or start a new run in another --output"
                 )
         before.spread = self.spread
         return before

@@ -1,39 +1,50 @@
-"""What a run says: the banner, the log, the trackers. Only the main process speaks."""
+"""The header, the log file and the trackers of a run. Only the main process writes."""
 
 import json
 import os
-from dataclasses import asdict
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from PIL import Image
 
 from amltrain import __version__
-from amltrain.config.schema import RunConfig
-from amltrain.errors import UserError
-from amltrain.training.build import Parts
+from amltrain.config.schema import RunConfig, sectioned
+from amltrain.errors import UserError, first_line
+from amltrain.evaluation.results import Results
+from amltrain.evaluation.tables import table
+from amltrain.files import write_text
+from amltrain.training.build import RunComponents
+from amltrain.training.checkpoint import checkpoint_name
+from amltrain.training.checks import weights_origin
 from amltrain.training.distributed import BatchPlan, precision_of
 
-
-def say(accelerator: Accelerator, text: str) -> None:
-    """A line above the progress bar."""
-    if accelerator.is_main_process:
-        tqdm.write(text)
+TRACKERS_FILE = "trackers.json"
+"""Ids of the run in trackers that continue a run by its id."""
 
 
-def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: BatchPlan, total_steps: int) -> str:
-    """Everything that decides a run's numbers, at its start."""
-    trained = sum(p.numel() for p in parts.method.model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in parts.method.model.parameters() if not p.requires_grad)
-    counts = parts.dataset.counts()
-    epochs = total_steps * plan.samples / len(parts.dataset)
-    p = parts.preprocess
-    splits = [f"{name} ({len(loader.dataset):,})" for name, loader in parts.eval_loaders.items()]  # type: ignore
+def banner(
+    config: RunConfig, components: RunComponents, accelerator: Accelerator, plan: BatchPlan, total_steps: int
+) -> str:
+    """Everything that decides a run's numbers, printed at its start."""
+    model = components.method.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    counts = components.dataset.counts()
+    epochs = total_steps * plan.samples / len(components.dataset)
+    p = components.preprocess
+    splits = [f"{name} ({len(loader.dataset):,})" for name, loader in components.eval_loaders.items()]  # type: ignore
+    precision = precision_of(accelerator).replace("no", "fp32")
+    if accelerator.device.type == "cuda":
+        precision += f", TF32 {'on' if config.train.tf32 else 'off'}"
     lines = {
         "model": f"{config.model.name}, {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-        "method": parts.method.summary(),
+        "weights": weights_origin(config, model),
+        "method": components.method.summary(),
         "data": f"{' + '.join(config.data.datasets)} {config.data.train_split}: {counts['images']:,} images, "
         f"{counts['refs']:,} refs, {counts['expressions']:,} expressions",
         "epoch": f"every {config.data.train_unit} once",
@@ -41,9 +52,9 @@ def banner(config: RunConfig, parts: Parts, accelerator: Accelerator, plan: Batc
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
         "batch": str(plan),
         "steps": f"{total_steps:,} ({epochs:.1f} epochs)",
-        "precision": precision_of(accelerator).replace("no", "fp32"),
+        "precision": precision,
         "device": _device(accelerator),
-        "output": config.output,
+        "output": str(config.folder),
     }
     return f"amltrain {__version__}\n" + "\n".join(f"  {key:10} {value}" for key, value in lines.items())
 
@@ -58,42 +69,104 @@ def _device(accelerator: Accelerator) -> str:
     return f"{name}, {threads} threads" + (f" (OMP_NUM_THREADS={cores} uses every core)" if threads < cores else "")
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int) -> None:
-    """Start the trackers that the run names; none of them is asked for a login unless it is named.
+def log_line(step: int, total_steps: int, values: dict[str, float]) -> str:
+    """One plain line about a step, where no progress bar can be drawn."""
+    return (
+        f"step {step:,}/{total_steps:,} ({step / total_steps:.0%}), epoch {values['epoch']:.2f}, "
+        f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.1f} images/s, "
+        f"{values['data_wait_percent']:.0f} % waiting for data, {values['memory_gib']:.1f} GiB"
+    )
 
-    first_step: steps done; TensorBoard drops what a killed run had logged beyond them.
+
+def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int, log: Callable[[str], None]) -> None:
+    """Start the trackers that the run names; a resumed run continues its run in each of them.
+
+    first_step: steps done; TensorBoard drops what a killed run had logged beyond them. Raises UserError for a tracker
+    that cannot start, unless tracking.optional leaves it out.
     """
-    options = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.tracking.trackers else {}
+    wanted, started = list(accelerator.log_with), []
+    options = _tracker_options(config, first_step) if accelerator.is_main_process else {}
+    for tracker in wanted:
+        accelerator.log_with = [tracker]
+        try:
+            accelerator.init_trackers(config.tracking.project, config=_flat(sectioned(config)), init_kwargs=options)
+            started += accelerator.trackers
+        except Exception as error:  # each tracker's client raises errors of its own
+            reason = f"tracking.trackers: {getattr(tracker, 'value', tracker)} could not start ({first_line(error)})"
+            if not config.tracking.optional:
+                raise UserError(
+                    f"{reason}; log in or configure it, leave it out, or set tracking.optional to true"
+                ) from error
+            log(f"WARNING: {reason}; the run continues without it")
+        accelerator.trackers = []
+    accelerator.log_with, accelerator.trackers = wanted, started
+
+
+def _tracker_options(config: RunConfig, first_step: int) -> dict[str, dict[str, Any]]:
+    """Arguments of each tracker's start; the ids of the run are made once and kept in the output folder."""
+    path = config.folder / TRACKERS_FILE
     try:
-        accelerator.init_trackers("amltrain", config=_flat(asdict(config)), init_kwargs=options)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"tracking.trackers={config.tracking.trackers}: {error}") from error
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        ids = {}
+    name = config.tracking.name or config.folder.name
+    group = {} if config.tracking.group is None else {"group": config.tracking.group}
+    options: dict[str, dict[str, Any]] = {}
+    if "tensorboard" in config.tracking.trackers:
+        options["tensorboard"] = {"purge_step": first_step + 1}
+    if "wandb" in config.tracking.trackers:
+        ids.setdefault("wandb", secrets.token_hex(4))
+        options["wandb"] = {"id": ids["wandb"], "name": name, "resume": "allow", "dir": str(config.folder), **group}
+    if "trackio" in config.tracking.trackers:
+        ids.setdefault("trackio", f"{name}-{secrets.token_hex(4)}")  # trackio knows a run by its name
+        options["trackio"] = {"name": ids["trackio"], "resume": "allow", **group}
+    if ids:
+        write_text(path, json.dumps(ids, indent=1) + "\n")
+    return options
+
+
+def track_evaluation(accelerator: Accelerator, output: Path, results: list[Results], step: int) -> None:
+    """Send an evaluation's table and pictures to the trackers that take text and pictures."""
+    if not accelerator.is_main_process or not accelerator.trackers:
+        return
+    sheets = sorted((output / "pictures").glob(f"{checkpoint_name(step)}-*.png"))
+    pictures = {
+        f"predictions/{sheet.stem.removeprefix(checkpoint_name(step) + '-')}": np.asarray(
+            Image.open(sheet).convert("RGB")
+        )[None]
+        for sheet in sheets
+    }
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text("evaluation", table(results), global_step=step)
+            if pictures:
+                tracker.log_images(pictures, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb" and pictures:
+            tracker.log_images({name: list(images) for name, images in pictures.items()}, step=step)
 
 
 class History:
-    """`log.jsonl`: one line per logged step and evaluation; a resumed run drops the lines it will write again.
+    """`log.jsonl`: one line per logged step and evaluation.
 
-    Processes other than the main one pass enabled=False, and write nothing.
+    A resumed run keeps the first `keep` lines, those that its checkpoint knew, and writes the rest again. `lines` is
+    their number. Processes other than the main one pass enabled=False, and write nothing.
     """
 
-    def __init__(self, path: Path, first_step: int, *, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
+    def __init__(self, path: Path, keep: int, *, enabled: bool) -> None:
+        self.path, self.enabled, self.lines = path, enabled, 0
         if enabled and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep]
+            kept = [line for line in kept if line.endswith("\n")]  # the last one may be cut off by a power failure
+            write_text(path, "".join(kept))
+            self.lines = len(kept)
 
     def add(self, step: int, values: dict[str, Any]) -> None:
+        """Append a line."""
         if not self.enabled:
             return
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # cut off by a kill
+        self.lines += 1
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

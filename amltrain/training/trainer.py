@@ -1,56 +1,52 @@
 """The training loop.
 
     batch -> method (model and loss: one forward) -> backward -> clip -> optimizer        every micro-batch / every step
-    every so often: log, evaluate, save, and stop if asked
+    log, evaluate, save, and stop if asked                                               at their intervals
 
-One number leaves the device per optimizer step: loss, gradient norm and requests to stop travel together, averaged over
-the processes, so that all of them take the same decision.
+One tensor leaves the device per optimizer step: loss, gradient norm, requests to stop and failed saves travel together,
+averaged over the processes, so that all of them take the same decision.
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from amltrain.config.schema import RunConfig
-from amltrain.data.collate import collate
-from amltrain.data.ensure import ensure_training_data
-from amltrain.data.loaders import build_sampler, build_train_loader
-from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
-from amltrain.evaluation.results import Results
-from amltrain.hub.push import Publisher, build_publisher
-from amltrain.models import model_info
+from amltrain.evaluation.results import Results, write_results
+from amltrain.methods.base import Method
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.build import build_parts, write_model_folder
-from amltrain.training.distributed import (
-    PREPARATION,
-    build_accelerator,
-    check_shardable,
-    is_sharded,
-    model_weights,
-    on_main_process,
-    skip_bad_steps,
-)
-from amltrain.training.failures import explained, release
+from amltrain.training.build import write_model_folder
+from amltrain.training.distributed import on_main_process, set_tf32
+from amltrain.training.dry_run import dry_run
+from amltrain.training.engine import Engine, build_engine
+from amltrain.training.failures import drop_frames, explained
+from amltrain.training.loading import step_batches
+from amltrain.training.meter import Meter
 from amltrain.training.nonfinite import NormStatistics, check_weights, describe_samples
-from amltrain.training.optim import build_optimizer, lr_factor, set_lr
+from amltrain.training.optim import lr_factor, set_lr
 from amltrain.training.preemption import Preemption
-from amltrain.training.resume import check_shared, prepare_output, write_config
+from amltrain.training.profiling import profiled
+from amltrain.training.resume import resume_progress, write_config
+from amltrain.training.saving import Saver
+from amltrain.training.start import Start, open_run
 from amltrain.training.state import Progress
-from amltrain.training.tracking import History, banner, say, start_trackers
-from amltrain.training.validation import best_value, check_best_metric, evaluate_splits
+from amltrain.training.tracking import History, banner, log_line, start_trackers, track_evaluation
+from amltrain.training.validation import best_value, evaluate_splits, zero_score_hint
 
-SETUP_SAMPLES = 64
+STOP_CHECK = 8
+"""Micro-batches between agreements to stop inside a step that several processes share."""
+
+
+class StopRequestedError(Exception):
+    """A request to stop that came inside a step; the step is dropped and done again by the next start."""
 
 
 @dataclass
@@ -60,6 +56,7 @@ class StepStats:
     loss: float
     grad_norm: float
     stop: bool
+    save_failed: bool
     extras: dict[str, float]
 
     @property
@@ -68,78 +65,120 @@ class StepStats:
 
 
 def train(config: RunConfig) -> list[Results]:
-    """Run a whole training: prepare, train or go on, evaluate, save. Returns the last evaluation's results.
+    """Run a whole training: prepare, train or resume, evaluate, save. Returns the last evaluation's results.
 
-    Raises UserError for anything the user can mend; SystemExit(75) after a request to stop was followed.
+    Raises UserError for anything that the user can fix, SystemExit(75) after following a request to stop.
     """
-    trainer = Trainer(config)
-    try:
-        with explained(config, trainer.plan.micro):
-            return trainer.run()
-    except BaseException as error:
-        release(error)
-        raise
-    finally:
-        trainer.accelerator.end_training()
+    if config.train.dry_run:
+        with dry_run(config) as short:
+            return _train(short)
+    return _train(config)
+
+
+def _train(config: RunConfig) -> list[Results]:
+    preemption = Preemption(config.train.time_limit)
+    with preemption.listening(), open_run(config, preemption) as start:
+        try:
+            with explained(config, start.plan.micro):
+                with preemption.leaving_at_once(lambda: preemption.leave(config.folder)):
+                    trainer = Trainer(config, start, preemption)
+                with trainer.closing():
+                    return trainer.run()
+        except BaseException as error:
+            drop_frames(error)
+            raise
 
 
 class Trainer:
-    """A run: built from its config, then `run()`."""
+    """A run, ready when constructed; `run()` trains."""
 
-    def __init__(self, config: RunConfig) -> None:
-        model_info(config.model.name)  # a misspelt name ends a run before anything is prepared
-        self.config, self.output = config, Path(config.output)
-        self.accelerator, self.plan = build_accelerator(config)
-        self.publisher: Publisher | None = None
-        self.resume_from: Path | None = on_main_process(self.accelerator, self._open_output)
-        check_shared(self.accelerator, self.output)
-        on_main_process(self.accelerator, lambda: ensure_training_data(config.data, self.say), wait=PREPARATION)
-        on_cuda = self.accelerator.device.type == "cuda"
-        self.parts = build_parts(config, processes=self.plan.processes, on_cuda=on_cuda, resume_from=self.resume_from)
-        check_best_metric(config.evaluation, list(self.parts.eval_loaders))
-        self.total_steps = self._count_steps()
-        self.steps_per_epoch = max(1, round(len(self.parts.dataset) / self.plan.samples))
-        self.preemption = Preemption(config.train.time_limit)
-        self.progress = Progress(spread=list(self.plan), seed=config.seed, samples=len(self.parts.dataset))
+    def __init__(self, config: RunConfig, start: Start, preemption: Preemption) -> None:
+        self.config, self.output, self.preemption = config, config.folder, preemption
+        self.accelerator, self.plan, self.publisher = start.accelerator, start.plan, start.publisher
+        set_tf32(config.train.tf32)
+        engine: Engine = build_engine(config, start, self.log)
+        self.components, self.method, self.optimizer = engine.components, engine.method, engine.optimizer
+        self.ema, self.whole_model, self.recorder = engine.ema, engine.whole_model, engine.recorder
+        self.total_steps, self.steps_per_epoch = engine.total_steps, engine.steps_per_epoch
+        self.norm_statistics = NormStatistics(self.accelerator.unwrap_model(self.method))
+        self.saver = Saver(
+            self.accelerator,
+            self.output,
+            self.method,
+            self.optimizer,
+            self.ema,
+            keep=config.checkpoint.keep,
+            write_model=self._write_model,
+        )
+        samples = len(self.components.dataset)
+        self.progress = Progress(spread=list(self.plan), seed=config.seed, samples=samples)
+        if start.resume_from is not None:
+            self.progress = resume_progress(self.saver, start.resume_from, self.progress, self.output, self.log)
+            if self.recorder is not None:
+                self.recorder.restore(self.progress.window, self.accelerator.device)
         self.results: list[Results] = []
+        self.meter = Meter(self.plan.samples, self.accelerator.device)
+        on_main_process(self.accelerator, lambda: write_config(config))
+        main = self.accelerator.is_main_process
+        self.history = History(self.output / "log.jsonl", self.progress.log_lines, enabled=main)
+        start_trackers(self.accelerator, config, self.progress.step, self.log)
+        self.log(banner(config, self.components, self.accelerator, self.plan, self.total_steps))
 
     def run(self) -> list[Results]:
-        with self.preemption.listening():
-            self._start()
-            if self._evaluation_is_due():  # the run was cut off before it could
-                self._evaluate_and_save()
-            bar = tqdm(
-                total=self.total_steps,
-                initial=self.progress.step,
-                desc="train",
-                unit="step",
-                smoothing=0.05,
-                disable=not self.accelerator.is_main_process,
-            )
-            with bar:
-                for batches in () if self._is_done() else self._steps():
-                    stats = self._optimizer_step(batches)
-                    bar.update()
-                    self._after_step(stats, bar)
-                    if self._is_done():
-                        break
-            if not self.results:  # there was nothing left to train
-                self._evaluate()
+        """Train to the end. Returns the last evaluation's results."""
+        if self._evaluation_is_due():  # the run was stopped before it could
+            self._evaluate_and_add_scores()
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.progress.step,
+            desc="train",
+            unit="step",
+            smoothing=0.05,
+            disable=None if self.accelerator.is_main_process else True,  # None: no bar unless on a terminal
+        )
+        with bar, profiled(self.config.train.profile, self.output, self.accelerator) as profiler:
+            batches = self._steps()
+            while not self._is_done():
+                stats = self._try_step(batches)
+                self.meter.step()
+                bar.update()
+                profiler.step()
+                self._after_step(stats, bar)
+        self.saver.wait()
+        if not self.results:  # there was nothing left to train
+            self._evaluate()
         self._finish()
         return self.results
+
+    def closing(self) -> "_Closing":
+        """Wait for a save under way when the block ends, however it ends."""
+        return _Closing(self)
+
+    def _try_step(self, batches: Iterator[list[Batch]]) -> StepStats:
+        """One optimizer step; a request to stop that comes inside it drops the step, saves and leaves."""
+        try:
+            return self._optimizer_step(next(batches))
+        except StopRequestedError:
+            self.optimizer.zero_grad()
+            self.norm_statistics.take_back()
+            if self.progress.saved < self.progress.step:
+                self._save()
+            self._leave()
+            raise  # not reached
 
     def _optimizer_step(self, batches: list[Batch]) -> StepStats:
         """One optimizer step over the micro-batches of one global batch."""
         accelerator, optimizer = self.accelerator, self.optimizer
-        before = accelerator.unwrap_model(self.method).before_step
-        for line in before(self.progress.step, batches, accelerator.reduce):
-            self.say(line)
+        method: Method = accelerator.unwrap_model(self.method)
+        for line in method.before_step(self.progress.step, batches, accelerator.reduce):
+            self.log(line)
         self.norm_statistics.keep()
         full_lr = self.config.optim.first_epoch_full_lr and self.progress.step < self.steps_per_epoch
         set_lr(optimizer, self._lr_factor(), self.config.optim.lr if full_lr else None)
         losses: list[Tensor] = []
         extras: dict[str, list[Tensor]] = {}
         for number, batch in enumerate(batches):
+            self._stop_inside_step(number)
             with accelerator.accumulate(self.method):
                 # dropout is a function of (seed, micro-batch), the same after resuming and at any number of processes
                 torch.manual_seed(random_key(self.config.seed, self.progress.step, self._position(number)))
@@ -161,28 +200,47 @@ class Trainer:
         if not stats.finite:
             self.norm_statistics.take_back()
         elif self.ema is not None:
-            self.ema.update_parameters(accelerator.unwrap_model(self.method).model)
+            self.ema.update_parameters(method.model)
         self._count_bad(stats, batches)
         self.progress.step += 1
         return stats
 
+    def _stop_inside_step(self, number: int) -> None:
+        """Raise StopRequestedError between micro-batches when the run is asked to stop.
+
+        One process can decide alone; several agree every `STOP_CHECK` micro-batches. FSDP and DeepSpeed finish the
+        step: what they have accumulated cannot be dropped.
+        """
+        if number == 0 or self.saver.writes_shards:
+            return
+        if self.accelerator.num_processes == 1:
+            stop = self.preemption.reason is not None
+        elif number % STOP_CHECK == 0:
+            asked = torch.tensor(float(self.preemption.reason is not None), device=self.accelerator.device)
+            stop = bool(self.accelerator.reduce(asked, reduction="sum") > 0)
+        else:
+            return
+        if stop:
+            raise StopRequestedError
+
     def _clip(self) -> Tensor:
-        """Norm of the whole gradient before clipping; the same on every process."""
+        """Clip the whole gradient; returns its norm before, the same on every process."""
         limit = self.config.optim.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.method.parameters(), math.inf if limit is None else limit)
-        if norm is None:  # DeepSpeed clips inside its step and may not say
+        if norm is None:  # DeepSpeed clips inside its step and may not return it
             return torch.zeros((), device=self.accelerator.device)
         return torch.as_tensor(norm, device=self.accelerator.device, dtype=torch.float32)
 
     def _reduce(self, losses: list[Tensor], norm: Tensor, extras: dict[str, list[Tensor]]) -> StepStats:
         stop = torch.full_like(norm, float(self.preemption.requested()))
+        failed = torch.full_like(norm, float(self.saver.failed))
         means = [torch.stack(values).float().mean() for values in extras.values()]
-        values = torch.stack([torch.stack(losses).float().mean(), norm, stop, *means])
-        loss, grad_norm, stop_share, *rest = self.accelerator.reduce(values, reduction="mean").tolist()
-        return StepStats(loss, grad_norm, stop_share > 0, dict(zip(extras, rest, strict=True)))
+        values = torch.stack([torch.stack(losses).float().mean(), norm, stop, failed, *means])
+        loss, grad_norm, stops, failures, *rest = self.accelerator.reduce(values, reduction="mean").tolist()
+        return StepStats(loss, grad_norm, stops > 0, failures > 0, dict(zip(extras, rest, strict=True)))
 
     def _count_bad(self, stats: StepStats, batches: list[Batch]) -> None:
-        """Count a step that was not finite, name its samples, and give up after too many in a row."""
+        """Count a step that was not finite, log its samples, and give up after too many in a row."""
         scaler = self.accelerator.scaler
         # fp16's scaler overflows now and then by design, until it has nothing left to scale down
         overflow = scaler is not None and math.isfinite(stats.loss) and not stats.finite and scaler.get_scale() >= 1
@@ -191,9 +249,10 @@ class Trainer:
             return
         step = self.progress.step + 1
         ids = [int(i) for batch in batches for i in self.accelerator.gather(batch.sample_id).tolist()]
-        self.say(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, samples {ids}")
-        self.history.add(step, {"skipped_samples": describe_samples(self.parts.dataset, ids)})
+        self.log(f"step {step}: loss {stats.loss}, gradient norm {stats.grad_norm}; the step is skipped, samples {ids}")
+        self.history.add(step, {"skipped_samples": describe_samples(self.components.dataset, ids)})
         if self.progress.bad_in_a_row >= self.config.train.max_bad_steps:
+            self.saver.wait()
             raise UserError(
                 f"{self.progress.bad_in_a_row} steps in a row were not finite; lower optim.lr, or use bf16 instead of "
                 f"fp16 (last good checkpoint: {self._last_good()})"
@@ -206,17 +265,23 @@ class Trainer:
     def _after_step(self, stats: StepStats, bar: tqdm) -> None:
         """Log, save, leave if asked, evaluate."""
         step, config = self.progress.step, self.config
-        bar.set_postfix(loss=f"{stats.loss:.4f}", lr=f"{self.optimizer.param_groups[0]['lr']:.1e}", refresh=False)
+        if stats.save_failed:
+            self.saver.wait()  # raises
+        lr = self.optimizer.param_groups[0]["lr"]
+        bar.set_postfix(loss=f"{stats.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
         if step % config.train.log_every == 0 or step == self.total_steps:
-            rate = {"lr_factor": self._lr_factor(step - 1)}
-            self._log({"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras})
+            rate = {"lr_factor": self._lr_factor(step - 1), "lr": lr, "epoch": step / self.steps_per_epoch}
+            values = {"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras, **self.meter.read()}
+            self._track(values)
+            if bar.disable:
+                self.log(log_line(step, self.total_steps, values))
         self._record()
         if stats.stop or self._falls_on(config.checkpoint.every_steps or self._evaluation_interval()):
             self._save()
         if stats.stop:
             self._leave()
         if self._evaluation_is_due():
-            self._evaluate_and_save()
+            self._evaluate_and_add_scores()
 
     def _falls_on(self, interval: int) -> bool:
         return self.progress.step % interval == 0 or self.progress.step == self.total_steps
@@ -229,14 +294,14 @@ class Trainer:
         progress = self.progress
         return (
             progress.evaluated < progress.step
-            and bool(self.parts.eval_loaders)
+            and bool(self.components.eval_loaders)
             and self._falls_on(self._evaluation_interval())
         )
 
     def _is_done(self) -> bool:
         patience = self.config.evaluation.patience
         if patience is not None and self.progress.worse_in_a_row >= patience:
-            self.say(f"no better {self.config.evaluation.best_metric} in {patience} evaluations: stopping early")
+            self.log(f"no better {self.config.evaluation.best_metric} in {patience} evaluations: stopping early")
             return True
         return self.progress.step >= self.total_steps
 
@@ -247,152 +312,80 @@ class Trainer:
                 self.progress.step, self.method, self.accelerator.reduce, self.accelerator.is_main_process
             )
             if row is not None:
-                self._log(row)
+                self._track(row)
 
-    def _evaluate_and_save(self) -> None:
-        """What is trained is saved first: neither a kill nor a request to stop during the evaluation costs a step."""
+    def _evaluate_and_add_scores(self) -> None:
+        """Save first, so that neither a kill nor a request to stop during the evaluation costs a step."""
         if self.progress.saved < self.progress.step:
             self._save()
-        with self.preemption.leaving_at_once(self._leave):
+        with self.preemption.leaving_at_once(self._leave, time_limit=True):
             self._evaluate()
-        self._save()  # with its scores
+        with self.meter.paused():
+            self.saver.wait()
+            on_main_process(self.accelerator, self._add_scores)
 
     def _evaluate(self) -> None:
         """Evaluate every split, and note the best metric."""
-        if not self.parts.eval_loaders:
+        if not self.components.eval_loaders:
             return
-        values, self.results = evaluate_splits(
-            self.accelerator, self._inference_model(), self.parts, self.config, self.progress.step
-        )
-        self._log(values)
-        self.progress.judge(best_value(self.results, list(self.parts.eval_loaders), self.config.evaluation))
+        step, splits = self.progress.step, list(self.components.eval_loaders)
+        with self.meter.paused():
+            model, config = self._inference_model(), self.config
+            values, self.results = evaluate_splits(self.accelerator, model, self.components, config, step)
+            self._track(values)
+            track_evaluation(self.accelerator, self.output, self.results, step)
+        value = best_value(self.results, splits, self.config.evaluation)
+        if hint := zero_score_hint(value, self.config, self.total_steps):
+            self.log(hint)
+        self.progress.log_lines = self.history.lines
+        self.progress.judge(value)
+
+    def _add_scores(self) -> None:
+        """Add the evaluation to its checkpoint; point `best` at it and push it if it is one."""
+        step = self.progress.step
+        path = self.output / checkpoints.checkpoint_name(step)
+        checkpoints.add_scores(path, self.progress.state_dict(), lambda file: write_results(file, self.results))
+        best = self.progress.best_step == step
+        if best:
+            checkpoints.point(self.output, "best", path)
+            checkpoints.prune(self.output, self.config.checkpoint.keep)
+        if self.publisher is not None and (best or self.config.hub.push == "last"):
+            self.publisher.submit(path)
 
     def _save(self) -> None:
-        step, progress = self.progress.step, self.progress
-        weights = model_weights(self.accelerator, self.method) if self.ema is None else self.ema.module.state_dict()
-        on_main_process(self.accelerator, lambda: check_weights(weights, step, self._last_good()))
-        results = [r for r in self.results if r.provenance["step"] == step]
-        progress.saved = step
-        path = checkpoints.save_checkpoint(
-            self.accelerator,
-            self.output,
-            step,
-            progress.state_dict(),
-            lambda folder: write_model_folder(folder, self.config, self.parts, weights, results),
-        )
-        if self.accelerator.is_main_process:
-            best = progress.best_step == step
-            if best:
-                checkpoints.point(self.output, "best", path)
-            if (
-                self.publisher is not None
-                and (best or self.config.hub.push == "last")
-                and not self._evaluation_is_due()
-            ):
-                self.publisher.submit(path)
-            checkpoints.prune(self.output, self.config.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+        progress, recorder = self.progress, self.recorder
+        progress.saved, progress.log_lines = progress.step, self.history.lines
+        progress.window = None if recorder is None else recorder.window(self.accelerator.reduce)
+        pushes = self.publisher is not None and self.config.hub.push == "last" and not self._evaluation_is_due()
+        submit = self.publisher.submit if pushes and self.publisher is not None else None
+        with self.meter.paused():
+            self.saver.save(progress.step, progress.state_dict(), submit)
 
-    def _start(self) -> None:
-        """Set the method up or resume, wrap for Accelerate, and log what will run."""
-        accelerator, config = self.accelerator, self.config
-        method = self.parts.method.to(accelerator.device)
-        if self.resume_from is None:
-            for line in method.setup(self._first_batches(), accelerator.reduce):
-                self.say(line)
-        groups, o = method.param_groups(config.optim.lr, config.optim.weight_decay), config.optim
-        optimizer = build_optimizer(groups, o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad)
-        self.ema = self._average(method.model)
-        # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
-        self.whole_model = copy.deepcopy(method.model) if is_sharded(accelerator) else None
-        self.recorder = method.recorder(self.parts.dataset, self.output, accelerator.device)
-        if method.before_step_needs_weights and is_sharded(accelerator):
-            raise UserError(
-                f"method {method.name} with these options needs whole weights between steps; "
-                "change them, or use DDP or ZeRO-1/2"
-            )
-        if config.train.compile:
-            method.compile()
-        check_shardable(accelerator, method)
-        self.method, self.optimizer = accelerator.prepare(method, optimizer)
-        skip_bad_steps(accelerator, self.optimizer)
-        self.norm_statistics = NormStatistics(accelerator.unwrap_model(self.method))
-        self.method.train()
-        if self.resume_from is not None:
-            self._resume(self.resume_from)
-        on_main_process(accelerator, lambda: write_config(config))
-        self.history = History(self.output / "log.jsonl", self.progress.step, enabled=accelerator.is_main_process)
-        start_trackers(accelerator, config, self.progress.step)
-        self.say(banner(config, self.parts, accelerator, self.plan, self.total_steps))
-
-    def _average(self, model: nn.Module) -> AveragedModel | None:
-        decay = self.config.train.ema_decay
-        if decay is None:
-            return None
-        if is_sharded(self.accelerator):
-            raise UserError("train.ema_decay needs whole weights on every process: use DDP, or leave it out")
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self.accelerator.register_for_checkpointing(average)
-        return average
-
-    def _resume(self, path: Path) -> None:
-        accelerator, saved = self.accelerator, checkpoints.load_trainer_state(path)
-        self.progress = self.progress.resumed(saved, str(path))
-        if saved["spread"] != self.progress.spread:
-            before, now = (" x ".join(map(str, spread)) for spread in (saved["spread"], self.progress.spread))
-            self.say(f"the run was spread {before} (processes x micro x accumulated) and goes on as {now}")
-            if accelerator.distributed_type == DistributedType.DEEPSPEED and saved["spread"][0] != self.plan.processes:
-                raise UserError(
-                    f"{path} was saved by DeepSpeed on {saved['spread'][0]} processes, and DeepSpeed resumes on that "
-                    f"many only; start as many, or start anew from {path}/model with --model.checkpoint"
-                )
-        accelerator.load_state(str(path / "state"))
-        accelerator.step = 0  # it counts micro-batches, of which a step may now have another number
-        if path.resolve().parent != self.output.resolve():
-            self.progress.best, self.progress.worse_in_a_row = -math.inf, 0  # the best one stays in its own folder
-        elif self.progress.best_step == self.progress.step and accelerator.is_main_process:
-            checkpoints.point(self.output, "best", path)  # a kill may have come between saving and pointing
-        self.say(f"going on from {path} at step {self.progress.step}")
+    def _write_model(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        check_weights(weights, int(self.progress.saved), self._last_good())
+        write_model_folder(folder, self.config, self.components, weights)
 
     def _steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of this process, one optimizer step's after the other."""
-        loader = build_train_loader(
-            self.parts.dataset,
-            self.config.data,
-            seed=self.config.seed,
-            global_batch_size=self.plan.samples,
-            micro_batch_size=self.plan.micro,
-            total_steps=self.total_steps,
+        return step_batches(
+            self.accelerator,
+            self.components.dataset,
+            self.config,
+            self.plan,
             first_step=self.progress.step,
+            total_steps=self.total_steps,
+            meter=self.meter,
+            preemption=self.preemption,
+            stop=self._stop_waiting,
         )
-        waiting: list[Batch] = []
-        normalization = self.parts.dataset.transform.normalization
-        for batch in self.accelerator.prepare_data_loader(loader):
-            waiting.append(normalise_batch(batch, normalization))
-            if len(waiting) == self.plan.accumulation:
-                yield waiting
-                waiting = []
 
-    def _first_batches(self) -> Iterator[Batch]:
-        """This process's share of the first samples of the run."""
-        sampler = build_sampler(
-            self.parts.dataset,
-            self.config.data,
-            seed=self.config.seed,
-            global_batch_size=max(SETUP_SAMPLES, self.plan.processes),
-            total_steps=1,
-        )
-        draws = list(sampler)[self.accelerator.process_index :: self.plan.processes]
-        for start in range(0, len(draws), self.plan.micro):
-            batch = collate([self.parts.dataset[draw] for draw in draws[start : start + self.plan.micro]])
-            batch = send_to_device(batch, self.accelerator.device)
-            yield normalise_batch(batch, self.parts.dataset.transform.normalization)
+    def _stop_waiting(self) -> None:
+        raise StopRequestedError
 
-    def _inference_model(self) -> nn.Module:
+    def _inference_model(self) -> torch.nn.Module:
         if self.ema is not None:
             return self.ema.module
         if self.whole_model is not None:
-            self.whole_model.load_state_dict(model_weights(self.accelerator, self.method))
+            self.whole_model.load_state_dict(self.saver.weights())
             return self.whole_model
         return self.accelerator.unwrap_model(self.method).model
 
@@ -412,25 +405,17 @@ class Trainer:
         """Which micro-batch of the global batch this process's `number`-th is."""
         return number * self.plan.processes + self.accelerator.process_index
 
-    def _count_steps(self) -> int:
-        if self.config.train.max_steps is not None:
-            return self.config.train.max_steps
-        if self.config.train.epochs is None:
-            raise UserError("give train.epochs or train.max_steps")
-        return max(1, self.config.train.epochs * len(self.parts.dataset) // self.plan.samples)
-
-    def _open_output(self) -> Path | None:
-        self.publisher = build_publisher(self.config.hub, self.say)
-        return prepare_output(self.config, self.say)
-
-    def _log(self, values: dict[str, float]) -> None:
+    def _track(self, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=self.progress.step)
         self.history.add(self.progress.step, values)
 
     def _leave(self) -> None:
-        self.say(
-            f"asked to stop ({self.preemption.reason or 'by another process'}): saved at step {self.progress.step}; "
-            f"the same command goes on from there"
+        """Leave once the save under way is complete; called from a signal handler during an evaluation."""
+        if fault := self.saver.join():
+            raise UserError(fault)
+        self.log(
+            f"asked to stop ({self.preemption.reason or 'by another process'}): saved at step {self.progress.saved}; "
+            f"rerun the same command to resume"
         )
         self.preemption.leave(self.output)
 
@@ -439,10 +424,25 @@ class Trainer:
         if self.results:
             folders = f"{self.output}/best/model and {folders}"
             best = f"; best {self.config.evaluation.best_metric} {p.best:.2f} at step {p.best_step}"
-        self.say(f"done: {p.step} steps, {p.skipped} skipped{best if self.results else ''}; {folders}")
+        self.log(f"done: {p.step} steps, {p.skipped} skipped{best if self.results else ''}; {folders}")
         if self.publisher is not None:
             final = self.output / self.config.hub.push
             self.publisher.finish(final, f"push it later: amltrain push {final} {self.config.hub.repo}")
 
-    def say(self, text: str) -> None:
-        say(self.accelerator, text)
+    def log(self, text: str) -> None:
+        """Print a line on the main process."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text)
+
+
+class _Closing:
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        fault = self.trainer.saver.join()
+        if fault and kind is not None:
+            self.trainer.log(f"WARNING: {fault}")

@@ -1,10 +1,10 @@
-"""Evaluation in the course of a run: every split scored, written down, drawn and said."""
+"""Evaluation during a run: score every split, write, draw and log the results."""
 
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
+from tqdm.auto import tqdm
 
 from amltrain.config.schema import EvaluationConfig, RunConfig
 from amltrain.errors import UserError, unknown_name
@@ -13,13 +13,12 @@ from amltrain.evaluation.metrics import list_metrics
 from amltrain.evaluation.results import Results, write_results
 from amltrain.evaluation.tables import table
 from amltrain.hub.model_folder import RESULTS_FILE
-from amltrain.training.build import Parts
+from amltrain.training.build import RunComponents
 from amltrain.training.checkpoint import checkpoint_name
-from amltrain.training.tracking import say
 
 
 def evaluate_splits(
-    accelerator: Accelerator, model: nn.Module, parts: Parts, config: RunConfig, step: int
+    accelerator: Accelerator, model: nn.Module, components: RunComponents, config: RunConfig, step: int
 ) -> tuple[dict[str, float], list[Results]]:
     """Score every split; the main process writes results.json and pictures. Returns `split/metric` -> percent, results.
 
@@ -37,31 +36,47 @@ def evaluate_splits(
     }
     pictures = config.evaluation.pictures
     scored = {
-        name: evaluate_model(accelerator, model, loader, parts.protocol, pictures=pictures, provenance=provenance)
-        for name, loader in parts.eval_loaders.items()
+        name: evaluate_model(accelerator, model, loader, components.protocol, pictures=pictures, provenance=provenance)
+        for name, loader in components.eval_loaders.items()
     }
     results = list(scored.values())
-    say(accelerator, f"step {step}\n{table(results)}")
     if accelerator.is_main_process:
-        write_results(Path(config.output) / RESULTS_FILE, results)
+        tqdm.write(f"step {step}\n{table(results)}")
+        write_results(config.folder / RESULTS_FILE, results)
         for name, result in scored.items():
             if result.predictions:
                 from amltrain.evaluation.pictures import prediction_sheet, save_picture  # matplotlib takes a second
 
                 picture = f"{checkpoint_name(step)}-{name.replace(':', '-')}.png"
-                sheet = prediction_sheet(result, parts.eval_loaders[name].dataset)
-                save_picture(sheet, Path(config.output) / "pictures" / picture)
+                sheet = prediction_sheet(result, components.eval_loaders[name].dataset)
+                save_picture(sheet, config.folder / "pictures" / picture)
     values = {f"{name}/{metric}": value for name, result in scored.items() for metric, value in result.metrics.items()}
     return values, results
 
 
-def check_best_metric(evaluation: EvaluationConfig, splits: list[str]) -> None:
-    """Refuse, before any training, a best_metric that no evaluation will give."""
-    split, _, metric = evaluation.best_metric.rpartition("/")
+def check_metric_name(evaluation: EvaluationConfig) -> None:
+    """Raise UserError for a best_metric that does not exist."""
+    metric = evaluation.best_metric.rpartition("/")[2]
     if metric not in list_metrics():
         raise unknown_name("evaluation.best_metric", metric, list_metrics())
+
+
+def check_best_metric(evaluation: EvaluationConfig, splits: list[str]) -> None:
+    """Raise UserError for a best_metric of a split that is not evaluated."""
+    split = evaluation.best_metric.rpartition("/")[0]
     if split and split not in splits:
         raise UserError(f"evaluation.best_metric names split {split!r}; evaluated are {', '.join(splits)}")
+
+
+def zero_score_hint(value: float, config: RunConfig, total_steps: int) -> str | None:
+    """A warning when the metric that chooses `best` is 0: such a checkpoint predicts nothing of use."""
+    if value > 0:
+        return None
+    return (
+        f"WARNING: {config.evaluation.best_metric} is {value:.2f}: the model predicts no referent yet. If it stays so, "
+        f"train longer than {total_steps:,} steps, or look at the learning rate (optim.lr {config.optim.lr:g}), the "
+        f"pretrained weights and OUTPUT/pictures"
+    )
 
 
 def best_value(results: list[Results], splits: list[str], evaluation: EvaluationConfig) -> float:

@@ -30,7 +30,7 @@ from amltrain.training.preemption import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 STEPS, SAVES_EVERY, EVALUATES_EVERY = 16, 4, 8
-SAVES = STEPS // SAVES_EVERY + STEPS // EVALUATES_EVERY
+SAVES, EVALUATIONS = STEPS // SAVES_EVERY, STEPS // EVALUATES_EVERY
 USER_ERROR = 2
 RUN = (
     *("--train.max_steps", str(STEPS), "--checkpoint.every_steps", str(SAVES_EVERY), "--checkpoint.keep", "2"),
@@ -95,7 +95,7 @@ class Trial:
             already = len(log.read_text(errors="replace"))
             code = self.start().finish()
             said = log.read_text(errors="replace")[already:]
-            resumed = re.search(r"going on from \S+ at step (\d+)", said)
+            resumed = re.search(r"resuming from \S+ at step (\d+)", said)
             self.lost.append(before - (int(resumed[1]) if resumed else 0))
             self.restarts += 1
             if code == 0:
@@ -110,6 +110,13 @@ def signalled(number: int, expected: int) -> Callable[[Trial], None]:
 def killed_in_save(moment: str) -> Callable[[Trial], None]:
     def harm(trial: Trial) -> None:
         trial.plant(partial(sabotage.kill_in_save, moment, trial.random.randint(2, SAVES)), -signal.SIGKILL)
+
+    return harm
+
+
+def killed_in_scoring(moment: str) -> Callable[[Trial], None]:
+    def harm(trial: Trial) -> None:
+        trial.plant(partial(sabotage.kill_in_save, moment, trial.random.randint(1, EVALUATIONS)), -signal.SIGKILL)
 
     return harm
 
@@ -184,9 +191,11 @@ def mislead(trial: Trial, checkpoint: Path) -> None:
 FAULTS: dict[str, Callable[[Trial], None]] = {
     "kill -9 in a step": signalled(signal.SIGKILL, -signal.SIGKILL),
     **{f"kill -9 in a save: {moment}": killed_in_save(moment) for moment in sabotage.SAVE_MOMENTS},
+    **{f"kill -9 while scores are added: {moment}": killed_in_scoring(moment) for moment in sabotage.SCORE_MOMENTS},
     "kill -9 in an evaluation": signalled_in_evaluation(signal.SIGKILL, -signal.SIGKILL),
     "SIGTERM": signalled(signal.SIGTERM, REQUEUE_EXIT_CODE),
     "SIGUSR1": signalled(signal.SIGUSR1, REQUEUE_EXIT_CODE),
+    "SIGHUP": signalled(signal.SIGHUP, REQUEUE_EXIT_CODE),
     "Ctrl-C": signalled(signal.SIGINT, CTRL_C_EXIT_CODE),
     "SIGTERM in an evaluation": signalled_in_evaluation(signal.SIGTERM, REQUEUE_EXIT_CODE),
     "time limit": out_of_time,

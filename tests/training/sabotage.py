@@ -19,6 +19,7 @@ from amltrain.training import trainer
 from amltrain.training.trainer import Trainer
 
 SAVE_MOMENTS = ("opened", "state written", "model written", "manifest written", "renamed", "linked", "pruned")
+SCORE_MOMENTS = ("scores written", "scored")
 
 
 def die() -> None:
@@ -27,17 +28,19 @@ def die() -> None:
 
 
 def kill_in_save(moment: str, number: int) -> None:
-    """Die in the `number`-th save (from 1) of the main process, right after `moment` of SAVE_MOMENTS."""
+    """Die in the `number`-th save (from 1) of the main process, after `moment` of SAVE_ or SCORE_MOMENTS."""
     owner, name = {
         "opened": (checkpoints, "_make_room"),
-        "state written": (checkpoints, "_finish"),
+        "state written": (trainer, "write_model_folder"),
         "model written": (trainer, "write_model_folder"),
         "manifest written": (checkpoints, "_rename"),
         "renamed": (checkpoints, "point"),
         "linked": (checkpoints, "prune"),
         "pruned": (checkpoints, "prune"),
+        "scores written": (checkpoints, "_replace_manifest"),
+        "scored": (checkpoints, "_replace_manifest"),
     }[moment]
-    after = moment in ("opened", "model written", "pruned")
+    after = moment in ("opened", "model written", "pruned", "scored")
     _on_call(owner, name, number, die, after=after)
 
 

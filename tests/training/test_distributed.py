@@ -92,7 +92,7 @@ def test_two_nodes_then_one_process_then_four(alone: Path, shapes: Path, tmp_pat
     assert (output / "requeue").is_file()
     runs.finished(shapes, output, *SPREAD, before=partial(sabotage.ask_to_stop, 7), expected=REQUEUE_EXIT_CODE)
     said = runs.finished(shapes, output, *SPREAD, processes=4)
-    assert "the run was spread 1 x 2 x 4 (processes x micro x accumulated) and goes on as 4 x 2 x 1" in said
+    assert "the run was spread 1 x 2 x 4 (processes x micro x accumulated) and continues as 4 x 2 x 1" in said
     compare(output, alone, loss=5e-5, weights=5e-3)
 
 

@@ -55,7 +55,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(
     victim = output / "step-000008" / "state" / "optimizer.bin"
     victim.write_bytes(victim.read_bytes()[:-100])
     runs.run(shapes, output)
-    assert "passing over a damaged checkpoint" in capsys.readouterr().out
+    assert "skipping a damaged checkpoint" in capsys.readouterr().out
     assert runs.same_weights(whole, output)
     assert checkpoints.find_fault(output / "last") is None
 
@@ -80,7 +80,7 @@ def test_the_best_stays_the_best(
     saved = checkpoints.load_trainer_state(Path("run/last"))
     runs.run(shapes, Path("run"), "--train.max_steps", "3", "--evaluation.every_steps", "1")
     resumed = checkpoints.load_trainer_state(Path("run/last"))
-    assert "going on from run/step-000002" in capsys.readouterr().out
+    assert "resuming from run/step-000002" in capsys.readouterr().out
     assert (resumed["best"], resumed["best_step"]) == (saved["best"], saved["best_step"])
     assert resumed["worse_in_a_row"] == saved["worse_in_a_row"] + 1
 
@@ -144,7 +144,7 @@ def test_on_another_number_of_processes(whole: Path, shapes: Path, tmp_path: Pat
     micro = ("--train.micro_batch_size", "2")
     said = runs.finished(shapes, output, *micro, "--train.max_steps", "8", "--train.time_limit", "0", processes=2,
                          expected=REQUEUE_EXIT_CODE)  # fmt: skip
-    assert "the run was spread 1 x 8 x 1 (processes x micro x accumulated) and goes on as 2 x 2 x 2" in said
+    assert "the run was spread 1 x 8 x 1 (processes x micro x accumulated) and continues as 2 x 2 x 2" in said
     assert checkpoints.step_of(output / "last") == 3
     runs.run(shapes, output, *micro)
     assert [entry["step"] for entry in runs.log(output) if "loss" in entry] == list(range(1, 9))

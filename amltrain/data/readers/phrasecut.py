@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from amltrain.data.annotations import Annotations, check_entry
-from amltrain.data.json_files import load_json, sha256
+from amltrain.data.json_files import load_json
 from amltrain.data.own import TableRow, build_annotations
 from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
+from amltrain.files import sha256
 
 
 def read_phrasecut(root: Path, name: str) -> Annotations:

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amltrain.data.annotations import Annotations, check_entry
-from amltrain.data.json_files import sha256
 from amltrain.data.own import TableRow, build_annotations
 from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError, first_line
+from amltrain.files import sha256
 
 _COLUMNS = ("image", "image_id", "file_name", "samples")
 

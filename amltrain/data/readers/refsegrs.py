@@ -9,10 +9,11 @@ Layout: the data set JessicaYuan/RefSegRS. Every line is a sample of its own; se
 from pathlib import Path
 
 from amltrain.data.annotations import Annotations, MaskFile
-from amltrain.data.json_files import read_bytes, sha256
+from amltrain.data.json_files import read_bytes
 from amltrain.data.own import TableRow, build_annotations
 from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
+from amltrain.files import sha256
 
 
 def read_refsegrs(root: Path, name: str) -> Annotations:

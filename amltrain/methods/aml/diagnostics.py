@@ -9,7 +9,6 @@ Sums stay on the device and are read once per row.
 
 import csv
 import io
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from amltrain.data.collate import collate
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.transforms import normalise_batch
+from amltrain.files import write_text
 from amltrain.methods.aml.pictures import FixedSamples, draw_alignment, plot_rows
 from amltrain.methods.aml.statistics import summarise
-from amltrain.methods.base import evaluating
+from amltrain.models.eval_mode import eval_mode
 from amltrain.records import Batch
 
 
@@ -43,6 +43,16 @@ class AlignmentDiagnostics:
         """Add one forward's sums, on the device."""
         sums = result["alignment"]
         self.sums = sums.clone() if self.sums is None else self.sums + sums
+
+    def window(self, reduce: Callable[[Tensor], Tensor] | None = None) -> list[list[float]] | None:
+        """The sums since the last row, over all ranks, as JSON values."""
+        if self.sums is None:
+            return None
+        return (self.sums if reduce is None else reduce(self.sums.clone())).tolist()
+
+    def restore(self, window: list[list[float]] | None, device: torch.device) -> None:
+        """Continue with the sums that `window` returned."""
+        self.sums = None if window is None else torch.tensor(window, device=device)
 
     def after_step(
         self,
@@ -90,13 +100,13 @@ def build_alignment_diagnostics(
 def forward_in_evaluation(method: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """One forward without dropout and without touching batch norms or the random state; through the wrapper, because
     sharded engines gather weights in forward only."""
-    with evaluating(method):
+    with eval_mode(method):
         return method(batch)
 
 
 def append_row(path: Path, row: Mapping[str, float]) -> list[dict[str, float]]:
     """Append to a CSV whose first column is `step`; rows of this step or later, left by a run that was resumed from an
-    earlier one, go. Written aside and renamed. Returns all rows."""
+    earlier one, go. Written atomically. Returns all rows."""
     rows: list[dict[str, float]] = []
     if path.is_file():
         with path.open(newline="") as file:
@@ -106,7 +116,5 @@ def append_row(path: Path, row: Mapping[str, float]) -> list[dict[str, float]]:
     writer = csv.DictWriter(text, fieldnames=list(row), restval="nan", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: f"{value:.6g}" for name, value in r.items()} for r in rows)
-    aside = path.with_suffix(".csv.partial")
-    aside.write_text(text.getvalue())
-    os.replace(aside, path)
+    write_text(path, text.getvalue())
     return rows

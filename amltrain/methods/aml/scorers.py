@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from amltrain.errors import UserError
 from amltrain.methods.aml.similarity import PatchScorer
 from amltrain.methods.aml.temperature import Calibration, solve_temperature
-from amltrain.methods.base import Reduce, evaluating
+from amltrain.methods.base import Reduce
 from amltrain.models.base import RISModel
+from amltrain.models.eval_mode import eval_mode
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 
@@ -89,7 +90,7 @@ def stage1(model: RISModel, device: str) -> Iterator[None]:
     A half-precision copy of a weight made without gradient must not be found again by autocast in stage 2.
     """
     uncached = torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
-    with torch.no_grad(), evaluating(model), uncached if torch.is_autocast_enabled(device) else nullcontext():
+    with torch.no_grad(), eval_mode(model), uncached if torch.is_autocast_enabled(device) else nullcontext():
         yield
 
 

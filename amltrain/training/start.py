@@ -1,0 +1,54 @@
+"""Starts a run: checks, processes, the output folder with its lock, the data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from amltrain.config.schema import RunConfig
+from amltrain.data.ensure import ensure_training_data
+from amltrain.hub.push import Publisher, build_publisher
+from amltrain.training.checks import check_before_data
+from amltrain.training.distributed import PREPARATION, BatchPlan, build_accelerator, on_main_process
+from amltrain.training.lock import OutputLock
+from amltrain.training.preemption import Preemption
+from amltrain.training.resume import check_shared, prepare_output
+
+
+class Start(NamedTuple):
+    """What a run knows before it builds anything. publisher: on the main process only, if it pushes."""
+
+    accelerator: Accelerator
+    plan: BatchPlan
+    resume_from: Path | None
+    publisher: Publisher | None
+
+
+@contextmanager
+def open_run(config: RunConfig, preemption: Preemption) -> Iterator[Start]:
+    """Check the config, connect the processes, lock the output folder and prepare data; undo the first two at the end.
+
+    A request to stop leaves at once: there is nothing to save yet. Raises UserError.
+    """
+    lock, publishers = OutputLock(config.folder), []
+    with preemption.leaving_at_once(lambda: preemption.leave(config.folder)):
+        check_before_data(config)
+        accelerator, plan = build_accelerator(config)
+    log = tqdm.write
+
+    def open_output() -> Path | None:
+        publishers.append(build_publisher(config.hub, log))
+        return prepare_output(config, log, lock)
+
+    try:
+        with preemption.leaving_at_once(lambda: preemption.leave(config.folder)):
+            resume_from = on_main_process(accelerator, open_output)
+            check_shared(accelerator, config.folder)
+            on_main_process(accelerator, lambda: ensure_training_data(config.data, log), wait=PREPARATION)
+        yield Start(accelerator, plan, resume_from, publishers[0] if publishers else None)
+    finally:
+        lock.release()
+        accelerator.end_training()

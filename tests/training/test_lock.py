@@ -1,0 +1,51 @@
+"""One run per output folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amltrain.errors import UserError
+from amltrain.training import lock as locks
+from amltrain.training.lock import LOCK_FILE, OutputLock
+
+
+def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = locks._identity() | {"pid": owner.pid, "started": locks._started(owner.pid)}
+    (tmp_path / LOCK_FILE).write_text(json.dumps(identity))
+    with pytest.raises(UserError, match=rf"in use by process {owner.pid} on {identity['host']}"):
+        OutputLock(tmp_path).acquire()
+    owner.kill()
+    owner.wait()
+    lock = OutputLock(tmp_path)
+    lock.acquire()  # its owner has ended
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("age", "refused"), [(10, True), (1000, False)])
+def test_a_lock_of_another_host_holds_while_it_is_renewed(tmp_path: Path, age: float, refused: bool) -> None:
+    path = tmp_path / LOCK_FILE
+    path.write_text(json.dumps({"host": "elsewhere", "pids": "", "pid": 1, "started": "1"}))
+    now = path.stat().st_mtime
+    os.utime(path, (now - age, now - age))
+    lock = OutputLock(tmp_path)
+    if refused:
+        with pytest.raises(UserError, match="process 1 on elsewhere"):
+            lock.acquire()
+    else:
+        lock.acquire()
+        lock.release()
+
+
+def test_a_lock_that_was_cut_off_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / LOCK_FILE).write_text("{")
+    lock = OutputLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert not list(tmp_path.iterdir())
