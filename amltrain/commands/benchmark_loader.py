@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from amltrain.commands.benchmark import hardware
+from amltrain.commands.benchmark_steps import hardware
 from amltrain.data.cache import PresizedImages, write_presized
 from amltrain.data.collate import collate
 from amltrain.data.dataset import Part, ReferDataset, read_sentences

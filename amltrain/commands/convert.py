@@ -12,13 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from amltrain.config.partial import override
 from amltrain.config.ranges import check_number
 from amltrain.config.schema import PreprocessOverrides
-from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import one_line_errors
-from amltrain.hub.convert import convert_official, summary
-from amltrain.models.registry import model_info
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_number("--max_tokens", args.max_tokens, 1, math.inf)
         check_number("--size", args.size, 1, math.inf)
+        from amltrain.config.partial import override
+        from amltrain.data.text import SentenceTokenizer  # this and the next two import torch
+        from amltrain.hub.convert import convert_official, summary
+        from amltrain.models.registry import model_info
+
         own = PreprocessOverrides(size=args.size, max_tokens=args.max_tokens)
         preprocess = override(model_info(args.model).preprocess, own)
         name = args.tokenizer or str(preprocess.tokenizer)

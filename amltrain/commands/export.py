@@ -13,8 +13,7 @@ from pathlib import Path
 
 from amltrain.config.ranges import ANY, check_number
 from amltrain.errors import UserError, one_line_errors
-from amltrain.export.folder import FORMATS, export_folder, table
-from amltrain.hub.model_folder import load_pretrained
+from amltrain.export import FORMATS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(args.output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder; choose another --output")
+        from amltrain.export.folder import export_folder, table  # imports torch
+        from amltrain.hub.model_folder import load_pretrained
+
         rows = export_folder(load_pretrained(args.checkpoint, revision=args.revision), folder, args.formats, args.runs)
         print(table(rows))
         for row in rows:

@@ -14,25 +14,9 @@ counted and named, and the others are still segmented.
 """
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Sequence
 
-import numpy as np
-from PIL import Image
-from pycocotools import mask as coco
-from tqdm.auto import tqdm
-
-from amltrain.commands.device import choose_device
-from amltrain.commands.images import find_images
-from amltrain.commands.predictions import PredictionFolder
-from amltrain.data.text import SentenceTokenizer
-from amltrain.errors import UserError, one_line_errors
-from amltrain.evaluation.visualize import OVERLAY_SIDE, overlay
-from amltrain.predictor import INSIDE, Precision, Predictor, Segmentation, read_image
-
-WRITES = ("masks", "overlays")
+from amltrain.errors import one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,147 +35,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sentences_file", help="text file with one sentence per line")
     parser.add_argument("--output", default="predictions", help="folder to write to (default: predictions)")
     parser.add_argument(
-        "--write", nargs="*", choices=WRITES, default=list(WRITES), help="pictures to write besides predictions.jsonl"
+        "--write",
+        nargs="*",
+        choices=["masks", "overlays"],
+        default=["masks", "overlays"],
+        help="pictures to write besides predictions.jsonl",
     )
     parser.add_argument(
         "--overlay_side",
         type=int,
-        default=OVERLAY_SIDE,
-        help=f"longest side of an overlay in pixels; 0 = the image's own (default: {OVERLAY_SIDE})",
+        default=1600,
+        help="longest side of an overlay in pixels; 0 = the image's own (default: %(default)s)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument(
-        "--mixed_precision", choices=get_args(Precision), default="no", help="half precision; no is fp32 (default)"
+        "--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="half precision; no is fp32 (default)"
     )
     parser.add_argument("--batch_size", type=int, default=8, help="sentences per forward pass (default: 8)")
     return parser
 
 
-def predict(
-    predictor: Predictor,
-    images: Sequence[str],
-    sentences: Sequence[str],
-    output: PredictionFolder,
-    *,
-    write: Sequence[str] = WRITES,
-    overlay_side: int | None = OVERLAY_SIDE,
-) -> list[str]:
-    """Segment every sentence in every image and write the results; return one message for each unreadable image."""
-    failures: list[str] = []
-    bar = tqdm(images, desc="predict", unit="image", leave=False, disable=len(images) < 2)
-    for path in bar:
-        try:
-            image = read_image(path)
-        except UserError as error:
-            failures.append(str(error))
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            continue
-        for sentence, segmentation in zip(sentences, predictor(image, sentences), strict=True):
-            files = _draw(image, sentence, segmentation, output, path, write, overlay_side)
-            output.add(row(path, sentence, segmentation) | files)
-            if len(images) == 1:
-                print(f'"{sentence}": {describe(segmentation)}' + (f" -> {files['mask']}" if "mask" in files else ""))
-    return failures
-
-
-def _draw(
-    image: Image.Image,
-    sentence: str,
-    segmentation: Segmentation,
-    output: PredictionFolder,
-    path: str,
-    write: Sequence[str],
-    side: int | None,
-) -> dict[str, str]:
-    """Write the pictures that are asked for; return their paths for the row."""
-    files: dict[str, str] = {}
-    if "masks" in write:
-        files["mask"] = output.save(Image.fromarray(segmentation.mask).convert("L"), "masks", path, sentence)
-    if "overlays" in write:
-        picture = overlay(image, segmentation.mask, sentence, describe(segmentation), side)
-        files["overlay"] = output.save(picture, "overlays", path, sentence)
-    return files
-
-
-def row(image: str, sentence: str, segmentation: Segmentation) -> dict[str, Any]:
-    """Return one line of predictions.jsonl; the mask is COCO's compressed RLE."""
-    rle = coco.encode(np.asfortranarray(segmentation.mask, dtype=np.uint8))
-    return {
-        "image": image,
-        "sentence": sentence,
-        "size": list(segmentation.mask.shape),
-        "rle": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode("ascii")},
-        "area": int(np.count_nonzero(segmentation.mask)),
-        "nothing": bool(segmentation.nothing),
-        "confidence": round(segmentation.confidence, 6),
-        "confidence_of": segmentation.confidence_of,
-    }
-
-
-def unread(tokenizer: SentenceTokenizer, sentence: str) -> Iterator[str]:
-    """Give a line for each reason why the model does not read a sentence as it was typed."""
-    if cut := tokenizer.cut(sentence):
-        yield f'"{sentence}" is cut after {tokenizer.max_tokens} tokens; not read: {cut}'
-    unknown = tokenizer.unknown(sentence)
-    if 2 * len(unknown) > len(sentence.split()):
-        yield f'"{sentence}": most of its words are not in the model\'s vocabulary: {" ".join(unknown)}'
-
-
-def describe(segmentation: Segmentation) -> str:
-    """Say in one phrase what was found, how much of the image it covers, and what the probability is of."""
-    sure = f"{segmentation.confidence_of} {segmentation.confidence:.2f}"
-    if segmentation.confidence_of == INSIDE:
-        return f"{100 * segmentation.mask.mean():.1f} % of the image, {sure}"
-    return f"nothing found, {sure}" if segmentation.nothing else f"no pixel passes the threshold, {sure}"
-
-
-def read_sentences(sentences: Sequence[str], file: str | None) -> list[str]:
-    """Join the sentences of the command line and of a file, each once, in order. Raises UserError if there is none."""
-    lines: list[str] = []
-    if file is not None:
-        try:
-            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"--sentences_file {file} cannot be read ({error}); give a UTF-8 text file") from error
-    found = list(dict.fromkeys([*sentences, *lines]))
-    if not found:
-        raise UserError("there is no sentence; give --sentence or --sentences_file")
-    if not all(sentence.strip() for sentence in found):
-        raise UserError("a sentence is empty; say what to look for")
-    return found
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        run(args)
+        from amltrain.commands import predict_images  # imports torch
 
-
-def run(args: argparse.Namespace) -> None:
-    """Check the arguments, load the model, and predict."""
-    if args.batch_size < 1 or args.overlay_side < 0:
-        raise UserError("--batch_size must be 1 or more, and --overlay_side 0 or more")
-    sentences = read_sentences(args.sentence, args.sentences_file)
-    images = find_images(args.image)
-    if len(images) == 1:
-        read_image(images[0])  # before the model is loaded
-    predictor = Predictor.from_pretrained(
-        args.checkpoint,
-        choose_device(args.device),
-        revision=args.revision,
-        batch_size=args.batch_size,
-        precision=args.mixed_precision,
-    )
-    for sentence in sentences:
-        for line in unread(predictor.tokenizer, sentence):
-            print(f"warning: {line}", file=sys.stderr)
-    with PredictionFolder(args.output, images, sentences, args.checkpoint) as output:
-        failures = predict(
-            predictor, images, sentences, output, write=args.write, overlay_side=args.overlay_side or None
-        )
-    if len(failures) == len(images):
-        raise UserError(f"none of the {len(images)} images could be read; the first: {failures[0]}")
-    if len(images) > 1:
-        print(f"{len(images) - len(failures)} images, {len(sentences)} sentences -> {output.rows_file}")
-    if failures:
-        print(f"{len(failures)} of {len(images)} images could not be read (named above)", file=sys.stderr)
+        predict_images.run(args)

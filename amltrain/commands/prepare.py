@@ -16,23 +16,10 @@ that a combined training leaves out. docs/data.md shows every form of mask and s
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from amltrain.config.schema import COMBINED
-from amltrain.data.ensure import available_cores
-from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
-from amltrain.data.manifest import describe, find_spec
-from amltrain.data.own import SHARES
-from amltrain.data.prepare import prepare, prepare_files
-from amltrain.data.readers import READERS
-from amltrain.data.refer import refer_paths
-from amltrain.data.specs import DATASETS, dataset_spec
-from amltrain.data.table import read_folder, read_table
-from amltrain.errors import UserError, one_line_errors
-
-GROUPS = {"combined": True, "combined-unfiltered": False}
-"""Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
-OWN = ("table", "folder", "hf")
+from amltrain.data.specs import DATASETS
+from amltrain.errors import one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -88,139 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepare what the arguments name and print the counts."""
     args = build_parser().parse_args(argv)
     with one_line_errors():
-        if not 0 <= args.max_skipped <= 1:
-            raise UserError(f"--max_skipped is {args.max_skipped}; it is a share of the expressions, from 0 to 1")
-        if args.workers is not None and args.workers < 1:
-            raise UserError(f"--workers is {args.workers}; it should be at least 1")
-        args.workers = args.workers or available_cores()
-        given = [f"--{source}" for source in OWN if getattr(args, source) is not None]
-        if len(given) + bool(args.dataset) != 1:
-            raise UserError("give one of --table, --folder, --hf (own data) and --dataset (published data sets)")
-        if given:
-            _prepare_own(args)
-        else:
-            _prepare_published(args)
+        from amltrain.commands import prepare_data  # imports torch and datasets
 
-
-def _prepare_own(args: argparse.Namespace) -> None:
-    if args.name is None:
-        raise UserError("give --name, under which every command will know the data set")
-    options: dict[str, Any] = {"mask_threshold": args.mask_threshold, "seed": args.seed}
-    options["shares"] = _shares(args.split_shares) if args.split_shares else SHARES
-    columns = dict(_pairs(args.columns, "--columns", "image=photo"))
-    with_columns = {**options, "columns": columns}
-    if args.table is not None:
-        images = args.images or args.table.parent
-        files = read_table(args.table, images, args.name, masks=args.masks, **with_columns)
-    elif args.folder is not None:
-        images = args.folder
-        files = read_folder(args.folder, args.name, **options)
-    else:
-        from amltrain.data.hf_table import read_hf  # imports datasets
-
-        images = args.output / "source" / args.name
-        files = read_hf(args.hf, images, args.name, **with_columns)
-    manifest = prepare_files(files, args.output, images, max_skipped=args.max_skipped, workers=args.workers)
-    print(describe(manifest))
-    _show_next(args.output, args.name)
-
-
-def _show_next(output: Path, name: str) -> None:
-    print(f"look at {output / name / 'rows.png'}: it shows some rows as they were read")
-
-
-def _pairs(entries: Sequence[str], flag: str, example: str) -> list[tuple[str, str]]:
-    pairs = [entry.partition("=") for entry in entries]
-    bad = next((entry for entry, pair in zip(entries, pairs, strict=True) if not pair[0] or not pair[2]), None)
-    if bad is not None:
-        raise UserError(f"{flag} {bad!r} should look like {example}")
-    return [(key, value) for key, _, value in pairs]
-
-
-def _shares(entries: Sequence[str]) -> dict[str, float]:
-    try:
-        return {split: float(share) for split, share in _pairs(entries, "--split_shares", "train=0.9")}
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--split_shares: {error}") from error
-
-
-def _prepare_published(args: argparse.Namespace) -> None:
-    names = list(dict.fromkeys(n for name in args.dataset for n in (COMBINED if name in GROUPS else [name])))
-    leak_filter = all(GROUPS.get(name, True) for name in args.dataset)
-    sources = _sources(names, args)
-    _check_options(names, args, leaves_out=len(names) > 1 and leak_filter)
-    _check_sources(names, sources, args.refer_root)
-    for name, source in zip(names, sources, strict=True):
-        if dataset_spec(name).shares_images:
-            print(f"note: {name} trains and evaluates on the same images; the umd split (refcocog) does not")
-        print(describe(_prepare(name, source, args)))
-        _show_next(args.output, name)
-    if len(names) > 1 and all("train" in dataset_spec(name).splits for name in names):
-        excluded = excluded_images(
-            str(args.output), names, also_held_out=args.also_held_out, held_out_ids=args.held_out_ids
-        )
-        path = combined_path(str(args.output), names, leak_filter)
-        print(write_combined_manifest(path, str(args.output), names, excluded if leak_filter else set()))
-
-
-def _sources(names: Sequence[str], args: argparse.Namespace) -> list[str | None]:
-    """For every data set where on the Hub it comes from; None = from refer_root."""
-    if args.hub is None:
-        if args.refer_root is None:
-            raise UserError("give --refer_root, the folder with the original files, or --hub")
-        return [None] * len(names)
-    if args.refer_root is not None:
-        raise UserError("--hub stands for --refer_root; leave one of them out (the images come from --image_root)")
-    if args.image_root is None:
-        raise UserError("--hub needs --image_root, the folder with COCO's train2014 images")
-    if len(args.hub) != len(names):
-        raise UserError(f"--hub names {len(args.hub)} sources for {len(names)} data sets ({', '.join(names)})")
-    return list(args.hub)
-
-
-def _check_options(names: Sequence[str], args: argparse.Namespace, *, leaves_out: bool) -> None:
-    """Raise UserError for what would fail after all the images were read, or would do nothing."""
-    held_out = "--held_out_ids" if args.held_out_ids else "--also_held_out" if args.also_held_out else None
-    if held_out and not leaves_out:
-        raise UserError(
-            f"{held_out} leaves images out of a combined training, and {' '.join(args.dataset)} is none that does; "
-            f"drop it, or for one data set give it to the training (data.{held_out[2:]})"
-        )
-    if args.held_out_ids:
-        read_image_ids(args.held_out_ids)
-    for name in args.also_held_out:
-        find_spec(name, str(args.output))
-        if name not in names and not any((args.output / name).glob("*.parquet")):
-            raise UserError(f"--also_held_out {name}: {args.output / name} is not prepared; prepare it first")
-
-
-def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_root: Path) -> None:
-    """Raise UserError unless every data set's annotations are there, before the first one's images are read."""
-    for name, source in zip(names, sources, strict=True):
-        spec = dataset_spec(name)
-        if source is None and spec.layout == "refer":
-            refer_paths(refer_root, name)
-        elif source is not None and spec.layout != "refer":
-            raise UserError(f"{name} is not read through --hub; give --refer_root, the folder with its files")
-        elif source is not None:
-            from amltrain.data.refer_hub import check_source  # imports torchvision
-
-            check_source(source)
-
-
-def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"max_skipped": args.max_skipped, "workers": args.workers}
-    layout = dataset_spec(name).layout
-    if source is None and layout == "refer":
-        return prepare(name, args.refer_root, args.output, image_root=args.image_root, **options)
-    if source is None:
-        files = READERS[layout](args.refer_root, name)
-        return prepare_files(files, args.output, args.image_root or args.refer_root, **options)
-    from amltrain.data.refer_hub import read_hub_schema  # imports torchvision
-
-    return prepare_files(read_hub_schema(source, name), args.output, args.image_root, **options)
+        prepare_data.run(args)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+FORMATS = ("torch", "onnx")
+
 
 def run_onnx_path() -> Path:
     """The script that goes into every exported folder."""

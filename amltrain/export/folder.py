@@ -21,7 +21,7 @@ import torch
 from amltrain import __version__
 from amltrain.data.transforms import MEAN_STD
 from amltrain.errors import UserError
-from amltrain.export import run_onnx_path
+from amltrain.export import FORMATS, run_onnx_path
 from amltrain.export.program import (
     INPUTS,
     Exportable,
@@ -33,7 +33,6 @@ from amltrain.export.program import (
 )
 from amltrain.hub.model_folder import Pretrained
 
-FORMATS = ("torch", "onnx")
 TOLERANCE = 1e-3
 """Largest difference from the PyTorch model, as a share of its largest output, that is accepted."""
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from amltrain.commands.benchmark import (
+from amltrain.commands.benchmark import main
+from amltrain.commands.benchmark_steps import (
     Contender,
     Timing,
     build_bench,
     contenders,
     count_flops,
-    main,
     stage_one_clock,
     summarise,
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from amltrain.commands.demo import Contender, build_page, launch, load_contenders
+from amltrain.commands.demo_page import Contender, build_page, launch, load_contenders
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.alignment import Aligner

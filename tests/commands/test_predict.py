@@ -9,7 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from amltrain.commands import predict as command
-from amltrain.commands.predict import describe, predict, read_sentences, unread
+from amltrain.commands import predict_images
+from amltrain.commands.predict_images import describe, predict, read_sentences, unread
 from amltrain.commands.predictions import PredictionFolder
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
@@ -85,4 +86,4 @@ def test_sentences_come_from_flags_and_a_file(tmp_path: Path) -> None:
 def test_bad_numbers_are_refused_first(flags: list[str]) -> None:
     args = command.build_parser().parse_args(["--checkpoint", "x", "--image", "y", "--sentence", "z", *flags])
     with pytest.raises(UserError, match="--batch_size must be"):
-        command.run(args)
+        predict_images.run(args)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from amltrain.commands.report import build_parser, find_source, report
+from amltrain.commands.report import build_parser
+from amltrain.commands.report_page import find_source, report
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import save_pretrained

@@ -10,7 +10,7 @@ import yaml
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from amltrain.commands.benchmark import random_batch
+from amltrain.commands.benchmark_steps import random_batch
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.registry import build_method

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.commands.benchmark import random_batch
+from amltrain.commands.benchmark_steps import random_batch
 from amltrain.config.schema import DataConfig, Preprocess
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_tokenizer, build_train_dataset
