@@ -25,6 +25,7 @@ COMMANDS = {
     "push": ("amltrain.commands.push", "publish a model on the Hugging Face Hub"),
     "convert": ("amltrain.commands.convert", "turn an official checkpoint into a model folder"),
     "benchmark": ("amltrain.commands.benchmark", "measure the cost of a training method"),
+    "methods": ("amltrain.commands.methods", "list the training methods and their options"),
     "augmentations": ("amltrain.commands.augmentations", "list the augmentations and their options"),
     "models": ("amltrain.commands.models", "list the registered models"),
     "configs": ("amltrain.commands.configs", "list, show and locate the shipped configs"),

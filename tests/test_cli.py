@@ -1,5 +1,6 @@
 """`amltrain COMMAND`: every command is found, and what is not understood is refused."""
 
+import subprocess
 import sys
 
 import pytest
@@ -25,3 +26,25 @@ def test_every_command_explains_itself_and_refuses_unknown_flags(monkeypatch, ca
 def test_an_unknown_command_suggests(monkeypatch, capsys) -> None:
     assert run(monkeypatch, "benchmarks") == 2
     assert capsys.readouterr().err == "error: unknown command 'benchmarks'; did you mean benchmark?\n"
+
+
+HELP_OF_EVERY_COMMAND = """
+import contextlib, io, sys
+from amltrain import cli
+for name in cli.COMMANDS:
+    sys.argv = ["amltrain", name, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            assert not stopped.code, name
+    assert "usage: amltrain " + name in shown.getvalue(), name
+    heavy = {"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)
+    assert not heavy, f"amltrain {name} --help imports {sorted(heavy)}"
+"""
+
+
+def test_help_imports_no_heavy_library() -> None:
+    """Each of them takes seconds to import; a command imports them after its arguments are parsed."""
+    ended = subprocess.run([sys.executable, "-c", HELP_OF_EVERY_COMMAND], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

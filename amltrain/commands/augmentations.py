@@ -10,12 +10,16 @@ from dataclasses import MISSING, fields
 from amltrain.data.augment import augmentation_entry, list_augmentations
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
+    return argparse.ArgumentParser(
         prog="amltrain augmentations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    build_parser().parse_args(arguments)
     for name in list_augmentations():
         options = augmentation_entry(name).options
         print(f"{name}: {(options.__doc__ or '').strip().splitlines()[0]}")

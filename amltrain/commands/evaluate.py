@@ -2,7 +2,7 @@
 
     amltrain evaluate --checkpoint runs/caris --splits all
     amltrain evaluate --predictions masks/ --preset lavt --data.datasets [refcoco] --splits val testA
-    accelerate launch launch/evaluate.py --checkpoint runs/caris --splits val testA
+    accelerate launch -m amltrain evaluate --checkpoint runs/caris --splits val testA
 
 Prints a table and adds its rows to OUTPUT/results.json, where no other row is lost. Beside it: the tables as Markdown,
 LaTeX and CSV, one row per sample as Parquet (samples/), and pictures. Scores are the same at any number of processes. A

@@ -1,7 +1,7 @@
 """What a run sets of AML: the section `aml`. Imports no torch, so that --help can show it quickly."""
 
 from amltrain.config.partial import Partial, partial_of
-from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.presets import PRESETS, resolve
 from amltrain.methods.aml.settings import AMLSettings
 from amltrain.methods.registry import register_options
 
@@ -10,6 +10,11 @@ from amltrain.methods.registry import register_options
 @partial_of(AMLSettings)
 class AMLOptions(Partial):
     """Alignment-aware masked learning (arXiv 2602.22740). null = the preset's value; the default preset is paper."""
+
+    @staticmethod
+    def presets() -> dict[str, AMLSettings]:
+        """Return the complete settings that `preset` stands for, by name."""
+        return PRESETS
 
     def check(self) -> None:
         """Raise UserError for values that cannot work, alone or together."""
