@@ -1,7 +1,7 @@
 """Publish prepared data as a HuggingFace Hub data set, with a card that shows every split and its pictures.
 
     amltrain push-data prepared user/my-data --private
-    accelerate launch launch/train.py --data.prepared user/my-data --data.datasets '[mine]'
+    amltrain train --data.prepared user/my-data --data.datasets '[mine]'
 
 Parquet files, manifests and the card are pushed; `source/` and everything else stays here. Rerun the same command after
 an interruption: files that the Hub has are not sent again. Check the licences of the images first.

@@ -4,9 +4,9 @@
 def maskris(model, loss, options, vocabulary) -> Method: ...
 
 Options are a dataclass whose fields all have defaults; they are the section of a run that bears the method's name. A
-`check()` on it raises UserError for values that cannot work, before any data is read; `presets()` returns named complete
-settings, which `amltrain methods NAME` shows. A method that is a folder may
-declare its options in `options.py` with `@register_options`, which then stays free of torch.
+`check()` on it raises UserError for values that cannot work, before any data is read. `presets()` on it returns named
+complete settings, which `amltrain methods NAME` shows. A method that is a folder may declare its options in
+`options.py` with `@register_options`, which then stays free of torch.
 """
 
 import importlib
