@@ -31,6 +31,8 @@ STAND_INS = {
     "configs/models/my_model_tiny.yaml": "configs/models/lavt_tiny.yaml",
     "RECIPE.yaml": "configs/recipes/paper/refcoco_aml.yaml",
     "SEED": "1",
+    "[mirror]": "[mosaic]",  # the augmentation that its page writes
+    "--mirror.probability": "--mosaic.probability",
 }
 
 
