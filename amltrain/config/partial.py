@@ -55,5 +55,5 @@ def override(complete: Complete, partial: Partial | None) -> Complete:
     """`complete` with every field that `partial` sets (is not None)."""
     if partial is None:
         return complete
-    values = {own.name: getattr(partial, own.name) for own in fields(partial)}  # type: ignore[arg-type]  # its subclasses are
+    values = {own.name: getattr(partial, own.name) for own in fields(partial)}
     return replace(complete, **{name: value for name, value in values.items() if value is not None})  # type: ignore[type-var]  # a dataclass

@@ -61,7 +61,7 @@ class DINOv2(nn.Module):
                 num_heads,
                 qkv_bias=True,
                 init_values=1.0,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # timm calls it, as it says elsewhere
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # timm takes any factory
             )
             for _ in range(depth)
         )

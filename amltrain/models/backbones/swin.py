@@ -55,7 +55,7 @@ class SwinBlock(SwinTransformerBlock):
         self.window, self.shift = window, shift
         self.attn_mask = None  # timm's is for one fixed size
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]  # takes the mask
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]  # also takes the mask
         """x [B, H, W, C]; mask of `shift_mask` at the padded size where the block shifts -> [B, H, W, C]."""
         x = x + self.drop_path1(self.attend(self.norm1(x), mask))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
