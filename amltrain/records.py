@@ -5,6 +5,7 @@ NamedTuples, because Accelerate moves and gathers them as they are (it does not 
 Dimensions: B batch, H W network input size, h w a feature map's size, L text tokens, C channels, K classes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -74,6 +75,20 @@ class Batch(NamedTuple):
     random_key: Tensor
     geometry: Tensor
     original_target: tuple[Tensor, ...] = ()
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is."""
+        return Batch(
+            image=change(self.image),
+            input_ids=change(self.input_ids),
+            text_mask=change(self.text_mask),
+            target=change(self.target),
+            no_target=change(self.no_target),
+            sample_id=change(self.sample_id),
+            random_key=change(self.random_key),
+            geometry=change(self.geometry),
+            original_target=self.original_target,
+        )
 
 
 class Features(NamedTuple):

@@ -99,11 +99,11 @@ def activation(args: argparse.Namespace) -> str:
     lines = ["| data set | sample | sentence | model | positive in truth | positive outside |"]
     lines.append("| -------- | -----: | -------- | ----- | ----------------: | ---------------: |")
     sets = {
-        m.name: loaders_of(args, data, m, run_protocol(m.pretrained.protocol, data, m.pretrained.protocol))
+        m.name: loaders_of(args, data, m, run_protocol(m.pretrained.protocol, data, ProtocolOverrides()))
         for m in models
     }
     for name in sets[models[0].name]:
-        dataset = sets[models[0].name][name].dataset
+        dataset: Any = sets[models[0].name][name].dataset
         count = min(args.count, len(dataset))
         chosen = [i * len(dataset) // count for i in range(count)]
         maps = {m.name: _evidence(accelerator, m, sets[m.name][name].dataset, chosen) for m in models}

@@ -14,6 +14,7 @@ from amltrain.commands.trained import trained_data
 from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ShapesConfig
 from amltrain.data.ensure import ensure_prepared
 from amltrain.data.loaders import build_eval_loaders, resolve_splits
+from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import Pretrained, load_pretrained
 
@@ -24,6 +25,7 @@ class Analysed(NamedTuple):
     name: str
     place: str
     pretrained: Pretrained
+    tokenizer: SentenceTokenizer
 
 
 def parse_models(models: Sequence[str]) -> dict[str, str]:
@@ -41,10 +43,12 @@ def parse_models(models: Sequence[str]) -> dict[str, str]:
 
 def load_models(models: Sequence[str]) -> list[Analysed]:
     """Load every model. Raises UserError for one without a tokenizer."""
-    found = [Analysed(name, place, load_pretrained(place)) for name, place in parse_models(models).items()]
-    for model in found:
-        if model.pretrained.tokenizer is None:
-            raise UserError(f"{model.place} has no tokenizer files; save or convert it again with a tokenizer")
+    found = []
+    for name, place in parse_models(models).items():
+        pretrained = load_pretrained(place)
+        if pretrained.tokenizer is None:
+            raise UserError(f"{place} has no tokenizer files; save or convert it again with a tokenizer")
+        found.append(Analysed(name, place, pretrained, pretrained.tokenizer))
     return found
 
 
@@ -70,10 +74,8 @@ def loaders_of(
 ) -> dict[str, DataLoader]:
     """A loader of the split for every data set, with the model's own preprocessing."""
     evaluation = EvaluationConfig(splits=[args.split], batch_size=args.batch_size, max_samples=args.max_samples)
-    pretrained = model.pretrained
-    return build_eval_loaders(
-        data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer, seed=args.seed, perturb=perturb
-    )
+    preprocess = model.pretrained.preprocess
+    return build_eval_loaders(data, preprocess, evaluation, protocol, model.tokenizer, seed=args.seed, perturb=perturb)
 
 
 def single_process(data: DataConfig) -> Accelerator:

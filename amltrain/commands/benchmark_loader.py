@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ from amltrain.data.segmentation import decode_rle
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import MEAN_STD, ImageTransform, Normalization, Resize, normalise
 from amltrain.errors import UserError, one_line_errors
+from amltrain.records import Batch
 
 Make = Callable[[list[int]], object]
 """Makes one batch of the samples with these indices."""
@@ -87,7 +89,7 @@ def contenders(rows: Rows, size: int, resize: Resize) -> dict[str, Make]:
         made["official-like"] = lambda chosen: _official_batch([files[i] for i in chosen], official, tokenizer)
     made["float"] = lambda chosen: _float_batch(pil, chosen, normalization)
     for name, source in (("pil", pil), ("torchvision", torchvision), ("presized", sized)):
-        made[name] = lambda chosen, source=source: collate([source[i] for i in chosen])  # type: ignore[misc]
+        made[name] = partial(_collated, source)
     return {name: _cycled(make, len(pil)) for name, make in made.items()}
 
 
@@ -130,12 +132,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _collated(source: ReferDataset, chosen: Sequence[int]) -> Batch:
+    return collate([source[i] for i in chosen])
+
+
 def _presized(rows: Rows, transform: ImageTransform) -> PresizedImages:
     """Presized images in a temporary folder that stays until the program ends."""
     folder = tempfile.TemporaryDirectory(prefix="presized-")
     written = write_presized(folder.name, "data", "split", rows, transform, progress=False)
     images = PresizedImages(written)
-    images.keep_alive = folder  # type: ignore[attr-defined]
+    images.keep_alive = folder  # type: ignore[attr-defined]  # deleted with the images
     return images
 
 

@@ -197,7 +197,7 @@ def random_batch(batch: int, size: int, tokens: int, vocab_size: int, device: to
         random_key=torch.tensor([random_key(0, 0, i) for i in range(batch)]),
         geometry=torch.tensor([[size, size, 1.0, 1.0, 0.0, 0.0]] * batch, dtype=torch.float64),
     )
-    return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in parts))
+    return parts.mapped(lambda part: part.to(device))
 
 
 def count_flops(model_name: str, size: int, configs: dict[str, Contender]) -> dict[str, float]:

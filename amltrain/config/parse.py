@@ -100,8 +100,12 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
     """jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|Option '([^']+)' is not accepted", message)
     nested = re.search(r"Group '([^']+)' does not accept (?:option|nested key) '([^']+)'", message)
-    if unknown or nested:
-        key = ".".join(nested.groups()) if nested else next(k for k in unknown.groups() if k)  # type: ignore[union-attr]
+    key: str | None = None
+    if nested:
+        key = ".".join(nested.groups())
+    elif unknown:
+        key = next(k for k in unknown.groups() if k)
+    if key is not None:
         keys = [action.dest for action in parser._actions if action.dest != "help"]
         close = find_option(key.split(".")[-1], sections) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
         return f"unknown key {key}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")

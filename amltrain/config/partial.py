@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 import docstring_parser
 
 Complete = TypeVar("Complete")
-Kind = TypeVar("Kind", bound="type[Partial]")
+Kind = TypeVar("Kind", bound="Partial")
 
 
 @dataclass
@@ -29,10 +29,10 @@ class Partial:
         def __getattr__(self, name: str) -> Any: ...
 
 
-def partial_of(complete: type) -> Callable[[Kind], Kind]:
+def partial_of(complete: type) -> Callable[[type[Kind]], type[Kind]]:
     """Give a subclass of `Partial` every field of the dataclass `complete`, optional and None by default."""
 
-    def fill(partial: Kind) -> Kind:
+    def fill(partial: type[Kind]) -> type[Kind]:
         hints, texts = get_type_hints(complete), help_texts(complete)
         lines = [(partial.__doc__ or "").strip(), ""]
         partial.__annotations__ = {own.name: hints[own.name] | None for own in fields(complete)}
@@ -55,5 +55,5 @@ def override(complete: Complete, partial: Partial | None) -> Complete:
     """`complete` with every field that `partial` sets (is not None)."""
     if partial is None:
         return complete
-    values = {own.name: getattr(partial, own.name) for own in fields(partial)}  # type: ignore[arg-type]
-    return replace(complete, **{name: value for name, value in values.items() if value is not None})  # type: ignore[type-var]
+    values = {own.name: getattr(partial, own.name) for own in fields(partial)}
+    return replace(complete, **{name: value for name, value in values.items() if value is not None})  # type: ignore[type-var]  # a dataclass

@@ -84,7 +84,7 @@ class PresizedImages:
         return {"folder": self.folder}  # another process maps the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(state["folder"])  # type: ignore[misc]  # of this class, which has no subclass
 
 
 def presized_folder(

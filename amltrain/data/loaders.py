@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -134,7 +135,7 @@ def build_train_loader(
         total_steps=total_steps,
         first_step=first_step,
     )
-    batches = BatchSampler(sampler, micro_batch_size, drop_last=False)  # type: ignore[arg-type]
+    batches = BatchSampler(sampler, micro_batch_size, drop_last=False)  # type: ignore[arg-type]  # of draws, not numbers
     return _loader(dataset, data.workers, batch_sampler=batches)
 
 
@@ -233,14 +234,14 @@ def _open_presized(
     return found
 
 
-def _loader(dataset: ReferDataset, workers: int, **batching: object) -> DataLoader:
+def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader:
     return DataLoader(
         dataset,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        **batching,  # type: ignore[arg-type]
+        **batching,
     )
 
 

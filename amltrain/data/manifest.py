@@ -54,13 +54,13 @@ def find_spec(name: str, prepared: str | None = None) -> DatasetSpec:
 def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
     """The spec that a manifest keeps. Raises UserError if it keeps none."""
     kept = manifest.get("spec")
-    fits = isinstance(kept, dict) and isinstance(kept.get("splits"), list)
-    if not fits or not all(isinstance(split, str) for split in kept["splits"]):
+    splits = kept.get("splits") if isinstance(kept, dict) else None
+    if kept is None or not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
         raise UserError(f"{place} does not state the splits of the data set; prepare it again")
     return DatasetSpec(
         folder=str(manifest.get("dataset", "")),
         split_by=str(kept.get("split_by", "")),
-        splits=tuple(kept["splits"]),
+        splits=tuple(splits),
         generalised=bool(kept.get("generalised")),
         shares_images=bool(kept.get("shares_images")),
         layout="table",

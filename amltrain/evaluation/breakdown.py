@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from amltrain.evaluation.analysis.figures import COLOURS, saved_figure
-from amltrain.evaluation.metrics import Kind, compute_scores, take
+from amltrain.evaluation.metrics import Kind, Ties, compute_scores, take
 from amltrain.evaluation.samples import scored_samples
 from amltrain.evaluation.tables import cell, markdown
 
@@ -52,7 +52,7 @@ def kinds_of(sentence: str) -> set[str]:
     return {name for name, pattern in KINDS.items() if pattern.search(sentence)} or {"plain"}
 
 
-def break_down(samples: pa.Table, ties: str, kind: Kind) -> dict[str, list[Group]]:
+def break_down(samples: pa.Table, ties: Ties, kind: Kind) -> dict[str, list[Group]]:
     """Scores by aspect: length, kind, size, distractors and category (each where the samples know it), groups in order.
 
     samples: as `read_samples` gives them. ties, kind: of the results' protocol.

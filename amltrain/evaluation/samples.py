@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amltrain.errors import UserError, first_line
-from amltrain.evaluation.metrics import Scored
+from amltrain.evaluation.metrics import Scored, Ties
 from amltrain.evaluation.results import Results
 
 FOLDER = "samples"
@@ -96,7 +96,13 @@ def read_samples(path: str | Path) -> pa.Table:
     return table
 
 
-def scored_samples(table: pa.Table, ties: str) -> Scored:
+def scored_samples(table: pa.Table, ties: Ties) -> Scored:
     """The columns that metrics need. ties: of the protocol."""
-    names = ("intersection", "union", "area", "no_target", "predicted_no_target")
-    return Scored(*(table.column(name).to_numpy() for name in names), ties=ties)  # type: ignore[arg-type]
+    return Scored(
+        intersection=table.column("intersection").to_numpy(),
+        union=table.column("union").to_numpy(),
+        area=table.column("area").to_numpy(),
+        no_target=table.column("no_target").to_numpy(),
+        predicted_no_target=table.column("predicted_no_target").to_numpy(),
+        ties=ties,
+    )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.hf_api import RepoFile
 
 from amltrain.data.data_card import CARD, data_card
 from amltrain.data.manifest import MANIFEST, read_manifest
@@ -82,7 +83,7 @@ def _checked_shards(folder: Path) -> list[Path]:
 def _hashes(api: HfApi, repo: str, revision: str | None) -> dict[str, str]:
     """SHA-256 of the large files in the repository, by name."""
     tree = api.list_repo_tree(repo, recursive=True, repo_type="dataset", revision=revision)
-    return {entry.path: entry.lfs.sha256 for entry in tree if getattr(entry, "lfs", None) is not None}
+    return {entry.path: entry.lfs.sha256 for entry in tree if isinstance(entry, RepoFile) and entry.lfs is not None}
 
 
 def _batches(shards: Sequence[Path]) -> Iterator[list[Path]]:

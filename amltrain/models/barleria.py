@@ -43,6 +43,7 @@ from amltrain.models.layers.cris_decoder import (
 )
 from amltrain.models.layers.flow import Flow
 from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
+from amltrain.models.layers.module_list import ModuleListOf
 from amltrain.models.layers.side_network import FUSED_BLOCKS, GateNorm, SideNetwork
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
@@ -119,9 +120,10 @@ class BarLeRIa(RISModel):
         self.prompts = nn.Sequential(
             nn.Linear(text.width, prompt_hidden), nn.ReLU(), nn.Linear(prompt_hidden, vision.width)
         )
-        for layer in (self.prompts[0], self.prompts[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for layer in self.prompts:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         self.side = SideNetwork(
             tower_dim=vision.width,
             text_dim=text.width,
@@ -178,7 +180,7 @@ class BarLeRIa(RISModel):
     ) -> AlignmentFeatures:
         """Both towers without prompts and flows, so `features` serve nothing here: [B, E, h, w] and [B, L, E]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
-        shared = tokens @ self.text.text_projection
+        shared = self.text.project(tokens)
         x, grid = self.vision.embed(self._padded(batch.image))
         code = self.vision.rotary(grid, 0)
         for i in range(len(self.vision.blocks)):
@@ -250,8 +252,8 @@ class BarLeRIa(RISModel):
         self.text.gradient_checkpointing = enabled
 
 
-def _flows(dim: int, blocks: int) -> nn.ModuleList:
-    return nn.ModuleList(nn.ModuleList((Flow(dim), Flow(dim))) for _ in range(blocks))
+def _flows(dim: int, blocks: int) -> "ModuleListOf[ModuleListOf[Flow]]":
+    return ModuleListOf(ModuleListOf((Flow(dim), Flow(dim))) for _ in range(blocks))
 
 
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:

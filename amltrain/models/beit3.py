@@ -103,14 +103,21 @@ class Block(nn.Module):
         return x + self.drop_path(self.ffn(self.final_layer_norm(x, split), split))
 
 
+class Positions(nn.Module):
+    """Position tables: A the image's, B the words'."""
+
+    def __init__(self, patches: int, text_positions: int, dim: int) -> None:
+        super().__init__()
+        self.A = nn.Embedding(1 + patches + FIRST_POSITION, dim)
+        self.B = nn.Embedding(text_positions, dim)
+
+
 class MultiwayEncoder(nn.Module):
     """Position tables, blocks and a last norm; the release's `encoder`."""
 
     def __init__(self, dim: int, depth: int, heads: int, patches: int, text_positions: int, drop_path: float) -> None:
         super().__init__()
-        self.embed_positions = nn.Module()
-        self.embed_positions.A = nn.Embedding(1 + patches + FIRST_POSITION, dim)
-        self.embed_positions.B = nn.Embedding(text_positions, dim)
+        self.embed_positions = Positions(patches, text_positions, dim)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.layers = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.layer_norm = Multiway(lambda: nn.LayerNorm(dim))

@@ -159,7 +159,7 @@ class CRIS(RISModel):
     ) -> AlignmentFeatures:
         """The pooled map [B, E, h, w] and the tokens in the shared space [B, L, E]."""
         features = self.encode(batch) if features is None else features
-        shared = features.text @ self.text.text_projection
+        shared = self.text.project(features.text)
         return AlignmentFeatures(features.visual[-1], shared, features.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:

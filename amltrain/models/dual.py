@@ -195,7 +195,7 @@ def _info(
     size: int,
     tokenizer: str,
     max_tokens: int,
-    normalization: Normalization,
+    normalization: Literal["imagenet", "clip", "half"],
     *,
     release: str,
     licence: str,
@@ -210,7 +210,7 @@ def _info(
         preprocess=Preprocess(
             size=size,
             resize="square",
-            normalization=normalization,  # type: ignore[arg-type]
+            normalization=normalization,
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             sentence_field="sent",

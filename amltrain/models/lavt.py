@@ -89,6 +89,7 @@ class LevelDecoder(nn.Module):
 class LAVT(EarlyFusionModel):
     """BERT, a Swin that reads it, and the decoder."""
 
+    backbone: LanguageSwin
     mask_channels = 2
     alignment_visuals = ("unimodal", "conditioned")
 

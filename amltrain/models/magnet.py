@@ -294,6 +294,7 @@ class MagNet(RISModel):
                     maps.append(mixed.permute(0, 3, 1, 2))
             if i < last:
                 read = self.text_fusion[i](text, x.flatten(1, 2), mask)
+                assert stage.downsample is not None  # only the last stage has none
                 x = stage.downsample(self.image_gates[i](x, whole))
                 text = self.text_gates[i](text, read)
         return x, text

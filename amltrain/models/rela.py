@@ -311,6 +311,7 @@ def rela_tiny(
     )
     # a mask is a sum over 100 regions: without pretrained weights it would start, and stay, far from zero
     last = model.region_decoder.mask_embed[-1]
+    assert isinstance(last, nn.Linear)
     with torch.no_grad():
         last.weight.mul_(0.02)
         last.bias.zero_()

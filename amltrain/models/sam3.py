@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from amltrain.config.schema import Preprocess, Protocol
@@ -59,7 +59,7 @@ class SAM3(RISModel):
 
     def __init__(
         self,
-        sam3: nn.Module,
+        sam3: Any,
         *,
         vision_tuning: Tuning = "frozen",
         text_tuning: Tuning = "frozen",
@@ -71,8 +71,8 @@ class SAM3(RISModel):
         vision_tuning, text_tuning: of the image and the text transformer; pyramid and heads always train.
         """
         super().__init__()
-        self.sam3: Any = sam3
-        config = self.sam3.config
+        self.sam3 = sam3
+        config = sam3.config
         self.image_size = int(config.image_size)
         width = int(config.detr_encoder_config.hidden_size)
         self.alignment_dims = self.fused_dims = (width, width)

@@ -187,7 +187,7 @@ def model_weights(accelerator: Accelerator, method: nn.Module) -> dict[str, Tens
 def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Let DeepSpeed, which steps inside its backward, look for NaN and Inf in full precision as well."""
     if _zero_stage(accelerator):
-        optimizer.optimizer.check_grad_overflow = True  # type: ignore[attr-defined]
+        optimizer.optimizer.check_grad_overflow = True  # type: ignore[attr-defined]  # DeepSpeed's own optimizer
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait: timedelta | None = None) -> Any:
@@ -206,6 +206,7 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait
     if waiting is None:
         broadcast_object_list(outcome)
     else:
+        assert not isinstance(waiting, int)  # a number stands for a process outside the group, and all are inside
         torch.distributed.broadcast_object_list(outcome, src=0, group=waiting)
         torch.distributed.destroy_process_group(waiting)
     if outcome[1] is not None:

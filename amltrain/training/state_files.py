@@ -165,7 +165,7 @@ class _Inert(dict):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__()
 
-    def __hash__(self) -> int:  # type: ignore[override]
+    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none
         return id(self)
 
     def __setstate__(self, state: Any) -> None:

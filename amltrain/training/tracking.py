@@ -37,7 +37,8 @@ def banner(
     counts = components.dataset.counts()
     epochs = total_steps * plan.samples / len(components.dataset)
     p = components.preprocess
-    splits = [f"{name} ({len(loader.dataset):,})" for name, loader in components.eval_loaders.items()]  # type: ignore
+    sets: dict[str, Any] = {name: loader.dataset for name, loader in components.eval_loaders.items()}
+    splits = [f"{name} ({len(dataset):,})" for name, dataset in sets.items()]
     precision = precision_of(accelerator).replace("no", "fp32")
     if accelerator.device.type == "cuda":
         precision += f", TF32 {'on' if config.train.tf32 else 'off'}"

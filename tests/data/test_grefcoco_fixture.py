@@ -82,7 +82,8 @@ def test_masks_at_network_size_differ_at_edges_only(
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_images_and_tokens(fixture: Path, expected: dict[str, list[dict[str, Any]]], split: str) -> None:
-    """What the release's mapper hands its model: pixels to the bit before normalisation, tokens cut to 20."""
+    """What the official mapper gives its model: the same tokens, and pixels within the one grey level by which JPEG
+    decoders of different libjpeg versions differ."""
     mapped = load_file(fixture / "mapper_expected.safetensors")
     tokenizer = SentenceTokenizer.load(fixture / "vocab", 20)
     transform = ImageTransform(96, "square", "imagenet")
@@ -94,4 +95,4 @@ def test_images_and_tokens(fixture: Path, expected: dict[str, list[dict[str, Any
         pixels = mapped[f"{split}.{index}.image"].float()
         mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
         normalised = (pixels - mean[:, None, None]) / std[:, None, None]
-        torch.testing.assert_close(normalise(transform(picture, None).image, "imagenet"), normalised, rtol=0, atol=1e-5)
+        torch.testing.assert_close(normalise(transform(picture, None).image, "imagenet"), normalised, rtol=0, atol=1.01 / 57)

@@ -205,7 +205,7 @@ def test_split_names() -> None:
         ({"train_split": "testC"}, "has no split 'testC'"),
         ({"datasets": ["refcoco", "refshapes"]}, "no refcoco/train"),
         ({"datasets": ["refcoco-unk"]}, "has no split by"),
-        ({"prepared": "not-there"}, "prepare_data"),
+        ({"prepared": "not-there"}, "amltrain prepare"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

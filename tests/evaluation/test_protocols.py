@@ -18,15 +18,18 @@ def test_a_release_scores_all_its_models_alike(name: str) -> None:
 def test_every_release_has_a_preset() -> None:
     assert sorted(PROTOCOLS) == [
         "barleria",
+        "beit3",
         "caris",
         "cgformer",
         "cris",
         "detris",
+        "dual",
         "etris",
         "lavt",
         "magnet",
         "rela",
         "remamber",
+        "sam3",
     ]
     assert {name for name, protocol in PROTOCOLS.items() if protocol.mask_parts == "exclusive"} == {
         "lavt",

@@ -47,7 +47,7 @@ def stage1_agreement(
     masks = [
         torch.cat([maskers[0].blocks(s, b) for s, b in zip(scores, batches, strict=True)]) for scores in (full, small)
     ]
-    grid = small[0].shape[-2:]
+    grid = (small[0].shape[-2], small[0].shape[-1])
     coarse = torch.cat([F.adaptive_avg_pool2d(scores[:, None], grid)[:, 0] for scores in full])
     pair = torch.stack([coarse.flatten(), torch.cat(small).flatten()])
     both, either = (masks[0] & masks[1]).sum(), (masks[0] | masks[1]).sum()

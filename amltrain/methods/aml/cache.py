@@ -32,7 +32,7 @@ class ScoreCache:
         missing = [i for i, key in enumerate(keys) if key not in self.known]
         if missing:
             rows = torch.tensor(missing, device=batch.image.device)
-            fresh = compute(Batch(*(part[rows] if isinstance(part, Tensor) else part for part in batch)))
+            fresh = compute(batch.mapped(lambda part: part[rows]))
             for i, scores in zip(missing, fresh.half().cpu(), strict=True):
                 self.known[keys[i]] = scores.clone()
         return torch.stack([self.known[key] for key in keys]).to(batch.image.device).float()

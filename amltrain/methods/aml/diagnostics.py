@@ -90,8 +90,7 @@ def build_alignment_diagnostics(
     indices = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
     batch = collate([dataset[i] for i in indices])
     images = [dataset.transform.denormalise(image) for image in batch.image]
-    moved = Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
-    moved = normalise_batch(moved, dataset.transform.normalization)
+    moved = normalise_batch(batch.mapped(lambda part: part.to(device)), dataset.transform.normalization)
     samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices])
     return AlignmentDiagnostics(folder, every_steps, samples, block=block)
 

@@ -125,7 +125,7 @@ class AML(Method):
         if not scores.requires_grad:
             return masked
         below = ((self.masker.tau - scores) / SOFT_GATE_WIDTH).sigmoid()
-        soft = F.adaptive_avg_pool2d(below[:, None], blocks.shape[-2:])[:, 0]
+        soft = F.adaptive_avg_pool2d(below[:, None], (blocks.shape[-2], blocks.shape[-1]))[:, 0]
         gate = spread_blocks(soft - soft.detach(), (image.shape[-2], image.shape[-1]), block)
         return masked - image * gate[:, None]
 

@@ -40,7 +40,7 @@ class EarlyScorer(PatchScorer):
             scored = model.alignment_features(batch, features, text=self.text, visual=self.visual)
         return AlignmentFeatures(*(part.detach() for part in scored))  # given features carry gradient
 
-    def forward(  # type: ignore[override]  # the features are found here
+    def forward(  # type: ignore[override]  # finds the features itself
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> Tensor:
         """Scores [B, h, w] float32 in [1/L, 1]; without gradient but for a learnable projection."""

@@ -62,6 +62,10 @@ class RandomProjection(nn.Module):
     explicit: keep the two matrices and project both sides to D, as the paper writes it. Same scores, more work.
     """
 
+    visual: Tensor
+    text: Tensor
+    form: Tensor
+
     def __init__(
         self, visual_dim: int, text_dim: int, *, dim: int = 2048, seed: int = 0, explicit: bool = False
     ) -> None:
@@ -100,6 +104,9 @@ class LinearProjection(nn.Module):
     PyTorch's default initialisation with bias, U(-1/sqrt(C_t), 1/sqrt(C_t)). The public code lists the map among its
     trained parameters, but no gradient ever reaches it.
     """
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, visual_dim: int, text_dim: int, *, seed: int = 0) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def alignment_sums(scores: Tensor, blocks: Tensor, target: Tensor, block: int) -
     """
     scores = scores.detach().float()
     referent = target.float() / 255
-    inside = F.adaptive_avg_pool2d(referent[:, None], scores.shape[-2:])[:, 0]
+    inside = F.adaptive_avg_pool2d(referent[:, None], (scores.shape[-2], scores.shape[-1]))[:, 0]
     masked = spread_blocks(blocks.detach(), (target.shape[-2], target.shape[-1]), block)
     patches, pixels = (torch.full_like(scores[0, 0, 0], float(part.numel())) for part in (scores, target))
     area = inside.sum()

@@ -22,6 +22,7 @@ from transformers import CLIPTextModelWithProjection
 from amltrain.errors import UserError
 from amltrain.models.backbones.torchscript import is_torchscript, read_torchscript
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+from amltrain.models.layers.module_list import ModuleListOf
 
 OFFICIAL_NAMES = [
     (r"\btransformer\.resblocks\.", "blocks."),
@@ -97,7 +98,7 @@ class CLIPText(nn.Module):
         self.pad_id, self.masks_padding = pad_id, masks_padding
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(max_positions, width))
-        self.blocks = nn.ModuleList(CLIPBlock(width, heads, gelu=gelu) for _ in range(layers))
+        self.blocks = ModuleListOf(CLIPBlock(width, heads, gelu=gelu) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = None if embed_dim is None else nn.Parameter(torch.empty(width, embed_dim))
         if embed_dim is not None:
@@ -172,7 +173,11 @@ class CLIPText(nn.Module):
         tokens = self.ln_final(x)
         last = (text_mask.sum(dim=1) - 1).clamp(min=0)
         sentence = tokens[torch.arange(len(last), device=x.device), last]
-        return tokens, sentence if self.text_projection is None else sentence @ self.text_projection
+        return tokens, self.project(sentence)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features [..., W] in CLIP's shared space [..., E]; as they are where this tower has no projection."""
+        return features if self.text_projection is None else features @ self.text_projection
 
     def _recomputed(self, function: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and self.training:

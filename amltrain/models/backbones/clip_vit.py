@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, Between, CLIPBlock
 from amltrain.models.backbones.torchscript import is_torchscript, read_torchscript
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict, timm_state
+from amltrain.models.layers.module_list import ModuleListOf
 
 OFFICIAL_VIT_NAMES = [(r"^vision\.conv1\.", "vision.patch_embed."), *OFFICIAL_NAMES]
 """OpenAI's key names, after "visual." became "vision.", to ours: rules for `re.sub`."""
@@ -57,7 +58,7 @@ class CLIPViT(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(width) / width**0.5)
         self.positional_embedding = nn.Parameter(torch.randn(1 + table_size**2, width) / width**0.5)
         self.ln_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(CLIPBlock(width, heads) for _ in range(layers))
+        self.blocks = ModuleListOf(CLIPBlock(width, heads) for _ in range(layers))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.randn(width, embed_dim) / width**0.5)
         self.gradient_checkpointing = False
@@ -89,11 +90,12 @@ class CLIPViT(nn.Module):
         x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
         return self.ln_pre(x + resample(self.positional_embedding, grid)), grid
 
-    def rotary(self, grid: tuple[int, int], inserted: int) -> None:
+    def rotary(self, grid: tuple[int, int], inserted: int) -> Tensor | None:
         """No rotary code: the table is all that tells positions."""
+        return None
 
-    def read(self, index: int, x: Tensor, code: None) -> Tensor:
-        """What the attention of block `index` adds to the stream."""
+    def read(self, index: int, x: Tensor, code: Tensor | None) -> Tensor:
+        """What the attention of block `index` adds to the stream. code: None, as `rotary` gives it."""
         return self.blocks[index].read(x)
 
     def finish(self, patches: Tensor) -> Tensor:

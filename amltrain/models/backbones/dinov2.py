@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict, timm_state
+from amltrain.models.layers.module_list import ModuleListOf
 
 Adapter = Callable[[Tensor, tuple[int, int]], Tensor]
 """(normed tokens [B, N, C], (h, w)) -> what is added to the block's MLP output, [B, N, C]."""
@@ -54,13 +55,13 @@ class DINOv2(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + table_size**2, embed_dim))
         # pretraining's stand-in for hidden patches: in the official file, read by nothing here
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleListOf(
             Block(
                 embed_dim,
                 num_heads,
                 qkv_bias=True,
                 init_values=1.0,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # timm takes any factory
             )
             for _ in range(depth)
         )

@@ -7,12 +7,15 @@ Dimensions: B batch, P inserted tokens, N patches, C width, E width of the space
 """
 
 from functools import partial
+from typing import cast
 
 import torch
-from timm.models.eva import Eva
+from timm.layers import RotaryEmbeddingCat
+from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
 from amltrain.models.backbones.clip_vit import resample
+from amltrain.models.layers.module_list import ModuleListOf
 
 OFFICIAL_EVA_NAMES = [
     (r"^vision\.(blocks\.\d+)\.attn\.inner_attn_ln\.", r"vision.\1.attn.norm."),
@@ -67,27 +70,31 @@ class EvaCLIPViT(nn.Module):
         self.eva.norm = nn.Identity()
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        return self.eva.blocks
+    def blocks(self) -> "ModuleListOf[EvaBlock]":
+        return cast("ModuleListOf[EvaBlock]", self.eva.blocks)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """image [B, 3, H, W], sides multiples of the patch -> class token and patches [B, 1 + N, C], and the grid."""
+        cls_token, pos_embed = self.eva.cls_token, self.eva.pos_embed
+        assert cls_token is not None and pos_embed is not None  # Eva was built with both
         patches = self.eva.patch_embed.proj(image)
         grid = (patches.shape[-2], patches.shape[-1])
-        first = self.eva.cls_token.expand(len(image), -1, -1)
+        first = cls_token.expand(len(image), -1, -1)
         x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
-        return x + resample(self.eva.pos_embed[0], grid), grid
+        return x + resample(pos_embed[0], grid), grid
 
     def rotary(self, grid: tuple[int, int], inserted: int) -> Tensor:
         """Rotary code of everything but the class token; inserted tokens are not turned. [P + N, 2 C / heads]."""
-        code = self.eva.rope.get_embed(shape=list(grid))
+        rope = self.eva.rope
+        assert isinstance(rope, RotaryEmbeddingCat)  # Eva was built with it
+        code = rope.get_embed(shape=list(grid))
         sine, cosine = code.chunk(2, dim=-1)
         still = torch.cat([sine.new_zeros(inserted, sine.shape[-1]), cosine.new_ones(inserted, cosine.shape[-1])], -1)
         return torch.cat([still, code])
 
     def read(self, index: int, x: Tensor, code: Tensor | None) -> Tensor:
         """What the attention of block `index` adds to the stream."""
-        block = self.eva.blocks[index]
+        block = self.blocks[index]
         return block.attn(block.norm1(x), rope=code)
 
     def finish(self, patches: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, win
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from amltrain.models.layers.module_list import ModuleListOf
+
 
 def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
     """What may attend to what in shifted windows of a padded map: 0, or -100 between parts that were not neighbours.
@@ -53,7 +55,7 @@ class SwinBlock(SwinTransformerBlock):
         self.window, self.shift = window, shift
         self.attn_mask = None  # timm's is for one fixed size
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]  # also takes the mask
         """x [B, H, W, C]; mask of `shift_mask` at the padded size where the block shifts -> [B, H, W, C]."""
         x = x + self.drop_path1(self.attend(self.norm1(x), mask))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -80,7 +82,7 @@ class SwinStage(nn.Module):
     ) -> None:
         super().__init__()
         self.window, self.shift = window, window // 2
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleListOf(
             SwinBlock(dim, num_heads, window, self.shift if i % 2 else 0, drop_path[i]) for i in range(depth)
         )
         self.downsample = PatchMerging(dim) if merge else None
@@ -124,7 +126,7 @@ class Swin(nn.Module):
             dynamic_img_pad=True,
         )
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
-        self.layers = nn.ModuleList()
+        self.layers: ModuleListOf[SwinStage] = ModuleListOf()
         for i, depth in enumerate(depths):
             first = sum(depths[:i])
             self.layers.append(

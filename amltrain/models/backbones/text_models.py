@@ -112,7 +112,7 @@ class TextModel(nn.Module):
         """input_ids [B, L] int64, text_mask [B, L] bool (True = a real token) -> last hidden states [B, L, C]."""
         if self.model_type != "clip_text_model":  # CLIP is causal: padding is never read
             input_ids = input_ids.masked_fill(~text_mask, self.pad_token_id)
-        inner = self.model.text_model if self.causal else self.model
+        inner = self.model.get_submodule("text_model") if self.causal else self.model
         mask = None if self.reads_padding else self._mask(text_mask)
         return inner(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
@@ -221,7 +221,7 @@ def _construct(config: PretrainedConfig) -> PreTrainedModel:
         "siglip_text_model": SiglipTextModel,
         "t5": T5EncoderModel,
     }
-    kind = special.get(config.model_type)
+    kind: Any = special.get(config.model_type)
     if kind is None:
         kind = AutoModel._model_mapping[type(config)]
     if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:

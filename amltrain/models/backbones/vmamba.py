@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amltrain.errors import UserError
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+from amltrain.models.layers.module_list import ModuleListOf
 from amltrain.models.layers.selective_scan import SelectiveScan
 
 
@@ -96,7 +97,7 @@ class VMamba(nn.Module):
         self.channels = tuple(embed_dim * 2**i for i in range(len(depths)))
         self.patch_embed = Stem(embed_dim)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
-        self.layers = nn.ModuleList()
+        self.layers: ModuleListOf[Stage] = ModuleListOf()
         for i, depth in enumerate(depths):
             first = sum(depths[:i])
             self.layers.append(Stage(self.channels[i], rates[first : first + depth], downsample=i + 1 < len(depths)))

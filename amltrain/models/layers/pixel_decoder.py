@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.models.layers.deformable import DeformableEncoderLayer
+from amltrain.models.layers.module_list import ModuleListOf
 from amltrain.models.layers.position import cell_centres, sine_position
 
 
@@ -26,14 +27,16 @@ class DeformableEncoder(nn.Module):
             nn.Sequential(nn.Conv2d(width, dim, 1), nn.GroupNorm(32, dim)) for width in in_dims
         )
         self.level_embed = nn.Parameter(torch.randn(len(in_dims), dim))
-        self.layers = nn.ModuleList(
+        self.layers = ModuleListOf(
             DeformableEncoderLayer(dim, feedforward, heads=heads, levels=len(in_dims)) for _ in range(layers)
         )
 
     def reset_parameters(self) -> None:
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
+        for module in self.input_proj.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for layer in self.layers:
             for linear in (layer.linear1, layer.linear2):
                 nn.init.xavier_uniform_(linear.weight)
@@ -80,9 +83,11 @@ class PixelDecoder(DeformableEncoder):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for convolution in (self.lateral[0], self.merge[0], self.mask_features):
-            nn.init.kaiming_uniform_(convolution.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
+        for module in (*self.lateral, *self.merge, self.mask_features):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """maps: [B, C_i, h_i, w_i] at strides 4, 8, 16, 32 -> mask features [B, M, h, w] at stride 4, and the encoded

@@ -29,7 +29,7 @@ def cuda_kernel() -> Scan | None:
     """Return `mamba_ssm`'s compiled scan, or None where the package is not installed."""
     if find_spec("mamba_ssm") is None:
         return None
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # type: ignore[import-not-found]
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     def scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
         return selective_scan_fn(u, delta, a, b, c, d, delta_bias=bias, delta_softplus=True)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
+from amltrain.models.layers.module_list import ModuleListOf
+
 FUSED_BLOCKS = (0, 3, 6, 9)
 """After which blocks of the image tower its patches are read."""
 
@@ -106,7 +108,7 @@ class SideNetwork(nn.Module):
         self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, table_size**2, dim))
         self.blocks = nn.ModuleList(LedBlock(dim, heads) for _ in range(depth))
-        self.feedback = nn.ModuleList(Feedback(dim) for _ in range(depth))
+        self.feedback = ModuleListOf(Feedback(dim) for _ in range(depth))
         self.readings = nn.ModuleList(ReadTower(tower_dim, dim) for _ in FUSED_BLOCKS)
         trunc_normal_(self.pos_embed, std=0.02)
         for module in (*self.blocks.modules(), *self.feedback.modules()):

@@ -11,6 +11,7 @@ from amltrain.data.collate import collate
 from amltrain.data.loaders import build_tokenizer, build_train_dataset
 from amltrain.data.prepare import prepare
 from amltrain.data.shapes import write_refshapes
+from amltrain.data.transforms import normalise_batch
 from amltrain.methods.aml.temperature import TARGET_MEAN_SCORE
 from tests.methods.aml.test_method import make_task
 
@@ -38,8 +39,8 @@ def test_mean_score_after_calibration(prepared, tmp_path: Path, shared_dir: Path
     dataset = build_train_dataset(data, preprocess, tokenizer, mask_parts="union", seed=0)
     task = make_task({"vocab_size": tokenizer.vocab_size})
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    task.calibrate([collate([dataset[i] for i in order[:64]])])
-    everything = collate([dataset[i] for i in range(len(dataset))])
+    task.calibrate([normalise_batch(collate([dataset[i] for i in order[:64]]), "imagenet")])
+    everything = normalise_batch(collate([dataset[i] for i in range(len(dataset))]), "imagenet")
     scores = task.score(everything)
     assert scores.mean().item() == pytest.approx(TARGET_MEAN_SCORE, abs=0.02)
     assert 0 < task.blocks(scores, everything).float().mean() < 0.5

@@ -144,7 +144,7 @@ def test_the_models_limits_are_named() -> None:
 def test_a_loss_of_other_channels_is_refused(method: str) -> None:
     for model, loss, fitting in (
         ("caris_tiny", "binary_cross_entropy", "CARIS gives 2; use weighted_cross_entropy, or"),
-        ("cris_tiny", "weighted_cross_entropy", "CRIS gives 1; use binary_cross_entropy, or"),
+        ("cris_tiny", "weighted_cross_entropy", "CRIS gives 1; use binary_cross_entropy or cross_entropy_dice, or"),
         ("rela_tiny", "cgformer", "ReLA gives 2; use weighted_cross_entropy, or"),
     ):
         with pytest.raises(UserError, match=f"loss.name={loss} reads .-channel logits and {fitting}"):
