@@ -62,7 +62,9 @@ def _licence(info: ModelInfo) -> dict[str, Any]:
     if info.licence in HUB_LICENCES:
         return {"license": HUB_LICENCES[info.licence]}
     name = re.sub(r"[^a-z0-9.]+", "-", info.licence.lower()).strip("-")
-    return {"license": "other", "license_name": name, "license_link": f"https://{info.release.split(',')[0]}"}
+    address = info.release.split(",")[0].split()[0]
+    link = {"license_link": f"https://{address}"} if "/" in address else {}  # not every model has official code
+    return {"license": "other", "license_name": name, **link}
 
 
 def _model_index(results: Sequence[Results], recipe: dict[str, Any]) -> list[EvalResult]:

@@ -149,7 +149,7 @@ def test_pickled_weights_are_never_opened(tmp_path: Path):
             return (pytest.fail, ("the pickle was opened",))
 
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle.*convert_checkpoint"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is a pickle.*amltrain convert"):
         load_pretrained(folder)
 
 
