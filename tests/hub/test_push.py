@@ -76,7 +76,7 @@ def test_pushed_and_pulled_by_the_command_lines(trained: Path, tmp_path: Path) -
         assert {"README.md", "model.safetensors", "config.json", "preprocessor_config.json", "results.json"} < set(
             running.files(REPO)
         )
-    [mask] = (tmp_path / "found").glob("*circle/mask.png")
+    [mask] = (tmp_path / "found" / "masks").glob("*circle.png")
     [local] = Predictor.from_pretrained(trained / "best")(Image.open(picture), SENTENCE)
     assert 0 < local.mask.mean() < 1
     assert np.array_equal(np.asarray(Image.open(mask)) > 0, local.mask)
