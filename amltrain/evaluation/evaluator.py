@@ -134,8 +134,10 @@ def _score_split(
     kept: list[Prediction] = []
     head, size = False, (0, 0)
     quiet = not (progress and accelerator.is_main_process)
+    about = dataset.info(0) if expected else None
+    split = f" {about.dataset} {about.split}" if about is not None else ""
     with torch.no_grad():
-        for host in tqdm(shard, desc="evaluate", unit="batch", leave=False, disable=quiet):
+        for host in tqdm(shard, desc=f"evaluate{split}", unit="batch", leave=False, disable=quiet):
             batch = send_to_device(host, accelerator.device, non_blocking=True)
             batch = normalise_batch(batch, normalization)
             masks, output = predict(batch, host)

@@ -62,7 +62,9 @@ def _licence(info: ModelInfo) -> dict[str, Any]:
     if info.licence in HUB_LICENCES:
         return {"license": HUB_LICENCES[info.licence]}
     name = re.sub(r"[^a-z0-9.]+", "-", info.licence.lower()).strip("-")
-    return {"license": "other", "license_name": name, "license_link": _link(info.release)}
+    address = info.release.split(",")[0].split()[0]
+    link = {"license_link": f"https://{address}"} if "/" in address else {}  # not every model has official code
+    return {"license": "other", "license_name": name, **link}
 
 
 def _model_index(results: Sequence[Results], recipe: dict[str, Any]) -> list[EvalResult]:
@@ -162,9 +164,3 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     """Without nulls and empty groups, which mean "the default"."""
     nested = {key: _given(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: value for key, value in nested.items() if value is not None and value != {}}
-
-
-def _link(release: str) -> str:
-    """Where a licence can be read: the official repository, or amltrain's own page for a model without one."""
-    found = re.search(r"(?:https://)?((?:github\.com|huggingface\.co)/[\w.-]+/[\w.-]+)", release)
-    return f"https://{found[1]}" if found else "https://www.apache.org/licenses/LICENSE-2.0"

@@ -95,4 +95,5 @@ def test_images_and_tokens(fixture: Path, expected: dict[str, list[dict[str, Any
         pixels = mapped[f"{split}.{index}.image"].float()
         mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
         normalised = (pixels - mean[:, None, None]) / std[:, None, None]
-        torch.testing.assert_close(normalise(transform(picture, None).image, "imagenet"), normalised, rtol=0, atol=1.01 / 57)
+        ours = normalise(transform(picture, None).image, "imagenet")
+        torch.testing.assert_close(ours, normalised, rtol=0, atol=1.01 / 57)

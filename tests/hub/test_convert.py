@@ -198,6 +198,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "2 keys taken over, 0 under their own name, the others renamed:" in said
     assert "1 keys dropped:" in said
     with pytest.raises(SystemExit) as stopped:
+        convert.main([*given, "--tokenizer", "none"])
+    assert stopped.value.code == 2
+    assert "ours exists already and is never overwritten" in capsys.readouterr().err
+    given[-1] = str(tmp_path / "other")
+    with pytest.raises(SystemExit) as stopped:
         convert.main([*given, "--tokenizer", "none", "--entry", "ema"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"error: {tmp_path / 'official.pth'} has no entry 'ema'; it has model\n"

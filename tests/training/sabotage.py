@@ -65,16 +65,17 @@ def nan_images(steps: Sequence[int], everywhere: bool = True) -> None:
 
 def unreadable_image(index: int) -> None:
     """The file of this training sample's image is cut off, as the loader processes, forked later, see it."""
-    sound = ReferDataset.picture
+    sound = ReferDataset._decode
 
-    def picture(self: ReferDataset, sample_id: int) -> Any:
-        part, row, _ = self._place(sample_id)
-        if sample_id == index and part.split == "train" and torch.utils.data.get_worker_info() is not None:
+    def decode(self: ReferDataset, number: int, row: int, decoder: Any) -> Any:
+        part = self.parts[number]
+        of_sample = part.split == "train" and row == self._place(index)[1]
+        if of_sample and torch.utils.data.get_worker_info() is not None:
             whole = part.rows.image_bytes(row)
             part.rows.image_bytes = lambda wanted: whole[: len(whole) // 2]  # type: ignore[method-assign]
-        return sound(self, sample_id)
+        return sound(self, number, row, decoder)
 
-    ReferDataset.picture = picture  # type: ignore[method-assign]
+    ReferDataset._decode = decode  # type: ignore[method-assign]
 
 
 def ask_to_stop(step: int) -> None:
