@@ -101,7 +101,7 @@ def test_data_that_is_not_prepared_yet_is(run: Path, shared_dir: Path, tmp_path:
         (["--protocol.frame", "orig"], "protocol.frame"),
         (["--perturbations", "fog"], "unknown perturbation 'fog'"),
         (["--chekpoint", "x"], "chekpoint"),
-        (["--config", "gone.yaml"], "could not read gone.yaml"),
+        (["--config", "gone.yaml"], "there is no file and no shipped config gone.yaml"),
         (["--severity", "2"], "give --perturbations"),
         (["--batch_size", "0"], "--batch_size is 0 and must be at least 1"),
         (["--data.datasets", "[]"], "data.datasets is empty"),
