@@ -21,7 +21,7 @@ __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name when it is first asked for, so that `import amltrain` stays quick."""
+    """Import a public name on first use, so that `import amltrain` stays fast."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -38,7 +38,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def first_line(error: Exception) -> str:
-    """The first line that a library's error says, or its kind where it says nothing."""
+    """Return the first line of a library's error message, or its type if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 
 

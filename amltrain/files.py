@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; when the block ends, what was written there takes the name `path`.
+    """Yield a temporary name next to `path`; when the block ends, rename the file to `path` atomically.
 
     An older file of that name is replaced atomically; an older folder is removed first, because a rename cannot
     replace it. If the block raises, the temporary file or folder is removed and `path` stays as it is. Parent folders

@@ -1,6 +1,6 @@
 """Segmentation losses: `loss(output, batch) -> {"loss": scalar, ...}`; a baseline's registry entry names its own.
 
-Parts of a loss that are worth a curve are returned detached beside `loss`. Losses compute in float32 at
+Terms of a loss that are worth a curve are returned detached, next to `loss`. Losses compute in float32 at
 least, under autocast too.
 
 Dimensions: B batch, H W network input size, h w the logits' size.
@@ -44,7 +44,7 @@ def create_loss(name: str, **kwargs: Any) -> nn.Module:
 def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> None:
     """Refuse a loss that reads another number of channels than a model's logits have; None = not known.
 
-    A loss class says its number as `channels`, and `needs_heads` where it reads more than the logits.
+    A loss class declares the number as `channels`, and `needs_heads` where it reads more than the logits.
     """
     wanted = getattr(loss, "channels", None)
     if channels is None or wanted in (None, channels):
@@ -67,7 +67,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def upsample_logits(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """[B, K, h, w] -> [B, K, H, W] in at least float32, bilinear, align_corners=True as every release does."""
+    """[B, K, h, w] -> [B, K, H, W] in at least float32, bilinear, align_corners=True as all official code does."""
     logits = at_least_float32(logits)
     if logits.shape[-2:] == size:
         return logits
@@ -167,10 +167,10 @@ class RegionLoss(nn.Module):
     """ReLA's loss: class-weighted cross-entropies of the mask, the minimap and the no-target decision.
 
     scale * (mask + minimap_weight * minimap + no_target_weight * no_target); the weights of background and referent are
-    also those of "target" and "no target". Source: GRES (CVPR 2023) and its release.
+    also those of "target" and "no target". Source: GRES (CVPR 2023) and its official code.
 
-    Kept from the release: a cell of the minimap is the referent's only where the mask, resized bilinearly to the grid
-    of regions, is exactly 1.
+    Kept from the official code: a cell of the minimap is the referent's only where the mask, resized bilinearly to the
+    grid of regions, is exactly 1.
     """
 
     channels = 2
@@ -224,8 +224,8 @@ class RegionLoss(nn.Module):
 class GroupingLoss(nn.Module):
     """CGFormer's loss: cross-entropy and Dice of the mask, and a little Dice of every round's assignment.
 
-    Source: Tang et al., CVPR 2023, and its release (SooLab/CGFormer). Kept from it: the assignments, which are 0 or 1
-    already, pass a sigmoid as if they were logits.
+    Source: Tang et al., CVPR 2023, and its official code (SooLab/CGFormer). Kept from it: the assignments, which are 0
+    or 1 already, pass a sigmoid as if they were logits.
     """
 
     channels = 1
@@ -271,7 +271,7 @@ def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
 class MaskAndPresence(nn.Module):
     """Binary cross-entropy and Dice of a one-channel mask, and cross-entropy of the no-target head (SAM 3, ours).
 
-    The mask's part is a mean over all samples; without a target the mask is empty.
+    The mask term is a mean over all samples; without a target the mask is empty.
     """
 
     channels = 1

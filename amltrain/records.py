@@ -40,7 +40,7 @@ class Vocabulary(NamedTuple):
     size      entries of the vocabulary
     padding   fills a sentence up
     mask      stands for a hidden word; None where the tokenizer has none (CLIP)
-    special   ids that are no words: padding, unknown, start, end, mask
+    special   ids that are not words: padding, unknown, start, end, mask
     """
 
     size: int
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     random_key       [B] int64, hash of (seed, epoch, sample): the only source of per-sample randomness in a step
     geometry         [B, 6] float64: original height, original width, then the map from original to network pixels:
                      scale_y, scale_x, offset_y, offset_x (network = original * scale + offset, continuous coordinates)
-    original_target  B tensors [h0, w0] uint8 0/255 at each image's own size; empty unless the evaluation asks for it
+    original_target  B tensors [h0, w0] uint8 0/255 at each image's own size; empty unless the evaluation needs it
     """
 
     image: Tensor
@@ -118,7 +118,7 @@ class AlignmentFeatures(NamedTuple):
 
 
 class ModelOutput(NamedTuple):
-    """What a model says.
+    """Output of a model.
 
     logits  [B, 2, h, w] (background, referent; softmax) or [B, 1, h, w] (referent; sigmoid), at the model's own size
     aux     named extra outputs. Names with a meaning outside the model:

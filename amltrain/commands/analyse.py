@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _analysis(name: str) -> Callable[[argparse.Namespace], str]:
-    """Import an analysis only when it is asked for: torch and matplotlib take seconds."""
+    """Import an analysis only when it is used: torch and matplotlib take seconds."""
     if name in ("histogram", "dynamics"):
         from amltrain.commands import analyse_alignment
 

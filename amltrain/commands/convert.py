@@ -1,4 +1,4 @@
-"""Turn a release's official checkpoint into a model folder that evaluate.py, predict.py and train.py load.
+"""Convert an official checkpoint into a model folder that evaluate, predict and train can load.
 
     amltrain convert --model caris_swin_base --file caris_refcoco.pth --output models/caris_refcoco
     amltrain convert --model cris_r101 --file cris_g.pth --output models/cris_g --max_tokens 22

@@ -116,7 +116,7 @@ def build_page(contenders: Sequence[Contender]) -> Any:
 
 
 def import_gradio() -> Any:
-    """The gradio module, told to send nothing to its makers. Raises UserError where it is not installed."""
+    """Import gradio with its telemetry off. Raises UserError if it is not installed."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio

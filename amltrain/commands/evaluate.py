@@ -4,7 +4,7 @@
     amltrain evaluate --predictions masks/ --preset lavt --data.datasets [refcoco] --splits val testA
     accelerate launch -m amltrain evaluate --checkpoint runs/caris --splits val testA
 
-Prints a table and adds its rows to OUTPUT/results.json, where no other row is lost. Beside it: the tables as Markdown,
+Prints a table and adds its rows to OUTPUT/results.json, which keeps its other rows. Next to it: the tables as Markdown,
 LaTeX and CSV, one row per sample as Parquet (samples/), and pictures. Scores are the same at any number of processes. A
 model is scored on the data sets that it was trained on unless --data.datasets names others.
 """

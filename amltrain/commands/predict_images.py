@@ -58,7 +58,7 @@ def _draw(
     write: Sequence[str],
     side: int | None,
 ) -> dict[str, str]:
-    """Write the pictures that are asked for; return their paths for the row."""
+    """Write the requested pictures; return their paths for the row."""
     files: dict[str, str] = {}
     if "masks" in write:
         files["mask"] = output.save(Image.fromarray(segmentation.mask).convert("L"), "masks", path, sentence)
@@ -93,7 +93,7 @@ def unread(tokenizer: SentenceTokenizer, sentence: str) -> Iterator[str]:
 
 
 def describe(segmentation: Segmentation) -> str:
-    """Say in one phrase what was found, how much of the image it covers, and what the probability is of."""
+    """Describe in one phrase what was found, its share of the image, and the meaning of the probability."""
     sure = f"{segmentation.confidence_of} {segmentation.confidence:.2f}"
     if segmentation.confidence_of == INSIDE:
         return f"{100 * segmentation.mask.mean():.1f} % of the image, {sure}"

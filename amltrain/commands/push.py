@@ -4,7 +4,7 @@
     amltrain push runs/quickstart/best user/caris-refshapes --private
     amltrain predict --checkpoint user/caris-refshapes --image street.jpg --sentence "the red car"
 
-The card says model, data, protocol and scores (also as the Hub's model-index), recipe, commit, hardware and licences,
+The card has model, data, protocol and scores (also as the Hub's model-index), recipe, commit, hardware and licences,
 as far as the folder knows them. Scores are those of the run's own evaluation, or of --results. Pushing again makes a
 new commit; nothing is uploaded twice. A run pushes by itself with --hub.push best --hub.repo user/name.
 """

@@ -52,7 +52,7 @@ def groups_of(kind: type) -> Groups:
 
 
 def config_folder() -> Path:
-    """The folder of shipped configs: inside an installed package, beside it in a checkout."""
+    """Return the folder of shipped configs: inside an installed package, next to it in a checkout."""
     installed = PACKAGE / "configs"
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
 

@@ -21,7 +21,7 @@ COMBINED = ("refcoco", "refcoco+", "refcocog")
 
 @dataclass
 class ShapesConfig:
-    """Synthetic scenes, drawn when a data set of the refshapes family is asked for and not there yet."""
+    """Synthetic scenes, drawn when a run uses a data set of the refshapes family that does not exist yet."""
 
     train: int = 4000
     """Training scenes."""
@@ -63,7 +63,7 @@ class DataConfig:
     """An epoch visits every referent once with a random sentence, or every sentence once."""
     mask_parts: MaskParts | None = None
     """Pixels covered by two polygons of one object: foreground (union) or background (exclusive: LAVT, CGFormer).
-    null = the model's own; evaluation may be told otherwise by its protocol."""
+    null = the model's own; the evaluation's protocol may override it."""
     augment: list[str] = field(default_factory=list)
     """Augmentations of the training samples, in order; `amltrain augmentations` lists them. Options of each are in the
     section of its name."""
@@ -137,7 +137,7 @@ class Protocol:
     CGFormer). A run's data.mask_parts comes before the model's own."""
     no_target_pixels: int = 0
     """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this means "nothing in this image"
-    (50 is said to be the GRES paper's rule); 0 = never."""
+    (50 is reported as the GRES paper's rule); 0 = never."""
 
 
 @partial_of(Protocol)
@@ -192,7 +192,8 @@ class OptimConfig:
     amsgrad: bool = False
     """Use AMSGrad (CGFormer)."""
     schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = "poly"
-    """poly: (1 - t/T)^power after the warm-up; poly_caris: the CARIS release's rule, whose step 0 runs at full rate."""
+    """poly: (1 - t/T)^power after the warm-up; poly_caris: the rule of the official CARIS code, whose step 0 runs at
+    full rate."""
     power: float = 0.9
     """Exponent of poly."""
     warmup_steps: int = 0
@@ -203,7 +204,8 @@ class OptimConfig:
     """multistep: factor at each milestone."""
     first_epoch_full_lr: bool = False
     """Train every parameter group at the full lr, unscaled, in the first pass over the training set (also where the run
-    is given in steps); the schedule goes on as ever. The CRIS release's CLIP starts so, at ten times its rate."""
+    is given in steps); the schedule is unchanged. CLIP in the official CRIS code starts this way, at ten times its
+    rate."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
 
@@ -221,7 +223,7 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Samples per forward pass on one process; null = global_batch_size / processes. The rest is accumulated."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Overrides what `accelerate launch` was told."""
+    """Overrides the setting of `accelerate launch`."""
     sync_batchnorm: bool = False
     """Convert batch norms to SyncBN when there is more than one process."""
     tf32: bool = True
@@ -265,7 +267,7 @@ class EvaluationConfig:
     patience: int | None = None
     """Stop after this many evaluations without a better best_metric; null = never."""
     max_samples: int | None = None
-    """Score only the first so many samples of a split (a smoke test; said in the results)."""
+    """Score only the first N samples of a split (a smoke test; recorded in the results)."""
     shuffle_sentences: bool = False
     """Give every image another sample's sentence: shows whether the model reads the words."""
     pictures: int = 8
@@ -320,7 +322,7 @@ class RunConfig:
     seed: int = 0
     """Seed of everything random."""
     resume: str = "auto"
-    """auto: go on from output/last when it is there; never: start anew (refuses a folder that has checkpoints); or a
+    """auto: resume from output/last if it exists; never: start a new run (refuses a folder that has checkpoints); or a
     checkpoint folder."""
     method: str = "aml"
     """Training method; `amltrain methods` lists them. Its options are in the section of the same name, e.g. aml.tau."""

@@ -10,7 +10,7 @@ from amltrain.errors import UserError
 
 
 class NoGroups:
-    """Stands for a section whose values are no groups."""
+    """Placeholder for a section whose values are not groups."""
 
 
 def _no_options(name: str) -> type:
@@ -22,7 +22,7 @@ class Sections(NamedTuple):
 
     kind      "method" or "augmentation", for messages
     names     all section names of the kind
-    options   the options' dataclass of one name; imported when it is asked for
+    options   the options' dataclass of one name; imported on first use
     """
 
     kind: str = ""

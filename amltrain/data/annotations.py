@@ -288,7 +288,7 @@ def _notice(image: str, referents: list[dict[str, Any]], pixels: int) -> list[tu
 
 
 def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
-    """Entries by their `id`. Raises UserError for one that lacks a key, or whose value cannot be used."""
+    """Return entries by their `id`. Raises UserError for a missing key or an unusable value."""
     for number, entry in enumerate(entries):
         check_entry(entry, ("id", *keys), f"{kind} number {number}", place)
     return {entry["id"]: entry for entry in entries}
@@ -381,4 +381,4 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bbox": (_is_box, "four numbers"),
     "sentences": (lambda value: isinstance(value, list), "a list"),
 }
-"""The values that an entry may have, and how to say it. A segmentation is judged where it is read."""
+"""The values that an entry may have, and their description. A segmentation is checked where it is read."""

@@ -68,7 +68,7 @@ class Annotation(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """One entry per referent, all [N] int64: part, row in the part, referent in the row, number of its sentences."""
+    """One entry per referent, all [N] int64: split, row in the split, referent in the row, number of its sentences."""
 
     part: NDArray[np.int64]
     row: NDArray[np.int64]
@@ -127,7 +127,7 @@ class ReferDataset(torch.utils.data.Dataset):
         augmentations: change the raw sample before transform and tokenizer (training), in order.
         decoder: see `decode_image`; with torchvision, square images are resized by torch: at most one grey level apart.
 
-        Presized images of a part are used unless the images are perturbed or augmented.
+        Presized images of a split are used unless the images are perturbed or augmented.
         """
         self.parts, self.transform, self.tokenizer = list(parts), transform, tokenizer
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
@@ -151,7 +151,7 @@ class ReferDataset(torch.utils.data.Dataset):
 
     @property
     def part_sizes(self) -> list[int]:
-        """Samples of every part, in order."""
+        """Return the number of samples of every split, in order."""
         return np.bincount(self.index.part[self.referent_of[: self.length]], minlength=len(self.parts)).tolist()
 
     def row_groups(self) -> np.ndarray | None:
@@ -337,7 +337,7 @@ class ReferDataset(torch.utils.data.Dataset):
         return columns.column("height")[row].as_py(), columns.column("width")[row].as_py()
 
     def _place(self, index: int) -> tuple[int, int, int]:
-        """Number of the part, row in the part, referent in the row."""
+        """Return the split's number, the row in the split, and the referent in the row."""
         entry = self.referent_of[index]
         return int(self.index.part[entry]), int(self.index.row[entry]), int(self.index.referent[entry])
 

@@ -84,7 +84,7 @@ def download(
 ) -> None:
     """Download what the names stand for below `root`; what is there already is left as it is.
 
-    A file arrives as `.NAME.part`, is checked, and gets its place when whole. Rerun after an interruption to resume.
+    A file is downloaded as `.NAME.part`, verified, and renamed. Rerun after an interruption to resume.
     Raises UserError when no mirror has the file, the file is not what it should be, or the disk has no room.
     """
     known = SOURCES if sources is None else sources
@@ -152,7 +152,7 @@ def _session() -> requests.Session:
 
 
 def _transfer(url: str, part: Path, source: Source, progress: bool) -> None:
-    """Bring the file to `part`, going on from what is there, through several cut connections."""
+    """Download the file to `part`; resume what exists, and reconnect several times."""
     last: requests.RequestException | None = None
     for _ in range(TRIES):
         before = part.stat().st_size if part.exists() else 0

@@ -36,7 +36,7 @@ def read_hf(
     check_name(name)
     try:
         splits = datasets.load_dataset(source)
-    except Exception as error:  # the library raises its own kinds beside OSError and ValueError
+    except Exception as error:  # the library raises its own types besides OSError and ValueError
         raise UserError(
             f"could not read {source} ({first_line(error)}); give a Hub data set id that can be reached, or a folder"
         ) from error

@@ -83,7 +83,7 @@ def read_mask_file(root: Path, name: str, value: int | None = None, threshold: i
     """A mask file as [height, width] uint8, 0 or 1.
 
     value: the pixel value that marks the object. threshold: pixels of at least this value are the object. With neither,
-    the file must hold one value beside 0. Raises FileFault.
+    the file must hold one value besides 0. Raises FileFault.
     """
     image = _decode(read_file_below(root, name))
     if image.format == "JPEG" and value is None and threshold is None:

@@ -18,7 +18,7 @@ DECODING_ERRORS = (OSError, SyntaxError, TypeError, Image.DecompressionBombError
 def decode_image(content: bytes, name: str, size: tuple[int, int], decoder: Decoder = "pil") -> Image.Image | Tensor:
     """Decode an image file as RGB.
 
-    size: (height, width) that the masks were drawn at. An image of the transposed size is turned as its EXIF tag says;
+    size: (height, width) that the masks were drawn at. An image of the transposed size is rotated by its EXIF tag;
     any other keeps its stored pixels, as COCO's masks expect.
     decoder: `torchvision` decodes ordinary JPEGs into a [3, h, w] uint8 tensor, with the same pixels as Pillow; other
     files are decoded by Pillow. name: what to call the image in an error.

@@ -78,7 +78,7 @@ def check_split(name: str, split: str, prepared: str | None = None) -> None:
 
 @functools.lru_cache
 def _hub_manifest(repository: str, name: str) -> dict[str, Any] | None:
-    """The manifest in a Hub data set; None if it has none, or if `repository` is no Hub id at all."""
+    """Return the manifest of a Hub data set; None if it has none, or if `repository` is not a Hub id."""
     if repository.count("/") != 1 or repository.startswith((".", "/")):
         return None
     try:

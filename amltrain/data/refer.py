@@ -29,7 +29,7 @@ def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:
 
 
 def read_refer(root: Path, dataset: str) -> Annotations:
-    """Read the files of `dataset` under a REFER root. Raises UserError naming the file and what it lacks."""
+    """Read the files of `dataset` under a REFER root. Raises UserError that names the file and what is missing."""
     spec = dataset_spec(dataset)
     refs_path, instances_path = refer_paths(root, dataset)
     refs = load_pickle(refs_path) if refs_path.suffix == ".p" else load_json(refs_path)

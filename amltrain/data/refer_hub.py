@@ -62,7 +62,7 @@ def check_source(source: str) -> None:
 def _reaching(source: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the library raises its own kinds beside OSError and ValueError
+    except Exception as error:  # the library raises its own types besides OSError and ValueError
         raise UserError(
             f"could not read {source} ({' '.join(str(error).split())}); give a Hub data set id that can be reached, or "
             f"a folder with its Parquet files"

@@ -23,7 +23,7 @@ def choose_rle(referent: dict[str, Any], mask_parts: MaskParts) -> Rle:
 
 
 class BrokenSegmentationError(ValueError):
-    """A segmentation that describes no region; the message says why."""
+    """A segmentation that does not describe a region; the message has the reason."""
 
 
 MAX_PIXELS = 2**28
@@ -175,7 +175,7 @@ _LONGEST_NUMBER = 60
 
 
 def _runs_of_text(text: str) -> list[int]:
-    """COCO's compressed counts: groups of 5 bits in characters from "0" on, bit 5 says that the number goes on; from
+    """COCO's compressed counts: groups of 5 bits in characters from "0" on, bit 5 marks that the number continues; from
     the fourth number on, the difference to the last but one."""
     runs: list[int] = []
     value = shift = 0

@@ -144,7 +144,7 @@ def _check_request(split_sizes: dict[str, int], size: int, seed: int) -> None:
 
 
 def _sentences(sentences: list[str], first: int) -> dict[str, Any]:
-    """The part of a ref that holds its sentences, numbered from `first`."""
+    """Return the sentence fields of a ref, numbered from `first`."""
     numbered = [
         {"sent_id": first + i, "sent": sentence, "raw": sentence.capitalize(), "tokens": sentence.split()}
         for i, sentence in enumerate(sentences)
@@ -302,7 +302,7 @@ def _surface(generator: np.random.Generator, shape: Shape, box: tuple[int, int, 
 
 
 def _unique_words(scene: Scene, target: int) -> list[dict[str, str]]:
-    """Sets of attribute words that fit the target alone: colour and form, and what else is needed or can be said."""
+    """Return sets of attribute words that fit only the target: colour, form, and further attributes."""
     shape = scene.shapes[target]
     found = []
     for extra in ((), ("texture",), ("size",), ("size", "texture")):

@@ -28,7 +28,7 @@ class DatasetSpec(NamedTuple):
 
     published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
     none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
-    metrics: what its papers report beside ours ("rIoU", "zero-target accuracy"). exact_splits: a ref belongs to the
+    metrics: further metrics of its papers ("rIoU", "zero-target accuracy"). exact_splits: a ref belongs to the
     split of the same name only. image_folders: where its images lie, below the image root.
     """
 

@@ -1,4 +1,4 @@
-"""A sentence -> token ids, as the releases make them.
+"""Turn a sentence into token ids, as the official code does.
 
 BERT style: [CLS] words [SEP], cut by plain slicing after the special tokens are added, so a long sentence loses [SEP].
 CLIP style: `clean` first, as CLIP's own tokenizer does and transformers' does not; then start, pieces, end; a long
@@ -37,7 +37,7 @@ PLAIN = str.maketrans(_QUOTES | {c: unicodedata.normalize("NFKC", c) for c in ma
 def clean(sentence: str) -> str:
     """A sentence with HTML entities, curly quotes and full-width letters as plain text, as CLIP's tokenizer reads it.
 
-    CLIP asks the library ftfy, whose results these are, and unescapes twice. What else ftfy does is not done: to mend
+    CLIP asks the library ftfy, whose results these are, and unescapes twice. ftfy's other steps are left out: to repair
     text that was decoded wrongly (the two letters that stand for one accented one), and to drop control characters.
     """
     if "<" not in sentence:  # ftfy leaves a piece of HTML alone
@@ -71,7 +71,7 @@ class SentenceTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)  # it warns of what is cut here
 
     def cut(self, sentence: str) -> str:
-        """The words from the first that is cut, wholly or in part; empty where all are read."""
+        """Return the words from the first truncated one on; empty if all are read."""
         words = sentence.split()
         room = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
         read = len(words)
@@ -107,7 +107,7 @@ class SentenceTokenizer:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
-        except Exception as error:  # files that are no tokenizer's can raise almost anything
+        except Exception as error:  # files of something else than a tokenizer can raise almost anything
             if Path(name).is_dir():
                 raise UserError(
                     f"the tokenizer files in {name} are missing or damaged ({type(error).__name__}: "

@@ -37,7 +37,7 @@ class ReferringSegmentation(evaluate.Metric):
         )
 
     def _compute(self, *, generalized: bool = False, ties: Ties = "ge", **columns: Any) -> dict[str, float]:
-        """Scores in percent, with the counts `samples`, `no_target`, `empty_unions` and `empty_masks` beside them."""
+        """Scores in percent, with the counts `samples`, `no_target`, `empty_unions` and `empty_masks`."""
         samples = scored_columns(**columns, ties="ge" if generalized else ties)
         counts = {
             "samples": len(samples),

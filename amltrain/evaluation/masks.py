@@ -2,7 +2,7 @@
 
 Dimensions: B batch, h w logits, H W network input, h0 w0 original image.
 
-Three ways, named by what is interpolated (both align_corners=True, up to the input size first, as every release does):
+Three ways, named by what is interpolated (both align_corners=True, to the input size first, as all official code):
 
     bilinear  the referent's margin (logit of referent - logit of background) is interpolated, then made a probability
               (LAVT, CARIS, ReLA); back to the original size bilinearly

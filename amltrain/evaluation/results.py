@@ -44,7 +44,7 @@ class Results:
                  not_finite (samples with NaN or Inf logits)
     protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...
     provenance   what was scored and how: checkpoint, seed, precision, perturbation, ...
-    files        what was written beside results.json, by kind: samples, picture, predictions; relative paths
+    files        other files of the evaluation, by kind: samples, picture, predictions; relative paths
     samples      [N, 7] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
     predictions  samples kept for pictures
     """

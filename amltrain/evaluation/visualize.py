@@ -1,4 +1,4 @@
-"""Draw masks over images: single overlays, and sheets of predictions beside the truth.
+"""Draw masks over images: single overlays, and sheets of predictions next to the ground truth.
 
 The width of an outline grows with the picture, so the filters here must not: shrinking a mask by n pixels takes about
 2 log2(n) passes over it (0.2 s at 4000 x 3000 pixels).
@@ -70,14 +70,14 @@ def tint(
 
 
 def shrink(mask: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
-    """Shrink a mask by a number of pixels on every side; the border of the image is no side.
+    """Shrink a mask by a number of pixels on every side; the image border does not count as a side.
 
     mask: [height, width] bool. The time grows with the logarithm of `pixels` only.
     """
     for axis in (0, 1):
         margin = [(pixels, pixels) if a == axis else (0, 0) for a in (0, 1)]
         mask = np.moveaxis(np.pad(mask, margin, constant_values=True), axis, 0)
-        covered, window = 1, 2 * pixels + 1  # mask[i] says whether `covered` pixels from i on are all set
+        covered, window = 1, 2 * pixels + 1  # mask[i] is True if all `covered` pixels from i on are set
         while covered < window:
             step = min(covered, window - covered)
             mask = mask[:-step] & mask[step:]
@@ -93,7 +93,7 @@ def _bounds(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
 
 
 def _framed(mask: NDArray[np.bool_], top: int, bottom: int, left: int, right: int) -> NDArray[np.bool_]:
-    """The part of a mask within its bounds and one pixel around it; outside the image counts as masked."""
+    """Crop a mask to its bounds plus one pixel; outside the image counts as masked."""
     height, width = mask.shape
     framed = np.ones((bottom - top + 2, right - left + 2), bool)
     framed[1:-1, 1:-1] = mask[top:bottom, left:right]
@@ -124,7 +124,7 @@ def overlay(
 
 
 def sheet(examples: Sequence[Example], columns: int = 2, side: int = 220) -> Image.Image:
-    """Examples in a grid, each the truth (green, where there is one) beside the prediction (orange).
+    """Draw examples in a grid: the ground truth (green, if any) next to the prediction (orange).
 
     The truth is an outline alone, so that the objects keep the colours that sentences name.
     side: longest side of a picture in pixels. Returns a small blank page when there are no examples.

@@ -58,7 +58,7 @@ def export_folder(
 ) -> list[Exported]:
     """Export a model, compare every file with the model, and return one row per format.
 
-    formats: of `FORMATS`; a model that has no ONNX form still gets its program, and the row says why. runs: images
+    formats: of `FORMATS`; a model without an ONNX form still gets its program, and the row has the reason. runs: images
     timed for each format. Raises UserError if the folder cannot be written, torch cannot export the model, or a file's
     outputs differ from the model's by more than `TOLERANCE`.
     """

@@ -1,6 +1,6 @@
-"""Official checkpoints: read a release's file without running its pickle, and turn it into a model folder of ours.
+"""Read official checkpoints without running their pickle, and convert them into model folders.
 
-Files are loaded with `weights_only=True`. Besides tensors, releases keep an argparse.Namespace under "args" (LAVT,
+Files are loaded with `weights_only=True`. Besides tensors, the files hold an argparse.Namespace under "args" (LAVT,
 CARIS) and numpy numbers (best scores); these plain values are admitted by name, anything else is refused.
 """
 
@@ -25,11 +25,11 @@ from amltrain.models.base import Conversion
 from amltrain.models.registry import create_model, model_info
 
 ENTRIES = ("state_dict", "model", "model_state_dict")
-"""Where releases keep the weights in their files: CRIS family; LAVT, CARIS, ReLA, MagNet; CGFormer."""
+"""Keys of the weights in official files: CRIS family; LAVT, CARIS, ReLA, MagNet; CGFormer."""
 
 
 def _plain_values() -> list[Any]:
-    """What a release's file may hold beside tensors."""
+    """What an official file may hold besides tensors."""
     array, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     older = [(array, "numpy.core.multiarray._reconstruct"), (scalar, "numpy.core.multiarray.scalar")]  # numpy 1 names
     kinds = [type(np.dtype(k)) for k in ("bool", "int32", "int64", "float32", "float64")]
@@ -37,7 +37,7 @@ def _plain_values() -> list[Any]:
 
 
 def read_official(path: str | Path, entry: str | None = None) -> dict[str, Tensor]:
-    """The state dict in a release's .pth, .pt, .bin or .safetensors file, without "module." prefixes.
+    """Read the state dict of an official .pth, .pt, .bin or .safetensors file, without "module." prefixes.
 
     entry: which entry of the file holds the weights, e.g. model_ema; by default the first of `ENTRIES` that is there,
     or the file itself. LAVT keeps BERT apart, in "bert_model": it joins as text_encoder.*, lavt_one's name for it.
@@ -77,12 +77,12 @@ def convert_official(
     preprocess: PreprocessOverrides | None = None,
     tokenizer: Any = None,
 ) -> Conversion:
-    """Turn a release's checkpoint into a model folder, with the registry's preprocessing and protocol for that model.
+    """Convert an official checkpoint into a model folder, with the registry's preprocessing and protocol.
 
     name, kwargs: the registered model that the file belongs to. preprocess: what this file was trained with otherwise
-    than the registry says; a release may differ between its data sets. Writes `output` and in it conversion.json, which
-    lists every renamed and dropped key. Raises UserError, writing nothing, unless every key of the file is used or
-    known to be superfluous and every weight of the model is given in its shape.
+    than in the registry; official code may differ between its data sets. Writes `output` and in it conversion.json,
+    which lists every renamed and dropped key. Raises UserError, writing nothing, unless every key of the file is used
+    or known to be superfluous and every weight of the model is given in its shape.
     """
     kwargs = {k: v for k, v in (kwargs or {}).items() if k not in INITIAL_WEIGHTS}
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):

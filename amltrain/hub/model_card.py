@@ -58,7 +58,7 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
 
 
 def _licence(info: ModelInfo) -> dict[str, Any]:
-    """The release's licence as the Hub names it; several at once are "other", under a name and with a link."""
+    """The licence of the official code as the Hub names it; several licences are "other", with a name and a link."""
     if info.licence in HUB_LICENCES:
         return {"license": HUB_LICENCES[info.licence]}
     name = re.sub(r"[^a-z0-9.]+", "-", info.licence.lower()).strip("-")

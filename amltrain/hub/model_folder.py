@@ -5,7 +5,7 @@
       config.json                registered name, builder arguments, evaluation protocol, amltrain version
       preprocessor_config.json   input size, resize, normalization, sentence length and text field
       tokenizer files            as SentenceTokenizer.save writes them
-      results.json, training.json    what it scored and how it was trained, where that is known; model cards say it
+      results.json, training.json    its scores and training, if known; shown in model cards
 
 Nothing in it is code or a pickle, so loading a stranger's folder runs nothing of theirs.
 """
@@ -122,7 +122,7 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     """Load a model folder, a checkpoint folder that has one in `model/`, or a Hub repository "user/name".
 
     revision: branch, tag or commit of a Hub repository. Raises UserError, naming file or key, for a folder that is not
-    there, lacks a file, or does not fit the model that its config.json names.
+    there, misses a file, or does not fit the model that its config.json names.
     """
     folder = find_model_folder(source, revision)
     config = _read_json(folder / CONFIG_FILE)
@@ -175,7 +175,7 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
 
 
 def read_training(folder: Path) -> dict[str, Any] | None:
-    """How the model of a folder was trained (recipe, commit, hardware, versions); None where nothing says so."""
+    """Return how a folder's model was trained (recipe, commit, hardware, versions); None if unknown."""
     path = folder / TRAINING_FILE
     return _read_json(path) if path.is_file() else None
 

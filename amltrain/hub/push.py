@@ -51,7 +51,7 @@ def push_model(
 ) -> str:
     """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
 
-    repo: user/name, made when it is not there (private if so asked). revision: branch to push to, made as well.
+    repo: user/name, created if missing (private if `private`). revision: branch to push to, created if missing.
     results_file: scores for the card instead of the folder's own. dry_run: check everything, contact nobody and return
     the card and the list of files. Raises UserError, in one line, for a folder that is
     absent or not whole, a repository name that cannot be, a missing or refused token, and a Hub out of reach.
@@ -149,7 +149,7 @@ def failure_reason(error: Exception, repo: str) -> str:
 
 
 class Version(NamedTuple):
-    """A checkpoint as it was written once; written again (with its scores, say) it is another."""
+    """A checkpoint as written at one time; rewritten (for example with its scores) it is a new version."""
 
     name: str
     written: int
@@ -163,7 +163,7 @@ class Publisher:
     """Pushes checkpoints of a run in the background. Training never waits for it, and no failure of it stops training.
 
     What is pushed is first hard-linked, so that removing old checkpoints does not remove it. While a push is under
-    way, only the newest checkpoint waits. A try that fails is said in one line.
+    way, only the newest checkpoint waits. A failed try is logged in one line.
     """
 
     def __init__(self, push: Callable[[Path], str], log: Callable[[str], None]) -> None:
@@ -175,7 +175,7 @@ class Publisher:
         self._thread: threading.Thread | None = None
 
     def submit(self, checkpoint: Path) -> None:
-        """Push `checkpoint/model` as soon as no other push is under way; returns at once."""
+        """Push `checkpoint/model` as soon as no other push is running; returns at once."""
         checkpoint = checkpoint.resolve()
         try:
             version = _version(checkpoint)
@@ -187,14 +187,14 @@ class Publisher:
         with self._lock:
             replaced, self._waiting = self._waiting, (version, aside)
             if self._thread is None:
-                # a daemon: a run that is asked to stop does not wait for an upload, and half of one is never seen
+                # a daemon: a run that is asked to stop does not wait for an upload, and half an upload is never visible
                 self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
                 self._thread.start()
         if replaced is not None:
             shutil.rmtree(replaced[1], ignore_errors=True)
 
     def finish(self, checkpoint: Path, advice: str) -> None:
-        """Wait for pushes under way, try the run's final checkpoint again if it is not there yet, and say how it ended.
+        """Wait for running pushes, retry the run's final checkpoint if it is not there yet, and log the result.
 
         advice: what to do if it is not.
         """
@@ -229,7 +229,7 @@ class Publisher:
                 address = self.push(folder)
                 self._pushed = version
                 self.log(f"pushed {version.name}: {address}")
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:  # whatever the error is, training continues
                 self.log(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training goes on")
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -241,7 +241,7 @@ def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | N
     repo, private = str(hub.repo), hub.private
     check_access(repo)
     disable_progress_bars()  # the run's own bar is on the screen
-    hub_logging.set_verbosity_error()  # every try's failure is said once, by us
+    hub_logging.set_verbosity_error()  # we log each failure once
     return Publisher(lambda folder: push_model(folder, repo, private=private), log)
 
 

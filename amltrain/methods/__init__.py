@@ -15,4 +15,4 @@ METHODS = {
     "aml": "amltrain.methods.aml.method",
     "maskris": "amltrain.methods.maskris",
 }
-"""The file of each method, imported when it is asked for: the command line's help must not wait for torch."""
+"""The file of each method, imported on first use: the command line's help must not wait for torch."""

@@ -160,7 +160,7 @@ class BarLeRIa(RISModel):
         return self._encode_image(batch, words, features.text, features.extra["sentence"])
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size where that is no multiple of the patch."""
+        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of the patch."""
         sentence = features.extra["sentence"]
         side = self.side_linear(features.extra["side"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.neck(features.visual, sentence) + side

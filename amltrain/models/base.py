@@ -29,7 +29,7 @@ class RISModel(nn.Module):
     """A referring image segmentation model: `forward` = `decode(encode(batch), batch)`.
 
     No device, rank, accelerator or config object inside; nothing but dropout, drop-path and batch norm depends on
-    `self.training`. Parts that a release freezes have `requires_grad=False` from construction on.
+    `self.training`. Modules that the official code freezes have `requires_grad=False` from construction on.
 
     mask_channels is the K of its logits [B, K, h, w], 2 for background and referent or 1; a loss is checked against it.
 
@@ -83,7 +83,8 @@ class RISModel(nn.Module):
 
         features: `encode(batch)`, where the caller has it already; a model that scores anything else ignores it.
         text, visual: which of its features a model gives that offers a choice (`alignment_texts`, `alignment_visuals`);
-        None = its default. A model that fuses inside its encoder overrides this; its file header says what it gives.
+        None = its default. A model that fuses inside its encoder overrides this; its file header describes what is
+        returned.
         """
         features = self.encode(batch) if features is None else features
         return AlignmentFeatures(features.visual[-1], features.text, features.text_mask)
@@ -96,14 +97,14 @@ class RISModel(nn.Module):
         return self.encode(batch)._replace(text=features.text, text_mask=features.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups of the release: dicts with name, params, lr, weight_decay.
+        """Return the optimizer groups of the official code: dicts with name, params, lr, weight_decay.
 
         Every trainable parameter in exactly one group (`check_param_groups`), frozen ones in none.
         """
         raise NotImplementedError
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
-        """Map the official release's state dict onto this model; never drops a key silently."""
+        """Map an official state dict onto this model; never drops a key silently."""
         raise NotImplementedError
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:

@@ -1,9 +1,10 @@
 """BEiT-3: one transformer whose attention is shared, whose other layers are one set per modality; a light decoder.
 
 Paper: Wang et al., Image as a Foreign Language: BEiT Pretraining for Vision and Vision-Language Tasks, CVPR 2023.
-Release: microsoft/unilm, beit3 (MIT). Written anew with the release's key names; strong open specialists (EVF-SAM,
-C3VG, DeRIS) stand on this encoder. The decoder is ours: four blocks' maps, brought together and enlarged fourfold,
-against one vector made of the image's and the sentence's first tokens; and a no-target head on the same vector.
+Official code: microsoft/unilm, beit3 (MIT). Reimplemented with the official key names; strong open specialists
+(EVF-SAM, C3VG, DeRIS) stand on this encoder. The decoder is ours: four blocks' maps, brought together and enlarged
+fourfold, against one vector made of the image's and the sentence's first tokens; and a no-target head on the same
+vector.
 
 Image and words read each other from the first block on. What AML scores is a second look without the other modality:
 the image alone and the sentence alone through the same weights, as BEiT-3 encodes them for retrieval; one more pass.
@@ -87,7 +88,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward part."""
+    """Pre-norm attention and feed-forward network."""
 
     def __init__(self, dim: int, heads: int, drop_path: float) -> None:
         super().__init__()
@@ -113,7 +114,7 @@ class Positions(nn.Module):
 
 
 class MultiwayEncoder(nn.Module):
-    """Position tables, blocks and a last norm; the release's `encoder`."""
+    """Position tables, blocks and a last norm; the official `encoder`."""
 
     def __init__(self, dim: int, depth: int, heads: int, patches: int, text_positions: int, drop_path: float) -> None:
         super().__init__()
@@ -172,7 +173,7 @@ class BEiT3Encoder(nn.Module):
         return x + table, grid
 
     def embed_words(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """input_ids [B, L] int64, text_mask [B, L] bool -> [B, L, C], zero where there is no word."""
+        """input_ids [B, L] int64, text_mask [B, L] bool -> [B, L, C], zero at padded tokens."""
         positions = self.encoder.embed_positions.B.weight[FIRST_POSITION : FIRST_POSITION + input_ids.shape[1]]
         return (self.text_embed(input_ids) + positions) * text_mask[..., None]
 
@@ -311,7 +312,7 @@ def _build(encoder: BEiT3Encoder, vision_weights: str | None, text_weights: str 
 def load_beit3(encoder: BEiT3Encoder, weights: str) -> None:
     """Fill an encoder from an official file (beit3_base_patch16_224.pth, .._indomain_.., or a fine-tuned one).
 
-    Raises UserError for anything but a file: the release is not on a hub that has the words' part.
+    Raises UserError for anything but a file: no hub has the official file with its text weights.
     """
     if not is_file(weights):
         raise UserError(
@@ -358,7 +359,7 @@ def beit3_base(
 ) -> BEiT3:
     """BEiT-3 base, patches of 16 pixels.
 
-    vision_weights: the official file, which holds the words' part too. vocab_size: of the tokenizer (beit3.spm).
+    vision_weights: the official file, which holds the text weights too. vocab_size: of the tokenizer (beit3.spm).
     table_size: side of the file's position table in patches: 14 for the 224-pixel files, 24 for 384.
     """
     encoder = BEiT3Encoder(vocab_size=max(vocab_size, 64010), table_size=table_size, drop_path=drop_path_rate)

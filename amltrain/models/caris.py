@@ -1,14 +1,14 @@
 """CARIS: late fusion, a text encoder that reads prompts made from the image, and a bidirectional pixel decoder.
 
 Paper: Liu et al., CARIS: Context-Aware Referring Image Segmentation, ACM MM 2023.
-Release: lsa1997/CARIS, commit 4b24546, MIT. Written anew on timm's Swin and transformers' BERT.
+Official code: lsa1997/CARIS, commit 4b24546, MIT. Reimplemented on timm's Swin and transformers' BERT.
 
-Kept from the release on purpose: the vision stream's second norm comes before its first; the mask head has no scale and
-no bias; the referent's vector is [CLS] alone; the pyramid step interpolates with align_corners=False.
-Not kept: clamps at +-50000, which change nothing in float32, and SyncBN, for lack of a batch norm.
+Kept from the official code on purpose: the vision stream's second norm comes before its first; the mask head has no
+scale and no bias; the referent's vector is [CLS] alone; the pyramid step interpolates with align_corners=False.
+Not kept: clamps at +-50000, which change nothing in float32, and SyncBN, because there is no batch norm.
 
 What AML scores: the stride-32 Swin map, which has seen no word, against BERT's token features, which are conditioned on
-the image through the prompts (as in the AML release); `text="plain"` (aml.text) runs BERT once more without them.
+the image through the prompts (as in the official AML code); `text="plain"` (aml.text) runs BERT once more without them.
 
 Dimensions: B batch, L text tokens, P prompts, V visual positions of three levels together, C decoder width.
 """
@@ -39,7 +39,7 @@ RENAMES = [
     (r"^backbone\.conditional_prompts\.", "prompts."),
     (r"^pixel_decoder\.", "decoder."),
 ]
-"""The release's key names to ours, as rules for `re.sub`: only the parts' names differ."""
+"""The official key names to ours, as rules for `re.sub`: only the modules' names differ."""
 DROPS = [
     (r".*\.attn\.relative_position_index", "an index table, recomputed from the window size"),
     (r".*\.embeddings\.position_ids", "an index table of older transformers versions"),
@@ -142,7 +142,7 @@ class FusionLayer(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution and group norm (32 groups), with ReLU where asked."""
+    """Convolution and group norm (32 groups), with an optional ReLU."""
 
     def __init__(self, in_dim: int, dim: int, *, kernel: int = 1, bias: bool = False, relu: bool = False) -> None:
         super().__init__()
@@ -305,9 +305,9 @@ class CARIS(RISModel):
         return features._replace(visual=self.vision(batch.image))
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The release's six groups: encoders at a tenth of the rate; norms, embeddings and prompts do not decay.
+        """The official six groups: encoders at a tenth of the rate; norms, embeddings and prompts do not decay.
 
-        Group norms, gammas and biases do decay, as in the release.
+        Group norms, gammas and biases do decay, as in the official code.
         """
         parts = {
             "text": (self.text, self.encoder_lr_scale, ("norm", "embeddings")),
@@ -330,7 +330,7 @@ class CARIS(RISModel):
         return [{"name": name, **group} for name, group in groups.items()]
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
-        """Of the CARIS or the AML release."""
+        """Convert a state dict of the official CARIS or AML code."""
         return convert(official, self.state_dict(), renames=RENAMES, drops=DROPS)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
@@ -370,7 +370,7 @@ def caris_swin_base(
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
 ) -> CARIS:
-    """The release's model: Swin-B and BERT-base, 226.6 M parameters.
+    """The official model: Swin-B and BERT-base, 226.6 M parameters.
 
     vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
     """
@@ -388,7 +388,7 @@ def caris_swin_tiny(
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
 ) -> CARIS:
-    """The release's smaller option, for which it publishes no numbers: Swin-T and BERT-base, 166.8 M parameters."""
+    """The smaller official option, without published numbers: Swin-T and BERT-base, 166.8 M parameters."""
     vision = Swin(
         embed_dim=96,
         depths=(2, 2, 6, 2),

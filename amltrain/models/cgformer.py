@@ -1,19 +1,20 @@
 """CGFormer: two learned tokens share out the image's positions between them; the second becomes the mask.
 
 Paper: Tang et al., Contrastive Grouping with Transformer for Referring Image Segmentation, CVPR 2023.
-Release: SooLab/CGFormer, commit 67d3390, MIT; its Swin backbone from LAVT, GPL-3.0. Written anew, nothing copied.
+Official code: SooLab/CGFormer, commit 67d3390, MIT; its Swin backbone from LAVT, GPL-3.0. Reimplemented; no code
+is copied.
 
 What AML scores: a second look at the image without words (see `early_fusion`).
 
-Kept from the release on purpose:
+Kept from the official code on purpose:
 - positions are assigned to tokens with Gumbel noise, in evaluation too. Here the noise is a function of the sample's
   `random_key`, so that evaluations repeat; `assignment_noise=False` turns it off;
 - the mask's 1x1 kernel is applied with a padding of 1, so a ring of bias surrounds the mask before the last resizing;
 - only the mask token reads the words; the token MLPs have no residual;
 - pixels that two polygons of one object share are background (it cuts 254/255 down to 0), in training and in scores.
-Not kept: the last gate and parts of the two loading units that nothing reads (4.2 M parameters without gradient). At
-sizes other than the release's 480 the position tables are resized, where the release fails. The last 1x1 convolution
-is folded into the mask's kernel, which is the same map without a 512-channel tensor at full size.
+Not kept: the last gate and modules of the two loading units that nothing reads (4.2 M parameters without gradient). At
+sizes other than the official 480 the position tables are resized, where the official code fails. The last 1x1
+convolution is folded into the mask's kernel, which is the same map without a 512-channel tensor at full size.
 
 Dimensions: B batch, K tokens, P positions of a level, D width, L text tokens.
 """
@@ -308,7 +309,7 @@ def cgformer_swin_base(
     text_dropout: float = 0.1,
     assignment_noise: bool = True,
 ) -> CGFormer:
-    """The release's model: Swin-B with window 12 and BERT-base, 249.5 M parameters (253.7 M with the unused ones).
+    """The official model: Swin-B with window 12 and BERT-base, 249.5 M parameters (253.7 M with the unused ones).
 
     vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
     """

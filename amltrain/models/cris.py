@@ -1,14 +1,14 @@
 """CRIS: CLIP's ResNet and text tower, joined by a pyramid that the sentence gates, and a decoder from pixels to words.
 
 Paper: Wang et al., CRIS: CLIP-Driven Referring Image Segmentation, CVPR 2022.
-Release: DerrickWang005/CRIS.pytorch, commit e596332, MIT. Written anew on timm's ResNet stages and torch's attention.
-The decoder and the head are in `layers/cris_decoder.py`, because ETRIS and DETRIS share them.
+Official code: DerrickWang005/CRIS.pytorch, commit e596332, MIT. Reimplemented on timm's ResNet stages and torch's
+attention. The decoder and the head are in `layers/cris_decoder.py`, because ETRIS and DETRIS share them.
 
-Kept from the release on purpose: the sentence's vector passes a batch norm over the batch, so that training needs more
-than one sample per process or SyncBN; position tables train at the full rate. In its first epoch the release trains all
-of CLIP so, at ten times its own rate, because its optimizer does not read the group's before the first scheduler step:
-the recipes and `configs/models/` repeat that (`optim.first_epoch_full_lr: true`); false is what was meant.
-Not kept: CLIP's unread temperature counts as trainable there and is frozen here.
+Kept from the official code on purpose: the sentence's vector passes a batch norm over the batch, so that training needs
+more than one sample per process or SyncBN; position tables train at the full rate. In its first epoch the official code
+trains all of CLIP so, at ten times its own rate, because its optimizer does not read the group's before the first
+scheduler step: the recipes and `configs/models/` repeat that (`optim.first_epoch_full_lr: true`); false is what was
+meant. Not kept: CLIP's unread temperature counts as trainable there and is frozen here.
 
 What AML scores: the pooled stride-32 map against the tokens projected into CLIP's shared space. Both are as wide and no
 fusion has happened, so `aml.projection: identity` works.
@@ -60,11 +60,11 @@ RENAMES = [
     (r"^neck\.coordconv\.1\.", "neck.locate.1."),
     *OFFICIAL_DECODER_NAMES,
 ]
-"""The release's key names to ours, as rules for `re.sub`."""
+"""The official key names to ours, as rules for `re.sub`."""
 
 
 class SentencePyramid(nn.Module):
-    """Three maps to one at stride 16; the coarsest is gated by the sentence and the finer ones are told by it."""
+    """Join three maps at stride 16; the sentence gates the coarsest, which then guides the finer ones."""
 
     def __init__(self, vision_dims: Sequence[int], sentence_dim: int, dims: Sequence[int]) -> None:
         """vision_dims: widths at strides 8, 16 and 32. dims: widths inside at the same strides; the output's is the
@@ -143,7 +143,7 @@ class CRIS(RISModel):
         return self.vision(F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE)))
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size where that is no multiple of 32."""
+        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of 32."""
         sentence = features.extra["sentence"]
         x = self.neck(features.visual, sentence)
         suppressed = suppressed_at(features.suppressed, (x.shape[-2], x.shape[-1]))

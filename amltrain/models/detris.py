@@ -1,13 +1,13 @@
 """DETRIS: frozen DINOv2 and CLIP text, tuned by small dense adapters, with CRIS' decoder on top.
 
 Paper: Huang et al., Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation, AAAI 2025.
-Release: jiaqihuang01/DETRIS, commit c94b1e1, MIT. Written anew on timm's ViT blocks and torch's attention.
+Official code: jiaqihuang01/DETRIS, commit c94b1e1, MIT. Reimplemented on timm's ViT blocks and torch's attention.
 
-Kept from the release on purpose: DINOv2's position table is resampled with an offset of 0.1 and the image is
+Kept from the official code on purpose: DINOv2's position table is resampled with an offset of 0.1 and the image is
 normalised as for CLIP; adapters and aligners read the padding, so that all sentences must be padded to one length; the
 start token, the class token and the registers skip the adapters' convolutions and are doubled; the neck's attention has
 a single key, so that its query and key weights never learn; adapters' batch norms have an epsilon of 1e-3.
-Not kept: adapters of the text start from full-precision numbers (release: rounded to half precision).
+Not kept: adapters of the text start from full-precision numbers (official code: rounded to half precision).
 
 What AML scores: DINOv2's last map with every aligner skipped, because aligners bring words into the image from the
 second block on, against CLIP's token features without adapters. All of it is frozen at full size
@@ -59,7 +59,7 @@ RENAMES = [
     *OFFICIAL_NECK_NAMES,
     *OFFICIAL_DECODER_NAMES,
 ]
-"""The release's key names to ours, as rules for `re.sub`."""
+"""The official key names to ours, as rules for `re.sub`."""
 
 
 class DenseBranches(nn.Module):
@@ -86,7 +86,7 @@ class DenseBranches(nn.Module):
 
 
 class TextAdapter(nn.Module):
-    """Beside the MLP of a text block: neighbouring tokens read each other, in both directions."""
+    """Adapter parallel to the MLP of a text block: neighbouring tokens read each other, in both directions."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class TextAttention(nn.Module):
 
 
 class DenseAligner(nn.Module):
-    """Beside the MLP of a vision block: patches read their neighbours and the words."""
+    """Adapter parallel to the MLP of a vision block: patches read their neighbours and the words."""
 
     def __init__(self, width: int, text_dim: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -174,8 +174,9 @@ class DETRIS(RISModel):
         """vision, text: built encoders; the decoder is as wide as the text.
 
         vision_adapters, text_adapters: blocks (from 0) that get one; their widths are multiples of 16.
-        taps: the two blocks whose output the neck reads beside the last. layers, heads, feedforward: of the decoder.
-        dropout: of the decoder and of the aligners' attention. train_encoders: False freezes them, as the release does.
+        taps: the two blocks whose output the neck reads in addition to the last. layers, heads, feedforward: of the
+        decoder. dropout: of the decoder and of the aligners' attention. train_encoders: False freezes them, as the
+        official code does.
         """
         super().__init__()
         self.vision, self.text, self.taps = vision, text, taps
@@ -205,7 +206,7 @@ class DETRIS(RISModel):
         return self.vision(image, self.taps, {int(i): partial(a, tokens) for i, a in self.aligners.items()})
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, 4h, 4w]; at the image's own size where that is no multiple of the patch."""
+        """Logits [B, 1, 4h, 4w]; at the image's own size if that is not a multiple of the patch."""
         sentence = features.extra["sentence"]
         x = self.neck(features.visual, sentence)
         fused = self.decoder(x, features.text, features.text_mask, features.suppressed)
@@ -225,7 +226,7 @@ class DETRIS(RISModel):
         return features._replace(visual=self._see(batch.image, features.text))
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Adapters and head, both at the full rate as in the release; encoders, where they train, as well."""
+        """Adapters and head, both at the full rate as in the official code; encoders, where they train, as well."""
         parts = {
             "adapters": (self.text_adapters, self.aligners),
             "head": (self.neck, self.decoder, self.head),
@@ -329,7 +330,7 @@ def detris_large_mixed(
 ) -> DETRIS:
     """DETRIS-L with wider adapters in nearly every block, for combined training: 424.3 M parameters, 56.5 M trained.
 
-    The release trains it on images that other sets test on; `data.leak_filter` keeps those out.
+    The official code trains it on images that other sets test on; `data.leak_filter` keeps those out.
     """
     vision, text = _encoders(_dinov2_large(), CLIPText(vocab_size=vocab_size), vision_weights, text_weights)
     return DETRIS(

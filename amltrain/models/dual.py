@@ -145,7 +145,7 @@ class Dual(RISModel):
         return [{"name": name, **group} for name, group in groups.items()]
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
-        """There is no other release: only files with this model's own key names fit."""
+        """Accept only files with this model's own key names: there is no official code."""
         return convert(official, self.state_dict())
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
@@ -229,7 +229,7 @@ def _info(
         "bert-base-uncased",
         22,
         "imagenet",
-        release="no release of its own; encoders: DINOv3 (timm), BERT (transformers)",
+        release="no official code; encoders: DINOv3 (timm), BERT (transformers)",
         licence="ours Apache-2.0; DINOv3's weights under Meta's DINOv3 License, which restricts uses",
         shared=False,
     )
@@ -265,7 +265,7 @@ def dual_dinov3_base(
         "google/siglip2-base-patch16-256",
         64,
         "half",
-        release="no release of its own; encoders: SigLIP 2 (timm and transformers)",
+        release="no official code; encoders: SigLIP 2 (timm and transformers)",
         licence="ours Apache-2.0; SigLIP 2's weights Apache-2.0",
         shared=True,
     )
@@ -298,7 +298,7 @@ def dual_siglip2_base(
         "openai/clip-vit-base-patch16",
         22,
         "clip",
-        release="no release of its own; encoders: EVA-02-CLIP (timm; its text model in transformers)",
+        release="no official code; encoders: EVA-02-CLIP (timm; its text model in transformers)",
         licence="ours Apache-2.0; EVA-02-CLIP's weights MIT",
         shared=True,
     )
@@ -331,7 +331,7 @@ def dual_eva02_base(
         "bert-base-uncased",
         22,
         "imagenet",
-        release="no release of its own; encoders: EfficientNet-Lite0 (timm), all-MiniLM-L6-v2 (transformers)",
+        release="no official code; encoders: EfficientNet-Lite0 (timm), all-MiniLM-L6-v2 (transformers)",
         licence="ours Apache-2.0; weights: EfficientNet-Lite0 Apache-2.0 (its package's LICENSE), MiniLM: the package "
         "names none, upstream publishes it as Apache-2.0",
         shared=False,
@@ -366,7 +366,7 @@ def caris_lite(
         "wordpiece",
         24,
         "imagenet",
-        release="no release of its own",
+        release="no official code",
         licence="ours Apache-2.0",
         shared=True,
     )

@@ -1,12 +1,12 @@
 """ETRIS: frozen CLIP towers that run side by side and tell each other three times what they see and read.
 
 Paper: Xu et al., Bridging Vision and Language Encoders: Parameter-Efficient Tuning for Referring Image Segmentation,
-ICCV 2023. Release: kkakkkka/ETRIS, commit cdc6d8e, MIT. Written anew on CLIP's towers in `backbones/` and torch's
-attention; the decoder and the head are CRIS', the neck is the one of DETRIS.
+ICCV 2023. Official code: kkakkkka/ETRIS, commit cdc6d8e, MIT. Reimplemented on CLIP's towers in `backbones/` and
+torch's attention; the decoder and the head are CRIS', the neck is the one of DETRIS.
 
-Kept from the release on purpose: bridges read the padding, so that all sentences must be padded to one length; both
-sides of a bridge read the other as it was before; the neck's attention has a single key, so that its query and key
-weights never learn; position tables are the only part of CLIP that trains; the ResNet's batch norms go on averaging
+Kept from the official code on purpose: bridges read the padding, so that all sentences must be padded to one length;
+both sides of a bridge read the other as it was before; the neck's attention has a single key, so that its query and key
+weights never learn; position tables are the only part of CLIP that trains; the ResNet's batch norms keep averaging
 although frozen, and its pool adds a frozen random projection that CLIP does not have, so that a trained model's
 encoder is its own and must be kept with its weights.
 Not kept: the option of fewer bridges, which no configuration uses.
@@ -57,7 +57,7 @@ RENAMES = [
     *OFFICIAL_NECK_NAMES,
     *OFFICIAL_DECODER_NAMES,
 ]
-"""The release's key names to ours but for CLIP's, as rules for `re.sub`."""
+"""The official key names to ours, except CLIP's, as rules for `re.sub`."""
 
 
 class AttentionGate(nn.Module):
@@ -111,13 +111,16 @@ class Bridge(nn.Module):
         """image [B, C, h, w], text [B, L, W], before: what the bridge before this one gave last -> both streams, and
         for the next bridge what the two sides were before they read, [B, n, d] and [B, L, d]."""
         reduced = self.reduce_image(image)
-        seen, said = reduced.flatten(2).transpose(1, 2), self.reduce_text(text)
+        image_tokens, text_tokens = reduced.flatten(2).transpose(1, 2), self.reduce_text(text)
         if before is not None:
-            seen, said = self.image_norm(seen + before[0]), self.text_norm(said + before[1])
-        learnt = self.image_reads(seen, said).transpose(1, 2).unflatten(2, reduced.shape[-2:])
-        image = image + self.expand_image(learnt)
-        text = text + self.expand_text(self.text_reads(said, seen))
-        return image, text, (seen, said)
+            image_tokens, text_tokens = (
+                self.image_norm(image_tokens + before[0]),
+                self.text_norm(text_tokens + before[1]),
+            )
+        read = self.image_reads(image_tokens, text_tokens).transpose(1, 2).unflatten(2, reduced.shape[-2:])
+        image = image + self.expand_image(read)
+        text = text + self.expand_text(self.text_reads(text_tokens, image_tokens))
+        return image, text, (image_tokens, text_tokens)
 
 
 def _resize(in_dim: int, dim: int, stride: int, *, finer: bool, normed: bool) -> nn.Module:
@@ -155,7 +158,7 @@ class ETRIS(RISModel):
         """vision, text: built encoders of one shared space; the text's blocks are a multiple of three.
 
         layers, heads, feedforward: of the decoder. dropout: of the decoder and of a ResNet's bridges.
-        train_encoders: False freezes the encoders but for their position tables, as the release does.
+        train_encoders: False freezes the encoders except their position tables, as the official code does.
         """
         super().__init__()
         self.vision, self.text = vision, text
@@ -209,7 +212,7 @@ class ETRIS(RISModel):
         return F.pad(image, (0, -width % self.vision.stride, 0, -height % self.vision.stride))
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size where that is no multiple of the encoder's stride."""
+        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of the encoder's stride."""
         sentence = features.extra["sentence"]
         x = self.neck(features.visual, sentence)
         suppressed = suppressed_at(features.suppressed, (x.shape[-2], x.shape[-1]))
@@ -232,7 +235,7 @@ class ETRIS(RISModel):
         return features._replace(visual=self.encode(batch).visual)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Bridges and the rest, both at the full rate as in the release."""
+        """Bridges and the rest, both at the full rate as in the official code."""
         bridges = list(self.bridges.parameters())
         parts = (self.vision, self.text, self.neck, self.decoder, self.head)
         rest = [p for part in parts for p in part.parameters() if p.requires_grad]

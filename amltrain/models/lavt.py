@@ -1,17 +1,17 @@
 """LAVT and LAVT-one: language fused inside the stages of Swin, and a light convolutional decoder.
 
 Paper: Yang et al., LAVT: Language-Aware Vision Transformer for Referring Image Segmentation, CVPR 2022.
-Release: yz93/LAVT-RIS, commit 1da0af9, GPL-3.0. Written anew from facts about it, on timm and transformers.
-The release's two variants differ only in where its checkpoint keeps BERT; both load.
+Official code: yz93/LAVT-RIS, commit 1da0af9, GPL-3.0. Reimplemented from facts about it, on timm and transformers.
+Its two variants differ only in where the checkpoint keeps BERT; both load.
 
 What AML scores: the image without words, that is the last stage's blocks with every gate shut, against BERT's tokens.
 AML's first pass encodes the original image anyway, so this costs no more than encoding it with words.
 `visual="conditioned"` (aml.visual) takes the same blocks' output as the trained network has it, words of the earlier
 stages included. AML level "feature" has no place here: no attention across modalities reads image positions.
 
-Kept from the release on purpose: scores of the fusion are scaled by the whole width; padding comes before rolling.
-Not kept: the last stage's gate, whose output nothing reads (it would need DDP's search for unused parameters). BERT's
-embeddings and layers 10 and 11 are frozen here, where the release leaves them out of the optimizer.
+Kept from the official code on purpose: scores of the fusion are scaled by the whole width; padding comes before
+rolling. Not kept: the last stage's gate, whose output nothing reads (it would need DDP's search for unused parameters).
+BERT's embeddings and layers 10 and 11 are frozen here, where the official code leaves them out of the optimizer.
 
 Dimensions: B batch, H W a map's size, C its width, L text tokens, D text width.
 """
@@ -171,7 +171,7 @@ def lavt_swin_base(
     text_dropout: float = 0.1,
     trained_text_layers: int | None = 10,
 ) -> LAVT:
-    """The release's model (lavt and lavt_one): Swin-B with windows of 12 and BERT-base, 225.6 M parameters.
+    """The official model (lavt and lavt_one): Swin-B with windows of 12 and BERT-base, 225.6 M parameters.
 
     vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
     """

@@ -252,7 +252,7 @@ class MagNet(RISModel):
         return Features(tuple(maps), text, batch.text_mask)
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size where that is no multiple of 4."""
+        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of 4."""
         mask_features, scales = self.pixel_decoder(features.visual)
         query = self.query.read(mask_features, scales, features.text, features.suppressed)
         kernel = self.query.mask_embed(self.query.norm(query))  # [B, 1, M]

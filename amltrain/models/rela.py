@@ -1,22 +1,23 @@
 """ReLA (GRES): generalised referring expressions, which may mean several things, one or none.
 
 Paper: Liu, Ding, Jiang, GRES: Generalized Referring Expression Segmentation, CVPR 2023 (arXiv 2306.00968).
-Release: henghuiding/ReLA, branch main, commit 3ca9551, MIT; its Swin backbone from LAVT, GPL-3.0. Written anew,
-nothing copied. Its weights score above its README (gRefCOCO val gIoU 66.3, cIoU 63.1 against 63.60, 62.42), because the
-README's numbers belong to another version of the decoder.
+Official code: henghuiding/ReLA, branch main, commit 3ca9551, MIT; its Swin backbone from LAVT, GPL-3.0. Reimplemented;
+no code is copied. Its weights score above its README (gRefCOCO val gIoU 66.3, cIoU 63.1 against 63.60, 62.42), because
+the README's numbers belong to another version of the decoder.
 
-What AML scores: a second look at the image without words (see `early_fusion`). As released the gates stay closed, so
-the trunk is the same with words and without. ResNet-50 reads no words; there AML scores the encoder's own last map.
+What AML scores: a second look at the image without words (see `early_fusion`). In the official weights the gates stay
+closed, so the trunk is the same with and without words. ResNet-50 does not read the words: AML scores the encoder's own
+last map.
 
-Kept from the release on purpose:
+Kept from the official code on purpose:
 - the gates' weights start at 0, where both of their gradients are 0: they never open. They are trainable all the same;
-- BERT's embeddings and layers 10 and 11 are never updated: they are frozen here, where the release leaves them out of
-  the optimizer;
+- BERT's embeddings and layers 10 and 11 are never updated: they are frozen here, where the official code leaves them
+  out of the optimizer;
 - padded tokens are read by the regions, and biases and BERT's LayerNorms decay.
-Not kept: the release's loader never loads `predictor.lang_weight`, so its evaluation runs with 0 in its place. Our
+Not kept: the official loader never loads `predictor.lang_weight`, so its evaluation runs with 0 in its place. Our
 conversion keeps the trained value; set `region_decoder.layers.0.read_words.weight` to 0 to repeat that evaluation. The
-release scales polygons to 480 and draws them there; here a full-size mask is resized to the nearest pixel, for training
-and for scores. They agree but for edges: docs/evaluation.md says how far.
+official code scales polygons to 480 and draws them there; here a full-size mask is resized to the nearest pixel, for
+training and for scores. They agree except at edges: docs/evaluation.md has the figures.
 
 Dimensions: B batch, H W network input, C width, L text tokens, D text width, Q regions.
 """
@@ -119,7 +120,7 @@ class ReLA(EarlyFusionModel):
         return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 2, H, W]: the release upsamples to the input size itself, with align_corners=False."""
+        """Logits [B, 2, H, W]: the official code upsamples to the input size itself, with align_corners=False."""
         mask_features, scales = self.pixel_decoder(features.visual)
         prediction = self.region_decoder(mask_features, scales, features.text, features.suppressed)
         height, width = batch.image.shape[-2:]
@@ -175,7 +176,7 @@ def build_rela(
     decoder_feedforward: int = 2048,
     trained_text_layers: int | None = 10,
 ) -> ReLA:
-    """A ReLA of any size around its encoders; the defaults are the release's, with 10 x 10 regions always."""
+    """A ReLA of any size around its encoders; the defaults are the official ones, always with 10 x 10 regions."""
     return ReLA(
         backbone=backbone,
         text_encoder=text_encoder,
@@ -235,7 +236,7 @@ def rela_swin_base(
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
 ) -> ReLA:
-    """The release's model: Swin-B with window 12 and BERT-base, 225.5 M parameters.
+    """The official model: Swin-B with window 12 and BERT-base, 225.5 M parameters.
 
     vision_weights, text_weights: where pretrained encoders come from, see `amltrain.models.backbones.weights`.
     """
@@ -254,7 +255,7 @@ def rela_swin_tiny(
     drop_path_rate: float = 0.3,
     text_dropout: float = 0.1,
 ) -> ReLA:
-    """The release's smaller model: Swin-T with window 7 and BERT-base, 162.6 M parameters."""
+    """The official smaller model: Swin-T with window 7 and BERT-base, 162.6 M parameters."""
     swin = Swin(
         embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7, drop_path_rate=drop_path_rate
     )
@@ -271,7 +272,8 @@ def rela_r50(
     vocab_size: int = 30522,
     text_dropout: float = 0.1,
 ) -> ReLA:
-    """The release's model on ResNet-50 with frozen batch norm, 153.4 M parameters; no word enters the backbone.
+    """The official model on ResNet-50 with frozen batch norm, 153.4 M parameters; the backbone does not read the
+    sentence.
 
     vision_weights: a torchvision ResNet-50 file, or a timm name such as resnet50.tv_in1k.
     """

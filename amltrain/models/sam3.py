@@ -1,15 +1,16 @@
-"""SAM 3 as a referring segmentation model: transformers' `Sam3Model`, asked for one mask per sentence.
+"""SAM 3 as a referring segmentation model: transformers' `Sam3Model` with one mask per sentence.
 
-Paper: Carion et al., SAM 3: Segment Anything with Concepts, 2025. Release: facebook/sam3 (weights under Meta's SAM
-License, on request), as published in transformers; its modules are used as they are. SAM 3 was trained on short noun
-phrases of at most 32 tokens, not on referring expressions: it is a starting point to fine-tune.
+Paper: Carion et al., SAM 3: Segment Anything with Concepts, 2025. Official code: facebook/sam3 (weights under Meta's
+SAM License, on request), as published in transformers; its modules are used as they are. SAM 3 was trained on short
+noun phrases of at most 32 tokens, not on referring expressions: it is a starting point to fine-tune.
 
 The mask is the semantic output (one logit per pixel), the presence token is the no-target head.
-Boxes, instance masks and their scores are left out of the loss, so the parts that only they read stay frozen, with the
-geometry encoder, which reads boxes that nobody gives here.
-The input size is fixed when the model is built (1008 pixels in the release): images of another size are resized to it,
-bilinearly, and logits are those of the resized image. The layers are called one by one, because `Sam3Model.forward`
-waits for the device in every step (it makes tensors of sizes and reads masks); the numbers are the same.
+Boxes, instance masks and their scores are left out of the loss, so the modules that only they read stay frozen, with
+the geometry encoder, which reads boxes that nobody gives here.
+The input size is fixed when the model is built (1008 pixels in the official code): images of another size are resized
+to it, bilinearly, and logits are those of the resized image. The layers are called one by one, because
+`Sam3Model.forward` waits for the device in every step (it makes tensors of sizes and reads masks); the numbers are the
+same.
 
 What AML scores: the image pyramid's stride-14 map and the projected tokens, both 256 wide, before any fusion. Equal
 widths let `projection: identity` run, but the two were not trained to be compared by cosine.
@@ -47,13 +48,13 @@ UNUSED = (
     "mask_decoder.mask_embedder",
     "mask_decoder.instance_projection",
 )
-"""Parts that the mask and the presence token never read. The box head moves the queries' boxes, but through a cut
+"""Modules that the mask and the presence token never read. The box head moves the queries' boxes, but through a cut
 gradient, so it keeps its pretrained weights."""
 FINEST, MIDDLE, COARSE = 0, 1, 2
 
 
 class SAM3(RISModel):
-    """SAM 3 with one-channel logits at a quarter of a patch (stride 3.5 in the release) and a no-target head."""
+    """SAM 3 with one-channel logits at a quarter of a patch (stride 3.5 in the official code) and a no-target head."""
 
     mask_channels = 1
 
@@ -81,7 +82,7 @@ class SAM3(RISModel):
             self.sam3.get_submodule(name).requires_grad_(False)
         self.sam3.vision_encoder.neck.fpn_layers[-1].requires_grad_(False)  # a map that nothing reads
         pixels = self.sam3.mask_decoder.pixel_decoder
-        pixels.conv_layers[2:].requires_grad_(False)  # three maps need two steps; the release has three
+        pixels.conv_layers[2:].requires_grad_(False)  # three maps need two steps; the official code has three
         pixels.norms[2:].requires_grad_(False)
         self.tunings: dict[str, Tuning] = {"vision_encoder.backbone": vision_tuning, "text_encoder": text_tuning}
         for name, tuning in self.tunings.items():
@@ -281,10 +282,10 @@ def sam3_tiny(
     vocab_size: int = 512,
     dropout: float = 0.0,
 ) -> SAM3:
-    """A small SAM 3 of the same parts, trained whole, that learns synthetic scenes from scratch; 96 pixels."""
+    """A small SAM 3 with the same modules, fully trained, that learns synthetic scenes from scratch; 96 pixels."""
     if text_weights is not None:
         raise UserError("SAM 3's text encoder comes with model.vision_weights; leave model.text_weights out")
-    start = {"initializer_range": 0.1}  # the release's 0.02 is for wide layers; narrow ones would hardly start to learn
+    start = {"initializer_range": 0.1}  # the official 0.02 is for wide layers; narrow ones would hardly start to learn
     detr = {
         "hidden_size": 64,
         "num_layers": 2,

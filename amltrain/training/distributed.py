@@ -94,7 +94,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
             "add --train.mixed_precision bf16, or use DDP for fp16"
         )
     accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed,  # DDP over CPUs has to be asked for, and DeepSpeed is not used where it is
+        cpu=on_cpu and not deepspeed,  # DDP over CPUs must be requested, and DeepSpeed is then not used
         mixed_precision="no" if deepspeed else config.train.mixed_precision,
         log_with=config.tracking.trackers or None,
         project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / "logs")),
@@ -163,7 +163,7 @@ def set_tf32(allowed: bool) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds only a part of the weights between steps (FSDP, ZeRO-3)."""
+    """Whether a process holds only a share of the weights between steps (FSDP, ZeRO-3)."""
     return accelerator.distributed_type == DistributedType.FSDP or _zero_stage(accelerator) == 3
 
 

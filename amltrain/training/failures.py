@@ -76,7 +76,7 @@ def _out_of_memory(config: RunConfig, micro: int) -> str:
 
 
 def free_space(folder: Path) -> str:
-    """Say how much room is left on a folder's disk."""
+    """Describe the free space on a folder's disk."""
     try:
         return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
     except OSError:

@@ -58,7 +58,7 @@ class OutputLock:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_EVERY):
-            with suppress(OSError):  # the folder is gone or read-only: the next save reports it
+            with suppress(OSError):  # the folder is missing or read-only: the next save reports it
                 os.utime(self.path)
 
 
@@ -68,7 +68,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The owner; None for a lock that is cut off or gone."""
+    """The owner; None for a lock that is truncated or missing."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -25,8 +25,8 @@ def lr_factor(
     """Return the factor of every group's base rate at optimizer step `step` (0-based), 0..1.
 
     poly        (1 - step / total)^power, counted from step 0 also behind a warm-up (LAVT, CARIS)
-    poly_caris  as poly, with the CARIS release's warm-up: step 0 at the full rate, then from a thousandth of it
-                linearly up to and including step `warmup_steps`
+    poly_caris  as poly, with the warm-up of the official CARIS code: step 0 at the full rate, then from a
+                thousandth of it linearly up to and including step `warmup_steps`
     multistep   times gamma at every milestone, a share of the run (CRIS, ETRIS, DETRIS, ReLA)
     cosine      half a cosine down to 0
     """

@@ -86,7 +86,7 @@ class Preemption:
             self._leave()
 
     def _watch_launcher(self, launcher: int, ended: threading.Event) -> None:
-        """Ask to stop when torchrun is gone: its processes would outlive it and block the next start."""
+        """Request a stop when torchrun has ended: its processes would outlive it and block the next start."""
         while not ended.wait(LAUNCHER_CHECK):
             if os.getppid() != launcher:
                 self.reason = self.reason or "the launcher is gone"

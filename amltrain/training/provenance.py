@@ -62,7 +62,7 @@ def train_mask_parts(config: RunConfig) -> MaskParts:
 def code_commit() -> str | None:
     """Git commit of this package's checkout, with "-dirty" after it if files differ from it.
 
-    Where there is no checkout, as in the docker image, what AMLTRAIN_COMMIT says; None if nothing does.
+    Without a checkout, as in the docker image, use AMLTRAIN_COMMIT; None if it is not set.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():

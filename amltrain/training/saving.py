@@ -1,4 +1,4 @@
-"""Saves checkpoints while training goes on.
+"""Save checkpoints while training continues.
 
 One process and DDP: the main process copies the state to CPU memory and a thread writes it. A failed write is reported
 at the next step, on every process. FSDP and DeepSpeed: every process writes its share, and training waits.
@@ -59,7 +59,7 @@ class Saver:
         return self._fault is not None
 
     def save(self, step: int, trainer_state: dict[str, Any], on_saved: Callable[[Path], None] | None = None) -> None:
-        """Save `step-N`; every process calls. Returns as soon as training may go on.
+        """Save `step-N`; every process calls. Returns as soon as training may continue.
 
         on_saved: called with the finished checkpoint on the main process, perhaps from another thread. Raises UserError
         on every process if this write, or the one before, failed.
@@ -89,7 +89,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the write under way; every process calls. Raises its UserError on all of them."""
+        """Wait for the current write; every process calls. Raises its UserError on all of them."""
         self._refuse(self.join())
 
     def join(self) -> str | None:

@@ -61,7 +61,7 @@ def banner(
 
 
 def _device(accelerator: Accelerator) -> str:
-    """Where a run computes; `accelerate launch` gives it one CPU thread unless told otherwise."""
+    """Where a run computes; `accelerate launch` gives it one CPU thread by default."""
     spread = "one process" if accelerator.num_processes == 1 else accelerator.distributed_type.value.lower()
     name = f"{accelerator.device}, {spread}"
     if accelerator.device.type != "cpu":

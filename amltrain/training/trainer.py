@@ -151,7 +151,7 @@ class Trainer:
         return self.results
 
     def closing(self) -> "_Closing":
-        """Wait for a save under way when the block ends, however it ends."""
+        """Wait for a running save when the block ends, however it ends."""
         return _Closing(self)
 
     def _try_step(self, batches: Iterator[list[Batch]]) -> StepStats:
@@ -263,7 +263,7 @@ class Trainer:
         return next((str(path) for path in reversed(checkpoints.checkpoints(self.output))), "none yet")
 
     def _after_step(self, stats: StepStats, bar: tqdm) -> None:
-        """Log, save, leave if asked, evaluate."""
+        """Log, save, stop if asked, evaluate."""
         step, config = self.progress.step, self.config
         if stats.save_failed:
             self.saver.wait()  # raises
@@ -410,7 +410,7 @@ class Trainer:
         self.history.add(self.progress.step, values)
 
     def _leave(self) -> None:
-        """Leave once the save under way is complete; called from a signal handler during an evaluation."""
+        """Exit once the running save is complete; called from a signal handler during an evaluation."""
         if fault := self.saver.join():
             raise UserError(fault)
         self.log(

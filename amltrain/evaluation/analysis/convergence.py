@@ -17,7 +17,7 @@ LOG = "log.jsonl"
 def read_log(place: str | Path) -> list[tuple[int, float]]:
     """(step, loss) of every log line of a run. place: a run, or a checkpoint or model folder in it.
 
-    Raises UserError where there is no log, or no loss in it.
+    Raises UserError if the log is missing or has no loss.
     """
     folder = next((p for p in (Path(place), *Path(place).resolve().parents[:2]) if (p / LOG).is_file()), None)
     if folder is None:
@@ -38,7 +38,7 @@ def read_log(place: str | Path) -> list[tuple[int, float]]:
 def steps_per_epoch(place: str | Path, data: Mapping[str, Any], global_batch_size: int) -> float:
     """Optimizer steps of an epoch, from the manifests of the prepared data.
 
-    data: of the run's recipe, with `prepared`. Raises UserError where the data are gone.
+    data: of the run's recipe, with `prepared`. Raises UserError if the data are missing.
     """
     unit = "refs" if data.get("train_unit") == "referent" else "expressions"
     samples = 0

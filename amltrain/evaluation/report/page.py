@@ -30,7 +30,7 @@ class SplitPart(NamedTuple):
 def render(
     title: str, facts: Mapping[str, str], curves: Sequence[Chart], splits: Sequence[SplitPart], tau: float | None = None
 ) -> str:
-    """Return the page. facts: name -> text, shown at its top; tau: of AML, None where there are no masks."""
+    """Return the page. facts: name -> text, shown at its top; tau: AML's threshold, None without masks."""
     environment = Environment(
         loader=PackageLoader("amltrain.evaluation.report"),
         autoescape=True,

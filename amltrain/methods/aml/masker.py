@@ -26,7 +26,7 @@ from amltrain.records import Batch, Features, ModelOutput
 
 
 class AlignmentMasker(Masker):
-    """Hides blocks of the image where the words match badly."""
+    """Hide image blocks with low alignment scores."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ def describe_calibration(calibration: Calibration | None) -> list[str]:
 
 
 def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
-    """The scorer that the settings ask for, at the width of this model's features."""
+    """Build the scorer that the settings name, at the width of this model's features."""
     if settings.features == "pred":
         return PredictionScorer()
     widths = model.alignment_dims if settings.features == "early" else model.fused_dims

@@ -75,12 +75,12 @@ def select_as_released(
 ) -> Tensor:
     """The public code's blocks. weak [B, r, c, p, p] bool, keys [B] int64 -> [B, r, c] bool.
 
-    A share rho of the weak pixels, at least one, is drawn. The release keeps a pair (patch j, offset o inside it) per
-    drawn pixel, clamps both to N - 1 where N is the number of patches, and blanks every patch whose number occurs in
-    either column. The release needs square images whose side is a multiple of the block; this does not.
+    A share rho of the weak pixels, at least one, is drawn. The official code keeps a pair (patch j, offset o inside it)
+    per drawn pixel, clamps both to N - 1 where N is the number of patches, and blanks every patch whose number occurs
+    in either column. The official code needs square images whose side is a multiple of the block; this does not.
 
     permutations: instead of keys, for each sample its recorded order of its K weak pixels, counted patch by patch, row
-    by row inside a patch (torch.randperm(K) in the release).
+    by row inside a patch (torch.randperm(K) in the official code).
     """
     patches, offsets = weak.shape[1] * weak.shape[2], weak.shape[3] * weak.shape[4]
     weak_pairs = weak.reshape(weak.shape[0], patches * offsets)

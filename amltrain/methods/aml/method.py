@@ -146,7 +146,7 @@ class AML(Method):
         return describe_calibration(self.calibrate(first_batches, reduce))
 
     def before_step(self, step: int, batches: list[Batch], reduce: Reduce | None = None) -> list[str]:
-        """Solve the temperature again where the run asks for it; one that cannot be solved stays as it was."""
+        """Solve the temperature again if the run is set to; keep the old one if it cannot be solved."""
         if not (self.calibrate_every and step and step % self.calibrate_every == 0):
             return []
         try:

@@ -15,9 +15,9 @@ class AMLSettings:
     features: Literal["early", "late", "pred"]
     """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
     projection: Literal["random", "learnable", "identity", "linear"]
-    """How visual and text features meet: two fixed Gaussian matrices (random), the same trained with the model by a
-    straight-through gradient (learnable), none for encoders that share a space (identity), or the released code's one
-    fixed linear map of the text (linear)."""
+    """How visual and text features are compared: two fixed Gaussian matrices (random), the same trained with the model
+    by a straight-through gradient (learnable), none for encoders that share a space (identity), or the public code's
+    one fixed linear map of the text (linear)."""
     dim: int
     """Width D that random and learnable projections project to; the paper's is 2048."""
     projection_seed: int
@@ -27,7 +27,7 @@ class AMLSettings:
     normalize: bool
     """L2-normalise every feature vector before it is projected."""
     score_padding: bool
-    """Padded tokens take part in the softmax over tokens (released code)."""
+    """Include padded tokens in the softmax over tokens (as the public code does)."""
     temperature: float | Literal["auto"]
     """Divides the similarities. auto: solved at the start of training so that the mean score is 0.75, then kept. 1.0 is
     the paper's literal formula, which masks whole images."""
@@ -41,8 +41,8 @@ class AMLSettings:
     block: int
     """Side of a masked block, pixels."""
     selection: Literal["pixel", "patch", "released"]
-    """Which blocks go: any with a selected pixel (pixel), a share rho of the weak ones (patch), or what the released
-    code's indexing does, which is nearly all of them (released)."""
+    """Which blocks are masked: any with a selected pixel (pixel), a share rho of the weak ones (patch), or those of the
+    public code's indexing, which are nearly all (released)."""
     level: Literal["image", "feature", "random"]
     """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
     random places (random)."""

@@ -31,8 +31,8 @@ def patch_logits(visual: Tensor, text: Tensor, form: Tensor | None = None) -> Te
 def patch_max(logits: Tensor, temperature: Tensor | float, text_mask: Tensor | None = None) -> Tensor:
     """`S_i = max_j softmax_j(logits / temperature)`: logits [B, N, L] -> scores [B, N] in [1/L, 1].
 
-    text_mask [B, L] bool (True = a real token): other tokens take no part, and L above counts the real ones only.
-    Every row needs a real token. None: padded tokens take part as well (what the public code does).
+    text_mask [B, L] bool (True = a real token): other tokens are excluded, and L above counts the real ones only.
+    Every row needs a real token. None: padded tokens are included (as in the public code).
     """
     logits = logits / temperature
     if text_mask is not None:
@@ -167,7 +167,7 @@ class PatchScorer(nn.Module):
         normalize: bool = True,
         score_padding: bool = False,
     ) -> None:
-        """temperature: None leaves it to calibration, 1.0 until then. score_padding: padded tokens take part."""
+        """temperature: None leaves it to calibration, 1.0 until then. score_padding: include padded tokens."""
         super().__init__()
         self.projection = projection
         self.normalize = normalize
@@ -185,7 +185,7 @@ class PatchScorer(nn.Module):
             return self.projection(visual, text)
 
     def token_mask(self, features: AlignmentFeatures) -> Tensor | None:
-        """[B, L] bool, the tokens that take part; None = all."""
+        """Return the tokens to include, [B, L] bool; None = all."""
         return None if self.score_padding else features.text_mask
 
     def score(self, features: AlignmentFeatures) -> Tensor:

@@ -1,8 +1,8 @@
 """The distortion bound behind the random projections (Johnson & Lindenstrauss; the AML paper's theorem).
 
-What it says: a Gaussian map to D dimensions, entries N(0, 1/D), keeps all squared distances between n points within a
+The theorem: a Gaussian map to D dimensions, entries N(0, 1/D), keeps all squared distances between n points within a
 factor 1 +- epsilon. It holds inside one modality, and for concatenated pairs (v, t) under the block-diagonal map of the
-two matrices. It says nothing about inner products `<Wi v, Wt t>` across modalities: with independent matrices those
+two matrices. It does not cover inner products `<Wi v, Wt t>` across modalities: with independent matrices those
 have mean 0 and variance `|v|^2 |t|^2 / D`, whatever v and t are.
 """
 

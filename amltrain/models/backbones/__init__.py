@@ -1,1 +1,1 @@
-"""Encoders that several baselines share, on timm and transformers, under the official releases' key names."""
+"""Encoders that several baselines share, on timm and transformers, under the official key names."""

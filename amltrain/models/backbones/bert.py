@@ -1,6 +1,6 @@
 """BERT token features, on transformers' BertModel without its pooler; key names are HuggingFace's own.
 
-Paper: Devlin et al., BERT, NAACL 2019. The releases bundle copies of transformers 3.0.2; the numbers are the same.
+Paper: Devlin et al., BERT, NAACL 2019. Official code bundles copies of transformers 3.0.2; the numbers are equal.
 
 Dimensions: B batch, L text tokens, P appended vectors, C width.
 """

@@ -46,7 +46,7 @@ Adapter = Callable[[Tensor], Tensor]
 """The residual stream between attention and MLP [B, L, W] -> what is added to the block's output, [B, L, W]."""
 
 Between = Callable[[int, Tensor], Tensor]
-"""(0, 1 or 2, an image tower's map after that third of it [B, C, h, w]) -> the map that it goes on with."""
+"""(0, 1 or 2, an image tower's map after that third [B, C, h, w]) -> the map for the next third."""
 
 
 class CLIPBlock(nn.Module):
@@ -125,7 +125,7 @@ class CLIPText(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """input_ids [B, L] int64, text_mask [B, L] bool (True = a real token).
 
-        adapters: what works beside the MLP of a block (from 0).
+        adapters: modules parallel to the MLP of a block (from 0).
         Returns normed token features [B, L, W], padding included, and the sentence's vector [B, E]: the last real
         token's feature, projected. CLIP's end token is the last real one.
         Raises UserError when a sentence is longer than the position table.

@@ -46,7 +46,7 @@ class DINOv2(nn.Module):
         super().__init__()
         self.embed_dim, self.patch_size, self.table_size = embed_dim, patch_size, table_size
         self.prefix = 1 + registers
-        # an image that is no multiple of the patch is padded with zeros at the right and bottom
+        # an image whose side is not a multiple of the patch is padded with zeros at the right and bottom
         self.patch_embed = PatchEmbed(
             img_size=None, patch_size=patch_size, embed_dim=embed_dim, flatten=False, dynamic_img_pad=True
         )
@@ -83,7 +83,7 @@ class DINOv2(nn.Module):
         """image [B, 3, H, W] of any size -> maps [B, C, ceil(H / patch), ceil(W / patch)].
 
         taps: blocks (from 0) whose output is given as it is, in rising order; the last map is the normed end.
-        adapters: what works beside the MLP of a block (from 0).
+        adapters: modules parallel to the MLP of a block (from 0).
         """
         adapters = adapters or {}
         x, grid = self.embed(image)

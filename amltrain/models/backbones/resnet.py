@@ -1,4 +1,6 @@
-"""ResNet-50 with frozen batch norm, on torchvision; the ReLA release's smallest backbone. It reads no words.
+"""ResNet-50 with frozen batch norm, on torchvision: the smallest backbone of the official ReLA code.
+
+It does not read the sentence.
 
 Paper: He et al., Deep Residual Learning for Image Recognition, CVPR 2016.
 """

@@ -1,7 +1,7 @@
 """Swin Transformer v1, exact at every input size, stage by stage.
 
 Paper: Liu et al., Swin Transformer, ICCV 2021. The blocks are timm's; two things differ from timm's whole model,
-because the releases of CARIS, LAVT, CGFormer and ReLA are trained that way:
+because CARIS, LAVT, CGFormer and ReLA were trained that way:
 
 - a map is padded to a multiple of the window first and rolled afterwards (timm rolls first), so timm's numbers differ
   wherever padding happens;
@@ -40,7 +40,7 @@ def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -
 
 
 class SwinBlock(SwinTransformerBlock):
-    """timm's block with the releases' order: pad, roll, attend, roll back, crop."""
+    """timm's block with the official order: pad, roll, attend, roll back, crop."""
 
     def __init__(self, dim: int, num_heads: int, window: int, shift: int, drop_path: float) -> None:
         super().__init__(

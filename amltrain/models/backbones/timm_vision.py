@@ -38,7 +38,7 @@ MEAN_STD = {
 }
 DEFAULTS = (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD))
 ANY_SIZE: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-"""How timm's families are told to take images of any size; the first that a model knows is used."""
+"""Options that make timm's families accept any image size; the first that a model knows is used."""
 
 
 class TimmVision(nn.Module):

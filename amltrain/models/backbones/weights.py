@@ -71,8 +71,8 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
 def load_swin(swin: Swin, weights: str) -> None:
     """Fill a Swin from an official file (swin_base_patch4_window7_224_22k.pth), a timm name or `hf-hub:` id.
 
-    The classification head and its norm have no place here; the four output norms start at 1 and 0, as in the
-    releases. Bias tables of another window size are resized bicubically.
+    The classification head and its norm are not used here; the four output norms start at 1 and 0, as in the
+    official code. Bias tables of another window size are resized bicubically.
     """
     state = read_state_dict(Path(weights)) if is_file(weights) else timm_state(weights)
     if not any(key.startswith("layers.0.downsample.") for key in state):

@@ -17,7 +17,7 @@ OFFICIAL_DECODER_NAMES = [
     (r"^proj\.vis\.", "head.visual."),
     (r"^proj\.txt\.", "head.kernel."),
 ]
-"""The releases' key names of decoder and head (modules `decoder` and `head` here) to ours, as rules for `re.sub`."""
+"""The official key names of decoder and head (modules `decoder` and `head` here) to ours, as rules for `re.sub`."""
 
 
 def conv_norm_relu(in_dim: int, dim: int, kernel: int = 1) -> nn.Sequential:
@@ -50,7 +50,7 @@ def map_code(height: int, width: int, dim: int, *, device: torch.device | None =
 
 
 class PixelTextLayer(nn.Module):
-    """Self-attention, attention to the words and a feed-forward part, each normed before and inside."""
+    """Self-attention, attention to the words and a feed-forward network, each normed before and inside."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()

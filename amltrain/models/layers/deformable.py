@@ -75,7 +75,7 @@ def sample_levels(values: Tensor, shapes: list[tuple[int, int]], places: Tensor,
     batch, heads = places.shape[0], places.shape[2]
     parts = values.split([h * w for h, w in shapes], dim=1)
     total: Tensor | None = None
-    for level in reversed(range(len(shapes))):  # rounding as near to the releases' recorded gradients as can be
+    for level in reversed(range(len(shapes))):  # rounding as close as possible to the recorded official gradients
         part, shape = parts[level], shapes[level]
         maps = part.flatten(2).transpose(1, 2).reshape(batch * heads, -1, *shape)  # [B * heads, C / heads, h, w]
         # points before queries: the sum over points then runs along whole rows
@@ -95,7 +95,7 @@ def level_sizes(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention over several levels and a feed-forward part, both post-norm."""
+    """Deformable self-attention over several levels and a feed-forward network, both post-norm."""
 
     def __init__(self, dim: int, feedforward: int, *, heads: int = 8, levels: int = 3, points: int = 4) -> None:
         super().__init__()

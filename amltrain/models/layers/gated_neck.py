@@ -20,11 +20,11 @@ OFFICIAL_NECK_NAMES = [
     (r"^neck\.coordconv\.0\.conv1\.", "neck.locate.0."),
     (r"^neck\.coordconv\.1\.", "neck.locate.1."),
 ]
-"""Both releases' key names of a module `neck` to ours, as rules for `re.sub`."""
+"""Key names of a module `neck` in both official repositories to ours, as rules for `re.sub`."""
 
 
 class GatedNeck(nn.Module):
-    """Three maps gated by the sentence, joined, and told where every cell is."""
+    """Join three maps gated by the sentence, and add the coordinates of every cell."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class GatedNeck(nn.Module):
         heads: int = 8,
     ) -> None:
         """vision_dims: widths of the maps. strides: by how much the first two are finer and the third is coarser than
-        the output. residual: the part that knows the cells' places is added to what it reads."""
+        the output. residual: the output of the coordinate layer is added to its input."""
         super().__init__()
         self.residual = residual
         self.sentence_proj = nn.Linear(sentence_dim, dim)

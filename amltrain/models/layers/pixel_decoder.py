@@ -61,7 +61,7 @@ class DeformableEncoder(nn.Module):
 
 
 class PixelDecoder(DeformableEncoder):
-    """Backbone maps in, mask features and three scales out. Always computes outside of autocast, as the releases do."""
+    """Compute mask features and three scales from backbone maps, outside of autocast as the official code does."""
 
     def __init__(
         self,

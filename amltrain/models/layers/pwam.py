@@ -1,11 +1,11 @@
 """Pixel-word attention (PWAM): every position of a visual map reads the words, as in LAVT, ReLA and CGFormer.
 
 Paper: Yang et al., LAVT: Language-Aware Vision Transformer for Referring Image Segmentation, CVPR 2022.
-The three releases differ in the number of heads (LAVT and ReLA 1, CGFormer 8) and in how the gate starts; the maths is
-the same. The releases write 1x1 convolutions over [B, C, N]; these are linear layers over [B, N, C], so an official
-weight [out, in, 1] loses its last dimension.
+The three official repositories differ in the number of heads (LAVT and ReLA 1, CGFormer 8) and in how the gate starts;
+the maths is the same. The official code uses 1x1 convolutions over [B, C, N]; these are linear layers over [B, N, C],
+so an official weight [out, in, 1] loses its last dimension.
 
-Kept from the releases on purpose: scores are scaled by C**-0.5 of the whole width, however many heads there are.
+Kept from the official code on purpose: scores are scaled by C**-0.5 of the whole width, however many heads there are.
 
 Dimensions: B batch, N visual positions, L text tokens, C visual width, D text width.
 """

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a part that holds batch norms."""
+"""Gradient checkpointing of a module with batch norms."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,9 +1,9 @@
 """ReLA's predictor: region queries read the image, the words and each other, and compose the mask.
 
 Paper: Liu et al., GRES: Generalized Referring Expression Segmentation, CVPR 2023 (arXiv 2306.00968), as re-worked on
-the `main` branch of the release (henghuiding/ReLA 3ca9551).
+the `main` branch of the official code (henghuiding/ReLA 3ca9551).
 
-Kept from the release on purpose: the words are read once, after the first layer's image attention, padded tokens
+Kept from the official code on purpose: the words are read once, after the first layer's image attention, padded tokens
 included; the minimap enters the mask as raw logits; only the last prediction is supervised.
 Not kept: the region masks between the layers are dot products with mask features that are resized once per scale,
 instead of full-size masks resized nine times. Resizing is linear, so the masks are the same to rounding.

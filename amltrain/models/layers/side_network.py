@@ -1,4 +1,4 @@
-"""BarLeRIa's side network: a small ViT that reads the image twice, the second time led by what the words ask for.
+"""BarLeRIa's side network: a small ViT that reads the image twice, the second time guided by the sentence.
 
 Paper: Wang et al., BarLeRIa, ICLR 2024.
 
@@ -54,7 +54,7 @@ class LedBlock(nn.Module):
 
 
 class Feedback(nn.Module):
-    """The way back through one block: what goes on down, and what leads the block's second run."""
+    """The way back through one block: the input of the block below, and the guidance of this block's second run."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -148,12 +148,12 @@ class SideNetwork(nn.Module):
                 x = torch.cat([x[:, :before], x[:, before:] + self.readings[i + 1](tower[i + 1])], dim=1)
         return x[:, before:].transpose(1, 2).unflatten(2, grid), error
 
-    def gate(self, y: Tensor, asked: Tensor) -> Tensor:
-        """Keep of every token what lies along the words' mean. y [B, T, D], asked [B, D] -> [B, T, D]."""
-        direction = F.normalize(asked, dim=0 if self.gate_norm == "batch" else 1, eps=1e-12)
+    def gate(self, y: Tensor, guide: Tensor) -> Tensor:
+        """Keep of every token what lies along the words' mean. y [B, T, D], guide [B, D] -> [B, T, D]."""
+        direction = F.normalize(guide, dim=0 if self.gate_norm == "batch" else 1, eps=1e-12)
         cosine = torch.einsum("btd,bd->bt", F.normalize(y, dim=-1, eps=1e-12), direction)
         y = y * cosine.clamp(0, 1)[..., None]
-        return 5 * torch.einsum("btd,bd->bt", y, asked)[..., None] * asked[:, None]
+        return 5 * torch.einsum("btd,bd->bt", y, guide)[..., None] * guide[:, None]
 
     def lead(self, y: Tensor) -> list[Tensor]:
         """Run the feedback chain from the last block to the first; the signal of every block, first to last."""
