@@ -51,11 +51,11 @@ class PredictionFolder:
             ) from error
 
     def _open(self, kept: Sequence[dict[str, Any]]) -> TextIO:
-        aside = self.rows_file.with_name(f".{ROWS_FILE}.{os.getpid()}")
+        temporary = self.rows_file.with_name(f".{ROWS_FILE}.{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            aside.replace(self.rows_file)
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(self.rows_file)
             return self.rows_file.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(

@@ -90,7 +90,7 @@ class DataConfig:
         twice = {name for name in self.datasets if self.datasets.count(name) > 1}
         if twice:
             raise UserError(
-                f"data.datasets names {', '.join(sorted(twice))} more than once; data.weights says how much"
+                f"data.datasets names {', '.join(sorted(twice))} more than once; set its share with data.weights"
             )
 
 

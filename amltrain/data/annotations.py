@@ -215,7 +215,7 @@ def _text_fault(sent: str, raw: str) -> str | None:
     try:
         (sent + raw).encode()
     except UnicodeEncodeError:
-        return "it holds half of a surrogate pair, which is no text"
+        return "it holds half of a surrogate pair, which is not valid text"
     return None
 
 

@@ -33,9 +33,9 @@ def write_data_card(output: Path, repository: str | None = None) -> None:
     path = output / CARD
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    aside = path.with_name(f".{CARD}.{os.getpid()}")
-    aside.write_text(data_card(output, repository), encoding="utf-8")
-    aside.replace(path)
+    temporary = path.with_name(f".{CARD}.{os.getpid()}")
+    temporary.write_text(data_card(output, repository), encoding="utf-8")
+    temporary.replace(path)
 
 
 def data_card(output: Path, repository: str | None = None, names: Sequence[str] | None = None) -> str:

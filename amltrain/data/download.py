@@ -135,7 +135,7 @@ def _fetch(source: Source, root: Path, keep_archive: bool, progress: bool) -> st
         return f"from {url}"
     raise UserError(
         f"could not download {source.name} ({'; '.join(faults)}); check the connection and rerun to resume, or put the "
-        f"file into {folder} by hand (docs/data.md says where it is found)"
+        f"file into {folder} by hand (docs/data.md lists the sources)"
     )
 
 

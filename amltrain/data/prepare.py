@@ -162,9 +162,9 @@ def _prepare_atomically(
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} holds something that was not prepared here; remove it or choose another output")
     findings = _Findings(files, max_skipped)
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    aside.mkdir()
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir()
     try:
         counts: dict[str, Counts] = {}
         sheet = RowSheet()
@@ -172,8 +172,8 @@ def _prepare_atomically(
             images.resolve(), files.categories, min(workers, 1 + len(files.images) // IMAGES_PER_WORKER)
         ) as read:
             for split in files.spec.splits:
-                counts[split] = _write_split(aside, split, files, read, findings, sheet, progress)
-        sheet.save(aside / "rows.png")
+                counts[split] = _write_split(temporary, split, files, read, findings, sheet, progress)
+        sheet.save(temporary / "rows.png")
         manifest = {
             "format": FORMAT,
             "dataset": files.name,
@@ -182,16 +182,16 @@ def _prepare_atomically(
             "published": compare_with_published(files.spec, counts),
             "spec": files.spec.to_manifest(),
             "sources": files.sources,
-            "files": {path.name: hash_file(path)._asdict() for path in sorted(aside.glob("*.parquet"))},
+            "files": {path.name: hash_file(path)._asdict() for path in sorted(temporary.glob("*.parquet"))},
             "skipped": [entry._asdict() for entry in findings.entries],
             "noticed": findings.noticed,
             "notes": list(files.notes),
             **({} if drawn is None else {"drawn": dict(drawn)}),
         }
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        os.replace(aside, folder)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        os.replace(temporary, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 

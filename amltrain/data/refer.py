@@ -23,7 +23,7 @@ def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:
     if refs_path is None or not instances_path.is_file():
         wanted = candidates[spec.generalised] if refs_path is None else instances_path
         raise UserError(
-            f"{folder} has no {wanted.name}; put {dataset}'s original files there (docs/data.md says where to get them)"
+            f"{folder} has no {wanted.name}; put {dataset}'s original files there (docs/data.md lists the sources)"
         )
     return refs_path, instances_path
 

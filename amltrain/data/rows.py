@@ -167,7 +167,7 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
         fix = (
             f"copy it again, or remove {prepared}/{dataset} and prepare it again"
             if shards is not None
-            else "it is no folder here either: run amltrain prepare first"
+            else "it is not a folder here either: run amltrain prepare first"
         )
         raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
 

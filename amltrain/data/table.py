@@ -109,7 +109,7 @@ def _json_lines(table: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{table}, line {number} is no JSON ({first_line(error)})") from error
+            raise UserError(f"{table}, line {number} is not JSON ({first_line(error)})") from error
         if not isinstance(row, dict):
             raise UserError(f"{table}, line {number} holds a {type(row).__name__}, not an object")
         yield row

@@ -114,7 +114,7 @@ class SentenceTokenizer:
                     f"{first_line(error)}); copy or download them again"
                 ) from error
             raise UserError(
-                f"tokenizer {str(name)!r} is no folder and cannot be fetched from the Hub; {fix}"
+                f"tokenizer {str(name)!r} is not a folder and cannot be fetched from the Hub; {fix}"
             ) from error
         return cls(tokenizer, max_tokens or tokenizer.model_max_length)
 

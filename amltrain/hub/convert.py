@@ -103,8 +103,8 @@ def convert_official(
         protocol=info.protocol,
         tokenizer=tokenizer,
     )
-    said = {"file": Path(path).name, "renamed": conversion.renamed, "dropped": conversion.dropped}
-    (folder / CONVERSION_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    report = {"file": Path(path).name, "renamed": conversion.renamed, "dropped": conversion.dropped}
+    (folder / CONVERSION_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return conversion
 
 

@@ -50,7 +50,7 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
         f"## Use\n{_usage(repo)}",
         f"## Scores\n{_scores(results)}",
         f"## Training\n{_training(training)}",
-        f"## Licence\nThe release of the baseline ({info.release}) is under {info.licence}. amltrain reimplements the "
+        f"## Licence\nThe official code ({info.release}) is under {info.licence}. amltrain reimplements the "
         "model and is under Apache-2.0. The data sets and the pretrained encoders have their own terms.",
         f"## Citation\n{_citation(info.paper, recipe)}",
     ]

@@ -179,13 +179,13 @@ class Publisher:
         checkpoint = checkpoint.resolve()
         try:
             version = _version(checkpoint)
-            aside = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
-            shutil.copytree(checkpoint / "model", aside, copy_function=_link, dirs_exist_ok=True)
+            copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
+            shutil.copytree(checkpoint / "model", copy, copy_function=_link, dirs_exist_ok=True)
         except OSError as error:
-            self.log(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training goes on")
+            self.log(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training continues")
             return
         with self._lock:
-            replaced, self._waiting = self._waiting, (version, aside)
+            replaced, self._waiting = self._waiting, (version, copy)
             if self._thread is None:
                 # a daemon: a run that is asked to stop does not wait for an upload, and half an upload is never visible
                 self._thread = threading.Thread(target=self._work, name="hub", daemon=True)
@@ -230,7 +230,7 @@ class Publisher:
                 self._pushed = version
                 self.log(f"pushed {version.name}: {address}")
             except Exception as error:  # whatever the error is, training continues
-                self.log(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training goes on")
+                self.log(f"WARNING: {version.name} was not pushed to the Hub: {first_line(error)}; training continues")
             shutil.rmtree(folder, ignore_errors=True)
 
 

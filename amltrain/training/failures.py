@@ -42,7 +42,7 @@ def explained(config: RunConfig, micro: int) -> Iterator[None]:
         if isinstance(error, torch.distributed.DistError) or any(words in what for words in LOST_PROCESS):
             minutes = f"{config.train.collective_timeout:g} minutes (train.collective_timeout)"
             raise UserError(
-                f"another process of this run is gone, or did not answer for {minutes}; its own output says why, run "
+                f"another process of this run is gone, or did not answer for {minutes}; see its own output, run "
                 f"again to resume from the last checkpoint ({what})"
             ) from error
         raise

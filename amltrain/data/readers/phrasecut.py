@@ -43,7 +43,7 @@ def _row(entry: Any, number: int, path: Path, split: str) -> TableRow:
     place = f"entry {number} of {path.name}"
     check_entry(entry, ("image_id", "phrase", "Polygons"), f"entry {number}", str(path))
     if not isinstance(entry["phrase"], str):
-        raise UserError(f"{path}: entry {number} has a phrase that is no text")
+        raise UserError(f"{path}: entry {number} has a phrase that is not text")
     polygons = []
     for instance in entry["Polygons"] if isinstance(entry["Polygons"], list) else ():
         for polygon in instance if isinstance(instance, list) else ():

@@ -87,7 +87,7 @@ def _mask(shapes: Any, size: tuple[int, int], path: Path) -> tuple[dict[str, Any
         try:
             points = [(int(x), int(y)) for x, y in shape["points"]]
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{path}: shape {number} has points that are no coordinates") from error
+            raise UserError(f"{path}: shape {number} has points that are not coordinates") from error
         limit = 4 * max(size)
         if len(points) < 2 or any(abs(c) > limit for point in points for c in point):
             raise UserError(f"{path}: shape {number} has too few points, or points far outside the image")

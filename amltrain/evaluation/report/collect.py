@@ -127,16 +127,16 @@ def predict_cards(
         head = output.aux["no_target"].argmax(1).tolist() if "no_target" in output.aux else [None] * len(part)
         for i, sample_id in enumerate(part):
             mask = (masks[i] > rule.threshold).cpu().numpy()
-            said = mask.sum() < rule.no_target_pixels if head[i] is None else head[i] == 1
+            nothing = mask.sum() < rule.no_target_pixels if head[i] is None else head[i] == 1
             picture = Picked(sample_id, picked[sample_id], float(rows.iou[position[sample_id]]))
-            yield _card(dataset, picture, mask & (not said), said, batch, i, maps, side)
+            yield _card(dataset, picture, mask & (not nothing), nothing, batch, i, maps, side)
 
 
 def _card(
     dataset: Any,
     picked: Picked,
     mask: NDArray[np.bool_],
-    said_nothing: bool,
+    predicts_nothing: bool,
     batch: Batch,
     index: int,
     maps: AlignmentMaps | None,
@@ -150,7 +150,7 @@ def _card(
         geometry = batch.geometry[index].tolist()
         scores = onto_image(maps.scores[index].float().cpu().numpy(), network, geometry)
         masked = onto_image(maps.blocks[index].cpu().numpy(), network, geometry)
-    note = "the model answers: nothing in this image" if said_nothing else ""
+    note = "the model predicts no target" if predicts_nothing else ""
     if bool(batch.no_target[index]):
         note = "; ".join(filter(None, ["the sentence refers to nothing", note]))
     layers = draw_layers(image, truth, mask, scores, masked, side)

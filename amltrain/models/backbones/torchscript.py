@@ -63,7 +63,7 @@ class _Unpickler(pickle.Unpickler):
             return collections.OrderedDict
         if module == "torch.jit._pickle":  # restore_type_tag(value, type), build_intlist(list), ...
             return _first
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a module's description")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong to a module description")
 
     def persistent_load(self, pid: Any) -> Tensor:
         kind, dtype, key, *_ = pid

@@ -27,8 +27,8 @@ class LocalText(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x [B, H, W, C], text [B, L, D] -> [B, H, W, C]."""
-        seen, said = F.gelu(self.vis_proj(x)), F.gelu(self.text_proj(text))
-        matches = torch.einsum("bhwc,blc->bhwl", seen, said)
+        image_values, text_values = F.gelu(self.vis_proj(x)), F.gelu(self.text_proj(text))
+        matches = torch.einsum("bhwc,blc->bhwl", image_values, text_values)
         return self.out_proj(F.gelu(convolve(self.unsqueeze, matches)))
 
 
