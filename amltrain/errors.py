@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For a command line: a UserError ends the program with its message alone on stderr and code 2, Ctrl-C with 130."""
+    """End the program on a UserError with only its message on stderr and code 2, and on Ctrl-C with 130."""
     try:
         yield
     except UserError as error:

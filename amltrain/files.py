@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, and hash them."""
+"""Write files and folders atomically, and hash them."""
 
 import hashlib
 import os

@@ -78,7 +78,7 @@ def upsample_logits(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tenso
 class WeightedCrossEntropy(nn.Module):
     """Two-class cross-entropy, a mean weighted by class (CARIS, LAVT, AML: 0.9 background, 1.1 referent).
 
-    The logits are brought to the target's size; a pixel that is at least half covered is the referent's.
+    The logits are resized to the target's size; a pixel that is at least half covered is the referent's.
     """
 
     channels = 2
@@ -99,7 +99,7 @@ class WeightedCrossEntropy(nn.Module):
 class BinaryCrossEntropy(nn.Module):
     """Mean binary cross-entropy of one-channel logits at their own size (CRIS, ETRIS, DETRIS).
 
-    The target is brought to the logits' size by nearest neighbour and keeps its soft edges.
+    The target is resized to the logits' size by nearest neighbour and keeps its soft edges.
     """
 
     channels = 1

@@ -15,7 +15,7 @@ class Draw(NamedTuple):
     """What a sampler hands to a dataset: everything random about a sample is a function of the seed and of these."""
 
     epoch: int
-    index: int  # type: ignore[assignment]  # hides a tuple's own method, which nobody wants of a draw
+    index: int  # type: ignore[assignment]  # hides a tuple's own method, which a draw does not need
     repeat: int = 0
     """How often the sample was drawn before in this epoch; weights of data sets draw some again."""
 
@@ -97,7 +97,7 @@ class Features(NamedTuple):
     visual      maps [B, C_i, h_i, w_i] from fine to coarse
     text        [B, L, C_t] one vector per token, padded positions included
     text_mask   [B, L] bool, True = a real token
-    extra       whatever else this model's own decoder needs (a sentence vector, ...)
+    extra       further inputs of this model's decoder (a sentence vector, ...)
     suppressed  [B, h, w] bool at the coarsest map's size, positions that attention must not read (AML level
                 "feature"); None = read everything
     """

@@ -1,1 +1,1 @@
-"""What the command lines do: one module each, `main(arguments)`; launch/ and cli.py only call them."""
+"""Commands: one module each with `main(arguments)`, called by launch/ and cli.py."""

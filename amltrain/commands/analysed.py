@@ -1,4 +1,4 @@
-"""What the analyses of models share: the models named on the command line, and the data to run them on."""
+"""Shared code of the model analyses: the models of the command line, and the data to run them on."""
 
 import argparse
 import sys

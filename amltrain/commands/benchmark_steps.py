@@ -68,7 +68,7 @@ class Result(NamedTuple):
 
 
 def contenders(size: int, stage1_size: int | None = None) -> dict[str, Contender]:
-    """What is compared, the baseline first. size: side of the input; stage1_size: by default half of it."""
+    """Return the steps to compare, the baseline first. size: side of the input; stage1_size: by default half of it."""
     stage1_size = stage1_size or size // 2
     return {
         "baseline": Contender("supervised"),
@@ -113,7 +113,7 @@ class Bench:
         return [summarise(name, timings[name], baseline, memory[name]) for name in self.tasks]
 
     def step(self, task: Method) -> Timing:
-        """One training step, timed by stage."""
+        """Run one training step, timed by stage."""
         with stage_one_clock(task, self.clock) as stage_one:
             start = self.clock()
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
@@ -278,7 +278,7 @@ def counted_table(flops: dict[str, float]) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """One line: processor, threads, versions."""
+    """Describe processor, threads and versions in one line."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

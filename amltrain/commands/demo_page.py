@@ -22,7 +22,7 @@ SIDE = 800
 
 
 class Shown(NamedTuple):
-    """What the page shows of one model: the mask over the image, the alignment map over it, and a text."""
+    """Outputs of one model on the page: the mask over the image, the alignment map over it, and a text."""
 
     mask: Image.Image
     alignment: Image.Image | None

@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Download what the arguments name."""
+    """Download the data sets of the arguments."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         download(args.names, args.root, keep_archives=args.keep_archives)

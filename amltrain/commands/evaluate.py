@@ -82,6 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args = parser.instantiate(parser.parse_args(arguments))
         except UserError:
             raise
-        except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
+        except Exception as error:  # jsonargparse raises its own types; all are about the command line
             raise UserError(one_line(str(error), parser)) from error
         evaluate_splits.run(args)

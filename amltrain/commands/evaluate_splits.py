@@ -30,7 +30,7 @@ from amltrain.training.distributed import PREPARATION, on_main_process
 
 
 class Source(NamedTuple):
-    """What is scored: a model, or predictions in files (then `model` and `folder` are None)."""
+    """Subject of an evaluation: a model, or predictions in files (then `model` and `folder` are None)."""
 
     model: nn.Module | None
     tokenizer: Any
@@ -77,7 +77,7 @@ def evaluate(args: Namespace) -> list[Results]:
         for loader in _loaders(args, splits, source, protocol, perturbation).values():
             result = _score(accelerator, args, source, protocol, loader, perturbation, output)
             results.append(result)
-            if accelerator.is_main_process:  # after every split, so that a long evaluation that dies keeps what it had
+            if accelerator.is_main_process:  # after every split, so a failed evaluation keeps finished splits
                 rows = merge_results(output / RESULTS_FILE, [result])
                 write_tables(output, rows)
                 if args.hub_benchmark:
@@ -204,7 +204,7 @@ def _provenance(args: Namespace, source: Source, perturbation: Perturbation | No
 
 
 def as_trained(checkpoint: str) -> dict[str, Any]:
-    """Defaults of the data to score on: what the model was trained on, and from where."""
+    """Return default data settings: the model's training data sets and their place."""
     data = trained_data(checkpoint)
     shapes = {f"data.shapes.{key}": value for key, value in data.get("shapes", {}).items()}
     return {f"data.{name}": data[name] for name in ("datasets", "prepared") if name in data} | shapes

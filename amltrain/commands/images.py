@@ -13,7 +13,7 @@ def find_images(sources: Sequence[str]) -> list[str]:
     """List the image files that arguments name, each once, in the order given; folders and patterns are sorted.
 
     A folder stands for the files in it that have an image's ending, a pattern (`*`, `?`, `[...]`; `**` for all
-    subfolders) for the files that match it and have one. A file that is named itself is taken whatever its ending.
+    subfolders) for the files that match it and have one. A file given by name may have any ending.
     Raises UserError for a URL, and for a source that names nothing.
     """
     return list(dict.fromkeys(path for source in sources for path in _expand(source)))

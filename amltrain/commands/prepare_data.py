@@ -27,7 +27,7 @@ OWN = ("table", "folder", "hf")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare what the arguments name and print the counts."""
+    """Prepare the data sets of the arguments and print the counts."""
     if not 0 <= args.max_skipped <= 1:
         raise UserError(f"--max_skipped is {args.max_skipped}; it is a share of the expressions, from 0 to 1")
     if args.workers is not None and args.workers < 1:
@@ -106,7 +106,7 @@ def _prepare_published(args: argparse.Namespace) -> None:
 
 
 def _sources(names: Sequence[str], args: argparse.Namespace) -> list[str | None]:
-    """For every data set where on the Hub it comes from; None = from refer_root."""
+    """Return each data set's Hub source; None = from refer_root."""
     if args.hub is None:
         if args.refer_root is None:
             raise UserError("give --refer_root, the folder with the original files, or --hub")

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Push what the arguments name."""
+    """Push the data sets of the arguments."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         from amltrain.hub.push_data import push_data  # once the arguments are known to be good: torch takes a while

@@ -48,7 +48,7 @@ def parse_config(
         parsed = parser.instantiate(parser.parse_args(layers.arguments))
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
-    except Exception as error:  # jsonargparse raises its own kinds; all of them are about what was typed
+    except Exception as error:  # jsonargparse raises its own types; all are about the command line
         message = one_line(str(error), parser, kinds)
         raise UserError(f"{layers.place(message)}{message}") from error
     values = {f.name: parsed[f.name] for f in fields(RunConfig) if f.name not in DERIVED}

@@ -12,11 +12,11 @@ from amltrain.config.ranges import check_ranges
 from amltrain.errors import UserError
 
 FREE_TO_CHANGE = {"free_to_change": True}
-"""Metadata of an option that a resumed run may change, because it changes nothing about what is learned."""
+"""Metadata of an option that a resumed run may change, because it does not affect training."""
 MaskParts = Literal["union", "exclusive"]
 
 COMBINED = ("refcoco", "refcoco+", "refcocog")
-"""What `combined` stands for, the last one split by umd."""
+"""The data sets of `combined`; the last one is split by umd."""
 
 
 @dataclass
@@ -147,7 +147,7 @@ class ProtocolOverrides(Partial):
 
 @dataclass
 class ModelConfig:
-    """Which registered model, and what it starts from."""
+    """The registered model and its initial weights."""
 
     name: str = "caris_tiny"
     """A registered model; `amltrain models` lists them."""
@@ -219,7 +219,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps; overrides epochs."""
     global_batch_size: int = 16
-    """Samples per optimizer step over all processes; kept whatever their number."""
+    """Samples per optimizer step over all processes; the same for any number of processes."""
     micro_batch_size: int | None = None
     """Samples per forward pass on one process; null = global_batch_size / processes. The rest is accumulated."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -276,7 +276,7 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is saved and when."""
+    """Which checkpoints are saved, and when."""
 
     every_steps: int | None = None
     """Save every so many steps, besides before and after every evaluation; null = no other."""

@@ -25,7 +25,7 @@ _LARGEST_SIDE = 2**20
 
 
 class Skipped(NamedTuple):
-    """An entry of the files that could not be used: which, why, and how many sentences went with it."""
+    """A skipped entry of the files: its name, the reason, and its number of sentences."""
 
     what: str
     why: str
@@ -33,7 +33,7 @@ class Skipped(NamedTuple):
 
 
 class MaskFile(NamedTuple):
-    """A segmentation in a file of its own. value, threshold: see `read_mask_file`."""
+    """A segmentation in a separate file. value, threshold: see `read_mask_file`."""
 
     root: Path
     name: str
@@ -243,7 +243,7 @@ def _annotations(ann_ids: list[int], job: ImageJob) -> list[dict[str, Any]]:
 
 
 def _segmentation(annotation: dict[str, Any], size: tuple[int, int]) -> Any:
-    """What `referent_mask` takes; a mask file is read here."""
+    """Return the input of `referent_mask`; read a mask file."""
     segmentation = annotation["segmentation"]
     if not isinstance(segmentation, MaskFile):
         return segmentation
@@ -265,7 +265,7 @@ def _joint_box(boxes: list[list[float]]) -> list[float]:
 
 
 def _notice(image: str, referents: list[dict[str, Any]], pixels: int) -> list[tuple[str, str]]:
-    """What is legal but often a mistake."""
+    """Count values that are legal but often a mistake."""
     noticed = []
     pairs = Counter[tuple[str, str]]()
     for referent in referents:

@@ -155,7 +155,7 @@ class ReferDataset(torch.utils.data.Dataset):
         return np.bincount(self.index.part[self.referent_of[: self.length]], minlength=len(self.parts)).tolist()
 
     def row_groups(self) -> np.ndarray | None:
-        """Which samples are read together, [samples] int64; None if every one can be read alone."""
+        """Return the row group of every sample, [samples] int64; None if every one can be read alone."""
         entries = self.referent_of[: self.length]
         number, row = self.index.part[entries], self.index.row[entries]
         groups = np.empty(len(entries), np.int64)
@@ -223,7 +223,7 @@ class ReferDataset(torch.utils.data.Dataset):
         return self._raw(draw.index, self._referent(draw.index), key)
 
     def info(self, sample_id: int) -> SampleInfo:
-        """Where a sample comes from. With unit "referent" the sentence is the one of epoch 0."""
+        """Return the source of a sample. With unit "referent" the sentence is the one of epoch 0."""
         referent = self._referent(sample_id)
         sentence = self._sentence(sample_id, referent, random_key(self.seed, 0, sample_id))
         return SampleInfo(*self._ids(sample_id, referent, sentence), sentence[self.sentence_field])
@@ -236,14 +236,14 @@ class ReferDataset(torch.utils.data.Dataset):
         return image if self.perturb is None else self.perturb(image, sample_id)
 
     def image_groups(self) -> NDArray[np.int64]:
-        """Which samples show the same picture, [samples] int64; perturbed pictures differ from sample to sample."""
+        """Return the image number of every sample, [samples] int64; perturbed images differ between samples."""
         if self.perturb is not None:
             return np.arange(self.length)
         entries = self.referent_of[: self.length]
         return (self.index.part[entries] << 32) + self.index.row[entries]
 
     def annotation(self, sample_id: int) -> Annotation:
-        """What the annotations tell of a sample's referent."""
+        """Return the annotations of a sample's referent."""
         number, row, place = self._place(sample_id)
         referents = self.parts[number].rows.columns.column("referents")[row].as_py()
         category, own = referents[place]["category"], set(referents[place]["ann_ids"])

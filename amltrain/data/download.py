@@ -1,4 +1,4 @@
-"""Download the original files of data sets: mirrors in order, resumable, checked against what is known.
+"""Download the original files of data sets: mirrors in order, resumable, verified by size and checksum.
 
 Where the files are: docs/data.md. Sizes and hashes are listed only where they are known; otherwise the length that the
 server states, and the archive's own checksums, are what is checked.
@@ -82,10 +82,10 @@ def download(
     keep_archives: bool = False,
     progress: bool = True,
 ) -> None:
-    """Download what the names stand for below `root`; what is there already is left as it is.
+    """Download the named data sets below `root`; skip files that exist already.
 
     A file is downloaded as `.NAME.part`, verified, and renamed. Rerun after an interruption to resume.
-    Raises UserError when no mirror has the file, the file is not what it should be, or the disk has no room.
+    Raises UserError when no mirror has the file, the file is wrong, or the disk has no room.
     """
     known = SOURCES if sources is None else sources
     for name in names:
@@ -169,7 +169,7 @@ def _transfer(url: str, part: Path, source: Source, progress: bool) -> None:
 
 
 def _transfer_once(url: str, part: Path, source: Source, progress: bool) -> bool:
-    """One request; whether the file is whole then."""
+    """Send one request; return whether the file is complete."""
     start = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     with _session().get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
@@ -196,7 +196,7 @@ def _transfer_once(url: str, part: Path, source: Source, progress: bool) -> bool
 
 
 def _check(part: Path, source: Source) -> None:
-    """Raise _WrongFile unless the file is what is known of it."""
+    """Raise _WrongFile unless the file matches its known facts."""
     size = part.stat().st_size
     if source.bytes is not None and size != source.bytes:
         raise _WrongFile(f"it has {size:,} bytes, not {source.bytes:,}")

@@ -1,4 +1,4 @@
-"""Prepare the data of a run that is not there yet."""
+"""Prepare missing data sets of a run."""
 
 import os
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def _check_source(name: str, data: DataConfig) -> None:
 
 
 def ensure_training_data(data: DataConfig, log: Callable[[str], None]) -> None:
-    """Prepare what is missing, and write down what combined training drops."""
+    """Prepare missing data sets, and record the images that combined training drops."""
     ensure_prepared(data, log)
     if len(data.datasets) > 1 and Path(data.prepared).is_dir():
         path = combined_path(data.prepared, data.datasets, data.leak_filter)

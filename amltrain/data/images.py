@@ -56,7 +56,7 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 
 def _is_plain_jpeg(image: Image.Image, content: bytes) -> bool:
-    """Whether torchvision decodes this file as Pillow does: a JPEG in colour or grey that is not cut off."""
+    """Whether torchvision decodes this file as Pillow does: a JPEG in colour or grey that is not truncated."""
     return image.format == "JPEG" and image.mode in ("RGB", "L") and b"\xff\xd9" in content[-64:]
 
 

@@ -1,4 +1,4 @@
-"""Read JSON and annotation pickles from files that nobody vouches for."""
+"""Read JSON and annotation pickles from untrusted files."""
 
 import io
 import json

@@ -50,7 +50,7 @@ def read_image_ids(path: Path) -> set[int]:
 
 
 def combined_path(prepared: str, dataset_names: Sequence[str], leak_filter: bool) -> Path:
-    """Where the manifest of a combined training lies."""
+    """Return the path of the manifest of a combined training."""
     return Path(prepared) / f"combined{'' if leak_filter else '-unfiltered'}-{'-'.join(dataset_names)}.json"
 
 

@@ -52,7 +52,7 @@ def build_train_dataset(
 ) -> ReferDataset:
     """Build the training samples of all data sets, without the images that any of them evaluates on (data.leak_filter).
 
-    mask_parts: data.mask_parts, or what stands for null there. augmentations: of `build_augmentations`.
+    mask_parts: data.mask_parts, or its default for null. augmentations: of `build_augmentations`.
     """
     assert preprocess.sentence_field
     _check_weights(data)

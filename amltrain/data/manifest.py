@@ -1,4 +1,4 @@
-"""The manifest of a prepared data set: counts, hashes, what was skipped, and what the data set is."""
+"""The manifest of a prepared data set: counts, hashes, skipped entries, and the data set's spec."""
 
 import functools
 from pathlib import Path
@@ -92,7 +92,7 @@ def _hub_manifest(repository: str, name: str) -> dict[str, Any] | None:
 
 
 def compare_with_published(spec: DatasetSpec, counts: dict[str, Counts]) -> dict[str, str]:
-    """For every split whose counts are published: `as published`, or the published counts."""
+    """Return `as published`, or the published counts, for every split with published counts."""
     verdicts = {}
     for split, expected in spec.published.items():
         published = {unit: count for unit, count in expected._asdict().items() if count is not None}
@@ -103,7 +103,7 @@ def compare_with_published(spec: DatasetSpec, counts: dict[str, Counts]) -> dict
 
 
 def describe(manifest: dict[str, Any]) -> str:
-    """The manifest for a person: a line per split, then what was noticed and what was skipped."""
+    """Format the manifest for people: a line per split, then warnings and skipped entries."""
     lines = [f"{manifest['dataset']} (split by {manifest['split_by']})"]
     for split, count in manifest["splits"].items():
         verdict = manifest["published"].get(split)

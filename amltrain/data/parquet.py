@@ -77,7 +77,7 @@ class ShardWriter:
             self._close()
 
     def finish(self) -> None:
-        """Write what is pending (a split without rows becomes an empty shard) and give the shards their names."""
+        """Write pending rows (a split without rows becomes an empty shard) and give the shards their names."""
         if self._pending or not self._shards:
             self._flush()
         self._close()
@@ -109,7 +109,7 @@ class FileHash(NamedTuple):
 
 
 def hash_file(path: Path) -> FileHash:
-    """Of a Parquet file. Raises OSError."""
+    """Return size and SHA-256 of a Parquet file. Raises OSError."""
     return FileHash(path.stat().st_size, sha256(path), footer_hash(str(path)))
 
 

@@ -1,9 +1,9 @@
-"""Annotations + images -> Parquet shards that `datasets` reads, once, checked, whole or not at all.
+"""Turn annotations and images into checked Parquet shards for `datasets`, atomically.
 
 <output>/README.md              a data card, with which `load_dataset(<output>, <dataset>)` finds every split
 <output>/<dataset>/train-00000-of-00003.parquet ...
                    val-00000-of-00001.parquet ...
-                   manifest.json   counts, comparison with the published ones, hashes, what was skipped and noticed
+                   manifest.json   counts, comparison with the published ones, hashes, skipped entries, warnings
                    rows.png        some random rows, for a person to look at
 """
 
@@ -122,7 +122,7 @@ def prepare_files(
     image_root: a folder that has the images, itself or in one of IMAGE_FOLDERS. max_skipped: share of the expressions
     that may be unusable before everything is given up. drawn: how synthetic scenes were made, kept in the manifest.
     workers: processes that decode; the output does not depend on it. More than one needs a main module that can be
-    imported. Raises UserError; `output` then holds what it held before.
+    imported. Raises UserError; `output` is then unchanged.
     """
     folder = Path(output) / files.name
     manifest = read_manifest(folder)

@@ -14,7 +14,7 @@ from amltrain.files import sha256
 
 
 def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:
-    """Where the refs and the instances of `dataset` lie under a REFER root. Raises UserError if one is missing."""
+    """Return the paths of a data set's refs and instances under a REFER root. Raises UserError if one is missing."""
     spec = dataset_spec(dataset)
     folder = root / spec.folder
     candidates = [folder / f"{spec.refs_name}{ending}" for ending in (".p", ".json")]

@@ -1,4 +1,4 @@
-"""`rows.png`: some random rows of a prepared data set as pictures, so that a person sees what was read."""
+"""`rows.png`: some random rows of a prepared data set as pictures, for inspection."""
 
 import hashlib
 import io
@@ -51,7 +51,7 @@ class RowSheet:
 
 
 def _tile(shown: _Shown) -> Image.Image:
-    """One referent of the row on its image, and its sentence."""
+    """Draw one referent of the row on its image, with its sentence."""
     group = shown.group
     assert group.content is not None
     referent = group.referents[int(shown.order[:8], 16) % len(group.referents)]

@@ -213,7 +213,7 @@ def _open(url: str) -> Any:
 
 
 class _Reading:
-    """Turns what goes wrong while reading from `place` into a UserError."""
+    """Turn errors while reading from `place` into a UserError."""
 
     def __init__(self, place: str) -> None:
         self.place = place

@@ -125,7 +125,7 @@ def _components(segmentation: Any, height: int, width: int) -> tuple[list[Rle], 
 
 
 def _fault(polygon: Any, height: int, width: int) -> str | None:
-    """What is wrong with a polygon, None if nothing is."""
+    """Return the fault of a polygon, None if it is valid."""
     if not isinstance(polygon, list) or len(polygon) < 6:
         return "a polygon has fewer than 3 points"  # pycocotools would read four numbers as a box
     if len(polygon) % 2:

@@ -2,7 +2,7 @@
 
 A scene holds a few shapes that differ in size, colour, texture and form and hide each other in part. For every object
 there is another of its colour and another of its form, so the picture alone does not tell which is meant: the sentence
-is needed. A sentence is written only if it fits its target and nothing else.
+is needed. A sentence is written only if it fits its target and no other object.
 
     refshapes    location words allowed, as in RefCOCO; objects come in twins that only their place tells apart
     refshapes+   no location words, as in RefCOCO+
@@ -288,7 +288,7 @@ def _ground(generator: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _surface(generator: np.random.Generator, shape: Shape, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """What a shape is cut out of: its colour, with dark stripes or dots, and some grain; the box's part, uint8 RGB."""
+    """Draw a shape's surface for its box, uint8 RGB: its colour, dark stripes or dots, and some grain."""
     left, top, right, bottom = box
     rows, columns = np.mgrid[top:bottom, left:right]
     surface = np.array(COLOURS[shape.colour], np.float64) + generator.normal(0, 6, (*rows.shape, 3))
@@ -357,7 +357,7 @@ def _with_neighbour(generator: np.random.Generator, scene: Scene, target: int, w
 
 
 def _generalised(generator: np.random.Generator, scene: Scene) -> list[tuple[list[int], list[str]]]:
-    """One target, two, all of a kind, and none."""
+    """Return samples with one target, two, all of a kind, and none."""
     single = [i for i in range(len(scene.shapes)) if _unique_words(scene, i)]
     named = {i: _phrase(_unique_words(scene, i)[0]) for i in single}
     found: list[tuple[list[int], list[str]]] = []

@@ -59,7 +59,7 @@ class DatasetSpec(NamedTuple):
         return ref_split == split if self.exact_splits else belongs(ref_split, split)
 
     def to_manifest(self) -> dict[str, Any]:
-        """What a prepared folder keeps, so that every command knows the data set without this table."""
+        """Return the spec for the manifest, so that commands do not need this table."""
         return {
             "splits": list(self.splits),
             "split_by": self.split_by,

@@ -122,7 +122,7 @@ def _list_rows(content: Any, table: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(table: Path) -> pa.Table:
-    """All columns as text: `007` stays a name."""
+    """Read all columns as text, so that `007` stays a name."""
     parse = pyarrow.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",", newlines_in_values=True)
     with pyarrow.csv.open_csv(table, parse_options=parse) as reader:
         names = reader.schema.names
@@ -186,7 +186,7 @@ def _parse(
     folders: Sequence[Path],
     threshold: int | None,
 ) -> tuple[TableRow, bool]:
-    """One row, and whether its mask is a box. Raises UserError naming the row."""
+    """Parse one row; return it and whether its mask is a box. Raises UserError naming the row."""
     where = f"{table}, {place}"
     cell = {
         column: next((row[name] for name in found if not _empty(row.get(name))), None)

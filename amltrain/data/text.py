@@ -66,9 +66,9 @@ class SentenceTokenizer:
         return input_ids, torch.arange(self.max_tokens) < len(ids)
 
     def _encode(self, sentence: str, special: bool = True) -> list[int]:
-        """All ids, uncut."""
+        """Return all ids, not truncated."""
         text = clean(sentence) if self.keeps_end else sentence
-        return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)  # it warns of what is cut here
+        return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)  # it warns about truncation
 
     def cut(self, sentence: str) -> str:
         """Return the words from the first truncated one on; empty if all are read."""
@@ -123,7 +123,7 @@ class SentenceTokenizer:
         """Build a lower-case BERT-style vocabulary: letters, and the most frequent words whole.
 
         A function of the sentences alone. `tokenizers`' own WordPiece trainer breaks ties differently in every process,
-        so two processes, or a run and its resumption, would not speak the same language.
+        so two processes, or a run and its resumption, would not share a vocabulary.
         """
         normalise, split = BertNormalizer(lowercase=True), BertPreTokenizer()
         counts = Counter(

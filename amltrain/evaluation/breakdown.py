@@ -105,7 +105,7 @@ def worst_cases(samples: pa.Table, count: int) -> list[dict[str, Any]]:
 
 
 def breakdown_markdown(groups: dict[str, list[Group]], worst: Sequence[dict[str, Any]]) -> str:
-    """One table per aspect, and the worst cases."""
+    """Return a table per aspect, and the worst cases."""
     lines: list[str] = []
     for aspect, found in groups.items():
         if not found:

@@ -209,7 +209,7 @@ def _images(run: Run) -> NDArray[np.int64]:
 
 
 def image_draws(image_ids: NDArray[np.int64], draws: int, seed: int) -> NDArray[np.float64]:
-    """How often every draw holds every sample, [draws, samples]: images are drawn with replacement."""
+    """Count every sample in every draw, [draws, samples]: images are drawn with replacement."""
     _, image = np.unique(image_ids, return_inverse=True)
     count = int(image.max()) + 1
     rng = np.random.default_rng(seed)
@@ -245,7 +245,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def comparison_latex(comparison: Comparison) -> str:
-    """One booktabs tabular per kind of metric; the best mean of every split and metric is bold."""
+    """Return a booktabs tabular per kind of metric; the best mean of every split and metric is bold."""
     tabulars = []
     for kind in METRICS:
         names = _names(comparison, kind)

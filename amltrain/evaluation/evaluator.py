@@ -174,7 +174,7 @@ def _keep(
 
 
 def _gather(accelerator: Accelerator, rows: list[Tensor], expected: int | None) -> NDArray[np.int64]:
-    """All samples' rows on every process, each sample once, in the order of their ids."""
+    """Gather all samples' rows on every process, each sample once, in the order of their ids."""
     if not rows:
         raise UserError("the split to evaluate has no samples")
     local = accelerator.pad_across_processes(torch.cat(rows).to(accelerator.device), dim=0, pad_index=-1)

@@ -118,7 +118,7 @@ def list_metrics() -> list[str]:
 
 
 def metric_terms(name: str, samples: Scored, kind: Kind) -> Ratio:
-    """One metric before the division. Raises UserError for an unknown name."""
+    """Return a metric before the division. Raises UserError for an unknown name."""
     if name not in METRICS[kind]:
         raise unknown_name(f"{kind} metric", name, METRICS[kind])
     return METRICS[kind][name](samples)

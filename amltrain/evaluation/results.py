@@ -43,7 +43,7 @@ class Results:
     counts       samples, referents, images, no_target, empty_unions, empty_masks (predictions without a pixel),
                  not_finite (samples with NaN or Inf logits)
     protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...
-    provenance   what was scored and how: checkpoint, seed, precision, perturbation, ...
+    provenance   subject and settings of the evaluation: checkpoint, seed, precision, perturbation, ...
     files        other files of the evaluation, by kind: samples, picture, predictions; relative paths
     samples      [N, 7] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
     predictions  samples kept for pictures
@@ -71,12 +71,12 @@ class Results:
 
     @property
     def kind(self) -> Kind:
-        """Which set of metrics: "classic" or "generalized"."""
+        """The set of metrics: "classic" or "generalized"."""
         return "generalized" if self.protocol.get("metrics") == "generalized" else "classic"
 
     @property
     def alteration(self) -> str:
-        """What makes this row something else than a score of the data set, e.g. "haze 1"; empty for a score."""
+        """What distinguishes this row from a score of the data set, e.g. "haze 1"; empty for a score."""
         notes = []
         if changed := self.provenance.get("perturbation"):
             share = f"{100 * changed['severity']:g} %" if changed["name"] == "occluded" else f"{changed['severity']:g}"
@@ -96,7 +96,7 @@ class Results:
         return not self.alteration
 
     def key(self) -> str:
-        """What a row of results.json is merged by, as JSON text."""
+        """Return the key by which rows of results.json are merged, as JSON text."""
         names = ("checkpoint", "predictions", "model", "step", "perturbation", "max_samples")
         source = {name: self.provenance.get(name) for name in names}
         return json.dumps([self.dataset, self.split, self.protocol, source], sort_keys=True)
@@ -123,7 +123,7 @@ class Results:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What results.json keeps; NaN (a ratio over nothing) becomes null."""
+        """Return the values for results.json; NaN (a ratio over nothing) becomes null."""
         return {
             "dataset": self.dataset,
             "split": self.split,

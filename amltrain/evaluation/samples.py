@@ -33,7 +33,7 @@ COLUMNS = {
     "category": "class of the referent; empty where the data do not name it",
     "same_class": "other objects of that class in the image that the split refers to, int64; -1 = unknown",
 }
-"""Columns of the file and what they hold."""
+"""Columns of the file and their content."""
 
 
 def sample_table(results: Results, dataset: Any) -> pa.Table:

@@ -46,7 +46,7 @@ def output_masks(output: ModelOutput, batch: Batch, geometry: Sequence[Sequence[
 
 
 def count_pixels(predicted: Masks, batch: Batch, protocol: Protocol) -> Tensor:
-    """One row of `SAMPLE_COLUMNS` per sample, [B, 7] int64 on the device of the masks."""
+    """Return a row of `SAMPLE_COLUMNS` per sample, [B, 7] int64 on the device of the masks."""
     if protocol.frame == "network":
         pairs = zip(predicted.masks, batch.target > 127, strict=True)
     elif len(batch.original_target) == len(predicted.masks):

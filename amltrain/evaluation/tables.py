@@ -123,7 +123,7 @@ def _rows(group: Sequence[Results], names: Sequence[str]) -> list[Row]:
 
 
 def _label(result: Results) -> str:
-    """The split, and what was done to it."""
+    """Return the split's name with its alterations."""
     return f"{result.split} ({result.alteration})" if result.alteration else result.split
 
 

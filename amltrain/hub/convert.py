@@ -29,7 +29,7 @@ ENTRIES = ("state_dict", "model", "model_state_dict")
 
 
 def _plain_values() -> list[Any]:
-    """What an official file may hold besides tensors."""
+    """Return the plain classes that an official file may contain besides tensors."""
     array, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     older = [(array, "numpy.core.multiarray._reconstruct"), (scalar, "numpy.core.multiarray.scalar")]  # numpy 1 names
     kinds = [type(np.dtype(k)) for k in ("bool", "int32", "int64", "float32", "float64")]
@@ -114,7 +114,7 @@ def _keys(keys: list[str]) -> str:
 
 
 def summary(conversion: Conversion) -> str:
-    """What happened to the keys, in a screen: renamed heads (numbers as N) with counts, dropped keys by reason."""
+    """Summarise the keys on one screen: renamed heads (numbers as N) with counts, dropped keys by reason."""
     same = sum(ours == theirs for theirs, ours in conversion.renamed.items())
     heads = Counter(_differing_heads(t, o) for t, o in conversion.renamed.items() if t != o)
     lines = [f"{len(conversion.renamed)} keys taken over, {same} under their own name, the others renamed:"]

@@ -1,6 +1,6 @@
 """The page of a pushed model: what it is, how to use it, its scores and their protocol, how it was trained.
 
-Everything in it is read from the model folder; what the folder does not record, the card calls unknown.
+Everything in it is read from the model folder; facts that the folder does not record are shown as unknown.
 """
 
 import json
@@ -90,7 +90,7 @@ def _model_index(results: Sequence[Results], recipe: dict[str, Any]) -> list[Eva
 
 
 def _origin(folder: Path, training: dict[str, Any] | None) -> str:
-    """How these weights came about, as far as the folder records it."""
+    """Describe the origin of the weights, as far as the folder records it."""
     conversion = folder / CONVERSION_FILE
     if training is None:
         if not conversion.is_file():

@@ -138,7 +138,7 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
 
 
 def _completed(protocol: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
-    """A protocol as older versions wrote it, with null for what was not set, completed by what the model's own is."""
+    """Complete a protocol of an older version, which has null for unset fields, with the model's own values."""
     given = {key: value for key, value in protocol.items() if value is not None}
     if "mask_parts" in given:
         return given

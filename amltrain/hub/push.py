@@ -1,6 +1,6 @@
 """Publishing model folders on the HuggingFace Hub.
 
-A push is one commit: weights, configs, tokenizer, scores and a model card arrive together or not at all. Loading needs
+A push is one commit: weights, configs, tokenizer, scores and a model card arrive together. Loading needs
 nothing from here: `load_pretrained("user/name")` downloads a repository like any model folder.
 """
 
@@ -52,8 +52,8 @@ def push_model(
     """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
 
     repo: user/name, created if missing (private if `private`). revision: branch to push to, created if missing.
-    results_file: scores for the card instead of the folder's own. dry_run: check everything, contact nobody and return
-    the card and the list of files. Raises UserError, in one line, for a folder that is
+    results_file: scores for the card instead of the folder's own. dry_run: check everything without contacting the Hub,
+    and return the card and the list of files. Raises UserError, in one line, for a folder that is
     absent or not whole, a repository name that cannot be, a missing or refused token, and a Hub out of reach.
     """
     check_access(repo, online=not dry_run)
@@ -134,7 +134,7 @@ def _message(results: list[Results]) -> str:
 
 
 def failure_reason(error: Exception, repo: str) -> str:
-    """One phrase; an upload's error wraps the one that the Hub answered."""
+    """Describe a failure in one phrase; an upload's error wraps the Hub's answer."""
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "response", None) is None:
         cause = cause.__cause__
@@ -235,7 +235,8 @@ class Publisher:
 
 
 def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | None:
-    """What pushes a run's checkpoints; None where nothing is to be pushed. Raises UserError as `check_access` does."""
+    """Build the publisher of a run's checkpoints; None if nothing is to be pushed. Raises UserError as `check_access`
+    does."""
     if hub.push == "never":
         return None
     repo, private = str(hub.repo), hub.private

@@ -69,7 +69,7 @@ def _folders(prepared: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _checked_shards(folder: Path) -> list[Path]:
-    """The shards, each compared with its hash in the manifest: what is damaged must not be published."""
+    """Return the shards after comparing each with its hash: damaged files must not be published."""
     manifest = read_manifest(folder) or {}
     shards = sorted(folder.glob("*.parquet"))
     for shard in shards:

@@ -1,4 +1,4 @@
-"""Training methods: how a model is trained, apart from what the model is.
+"""Training methods: how to train a model, independent of the model.
 
     base.py         the contract: an nn.Module around model and loss, one forward and one backward per batch
     registry.py     methods by name, and their options

@@ -32,7 +32,8 @@ class Recorder(Protocol):
         """Called by every process after each optimizer step; a row for log and trackers when one is due, else None."""
 
     def window(self, reduce: Reduce | None = None) -> Any:
-        """What was collected since the last row, as JSON values; called by every process when the run saves."""
+        """Return the values collected since the last row, as JSON values; called by every process when the run
+        saves."""
 
     def restore(self, window: Any, device: torch.device) -> None:
         """Continue with what `window` returned."""
@@ -56,7 +57,8 @@ class Method(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """One training step's loss: "loss" [] with gradient, and detached extras; scalars among them are logged."""
+        """Return one training step's loss: "loss" [] with gradient, and detached extras; scalars among them are
+        logged."""
         raise NotImplementedError
 
     def setup(self, first_batches: Iterable[Batch], reduce: Reduce | None = None) -> list[str]:
@@ -76,7 +78,7 @@ class Method(nn.Module):
         return self.model.param_groups(lr, weight_decay)
 
     def describe(self) -> dict[str, Any]:
-        """What distinguishes this training from another of the same method, as JSON values."""
+        """Describe the settings of this training as JSON values."""
         return {}
 
     def summary(self) -> str:

@@ -1,6 +1,6 @@
 """Maskers: which blocks of an image a method hides. A method that masks can use the masker of another one.
 
-A masker decides per block of `block` x `block` pixels; what it does with the decision is up to the method. Register
+A masker decides per block of `block` x `block` pixels; the method applies the decision. Register
 one with `@register_masker` on a function `build(model, options) -> Masker` and one line in `MASKERS`.
 """
 
@@ -41,11 +41,11 @@ class Masker(nn.Module):
         raise NotImplementedError
 
     def setup(self, model: RISModel, batches: Iterable[Batch], reduce: Reduce | None = None) -> list[str]:
-        """As `Method.setup`."""
+        """Prepare on first batches; see `Method.setup`."""
         return []
 
     def describe(self) -> dict[str, Any]:
-        """As `Method.describe`."""
+        """Describe the settings; see `Method.describe`."""
         return {}
 
 
@@ -69,7 +69,7 @@ def register_masker(name: str, *, options: type) -> Callable[[Builder], Builder]
 
 
 def build_masker(name: str, model: RISModel, options: Mapping[str, Any]) -> Masker:
-    """Build a masker by name. options: plain values by field name. Raises UserError for what it does not take."""
+    """Build a masker by name. options: plain values by field name. Raises UserError for unknown options."""
     if name not in MASKERS:
         raise unknown_name("masker", name, MASKERS)
     importlib.import_module(MASKERS[name])

@@ -76,7 +76,7 @@ def list_methods() -> list[str]:
 
 
 def method_info(name: str) -> MethodInfo:
-    """What is known about a method. Raises UserError for an unknown name."""
+    """Return the entry of a method. Raises UserError for an unknown name."""
     if name not in METHODS:
         raise unknown_name("training method (method)", name, METHODS)
     importlib.import_module(METHODS[name])
@@ -112,7 +112,7 @@ def build_method(
 
 
 def check_options(options: Any) -> None:
-    """Raise UserError for options that cannot work, whatever the model."""
+    """Raise UserError for options that cannot work with any model."""
     check = getattr(options, "check", None)
     if check is not None:
         check()

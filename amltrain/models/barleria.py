@@ -73,7 +73,7 @@ RENAMES = [
     *OFFICIAL_NECK_NAMES,
     *OFFICIAL_DECODER_NAMES,
 ]
-"""Official key names to ours but for what is inside the towers, as rules for `re.sub`, applied in this order."""
+"""Official key names to ours, except inside the towers, as rules for `re.sub`, applied in this order."""
 DROPS = [(r".*\.log_jacobians\..*", "a second name of the flow's planar steps"), *EVA_DROPS]
 
 
@@ -105,7 +105,7 @@ class BarLeRIa(RISModel):
 
         prompt_hidden: of the words' projections. side_*, queries, table_size, gate_norm: of the side network.
         layers, heads, feedforward, dropout: of the decoder.
-        train_encoders: False freezes the towers but for CLIP's position tables, as the official code does.
+        train_encoders: False freezes the towers except CLIP's position tables, as the official code does.
         """
         super().__init__()
         self.vision, self.text = vision, text

@@ -277,14 +277,14 @@ class BEiT3(RISModel):
         return [{"name": name, **group} for name, group in groups.items()]
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
-        """Of a pretrained or fine-tuned BEiT-3: its encoder; the decoder's keys are then missing, for it is ours."""
+        """Convert a pretrained or fine-tuned BEiT-3 encoder; the decoder's keys are missing, because it is ours."""
         return convert(official, self.state_dict(), drops=DROPS)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.beit3.gradient_checkpointing = enabled
 
     def _embed_image(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Of the image padded at right and bottom to whole patches."""
+        """Embed the image, padded at right and bottom to whole patches."""
         height, width = image.shape[-2:]
         patch = self.beit3.patch
         return self.beit3.embed_image(F.pad(image, (0, -width % patch, 0, -height % patch)))

@@ -166,7 +166,7 @@ class CRIS(RISModel):
         return features._replace(visual=self.encode_image(batch.image))
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """CLIP at a tenth of the rate but for its two position tables."""
+        """CLIP at a tenth of the rate, except its two position tables."""
         positions = [self.text.positional_embedding, self.vision.pool.pos_embed]
         clip = [
             p

@@ -33,7 +33,7 @@ class EarlyFusionModel(RISModel):
             train_first_layers(text_encoder, trained_text_layers)
 
     def prepare_image(self, image: Tensor) -> Tensor:
-        """What the backbone gets of a batch's image [B, 3, H, W]; a model that pads overrides this."""
+        """Return the backbone's input for an image [B, 3, H, W]; a model that pads overrides this."""
         return image
 
     def encode(self, batch: Batch) -> Features:

@@ -1,4 +1,4 @@
-"""ETRIS: frozen CLIP towers that run side by side and tell each other three times what they see and read.
+"""ETRIS: frozen CLIP towers that run in parallel and exchange features at three levels.
 
 Paper: Xu et al., Bridging Vision and Language Encoders: Parameter-Efficient Tuning for Referring Image Segmentation,
 ICCV 2023. Official code: kkakkkka/ETRIS, commit cdc6d8e, MIT. Reimplemented on CLIP's towers in `backbones/` and
@@ -61,7 +61,7 @@ RENAMES = [
 
 
 class AttentionGate(nn.Module):
-    """Multiplies what it is given by what that reads from the other side."""
+    """Multiply the input by its attention over the other modality."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class AttentionGate(nn.Module):
 
 
 class Bridge(nn.Module):
-    """Image and words, both made narrow, read each other; what they learn is added to their towers' streams."""
+    """Reduce image and text, let them attend to each other, and add the results to both towers' streams."""
 
     def __init__(
         self,

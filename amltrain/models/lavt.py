@@ -48,7 +48,7 @@ DROPS = [
 
 
 class MergeLevels(nn.Module):
-    """A coarse map brought to a finer one's size, both read by two 3x3 convolutions."""
+    """Upsample a coarse map to a finer one, join both, and apply two 3x3 convolutions."""
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()

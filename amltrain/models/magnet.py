@@ -137,7 +137,7 @@ class ImageFusion(nn.Module):
 
 
 class WordPixelAttention(nn.Module):
-    """What the words read from the image, times their own projection. Always computes outside of autocast."""
+    """Attend from words to image, and multiply by the words' projection. Always computes outside of autocast."""
 
     def __init__(self, dim: int, text_dim: int, *, corrected: bool) -> None:
         """dim: width of the map. corrected: see `text_fusion` of `MagNet`."""

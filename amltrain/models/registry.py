@@ -16,7 +16,7 @@ from amltrain.models.base import RISModel
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the registry table, the model card and the loaders need to know about a model.
+    """Facts about a model for the registry table, the model card and the loaders.
 
     preprocess and protocol are complete: a run's own values override them field by field.
     """
@@ -55,7 +55,7 @@ def list_models() -> list[str]:
 
 
 def model_info(name: str) -> ModelInfo:
-    """What is known about a registered model. Raises UserError for an unknown name."""
+    """Return the entry of a registered model. Raises UserError for an unknown name."""
     if name not in _INFOS:
         raise unknown_name("model", name, _INFOS)
     return _INFOS[name]

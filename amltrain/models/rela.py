@@ -295,7 +295,8 @@ def rela_tiny(
     drop_path_rate: float = 0.0,
     text_dropout: float = 0.0,
 ) -> ReLA:
-    """Small enough to learn synthetic scenes from scratch on two CPU cores. All of BERT trains, for it starts blank."""
+    """Small enough to learn synthetic scenes from scratch on two CPU cores. All of BERT trains, because it starts from
+    random weights."""
     swin = Swin(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=3, drop_path_rate=drop_path_rate)
     text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
     load_encoders(swin, text, vision_weights, text_weights)

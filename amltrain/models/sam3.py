@@ -6,7 +6,7 @@ noun phrases of at most 32 tokens, not on referring expressions: it is a startin
 
 The mask is the semantic output (one logit per pixel), the presence token is the no-target head.
 Boxes, instance masks and their scores are left out of the loss, so the modules that only they read stay frozen, with
-the geometry encoder, which reads boxes that nobody gives here.
+the geometry encoder, which reads boxes, and none are given here.
 The input size is fixed when the model is built (1008 pixels in the official code): images of another size are resized
 to it, bilinearly, and logits are those of the resized image. The layers are called one by one, because
 `Sam3Model.forward` waits for the device in every step (it makes tensors of sizes and reads masks); the numbers are the
@@ -186,7 +186,7 @@ class SAM3(RISModel):
         return [{"name": name, **group} for name, group in groups.items()]
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
-        """Of transformers' published file (facebook/sam3), with or without the video tracker."""
+        """Convert transformers' published file (facebook/sam3), with or without the video tracker."""
         return convert(official, self.state_dict(), renames=RENAMES, drops=DROPS)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:

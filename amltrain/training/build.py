@@ -1,4 +1,4 @@
-"""Build the components of a run from its config. Every `build_*` here sees the config; what they build does not."""
+"""Build the components of a run from its config. Only `build_*` functions see the config."""
 
 import json
 from pathlib import Path

@@ -53,7 +53,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest; what is wrong, or None."""
+    """Compare a checkpoint with its manifest; return the fault, or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, entry in manifest["files"].items():

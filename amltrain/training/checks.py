@@ -67,7 +67,7 @@ def check_components(config: RunConfig, components: RunComponents, plan: BatchPl
 
 
 def weights_origin(config: RunConfig, model: nn.Module) -> str:
-    """Where the weights of every encoder come from, in one line for the header."""
+    """Describe the origin of every encoder's weights, in one line for the header."""
     if config.model.checkpoint is not None:
         return f"all from {config.model.checkpoint}"
     frozen = frozen_parameters(model)

@@ -47,7 +47,7 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
-    """Keep the global batch size whatever the number of processes. Raises UserError if it does not divide."""
+    """Keep the global batch size for any number of processes. Raises UserError if it does not divide."""
     total = train.global_batch_size
     micro = train.micro_batch_size or max(1, total // processes)
     if processes > total:
@@ -119,7 +119,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
 
 
 def _fit_deepspeed(settings: dict[str, Any], plan: BatchPlan, clip_norm: float | None, precision: str) -> None:
-    """Tell DeepSpeed what it would otherwise take from a loader or from defaults of its own."""
+    """Set what DeepSpeed would otherwise take from a loader or from its defaults."""
     settings["train_micro_batch_size_per_gpu"] = plan.micro
     settings["gradient_accumulation_steps"] = plan.accumulation
     settings["gradient_clipping"] = clip_norm or 0.0

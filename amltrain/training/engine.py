@@ -98,7 +98,7 @@ def _average(accelerator: Accelerator, config: RunConfig, model: Method | nn.Mod
 def _first_batches(
     accelerator: Accelerator, config: RunConfig, components: RunComponents, plan: BatchPlan
 ) -> Iterator[Batch]:
-    """This process's share of the first samples of the run."""
+    """Return this process's share of the first samples of the run."""
     sampler = build_sampler(
         components.dataset,
         config.data,

@@ -92,7 +92,7 @@ def _alive(owner: dict[str, Any], path: Path) -> bool:
 
 
 def _pid_space() -> str:
-    """What tells containers of one host apart: their process numbers mean different processes."""
+    """Identify the container on a host: process numbers differ between containers."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,4 +1,4 @@
-"""What a step that was not finite has already changed, taken back; what it consisted of; and weights that went bad."""
+"""Undo the changes of a non-finite step, list its samples, and detect non-finite weights."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ class NormStatistics:
             kept.copy_(live)
 
     def take_back(self) -> None:
-        """Make them what they were."""
+        """Restore the saved values."""
         for kept, live in zip(self.kept, self.live, strict=True):
             live.copy_(kept)
 
@@ -40,7 +40,7 @@ def describe_samples(dataset: ReferDataset, sample_ids: Iterable[int]) -> list[d
 
 
 def check_weights(weights: Mapping[str, Tensor], step: int, last_good: str) -> None:
-    """Raise UserError if a weight is NaN or infinite: an optimizer may spoil them though every gradient was finite."""
+    """Raise UserError if a weight is NaN or infinite: an optimizer can produce them from finite gradients."""
     floats = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
     finite = torch.stack([tensor.isfinite().all().cpu() for tensor in floats.values()]) if floats else torch.ones(1)
     if not finite.all():

@@ -54,7 +54,7 @@ def _public(source: str | None) -> str | None:
 
 
 def train_mask_parts(config: RunConfig) -> MaskParts:
-    """How the masks that a run trains on treat overlapping polygons."""
+    """Return how the training masks treat overlapping polygons."""
     return config.data.mask_parts or model_info(config.model.name).protocol.mask_parts
 
 
@@ -76,7 +76,7 @@ def code_commit() -> str | None:
 
 @cache
 def hardware() -> str:
-    """One phrase: how many processes, on what."""
+    """Describe number and type of processes in one phrase."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"

@@ -44,7 +44,7 @@ FREE = (
     "train.tf32",
     "model.allow_random_frozen",
 )
-"""Keys and groups of keys that change nothing about what is learned."""
+"""Keys and groups of keys that do not affect training."""
 FIRST = ("model.name", "method")
 """Keys to compare first: others follow from them."""
 SAID = ("train.epochs", "train.max_steps", "train.mixed_precision")
@@ -158,7 +158,7 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
 
 
 def check_shared(accelerator: Accelerator, output: Path) -> None:
-    """Every machine must see what the main process writes, or some of a checkpoint would lie elsewhere."""
+    """Every machine must see what the main process writes, or a checkpoint would be incomplete."""
     seen = (output / PROBE).is_file()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

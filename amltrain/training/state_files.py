@@ -160,7 +160,7 @@ class _Names(pickle._Unpickler):
 
 
 class _Inert(dict):
-    """Accepts whatever a pickle does to an object, and does nothing."""
+    """Accept any operation of a pickle on an object, and do nothing."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__()

@@ -71,7 +71,7 @@ def _device(accelerator: Accelerator) -> str:
 
 
 def log_line(step: int, total_steps: int, values: dict[str, float]) -> str:
-    """One plain line about a step, where no progress bar can be drawn."""
+    """Format a step as one plain line, for outputs without a progress bar."""
     return (
         f"step {step:,}/{total_steps:,} ({step / total_steps:.0%}), epoch {values['epoch']:.2f}, "
         f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.1f} images/s, "
@@ -92,7 +92,7 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int,
         try:
             accelerator.init_trackers(config.tracking.project, config=_flat(sectioned(config)), init_kwargs=options)
             started += accelerator.trackers
-        except Exception as error:  # each tracker's client raises errors of its own
+        except Exception as error:  # each tracker's client raises its own errors
             reason = f"tracking.trackers: {getattr(tracker, 'value', tracker)} could not start ({first_line(error)})"
             if not config.tracking.optional:
                 raise UserError(
@@ -157,7 +157,7 @@ class History:
         self.path, self.enabled, self.lines = path, enabled, 0
         if enabled and path.is_file():
             kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep]
-            kept = [line for line in kept if line.endswith("\n")]  # the last one may be cut off by a power failure
+            kept = [line for line in kept if line.endswith("\n")]  # the last one may be truncated by a power failure
             write_text(path, "".join(kept))
             self.lines = len(kept)
 

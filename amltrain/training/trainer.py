@@ -155,7 +155,7 @@ class Trainer:
         return _Closing(self)
 
     def _try_step(self, batches: Iterator[list[Batch]]) -> StepStats:
-        """One optimizer step; a request to stop that comes inside it drops the step, saves and leaves."""
+        """Take one optimizer step; on a request to stop during it, drop the step, save and exit."""
         try:
             return self._optimizer_step(next(batches))
         except StopRequestedError:
@@ -167,7 +167,7 @@ class Trainer:
             raise  # not reached
 
     def _optimizer_step(self, batches: list[Batch]) -> StepStats:
-        """One optimizer step over the micro-batches of one global batch."""
+        """Take one optimizer step over the micro-batches of one global batch."""
         accelerator, optimizer = self.accelerator, self.optimizer
         method: Method = accelerator.unwrap_model(self.method)
         for line in method.before_step(self.progress.step, batches, accelerator.reduce):
@@ -402,7 +402,7 @@ class Trainer:
         )
 
     def _position(self, number: int) -> int:
-        """Which micro-batch of the global batch this process's `number`-th is."""
+        """Return the position of this process's `number`-th micro-batch in the global batch."""
         return number * self.plan.processes + self.accelerator.process_index
 
     def _track(self, values: dict[str, float]) -> None:

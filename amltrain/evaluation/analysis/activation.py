@@ -1,4 +1,4 @@
-"""Positive and negative activation maps (Figs. 4a and 5): where a model's logits speak for and against the referent.
+"""Positive and negative activation maps (Figs. 4a and 5): evidence of a model's logits for and against the referent.
 
 The activation of a pixel is the margin of the referent against the background (logit difference); its positive part is
 evidence for the referent, its negative part evidence against it. All maps of a picture share one scale.
@@ -29,7 +29,7 @@ class Evidence(NamedTuple):
 
 
 def evidence(logits: Tensor, size: Sequence[int]) -> Evidence:
-    """Margins of logits [B, 2 or 1, h, w], brought to the network's size (H, W), on the CPU."""
+    """Margins of logits [B, 2 or 1, h, w], resized to the network's size (H, W), on the CPU."""
     margin = referent_margin(logits)[:, None]
     size = (size[0], size[1])
     return Evidence(F.interpolate(margin, size, mode="bilinear", align_corners=True)[:, 0].cpu())
@@ -42,7 +42,7 @@ def draw_activation(
     maps: Mapping[str, Evidence],
     path: Path,
 ) -> None:
-    """One row per sample: the image with the true outline, then every model's positive and negative map.
+    """Draw one row per sample: the image with the true outline, then every model's positive and negative map.
 
     truths: [H, W] bool at network size; the images are stretched to it.
     """

@@ -28,7 +28,7 @@ def histogram_table(shares: Mapping[str, NDArray[np.float64]], statistics: Mappi
 
 
 def statistics_table(statistics: Mapping[str, Mapping[str, float]], what: str) -> str:
-    """One row per model or checkpoint, one column per statistic."""
+    """Return a table: one row per model or checkpoint, one column per statistic."""
     names = list(next(iter(statistics.values())))
     rows = [(row, *(f"{values[name]:.4f}" for name in names)) for row, values in statistics.items()]
     return "\n".join(markdown([(what, *(n.replace("_", " ") for n in names)), *rows], text_columns=1))

@@ -13,7 +13,7 @@ Grid = dict[str, dict[str, dict[str, float]]]
 
 
 def robustness_table(grid: Grid, metric: str) -> str:
-    """One row per condition, then the average over the perturbations; differences are to the first model."""
+    """Return a row per condition, then the average over the perturbations; differences are to the first model."""
     lines = []
     for place, conditions in grid.items():
         models = list(next(iter(conditions.values())))
@@ -28,7 +28,7 @@ def robustness_table(grid: Grid, metric: str) -> str:
 
 
 def level_table(grid: Grid, metric: str) -> str:
-    """One row per level, with every model's drop from the first level."""
+    """Return a row per level, with every model's drop from the first level."""
     lines = []
     for place, conditions in grid.items():
         models = list(next(iter(conditions.values())))

@@ -54,7 +54,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def training_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Draw the training loss, the validation scores, and what the method logs; charts without a value are left out."""
+    """Draw the training loss, the validation scores, and the method's values; charts without a value are left out."""
     names = {name for row in rows for name in row}
     scores = sorted(n for n in names if "/" in n and not n.startswith("alignment/"))
     by_split: dict[str, list[str]] = {}

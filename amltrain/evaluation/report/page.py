@@ -20,7 +20,7 @@ GROUPS = ("chosen", "best", "worst", "random")
 
 
 class SplitPart(NamedTuple):
-    """What the page shows of one split: its scores, charts over all samples, and the predictions shown."""
+    """Content of the page for one split: its scores, charts over all samples, and the predictions shown."""
 
     results: Results
     charts: Sequence[Chart]
@@ -81,7 +81,7 @@ def _split(split: SplitPart) -> dict[str, Any]:
 
 
 def _tables(results: Sequence[Results]) -> list[dict[str, Any]]:
-    """One table for each kind of metrics: its columns, and its rows."""
+    """Return a table for each kind of metrics: its columns, and its rows."""
     groups: dict[tuple[str, ...], list[Results]] = {}
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)

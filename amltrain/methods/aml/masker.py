@@ -58,7 +58,7 @@ class AlignmentMasker(Masker):
     def scores(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> Tensor:
-        """Stage 1: alignment scores [B, h, w] float32; without gradient but for a learnable projection."""
+        """Stage 1: alignment scores [B, h, w] float32; without gradient except with a learnable projection."""
         if self.cache is None or features is not None:
             return self.score(model, batch, features, output)
         if not self.cache.known:
@@ -68,7 +68,7 @@ class AlignmentMasker(Masker):
     def score(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> Tensor:
-        """As `scores`, computed whether they are known or not."""
+        """Compute `scores` without the cache."""
         return self.scorer(model, shrunk(batch, self.stage1_size), features, output)
 
     def blocks(self, scores: Tensor, batch: Batch) -> Tensor:

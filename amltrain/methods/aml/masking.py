@@ -1,4 +1,4 @@
-"""AFM, Alignment-aware Filtering Mask: blank blocks of the image where the words match badly (arXiv 2602.22740, 3.3).
+"""AFM, Alignment-aware Filtering Mask: mask image blocks with low alignment scores (arXiv 2602.22740, 3.3).
 
 Scores are upsampled to the image; pixels below tau are weak; a random share rho of the weak pixels is selected; a block
 of 32 x 32 pixels is masked. Which blocks is what `selection` decides:
@@ -6,7 +6,7 @@ of 32 x 32 pixels is masked. Which blocks is what `selection` decides:
 pixel     any block with a selected pixel (the paper's equations)
 patch     a share rho of the weak blocks, at least one
 released  what the public code does: of a selected pixel, the number of its patch AND its offset inside the patch are
-          both read as patch numbers, so nearly everything goes as soon as a few patches are weak
+          both read as patch numbers, so nearly everything is masked as soon as a few patches are weak
 
 Nothing here waits for the device, and all randomness comes from each sample's `random_key`: the same sample in the same
 step is masked alike on any number of processes, in any batch, after any resume.
@@ -51,7 +51,8 @@ def select_by_pixel(weak: Tensor, rho: float, keys: Tensor) -> Tensor:
 
 
 def take_share(candidates: Tensor, share: float, order: Tensor) -> Tensor:
-    """Of the K candidates of each row take the `max(1, floor(share * K))` first in `order`; none where K or share is 0.
+    """Select, of the K candidates of each row, the `max(1, floor(share * K))` first in `order`; none where K or share
+    is 0.
 
     candidates [B, M] bool, order [B, M] float (ties go to the lower index) -> [B, M] bool.
     """
@@ -76,7 +77,7 @@ def select_as_released(
     """The public code's blocks. weak [B, r, c, p, p] bool, keys [B] int64 -> [B, r, c] bool.
 
     A share rho of the weak pixels, at least one, is drawn. The official code keeps a pair (patch j, offset o inside it)
-    per drawn pixel, clamps both to N - 1 where N is the number of patches, and blanks every patch whose number occurs
+    per drawn pixel, clamps both to N - 1 where N is the number of patches, and masks every patch whose number occurs
     in either column. The official code needs square images whose side is a multiple of the block; this does not.
 
     permutations: instead of keys, for each sample its recorded order of its K weak pixels, counted patch by patch, row
@@ -111,7 +112,7 @@ def filtering_mask(
     block: int = 32,
     selection: Selection = "pixel",
 ) -> Tensor:
-    """AFM: scores [B, h, w] in 0..1, image size (H, W), keys [B] int64 -> [B, r, c] bool, True = blank this block."""
+    """AFM: scores [B, h, w] in 0..1, image size (H, W), keys [B] int64 -> [B, r, c] bool, True = mask this block."""
     if selection == "patch":
         grid = (-(-size[0] // block), -(-size[1] // block))
         return select_by_patch(scores, grid, tau, rho, keys)
@@ -122,7 +123,7 @@ def filtering_mask(
 
 
 def relocate(blocks: Tensor, keys: Tensor) -> Tensor:
-    """As many blocks of each sample, at random places (ablation `level: random`). [B, r, c] bool -> the same."""
+    """Move each sample's blocks to random places (ablation `level: random`). [B, r, c] bool -> the same."""
     flat = blocks.flatten(1)
     rank = uniform(keys, flat.shape[1], PLACE).argsort(dim=1).argsort(dim=1)
     return (rank < flat.sum(dim=1, keepdim=True)).view_as(blocks)

@@ -69,7 +69,7 @@ class AML(Method):
         return self.masker.scorer
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """One training step's loss; see the class."""
+        """Return one training step's loss; see the class."""
         if self.level == "feature":
             return self._suppress_features(batch)
         if self.clean_loss_weight:
@@ -104,7 +104,7 @@ class AML(Method):
         return {**self.loss(output, batch), **self._extras(scores, blocks, batch)}
 
     def score(self, batch: Batch, features: Features | None = None, output: ModelOutput | None = None) -> Tensor:
-        """Stage 1: alignment scores [B, h, w] float32; without gradient but for a learnable projection.
+        """Stage 1: alignment scores [B, h, w] float32; without gradient except with a learnable projection.
 
         features, output: of the unmasked image, where the caller has them already (in training mode).
         """
@@ -173,7 +173,7 @@ class AML(Method):
         return calibrate(scorer, self._training_features(scorer, batches), reduce)
 
     def _training_features(self, scorer: EarlyScorer, batches: Iterable[Batch]) -> Iterator[AlignmentFeatures]:
-        """What is scored in training mode; batch norms forget that they saw it."""
+        """Yield the features to score in training mode; restore the batch norms afterwards."""
         for batch in batches:
             buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
             with torch.random.fork_rng([batch.image.device.index] if batch.image.is_cuda else []):

@@ -48,7 +48,7 @@ def plot_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
 
 
 def draw_alignment(samples: FixedSamples, scores: Tensor, blocks: Tensor, block: int, path: Path) -> None:
-    """One row per sample: the image with the referent's outline, its scores (0..1), the image that stage 2 sees.
+    """Draw one row per sample: the image with the referent's outline, its scores (0..1), the image that stage 2 sees.
 
     scores [B, h, w], blocks [B, r, c] bool as an AMLTask built with `diagnostics` returns them; all on any device.
     block: side of a block, pixels.

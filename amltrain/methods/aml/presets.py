@@ -1,4 +1,4 @@
-"""What `aml.preset` stands for: the paper's equations, or what the public code (pipashu1/AMLRIS, 930e56b) really does.
+"""Presets of AML: the paper's equations, or the behaviour of the public code (pipashu1/AMLRIS, 930e56b).
 
 Every field of a preset can be overridden on its own; pairs that cannot work are refused in one sentence.
 """

@@ -35,7 +35,7 @@ class EarlyScorer(PatchScorer):
     def features(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> AlignmentFeatures:
-        """What is scored, as stage 1 computes it."""
+        """Return the features to score, computed as in stage 1."""
         with stage1(model, batch.image.device.type):
             scored = model.alignment_features(batch, features, text=self.text, visual=self.visual)
         return AlignmentFeatures(*(part.detach() for part in scored))  # given features carry gradient
@@ -43,7 +43,7 @@ class EarlyScorer(PatchScorer):
     def forward(  # type: ignore[override]  # finds the features itself
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> Tensor:
-        """Scores [B, h, w] float32 in [1/L, 1]; without gradient but for a learnable projection."""
+        """Scores [B, h, w] float32 in [1/L, 1]; without gradient except with a learnable projection."""
         return self.score(self.features(model, batch, features, output))
 
 

@@ -32,7 +32,7 @@ def alignment_sums(scores: Tensor, blocks: Tensor, target: Tensor, block: int) -
     scores [B, h, w]; blocks [B, r, c] bool, the masked ones; target [B, H, W] uint8, 255 = referent.
     score_mean, score_square, below_T, above_T are over patches; referent_below_T is the share of the referents' area
     in patches scored under T (the paper's mask-on-ground-truth coverage); masked_image and masked_referent are
-    the shares of all pixels and of the referents' pixels that the mask blanks.
+    the shares of all pixels and of the referents' pixels that are masked.
     """
     scores = scores.detach().float()
     referent = target.float() / 255

@@ -70,7 +70,7 @@ def solve_temperature(
 
 
 def warn_if_literal(temperature: float, normalize: bool) -> None:
-    """Warn about the formula as printed, which blanks images."""
+    """Warn about the literal formula, which masks whole images."""
     if temperature == 1.0 and normalize:
         warnings.warn(
             "aml.temperature=1.0 takes the paper's formula literally: scores of unit vectors are then all "

@@ -134,7 +134,7 @@ class CLIPText(nn.Module):
         return self.finish(x, text_mask)
 
     def embed(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """What enters the first block, [B, L, W]."""
+        """Return the input of the first block, [B, L, W]."""
         length = input_ids.shape[1]
         if length > len(self.positional_embedding):
             raise UserError(
@@ -169,7 +169,7 @@ class CLIPText(nn.Module):
         return x
 
     def finish(self, x: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What leaves the last block -> normed tokens [B, L, W] and the sentence's vector [B, E]."""
+        """Map the last block's output to normed tokens [B, L, W] and the sentence's vector [B, E]."""
         tokens = self.ln_final(x)
         last = (text_mask.sum(dim=1) - 1).clamp(min=0)
         sentence = tokens[torch.arange(len(last), device=x.device), last]

@@ -52,7 +52,7 @@ class MapAttentionPool(nn.Module):
         return F.relu(self.attend(x) + self.connect(x))
 
     def attend(self, x: Tensor) -> Tensor:
-        """What CLIP itself makes of every cell, [B, C, h, w] -> [B, E, h, w]."""
+        """Apply CLIP's attention pooling to every cell, [B, C, h, w] -> [B, E, h, w]."""
         height, width = x.shape[-2:]
         table = self.pos_embed[1:].T.unflatten(1, (self.table_size, self.table_size))[None]
         position = F.interpolate(table.float(), size=(height, width), mode="bicubic").to(x.dtype)

@@ -95,7 +95,8 @@ class CLIPViT(nn.Module):
         return None
 
     def read(self, index: int, x: Tensor, code: Tensor | None) -> Tensor:
-        """What the attention of block `index` adds to the stream. code: None, as `rotary` gives it."""
+        """Return the attention output of block `index`, which is added to the stream. code: None, as `rotary` gives
+        it."""
         return self.blocks[index].read(x)
 
     def finish(self, patches: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from amltrain.models.layers.module_list import ModuleListOf
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """What may attend to what in shifted windows of a padded map: 0, or -100 between parts that were not neighbours.
+    """Return the attention mask of shifted windows of a padded map: 0, or -100 between regions that were not
+    neighbours.
 
     Returns [windows, window**2, window**2] in the dtype and on the device of `like`.
     """

@@ -44,7 +44,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
-    """What a .safetensors or .pth/.pt/.bin file holds: tensors, plain containers and the classes of `allowed`.
+    """Read a .safetensors or .pth/.pt/.bin file: tensors, plain containers and the classes of `allowed`.
 
     Raises UserError for a file that is missing, damaged or holds anything else, which is not run.
     """

@@ -44,7 +44,7 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, query: Tensor, value: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """What every query reads, [B, Q, C].
+        """Return the attention output of every query, [B, Q, C].
 
         query      [B, Q, C], position codes included
         value      [B, N, C], the levels' positions one level after the other, N = sum of h * w

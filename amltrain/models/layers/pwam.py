@@ -54,7 +54,7 @@ class PixelWordAttention(nn.Module):
         return self.dropout(F.gelu(self.project(visual * self.read(x, text, text_mask))))
 
     def read(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """What every position takes from the words, [B, N, C]."""
+        """Attend from every position to the words, [B, N, C]."""
         query = self._split(self.query_norm(self.query(x)))
         key, value = self.key(text), self.value(text)
         real = text_mask[..., None].to(key.dtype)

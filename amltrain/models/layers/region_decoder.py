@@ -49,7 +49,7 @@ def mlp(*dims: int) -> nn.Sequential:
 
 
 def open_empty_rows(blocked: Tensor, suppressed: Tensor | None) -> Tensor:
-    """Where a query may not read: its own blocked positions and the suppressed ones, but never everything.
+    """Return the mask of each query: its blocked and the suppressed positions, but never all of them.
 
     blocked [B, Q, N] bool, suppressed [B, N] bool or None. A query that would be left with nothing reads all positions
     that are not suppressed; if all are, suppression is ignored.
