@@ -192,8 +192,7 @@ class OptimConfig:
     amsgrad: bool = False
     """Use AMSGrad (CGFormer)."""
     schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = "poly"
-    """poly: (1 - t/T)^power after the warm-up; poly_caris: the rule of the official CARIS code, whose step 0 runs at
-    full rate."""
+    """poly: (1 - t/T)^power after the warm-up; poly_caris: the official CARIS rule, whose step 0 runs at full rate."""
     power: float = 0.9
     """Exponent of poly."""
     warmup_steps: int = 0
@@ -204,8 +203,7 @@ class OptimConfig:
     """multistep: factor at each milestone."""
     first_epoch_full_lr: bool = False
     """Train every parameter group at the full lr, unscaled, in the first pass over the training set (also where the run
-    is given in steps); the schedule is unchanged. CLIP in the official CRIS code starts this way, at ten times its
-    rate."""
+    is given in steps); the schedule is unchanged. In the official CRIS code CLIP starts so, at ten times its rate."""
     clip_norm: float | None = 1.0
     """Largest norm of the whole gradient; null = no clipping."""
 

@@ -218,8 +218,7 @@ def mosaic(options: MosaicOptions) -> Augmentation:
 
 
 def allowed_cells(sentence: str) -> list[int]:
-    """Return the cells of a 2 x 2 grid that the location words allow; all cells without such words or if they
-    conflict."""
+    """Return the cells of a 2 x 2 grid that the location words allow; all if there are none or they conflict."""
     allowed = {0, 1, 2, 3}
     for word in re.findall(r"[a-z]+", sentence.lower()):
         allowed &= _CELLS.get(word, allowed)

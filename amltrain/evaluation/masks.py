@@ -95,8 +95,7 @@ def to_original(values: Tensor, geometry: Sequence[float], interpolation: Interp
 def _taps(
     count: int, limit: int, scale: float, offset: float, interpolation: Interpolation, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the input pixels (of `limit`) that each of `count` output pixels reads, [count, K] int64, and their
-    weights."""
+    """Return the input pixels (of `limit`) of each of `count` output pixels, [count, K] int64, and float32 weights."""
     start = offset + 0.5 * (scale - 1)  # from continuous coordinates to pixel indices
     position = torch.arange(count, device=device, dtype=torch.float64) * scale
     if interpolation == "bicubic":  # OpenCV rounds to 1/1024 pixel, then to 1/32

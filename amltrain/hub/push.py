@@ -235,8 +235,7 @@ class Publisher:
 
 
 def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | None:
-    """Build the publisher of a run's checkpoints; None if nothing is to be pushed. Raises UserError as `check_access`
-    does."""
+    """Build the publisher of a run's checkpoints; None without one. Raises UserError as `check_access` does."""
     if hub.push == "never":
         return None
     repo, private = str(hub.repo), hub.private

@@ -32,8 +32,7 @@ class Recorder(Protocol):
         """Called by every process after each optimizer step; a row for log and trackers when one is due, else None."""
 
     def window(self, reduce: Reduce | None = None) -> Any:
-        """Return the values collected since the last row, as JSON values; called by every process when the run
-        saves."""
+        """Return JSON values collected since the last row; every process calls it when the run saves."""
 
     def restore(self, window: Any, device: torch.device) -> None:
         """Continue with what `window` returned."""
@@ -57,8 +56,7 @@ class Method(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return one training step's loss: "loss" [] with gradient, and detached extras; scalars among them are
-        logged."""
+        """Return a step's "loss" [] with gradient, and detached extras; scalars among them are logged."""
         raise NotImplementedError
 
     def setup(self, first_batches: Iterable[Batch], reduce: Reduce | None = None) -> list[str]:

@@ -79,8 +79,7 @@ class RISModel(nn.Module):
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
     ) -> AlignmentFeatures:
-        """Return the features that AML's stage 1 scores; runs encoders only, never the decoder. Default: deepest map
-        and token features.
+        """Return the features that AML's stage 1 scores, from the encoders alone. Default: deepest map and tokens.
 
         features: `encode(batch)`, where the caller has it already; a model that scores anything else ignores it.
         text, visual: which of its features a model gives that offers a choice (`alignment_texts`, `alignment_visuals`);

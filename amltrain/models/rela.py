@@ -272,8 +272,7 @@ def rela_r50(
     vocab_size: int = 30522,
     text_dropout: float = 0.1,
 ) -> ReLA:
-    """The official model on ResNet-50 with frozen batch norm, 153.4 M parameters; the backbone does not read the
-    sentence.
+    """The official model on ResNet-50 with frozen batch norm, 153.4 M parameters; no fusion in the backbone.
 
     vision_weights: a torchvision ResNet-50 file, or a timm name such as resnet50.tv_in1k.
     """
@@ -295,8 +294,7 @@ def rela_tiny(
     drop_path_rate: float = 0.0,
     text_dropout: float = 0.0,
 ) -> ReLA:
-    """Small enough to learn synthetic scenes from scratch on two CPU cores. All of BERT trains, because it starts from
-    random weights."""
+    """Small enough to learn synthetic scenes on two CPU cores. All of BERT trains, because it starts at random."""
     swin = Swin(embed_dim=32, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=3, drop_path_rate=drop_path_rate)
     text = build_bert(vocab_size=vocab_size, hidden_size=128, layers=2, heads=4, max_positions=64, dropout=text_dropout)
     load_encoders(swin, text, vision_weights, text_weights)

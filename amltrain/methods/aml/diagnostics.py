@@ -97,8 +97,10 @@ def build_alignment_diagnostics(
 
 @torch.no_grad()
 def forward_in_evaluation(method: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-    """Run one forward without dropout and without touching batch norms or the random state; through the wrapper,
-    because sharded engines gather weights in forward only."""
+    """Run one forward without dropout and without changing batch norms or the random state.
+
+    It calls the wrapper, because sharded engines gather weights in forward only.
+    """
     with eval_mode(method):
         return method(batch)
 

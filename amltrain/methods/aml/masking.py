@@ -51,8 +51,7 @@ def select_by_pixel(weak: Tensor, rho: float, keys: Tensor) -> Tensor:
 
 
 def take_share(candidates: Tensor, share: float, order: Tensor) -> Tensor:
-    """Select, of the K candidates of each row, the `max(1, floor(share * K))` first in `order`; none where K or share
-    is 0.
+    """Select the first `max(1, floor(share * K))` of each row's K candidates in `order`; none if K or share is 0.
 
     candidates [B, M] bool, order [B, M] float (ties go to the lower index) -> [B, M] bool.
     """

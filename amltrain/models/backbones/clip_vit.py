@@ -95,8 +95,7 @@ class CLIPViT(nn.Module):
         return None
 
     def read(self, index: int, x: Tensor, code: Tensor | None) -> Tensor:
-        """Return the attention output of block `index`, which is added to the stream. code: None, as `rotary` gives
-        it."""
+        """Return the attention output of block `index` for the stream. code: None, as `rotary` gives it."""
         return self.blocks[index].read(x)
 
     def finish(self, patches: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class EvaCLIPViT(nn.Module):
         return torch.cat([still, code])
 
     def read(self, index: int, x: Tensor, code: Tensor | None) -> Tensor:
-        """Return the attention output of block `index`, which is added to the stream."""
+        """Return the attention output of block `index` for the stream."""
         block = self.blocks[index]
         return block.attn(block.norm1(x), rope=code)
 

@@ -25,8 +25,7 @@ from amltrain.models.layers.module_list import ModuleListOf
 
 
 def shift_mask(height: int, width: int, window: int, shift: int, like: Tensor) -> Tensor:
-    """Return the attention mask of shifted windows of a padded map: 0, or -100 between regions that were not
-    neighbours.
+    """Return the attention mask of shifted windows: 0, or -100 between regions that were not neighbours.
 
     Returns [windows, window**2, window**2] in the dtype and on the device of `like`.
     """
