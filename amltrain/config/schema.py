@@ -233,11 +233,11 @@ class TrainConfig:
     log_every: int = 10
     """Steps between log lines."""
     limit_samples: int | None = None
-    """Train on the first so many samples only (a smoke test); null = all."""
+    """Train on the first N samples only (a smoke test); null = all."""
     dry_run: bool = False
     """Check everything, train one step, evaluate one batch, and leave nothing behind."""
     profile: int | None = None
-    """Profile so many steps, after two others, into OUTPUT/profile; null = off."""
+    """Profile N steps, after two others, into OUTPUT/profile; null = off."""
     loader_timeout: float = 10.0
     """Minutes to wait for a batch before data loading counts as broken."""
     max_bad_steps: int = 10
@@ -253,9 +253,9 @@ class EvaluationConfig:
     """When and on what to evaluate."""
 
     splits: list[str] = field(default_factory=lambda: ["val"])
-    """Splits to evaluate; `refcoco+:val` names a data set where there are several."""
+    """Splits to evaluate; `refcoco+:val` names a data set if there are several."""
     every_steps: int | None = None
-    """Evaluate every so many steps; null = at the end of every epoch."""
+    """Evaluate every N steps; null = at the end of every epoch."""
     batch_size: int = 16
     """Samples per forward pass on one process."""
     protocol: ProtocolOverrides = field(default_factory=ProtocolOverrides)
@@ -277,7 +277,7 @@ class CheckpointConfig:
     """Which checkpoints are saved, and when."""
 
     every_steps: int | None = None
-    """Save every so many steps, besides before and after every evaluation; null = no other."""
+    """Save every N steps, besides before and after every evaluation; null = no other."""
     keep: int = 3
     """Newest checkpoints kept, besides best and last."""
 
