@@ -6,7 +6,7 @@ from amltrain.errors import UserError
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name; by default a GPU where there is one. Raises UserError for one that is not here."""
+    """The device of that name; by default a GPU if there is one. Raises UserError for a missing device."""
     here = available_devices()
     if name is None:
         return torch.device("cuda" if "cuda" in here else "cpu")

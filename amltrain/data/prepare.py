@@ -45,7 +45,7 @@ IMAGE_FOLDERS = (
 """Where official code, and people who follow it, keep COCO's train2014."""
 JOBS_PER_TASK = 16
 IMAGES_PER_WORKER = 250
-"""A further process is worth its start only for so many images."""
+"""A further process is worth its start only for this many images."""
 _FIRST = 5
 
 

@@ -103,7 +103,7 @@ class SentenceTokenizer:
     def load(cls, name: str | Path, max_tokens: int | None = None, fix: str = TRAIN_WORDPIECE) -> "SentenceTokenizer":
         """From a folder or a Hub id; without `max_tokens`, the length that `save` kept.
 
-        fix: what to do where there is none. Raises UserError for one that cannot be had, or whose files are damaged.
+        fix: advice if there is none. Raises UserError for an unavailable tokenizer or damaged files.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)

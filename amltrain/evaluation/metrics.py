@@ -88,7 +88,7 @@ class Ratio(NamedTuple):
     denominator: NDArray[Any]
 
     def percent(self) -> float:
-        """The metric in percent; NaN where there is nothing to divide by."""
+        """The metric in percent; NaN if the divisor is 0."""
         return 100 * _ratio(self.numerator.sum(), self.denominator.sum())
 
 
@@ -125,7 +125,7 @@ def metric_terms(name: str, samples: Scored, kind: Kind) -> Ratio:
 
 
 def compute_scores(samples: Scored, kind: Kind) -> dict[str, float]:
-    """Every metric of a kind in percent, by name; NaN where there is nothing to divide by.
+    """Every metric of a kind in percent, by name; NaN if the divisor is 0.
 
     Raises UserError where an intersection is negative or larger than its union.
     """

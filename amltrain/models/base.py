@@ -55,7 +55,7 @@ class RISModel(nn.Module):
     encodes_image_alone: bool = False
 
     def encode(self, batch: Batch) -> Features:
-        """Run the encoders: image and tokens in, features before cross-modal fusion out (where there is a before)."""
+        """Run the encoders: image and tokens in, features before cross-modal fusion out (if the model has such features)."""
         raise NotImplementedError
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:

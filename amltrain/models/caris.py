@@ -44,7 +44,7 @@ DROPS = [
     (r".*\.attn\.relative_position_index", "an index table, recomputed from the window size"),
     (r".*\.embeddings\.position_ids", "an index table of older transformers versions"),
     (r"criterion\..*\.weight", "class weights are arguments of the loss"),
-    (r"aug\..*", "the AML release's projection, which inference does not use"),
+    (r"aug\..*", "the official AML code's projection, which inference does not use"),
 ]
 
 

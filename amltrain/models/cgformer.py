@@ -63,7 +63,7 @@ RENAMES = [
 DROPS = [
     (r"backbone\..*\.relative_position_index", "an index table, recomputed from the window size"),
     (r"backbone\.layers\.3\.pwam_gate\..*", "unused: nothing follows the last stage"),
-    (r"decoder\.layers\.\d\.loadtoken\.(norm|mlp)\..*", "unused by the release"),
+    (r"decoder\.layers\.\d\.loadtoken\.(norm|mlp)\..*", "unused by the official code"),
 ]
 
 

@@ -43,7 +43,10 @@ RENAMES = [
 DROPS = [
     (r"backbone\..*\.relative_position_index", "an index table, recomputed from the window size"),
     (r"text_encoder\.embeddings\.position_ids", "an index table of older transformers versions"),
-    (r"backbone\.layers\.3\.res_gate\.[02]\.weight", "the last stage's gate, whose output the release never uses"),
+    (
+        r"backbone\.layers\.3\.res_gate\.[02]\.weight",
+        "the last stage's gate, whose output the official code never uses",
+    ),
 ]
 
 

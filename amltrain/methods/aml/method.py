@@ -161,7 +161,7 @@ class AML(Method):
     ) -> Calibration | None:
         """Solve the temperature under the dropout that scores are computed under; see `AlignmentMasker.calibrate`.
 
-        None where nothing is left to solve; again: solve what is solved already.
+        None if nothing needs solving; again: solve even if solved already.
         """
         if not (again or self.needs_calibration):
             return None
