@@ -55,7 +55,7 @@ class RISModel(nn.Module):
     encodes_image_alone: bool = False
 
     def encode(self, batch: Batch) -> Features:
-        """Run the encoders: image and tokens in, features before cross-modal fusion out (if the model has such features)."""
+        """Run the encoders on image and tokens; return features before cross-modal fusion, if the model has any."""
         raise NotImplementedError
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
