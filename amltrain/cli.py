@@ -50,7 +50,12 @@ def main() -> None:
         name = sys.argv.pop(1)
         if name not in COMMANDS:
             raise unknown_name("command", name, COMMANDS)
-    importlib.import_module(COMMANDS[name][0]).main()
+    try:
+        importlib.import_module(COMMANDS[name][0]).main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has enough, e.g. `amltrain models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -48,3 +48,12 @@ def test_help_imports_no_heavy_library() -> None:
     """Each of them takes seconds to import; a command imports them after its arguments are parsed."""
     ended = subprocess.run([sys.executable, "-c", HELP_OF_EVERY_COMMAND], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_reader_that_has_enough_sees_no_traceback() -> None:
+    """`amltrain models | head -1` closes the pipe while we print."""
+    command = [sys.executable, "-m", "amltrain", "configs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""

@@ -61,7 +61,7 @@ def data_of(args: argparse.Namespace, place: str) -> DataConfig:
     prepared = args.prepared or trained.get("prepared", "prepared")
     shapes = ShapesConfig(**trained["shapes"]) if trained.get("shapes") else ShapesConfig()
     data = DataConfig(datasets=list(datasets), prepared=prepared, workers=args.workers, shapes=shapes)
-    resolve_splits([args.split], data.datasets)
+    resolve_splits([args.split], data.datasets, data.prepared)
     return data
 
 

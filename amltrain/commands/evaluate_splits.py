@@ -1,5 +1,6 @@
 """Score a model or predictions: what `amltrain evaluate` does after its arguments are read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +13,10 @@ from torch.utils.data import DataLoader
 
 from amltrain.commands.trained import trained_data
 from amltrain.config.ranges import ANY, check_number
-from amltrain.config.schema import EvaluationConfig, Preprocess, Protocol
+from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess, Protocol
 from amltrain.data.ensure import check_scenes, ensure_prepared
 from amltrain.data.loaders import build_eval_loaders, resolve_splits
-from amltrain.data.specs import dataset_spec
+from amltrain.data.manifest import find_spec
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
 from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
@@ -61,11 +62,11 @@ def evaluate(args: Namespace) -> list[Results]:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     output = Path(args.output or _default_output(args.checkpoint or args.predictions))
     perturbations = _perturbations(args)
-    splits = _splits(args)
+    splits = evaluation_splits(args.splits, args.data)
     source = _source(args)
     protocol = run_protocol(source.protocol, args.data, args.protocol)
     if source.model is None:
-        for dataset, split, _ in resolve_splits(splits, args.data.datasets):
+        for dataset, split, _ in resolve_splits(splits, args.data.datasets, args.data.prepared):
             find_predictions(args.predictions, dataset, split)
     on_main_process(accelerator, lambda: _check_output(output))
     on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print), wait=PREPARATION)
@@ -149,12 +150,12 @@ def _source(args: Namespace) -> Source:
     return Source(pretrained.model, pretrained.tokenizer, pretrained.preprocess, own or pretrained.protocol, folder)
 
 
-def _splits(args: Namespace) -> list[str]:
-    """`all` is every evaluation split of every data set. Raises UserError for a split that does not exist."""
-    names = list(args.splits)
+def evaluation_splits(names: Sequence[str], data: DataConfig) -> list[str]:
+    """The splits named, each once; `all`: every evaluation split of every data set. Raises UserError for any other."""
     if "all" in names:
-        names = [f"{name}:{split}" for name in args.data.datasets for split in dataset_spec(name).evaluation_splits]
-    resolve_splits(names, args.data.datasets)
+        specs = {name: find_spec(name, data.prepared) for name in data.datasets}
+        names = [f"{name}:{split}" for name, spec in specs.items() for split in spec.evaluation_splits]
+    resolve_splits(names, data.datasets, data.prepared)
     return list(dict.fromkeys(names))
 
 

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.data.specs import dataset_spec
+from amltrain.data.manifest import find_spec
 from amltrain.errors import UserError, one_line_errors
 
 
@@ -42,7 +42,7 @@ def presize(options: argparse.Namespace) -> None:
     if not Path(options.prepared).is_dir():
         raise UserError(f"{options.prepared} is not a folder; presized images are written beside local prepared data")
     transform = ImageTransform(size, resize, normalization)
-    for split in options.splits or dataset_spec(options.dataset).splits:
+    for split in options.splits or find_spec(options.dataset, options.prepared).splits:
         folder = write_presized(
             options.prepared,
             options.dataset,

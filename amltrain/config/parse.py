@@ -59,7 +59,9 @@ def parse_config(
         if name not in augmentations.names:
             raise unknown_name("augmentation (data.augment)", name, augmentations.names)
     own = _section(parsed, method, options) if method in options else None
-    augment_options = {name: _section(parsed, name, options) for name in augment}
+    augment_options = {
+        name: _section(parsed, name, options) if name in options else augmentations.options(name)() for name in augment
+    }
     try:
         return RunConfig(**values, method_options=own, augment_options=augment_options)
     except UserError as error:

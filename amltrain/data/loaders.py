@@ -178,7 +178,7 @@ def build_eval_loaders(
 
 
 def resolve_splits(
-    splits: Sequence[str], dataset_names: Sequence[str], prepared: str | None = None
+    splits: Sequence[str], dataset_names: Sequence[str], prepared: str | None
 ) -> list[tuple[str, str, str]]:
     """(data set, split, name) of every split named. Raises UserError for a split that no data set has."""
     resolved = []

@@ -52,6 +52,13 @@ def test_a_saved_run_repeats(tmp_path: Path) -> None:
     assert read_run(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_an_augmentation_by_its_name_alone_gets_its_defaults(tmp_path: Path) -> None:
+    config = read_run(["--data.augment", "[mosaic]"])
+    assert config.augment_options["mosaic"].probability == 0.5
+    save_config(config, tmp_path / "config.yaml")
+    assert read_run(["--config", str(tmp_path / "config.yaml")]) == config
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

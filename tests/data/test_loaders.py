@@ -188,8 +188,11 @@ def test_evaluation_sees_every_sentence_in_order(prepared: str, streaming: bool)
 
 
 def test_split_names() -> None:
-    assert resolve_splits(["val", "testA"], ["refcoco"]) == [("refcoco", "val", "val"), ("refcoco", "testA", "testA")]
-    assert resolve_splits(["val", "refcoco:testB", "test"], ["refcoco", "refcocog"]) == [
+    assert resolve_splits(["val", "testA"], ["refcoco"], None) == [
+        ("refcoco", "val", "val"),
+        ("refcoco", "testA", "testA"),
+    ]
+    assert resolve_splits(["val", "refcoco:testB", "test"], ["refcoco", "refcocog"], None) == [
         ("refcoco", "val", "refcoco:val"),
         ("refcocog", "val", "refcocog:val"),
         ("refcoco", "testB", "refcoco:testB"),
@@ -217,4 +220,4 @@ def test_what_cannot_be_loaded_is_said(prepared: str, options: dict, message: st
 
 def test_a_split_that_nobody_has_is_said() -> None:
     with pytest.raises(UserError, match=r"no split 'test' .* refcoco: train, val, testA, testB"):
-        resolve_splits(["test"], ["refcoco"])
+        resolve_splits(["test"], ["refcoco"], None)

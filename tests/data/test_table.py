@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from amltrain.commands.evaluate_splits import evaluation_splits
 from amltrain.commands.prepare import main
+from amltrain.commands.presize import main as presize
+from amltrain.config.schema import DataConfig
 from amltrain.data.manifest import find_spec, read_manifest
 from amltrain.data.own import assign_splits
 from amltrain.data.rows import open_rows
@@ -288,3 +291,13 @@ def test_load_dataset_shows_every_split_and_pictures(folder: Path, monkeypatch: 
     assert set(found) == {"train", "val"}
     assert found["val"][0]["image"].size == (WIDTH, HEIGHT)
     assert np.array_equal(decode_mask(found["val"][0]["referents"][0]["mask"]), square())
+
+
+def test_every_command_finds_the_splits_of_own_data(folder: Path) -> None:
+    rows = [GOOD | {"image": f"{number}.jpg", "split": s} for number, s in enumerate(("train", "dev", "final"))]
+    prepared = run(folder, table=write(folder / "my.jsonl", rows))
+    data = DataConfig(datasets=["mine"], prepared=str(prepared))
+    assert evaluation_splits(["all"], data) == ["mine:dev", "mine:final"]
+    assert evaluation_splits(["final"], data) == ["final"]
+    presize(["--prepared", str(prepared), "--dataset", "mine", "--size", "16", "--workers", "1"])
+    assert len(list((prepared / "mine/presized").iterdir())) == 3
