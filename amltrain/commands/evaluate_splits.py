@@ -55,12 +55,13 @@ def run(args: Namespace) -> None:
     results = evaluate(args)
     if PartialState().is_main_process:
         print(table(results))
+        print(f"results -> {_output(args)}")
 
 
 def evaluate(args: Namespace) -> list[Results]:
     """Score every split under every perturbation; every process returns the same results, the main one writes them."""
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    output = Path(args.output or _default_output(args.checkpoint or args.predictions))
+    output = _output(args)
     perturbations = _perturbations(args)
     splits = evaluation_splits(args.splits, args.data)
     source = _source(args)
@@ -229,8 +230,14 @@ def _check_flags(args: Namespace) -> None:
     check_number("--protocol.threshold", args.protocol.threshold, 0, 1)
 
 
+def _output(args: Namespace) -> Path:
+    return Path(args.output or _default_output(args.checkpoint or args.predictions))
+
+
 def _default_output(source: str) -> str:
-    """evaluation/RUN-best for RUN/best/model, evaluation/user-name for a Hub repository."""
+    """evaluation/RUN-best for RUN and RUN/best/model, evaluation/user-name for a Hub repository."""
+    if (Path(source) / "best" / "model").is_dir():
+        source = str(Path(source) / "best")
     parts = [part for part in Path(source).parts if part not in ("/", "..", "model")]
     return str(Path("evaluation") / "-".join(parts[-2:]))
 

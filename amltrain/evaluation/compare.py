@@ -68,7 +68,7 @@ def find_results(place: str | Path) -> Path:
     for inner in ("", "best/model", "model"):
         if (path := place / inner / "results.json").is_file():
             return path
-    raise UserError(f"{place} has no results.json; evaluate it first: amltrain evaluate --checkpoint {place}")
+    raise UserError(f"{place} has no results.json; write it with amltrain evaluate --checkpoint RUN --output {place}")
 
 
 def read_runs(place: str | Path) -> dict[SplitKey, list[Run]]:

@@ -68,10 +68,11 @@ def epoch_losses(losses: Sequence[tuple[int, float]], epoch_steps: float) -> lis
 
 
 def convergence_table(losses: Mapping[str, Sequence[float]]) -> str:
-    """One row per epoch; at most 20 of them, evenly spread with the first and last; differences to the first model."""
+    """One row per epoch that has a logged loss; at most 20 of them, evenly spread with the first and last; differences to the first model."""
     models = list(losses)
-    last = max(len(values) for values in losses.values())
-    shown = sorted(set(np.linspace(1, last, min(last, 20)).round().astype(int).tolist()))
+    logged = sorted({e for values in losses.values() for e, value in enumerate(values, 1) if not np.isnan(value)})
+    places = np.linspace(0, len(logged) - 1, min(len(logged), 20)).round().astype(int).tolist()
+    shown = [logged[place] for place in sorted(set(places))]
     header = ["epoch", *models, *(f"{m} - {models[0]}" for m in models[1:])]
     rows = []
     for epoch in shown:
