@@ -68,7 +68,7 @@ def epoch_losses(losses: Sequence[tuple[int, float]], epoch_steps: float) -> lis
 
 
 def convergence_table(losses: Mapping[str, Sequence[float]]) -> str:
-    """One row per epoch that has a logged loss; at most 20 of them, evenly spread with the first and last; differences to the first model."""
+    """At most 20 rows, evenly spread over the epochs with a logged loss; differences to the first model."""
     models = list(losses)
     logged = sorted({e for values in losses.values() for e, value in enumerate(values, 1) if not np.isnan(value)})
     places = np.linspace(0, len(logged) - 1, min(len(logged), 20)).round().astype(int).tolist()
