@@ -85,7 +85,7 @@ def test_altered_rows_and_other_samples_are_refused(scored: Results, tmp_path: P
     merge_results(tmp_path / "results.json", [shuffled])
     with pytest.raises(UserError, match="holds no score"):
         compare({"a": [tmp_path]})
-    with pytest.raises(UserError, match="has no results.json; write it with amltrain evaluate"):
+    with pytest.raises(UserError, match=r"has no results\.json; write it with amltrain evaluate"):
         compare({"a": [tmp_path / "gone"]})
     fewer = replace(scored, samples=scored.samples[1:])
     with pytest.raises(UserError, match="different samples"):
