@@ -179,7 +179,11 @@ def _differences(
         note = f"{split[0]} {split[1]}: no interval for {model}, because not every result has samples; evaluate again"
         return [Difference(reference, model, split, n, v, np.nan, np.nan) for n, v in means.items()], [note]
     _check_same_samples(split, [*one, *two])
-    weights = image_draws(_images(one[0]), draws, seed)
+    images = _images(one[0])
+    if len(set(images)) < 2:
+        note = f"{split[0]} {split[1]}: no interval for {model}, because the split has a single image to draw from"
+        return [Difference(reference, model, split, n, v, np.nan, np.nan) for n, v in means.items()], [note]
+    weights = image_draws(images, draws, seed)
     found = []
     for name in names:
         drawn = _drawn(two, name, weights) - _drawn(one, name, weights)

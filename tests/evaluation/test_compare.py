@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from accelerate import Accelerator
 
@@ -62,6 +64,18 @@ def test_means_deviations_and_paired_intervals(scored: Results, tmp_path: Path):
 def test_the_same_model_differs_by_nothing(scored: Results, tmp_path: Path):
     one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored)
     assert all((d.value, d.low, d.high) == (0, 0, 0) for d in compare({"a": [one], "b": [two]}).differences)
+
+
+def test_one_image_gives_no_interval(scored: Results, tmp_path: Path):
+    places = [write(tmp_path / "a", scored), write(tmp_path / "b", scored, 8)]
+    for place in places:
+        path = place / "samples" / "x.parquet"
+        table = pq.read_table(path)
+        same = pa.array([7] * len(table), table.schema.field("image_id").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("image_id"), "image_id", same), path)
+    found = compare({"a": places[:1], "b": places[1:]}, draws=20)
+    assert all(np.isnan(d.low) and not d.unequal for d in found.differences)
+    assert "a single image" in found.notes[0]
 
 
 def test_draws_take_whole_images():
