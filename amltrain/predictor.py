@@ -178,7 +178,7 @@ def read_image(path: str | Path) -> Image.Image:
         raise UserError(f"{path} is a URL, and nothing is downloaded here; save the image and give its file name")
     if not Path(path).exists():
         raise UserError(f"there is no image {path}")
-    if not Path(path).is_file():  # reading a named pipe would wait for ever
+    if not Path(path).is_file():  # reading a named pipe would block forever
         raise UserError(f"{path} is not an image file")
     try:
         with Image.open(path) as image:

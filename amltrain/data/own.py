@@ -72,17 +72,7 @@ def build_annotations(
         key = _ref_key(row)
         ref = refs.get((row.image, key))
         if ref is None:
-            ref_id = number if row.ref_id is None else row.ref_id
-            ref = {
-                "ref_id": ref_id,
-                "image_id": image_id,
-                "image_name": row.image,
-                "ann_id": -1 if row.segmentation is None else number,
-                "split": row.split,
-                "place": row.place,
-                "sentences": [],
-            }
-            refs[row.image, key] = ref
+            ref = refs[row.image, key] = _new_ref(row, number, image_id)
             if row.segmentation is not None:
                 category = categories.setdefault(row.category, len(categories) + 1)
                 annotations[number] = {
@@ -92,16 +82,8 @@ def build_annotations(
                     "bbox": list(row.box),
                     "category_id": category,
                 }
-        elif ref["split"] != row.split:
-            raise UserError(f"{place}, {row.place}: ref {ref['ref_id']} is in split {row.split!r} and {ref['split']!r}")
-        elif row.ref_id is not None and _mask_key(row.segmentation) != ref.setdefault(
-            "mask_key", _mask_key(row.segmentation)
-        ):
-            raise UserError(
-                f"{place}, {row.place}: ref {row.ref_id} of image {row.image} has two masks; give it two ids"
-            )
-        if row.ref_id is not None:
-            ref.setdefault("mask_key", _mask_key(row.segmentation))
+        else:
+            _check_same_ref(row, ref, place)
         for sentence in row.sentences:
             ref["sentences"].append({"sent_id": sent_id, "sent": sentence.lower(), "raw": sentence})
             sent_id += 1
@@ -122,6 +104,28 @@ def build_annotations(
         place,
         notes,
     )
+
+
+def _new_ref(row: TableRow, number: int, image_id: int) -> dict[str, Any]:
+    """Start a ref without sentences from its first row, the `number`-th of the table."""
+    ref: dict[str, Any] = {
+        "ref_id": number if row.ref_id is None else row.ref_id,
+        "image_id": image_id,
+        "image_name": row.image,
+        "ann_id": -1 if row.segmentation is None else number,
+        "split": row.split,
+        "place": row.place,
+        "sentences": [],
+    }
+    return ref if row.ref_id is None else {**ref, "mask_key": _mask_key(row.segmentation)}
+
+
+def _check_same_ref(row: TableRow, ref: dict[str, Any], place: str) -> None:
+    """Raise UserError for a further row of a ref that names another split or mask."""
+    if ref["split"] != row.split:
+        raise UserError(f"{place}, {row.place}: ref {ref['ref_id']} is in split {row.split!r} and {ref['split']!r}")
+    if row.ref_id is not None and _mask_key(row.segmentation) != ref["mask_key"]:
+        raise UserError(f"{place}, {row.place}: ref {row.ref_id} of image {row.image} has two masks; give it two ids")
 
 
 def _ref_key(row: TableRow) -> str:

@@ -125,9 +125,9 @@ def test_encoding_another_image_keeps_the_words(tiny):
     dark = batch._replace(image=batch.image * 0.5)
     with torch.no_grad():
         kept = tiny.reencode_image(dark, tiny.encode(batch))
-        anew = tiny.encode(dark)
-    torch.testing.assert_close(kept.visual[3], anew.visual[3])
-    assert torch.equal(kept.text, anew.text)
+        encoded = tiny.encode(dark)
+    torch.testing.assert_close(kept.visual[3], encoded.visual[3])
+    assert torch.equal(kept.text, encoded.text)
 
 
 def test_closed_gates_get_a_gradient_that_is_zero(tiny):

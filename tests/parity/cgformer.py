@@ -15,7 +15,7 @@ from amltrain.records import Batch
 from tests.parity.compare import Adapter, Read, default_batch
 
 NOISE: list[Tensor] = []
-"""The recorded noise of the case at hand, one tensor for every level."""
+"""Recorded noise of the current case, one tensor per level."""
 
 
 def build(config: Mapping[str, Any]) -> CGFormer:

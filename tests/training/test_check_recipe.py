@@ -1,4 +1,4 @@
-"""What a run that goes on may change, and what would make it another run."""
+"""Options that a resumed run may change, and options that would make it another run."""
 
 from pathlib import Path
 

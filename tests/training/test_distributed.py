@@ -85,7 +85,7 @@ def test_zero_follows_one_process_and_resumes(briefly_alone: Path, shapes: Path,
 
 
 def test_two_nodes_then_one_process_then_four(alone: Path, shapes: Path, tmp_path: Path) -> None:
-    """Two launchers meet at a rendezvous; their checkpoint goes on alone, and that one's on four."""
+    """Two launchers meet at a rendezvous; one process resumes their checkpoint, and four resume that one."""
     output = tmp_path / "nodes"
     launched = runs.launch_nodes(shapes, output, *SPREAD, nodes=2, before=partial(sabotage.ask_to_stop, 3))
     assert launched.finish() == 1, launched.said()  # what launchers make of every failure

@@ -1,4 +1,4 @@
-"""FSDP2 as configs/accelerate/fsdp2.yaml asks for it, on one CPU process; several GPUs were not at hand."""
+"""FSDP2 as configured in configs/accelerate/fsdp2.yaml, on one CPU process; several GPUs were not available."""
 
 import traceback
 from multiprocessing.connection import Connection

@@ -88,7 +88,7 @@ def test_the_weights_average_is_what_is_exported(shapes: Path, tmp_path: Path) -
 def test_every_group_may_start_at_the_full_rate_for_one_epoch(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the CRIS release does; also in a run given in steps, and in one that goes on in the middle of that epoch."""
+    """As in the official CRIS code; also in a run given in steps, and in one resumed in the middle of that epoch."""
     rates: list[tuple[int, list[float]]] = []
     sound = Trainer._optimizer_step
 

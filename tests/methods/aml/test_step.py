@@ -226,7 +226,7 @@ def test_plain_text_of_caris() -> None:
     assert torch.equal(*text)
 
 
-def test_a_temperature_solved_anew_follows_moved_weights() -> None:
+def test_a_temperature_solved_again_follows_moved_weights() -> None:
     task, batch = toy_task(), toy_batch()
     task.calibrate([batch])
     with torch.no_grad():
