@@ -27,12 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
 from amltrain.models.backbones.eva_clip import EVA_DROPS, OFFICIAL_EVA_NAMES, EvaCLIPViT
 from amltrain.models.backbones.weights import fill, read_state_dict
 from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conventions import LETTERBOX_UNDONE
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
     OFFICIAL_DECODER_NAMES,
@@ -270,14 +271,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=Protocol(
-            frame="original",
-            threshold=0.35,
-            interpolation="bicubic",
-            sentences="all",
-            ties="gt",
-            mask_parts="union",
-        ),
+        protocol=LETTERBOX_UNDONE,
         loss="barleria",
     )
 

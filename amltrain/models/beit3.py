@@ -23,10 +23,11 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
 from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import at_image_size
 from amltrain.models.registry import ModelInfo, register_model
@@ -341,9 +342,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=Protocol(
-            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
-        ),
+        protocol=NETWORK_FRAME,
         loss="mask_and_presence",
     )
 

@@ -22,11 +22,12 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
 from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
 from amltrain.models.layers.deformable import MultiScaleDeformableAttention
 from amltrain.models.layers.position import cell_centres, sine_position
@@ -352,9 +353,7 @@ def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=Protocol(
-            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
-        ),
+        protocol=NETWORK_FRAME,
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )

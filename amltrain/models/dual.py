@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.models.backbones.lora import Tuning, tune
 from amltrain.models.backbones.packaged import load_packaged_minilm, load_packaged_vision
@@ -27,6 +27,7 @@ from amltrain.models.backbones.text_models import TextModel, build_text_model, l
 from amltrain.models.backbones.timm_vision import Normalization, TimmVision, load_timm_vision
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.caris import FusionDecoder
+from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import at_image_size
 from amltrain.models.registry import ModelInfo, register_model
@@ -215,9 +216,7 @@ def _info(
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=Protocol(
-            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
-        ),
+        protocol=NETWORK_FRAME,
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
 from amltrain.models.base import Conversion
+from amltrain.models.conventions import NETWORK_FRAME_EXCLUSIVE
 from amltrain.models.conversion import convert
 from amltrain.models.early_fusion import EarlyFusionModel
 from amltrain.models.registry import ModelInfo, register_model
@@ -154,9 +155,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="raw",
         ),
-        protocol=Protocol(
-            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="exclusive"
-        ),
+        protocol=NETWORK_FRAME_EXCLUSIVE,
         loss="weighted_cross_entropy",
         loss_kwargs={"background_weight": 0.9, "referent_weight": 1.1},
     )

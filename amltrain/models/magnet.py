@@ -29,11 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.bert import build_bert, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_encoders
 from amltrain.models.base import Conversion, RISModel
+from amltrain.models.conventions import NETWORK_FRAME_EXCLUSIVE
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import at_image_size
 from amltrain.models.layers.pixel_decoder import DeformableEncoder
@@ -356,14 +357,7 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             max_tokens=max_tokens,
             sentence_field="raw",
         ),
-        protocol=Protocol(
-            frame="network",
-            threshold=0.5,
-            interpolation="bilinear",
-            sentences="all",
-            ties="ge",
-            mask_parts="exclusive",
-        ),
+        protocol=NETWORK_FRAME_EXCLUSIVE,
         loss="cross_entropy_dice",
     )
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertModel
 
-from amltrain.config.schema import Preprocess, Protocol
+from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.bert import (
     build_bert,
 )
@@ -39,6 +39,7 @@ from amltrain.models.backbones.resnet import ResNet50, load_resnet
 from amltrain.models.backbones.swin import Swin
 from amltrain.models.backbones.weights import load_bert, load_encoders
 from amltrain.models.base import Conversion
+from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
 from amltrain.models.early_fusion import EarlyFusionModel
 from amltrain.models.layers.pixel_decoder import PixelDecoder
@@ -220,9 +221,7 @@ def _info(
             max_tokens=max_tokens,
             sentence_field="raw",
         ),
-        protocol=Protocol(
-            frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
-        ),
+        protocol=NETWORK_FRAME,
         loss="rela",
     )
 
