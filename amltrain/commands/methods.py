@@ -54,8 +54,8 @@ def option_lines(name: str) -> Iterator[str]:
         yield "\nThis method has no options."
     for option in fields(info.options):
         values = [f"{preset} {_shown(getattr(values, option.name))}" for preset, values in presets.items()]
-        in_presets = f" ({', '.join(values)})" if values else ""
-        yield f"\n--{name}.{option.name}, default {_shown(_default(option))}{in_presets}"
+        default = f"default by preset: {', '.join(values)}" if values else f"default {_shown(_default(option))}"
+        yield f"\n--{name}.{option.name}, {default}"
         yield textwrap.fill(texts.get(option.name, ""), 110, initial_indent="    ", subsequent_indent="    ")
 
 

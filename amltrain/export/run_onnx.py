@@ -9,6 +9,8 @@ import onnxruntime
 from PIL import Image
 from tokenizers import Tokenizer
 
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
 here, (image_file, sentence, mask_file) = Path(__file__).parent, sys.argv[1:]
 settings = json.loads((here / "export.json").read_text())
 size, length, mean, std = (settings[name] for name in ("size", "max_tokens", "mean", "std"))

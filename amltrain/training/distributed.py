@@ -43,7 +43,8 @@ class BatchPlan(NamedTuple):
         return self.processes * self.micro * self.accumulation
 
     def __str__(self) -> str:
-        return f"{self.samples} = {self.processes} processes x {self.micro} x {self.accumulation} accumulated"
+        unit = "process" if self.processes == 1 else "processes"
+        return f"{self.samples} = {self.processes} {unit} x {self.micro} x {self.accumulation} accumulated"
 
 
 def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:

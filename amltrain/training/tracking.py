@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,13 @@ def _device(accelerator: Accelerator) -> str:
     return f"{name}, {threads} threads" + (f" (OMP_NUM_THREADS={cores} uses every core)" if threads < cores else "")
 
 
-def log_line(step: int, total_steps: int, values: dict[str, float]) -> str:
-    """Format a step as one plain line, for outputs without a progress bar."""
+def log_line(step: int, total_steps: int, images_per_step: int, values: dict[str, float]) -> str:
+    """Format a step as one plain line, for outputs without a progress bar. The time left is that of training alone."""
+    left = timedelta(seconds=round((total_steps - step) * images_per_step / values["images_per_second"]))
     return (
         f"step {step:,}/{total_steps:,} ({step / total_steps:.0%}), epoch {values['epoch']:.2f}, "
         f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.1f} images/s, "
-        f"{values['data_wait_percent']:.0f} % waiting for data, {values['memory_gib']:.1f} GiB"
+        f"{values['data_wait_percent']:.0f} % waiting for data, {values['memory_gib']:.1f} GiB, {left} left"
     )
 
 

@@ -274,7 +274,7 @@ class Trainer:
             values = {"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras, **self.meter.read()}
             self._track(values)
             if bar.disable:
-                self.log(log_line(step, self.total_steps, values))
+                self.log(log_line(step, self.total_steps, self.plan.samples, values))
         self._record()
         if stats.stop or self._falls_on(config.checkpoint.every_steps or self._evaluation_interval()):
             self._save()

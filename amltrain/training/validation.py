@@ -75,7 +75,7 @@ def zero_score_hint(value: float, config: RunConfig, total_steps: int) -> str | 
     return (
         f"WARNING: {config.evaluation.best_metric} is {value:.2f}: the model predicts no referent yet. If it stays so, "
         f"train longer than {total_steps:,} steps, or look at the learning rate (optim.lr {config.optim.lr:g}), the "
-        f"pretrained weights and OUTPUT/pictures"
+        f"pretrained weights and {config.folder / 'pictures'}"
     )
 
 

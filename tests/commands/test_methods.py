@@ -22,8 +22,8 @@ def test_options_have_help_defaults_and_presets(capsys: pytest.CaptureFixture[st
     main(["aml"])
     shown = capsys.readouterr().out
     for option in fields(AMLOptions):
-        assert f"--aml.{option.name}, default null (paper " in shown
-    assert f"(paper {PRESETS['paper'].temperature}, released {PRESETS['released'].temperature})" in shown
+        assert f"--aml.{option.name}, default by preset: paper " in shown
+    assert f"paper {PRESETS['paper'].temperature}, released {PRESETS['released'].temperature}" in shown
     assert "    Score under which a pixel is weak; 0 masks nothing." in shown
     main(["maskris"])
     assert "--maskris.text_ratio, default 0.15\n    Probability that a word is selected" in capsys.readouterr().out
