@@ -12,10 +12,10 @@ from PIL import Image
 from amltrain.commands.device import choose_device
 from amltrain.commands.predict_images import describe, unread
 from amltrain.errors import UserError
-from amltrain.evaluation.alignment import Aligner, build_aligner
 from amltrain.evaluation.report.collect import onto_image
 from amltrain.evaluation.visualize import tint
 from amltrain.hub.model_folder import find_model_folder, load_pretrained, read_training
+from amltrain.methods.aml.maps import Aligner, build_aligner
 from amltrain.predictor import Predictor, load_image
 
 SIDE = 800
@@ -56,6 +56,7 @@ class Contender:
         except UserError:
             return None
         maps = self.aligner(batch)
+        assert maps.scores is not None, "AML's masker always scores"
         size = (batch.image.shape[-2], batch.image.shape[-1])
         scores = onto_image(maps.scores[0].float().cpu().numpy(), size, geometry.tolist())
         colours = Image.fromarray(matplotlib.colormaps["viridis"](np.clip(scores, 0, 1), bytes=True)[..., :3])

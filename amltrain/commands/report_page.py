@@ -15,12 +15,12 @@ from amltrain.config.ranges import ANY, check_number
 from amltrain.config.schema import DataConfig, EvaluationConfig, ShapesConfig
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, first_line
-from amltrain.evaluation.alignment import Aligner, build_aligner
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.report.collect import choose, predict_cards, sample_rows
 from amltrain.evaluation.report.curves import by_length, histogram, read_log, training_charts
 from amltrain.evaluation.report.page import SplitPart, render, write_page
 from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.methods.aml.maps import Aligner, build_aligner
 
 
 class Source(NamedTuple):
@@ -144,10 +144,11 @@ def _facts(source: Source, pretrained: Pretrained, aligner: Aligner | None) -> d
     }
     if aligner is not None:
         s = aligner.settings
-        facts["AML masks"] = f"tau {s['tau']:g}, rho {s['rho']:g}, blocks of {s['block']} px, " + (
+        facts["AML masks"] = f"tau {s.tau:g}, rho {s.rho:g}, blocks of {s.block} px, " + (
             "as in this model's training"
             if aligner.trained
             else "the paper's settings; this model did not train with AML"
         )
-        facts["temperature"] = f"{float(aligner.scorer.temperature):.4g}, solved on the first split"
+        if aligner.temperature is not None:
+            facts["temperature"] = f"{aligner.temperature:.4g}, solved on the first split"
     return facts

@@ -10,8 +10,8 @@ from PIL import Image
 from amltrain.commands.demo_page import Contender, build_page, launch, load_contenders
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
-from amltrain.evaluation.alignment import Aligner
 from amltrain.hub.model_folder import Pretrained
+from amltrain.methods.aml.maps import Aligner
 from amltrain.models import create_model, model_info
 from amltrain.predictor import Predictor
 from tests.browser import chromium

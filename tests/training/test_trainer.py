@@ -23,7 +23,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     loaded = load_pretrained(whole / "best")
     assert loaded.name == "caris_tiny"
     assert loaded.preprocess.size == 64
-    assert not any(key.startswith(("scorer", "loss")) for key in runs.weights(whole))
+    assert not any(key.startswith(("masker", "scorer", "loss", "model.")) for key in runs.weights(whole))
 
 
 def test_steps_that_are_not_finite_leave_no_trace(

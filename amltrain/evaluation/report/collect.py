@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader
 from amltrain.config.schema import Protocol
 from amltrain.data.collate import collate
 from amltrain.data.transforms import normalise_batch
-from amltrain.evaluation.alignment import Aligner, AlignmentMaps
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.report.layers import Layers, draw_layers
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
+from amltrain.methods.aml.maps import Aligner
+from amltrain.methods.maskers import Masking
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
 
@@ -139,13 +140,13 @@ def _card(
     predicts_nothing: bool,
     batch: Batch,
     index: int,
-    maps: AlignmentMaps | None,
+    maps: Masking | None,
     side: int,
 ) -> Card:
     info, image = dataset.info(picked.sample_id), dataset.picture(picked.sample_id)
     truth = batch.original_target[index].cpu().numpy() > 0
     scores = masked = None
-    if maps is not None:
+    if maps is not None and maps.scores is not None:
         network = (batch.image.shape[-2], batch.image.shape[-1])
         geometry = batch.geometry[index].tolist()
         scores = onto_image(maps.scores[index].float().cpu().numpy(), network, geometry)

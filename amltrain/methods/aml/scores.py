@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amltrain.methods.aml.similarity import PatchScorer, create_projection
+from amltrain.methods.aml.masker import build_alignment_masker
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.scorers import Scorer
 from amltrain.methods.aml.statistics import alignment_sums, summarise
-from amltrain.methods.aml.temperature import solve_temperature
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
 
@@ -20,23 +22,20 @@ BINS = 20
 """Bins of a histogram over 0..1."""
 
 
-def paper_scorer(model: RISModel, batches: Sequence[Batch]) -> PatchScorer:
+def paper_scorer(model: RISModel, batches: Sequence[Batch]) -> Scorer:
     """A scorer for the model's early features, its temperature solved on these batches (mean score 0.75).
 
     Raises UserError when no temperature reaches that mean.
     """
-    scorer = PatchScorer(create_projection("random", *model.alignment_dims)).to(batches[0].image.device)
-    with torch.no_grad():
-        features = [model.alignment_features(batch) for batch in batches]
-        scored = [(scorer.logits(f), scorer.token_mask(f)) for f in features]
-    scorer.temperature.fill_(solve_temperature(scored).temperature)
-    return scorer
+    masker = build_alignment_masker(model, resolve(AMLOptions())).to(batches[0].image.device)
+    masker.calibrate(model, batches)
+    return masker.scorer
 
 
-def collect_scores(model: RISModel, scorer: PatchScorer, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
+def collect_scores(model: RISModel, scorer: Scorer, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
     """(scores [B, h, w] float32, target [B, H, W] uint8) of every batch, on the CPU; the model must be in eval mode."""
     with torch.no_grad():
-        return [(scorer(model.alignment_features(b)).float().cpu(), b.target.cpu()) for b in batches]
+        return [(scorer(model, b).float().cpu(), b.target.cpu()) for b in batches]
 
 
 def score_histogram(collected: Sequence[tuple[Tensor, Tensor]]) -> NDArray[np.float64]:

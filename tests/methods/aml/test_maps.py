@@ -2,7 +2,11 @@
 
 import torch
 
-from amltrain.evaluation.alignment import Aligner, build_aligner
+from amltrain.losses import create_loss
+from amltrain.methods.aml.maps import Aligner, build_aligner
+from amltrain.methods.aml.method import AML
+from amltrain.methods.aml.options import AMLOptions
+from amltrain.methods.registry import build_method
 from amltrain.models import create_model
 from amltrain.records import Batch
 
@@ -29,8 +33,8 @@ def test_scores_have_the_papers_mean_and_masks_follow_tau() -> None:
     assert maps.scores.shape[0] == 3
     assert abs(maps.scores.mean().item() - 0.75) < 0.01
     assert maps.blocks.shape == (3, 3, 3)
-    assert not Aligner(model, {"tau": 0.0})(batch()).blocks.any()
-    assert Aligner(model, {"tau": 1.0, "rho": 1.0})(batch()).blocks.all()
+    assert not Aligner(model, AMLOptions(tau=0.0))(batch()).blocks.any()
+    assert Aligner(model, AMLOptions(tau=1.0, rho=1.0))(batch()).blocks.all()
 
 
 def test_settings_come_from_the_run() -> None:
@@ -38,8 +42,21 @@ def test_settings_come_from_the_run() -> None:
     training = {"recipe": {"aml": {"enabled": True, "preset": "paper", "tau": 0.3, "rho": None}}}
     aligner = build_aligner(model, training)
     assert aligner is not None
-    assert (aligner.tau, aligner.settings["rho"], aligner.trained) == (0.3, 0.25, True)
+    assert (aligner.tau, aligner.settings.rho, aligner.trained) == (0.3, 0.25, True)
     plain = build_aligner(model, None)
     assert plain is not None and not plain.trained
     released = build_aligner(model, {"recipe": {"method": "aml", "aml": {"preset": "released"}}})
-    assert released is not None and released.settings["projection"] == "linear"
+    assert released is not None and released.settings.projection == "linear"
+
+
+def test_maps_are_those_of_the_method_itself() -> None:
+    """Also where a run scores its own prediction, or hides blocks at random places."""
+    torch.manual_seed(0)
+    model = create_model("caris_tiny", vocab_size=50).eval()
+    for options in ({"temperature": 0.02}, {"features": "pred"}, {"temperature": 0.02, "level": "random"}):
+        method = build_method("aml", model, create_loss("weighted_cross_entropy"), AMLOptions(**options))
+        assert isinstance(method, AML)
+        scores = method.score(batch())
+        maps = Aligner(model, AMLOptions(**options))(batch())
+        assert torch.equal(maps.scores, scores)
+        assert torch.equal(maps.blocks, method.blocks(scores, batch()))
