@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,20 +31,17 @@ from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_t
 from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
 from amltrain.models.backbones.eva_clip import EVA_DROPS, OFFICIAL_EVA_NAMES, EvaCLIPViT
 from amltrain.models.backbones.weights import fill, read_state_dict
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conventions import LETTERBOX_UNDONE
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
     OFFICIAL_DECODER_NAMES,
-    PixelTextDecoder,
-    SentenceKernel,
-    at_image_size,
-    suppressed_at,
 )
 from amltrain.models.layers.flow import Flow
 from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
 from amltrain.models.layers.module_list import ModuleListOf
 from amltrain.models.layers.side_network import FUSED_BLOCKS, GateNorm, SideNetwork
+from amltrain.models.pixel_text import PixelTextModel
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
@@ -78,11 +74,10 @@ RENAMES = [
 DROPS = [(r".*\.log_jacobians\..*", "a second name of the flow's planar steps"), *EVA_DROPS]
 
 
-class BarLeRIa(RISModel):
+class BarLeRIa(PixelTextModel):
     """Two tuned towers, the side network, and ETRIS' neck, decoder and head; one-channel logits at stride 4."""
 
-    mask_channels = 1
-    supports_suppression = True
+    vision: CLIPViT | EvaCLIPViT
 
     def __init__(
         self,
@@ -138,14 +133,14 @@ class BarLeRIa(RISModel):
             gate_norm=gate_norm,
         )
         self.side_linear = nn.Linear(side_dim, text.width)
-        self.neck = GatedNeck(vision.channels, text.embed_dim, text.width, residual=False)
-        self.decoder = PixelTextDecoder(
-            text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
-        )
-        self.head = SentenceKernel(text.width, text.embed_dim)
+        neck = GatedNeck(vision.channels, text.embed_dim, text.width, residual=False)
+        self.add_decoder(neck, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout)
         self.alignment_dims = (text.embed_dim, text.embed_dim)
-        self.fused_dims = (text.width, text.width)
         self.gradient_checkpointing = False
+
+    @property
+    def frame_stride(self) -> int:
+        return self.vision.stride
 
     def encode(self, batch: Batch) -> Features:
         """Three maps of the image padded to multiples of the patch.
@@ -160,21 +155,14 @@ class BarLeRIa(RISModel):
         words = self.text.embed(batch.input_ids, batch.text_mask)
         return self._encode_image(batch, words, features.text, features.extra["sentence"])
 
-    def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of the patch."""
-        sentence = features.extra["sentence"]
+    def fuse_maps(self, features: Features) -> Tensor:
         side = self.side_linear(features.extra["side"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        x = self.neck(features.visual, sentence) + side
-        suppressed = suppressed_at(features.suppressed, (x.shape[-2], x.shape[-1]))
-        fused = self.decoder(x, features.text, features.text_mask, suppressed)
-        logits = self.head(fused, sentence)
-        logits = at_image_size(logits, (batch.image.shape[-2], batch.image.shape[-1]), self.vision.stride)
-        aux = {
-            "reconstruction": features.extra["reconstruction"],
-            "fused_visual": fused,
-            "fused_text": features.text,  # the decoder writes into the image only
-        }
-        return ModelOutput(logits, aux)
+        return super().fuse_maps(features) + side
+
+    def decode(self, features: Features, batch: Batch) -> ModelOutput:
+        """As the base, with the side network's "reconstruction" error [B], which the loss reads."""
+        output = super().decode(features, batch)
+        return output._replace(aux={"reconstruction": features.extra["reconstruction"], **output.aux})
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -182,7 +170,7 @@ class BarLeRIa(RISModel):
         """Both towers without prompts and flows, so `features` serve nothing here: [B, E, h, w] and [B, L, E]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
         shared = self.text.project(tokens)
-        x, grid = self.vision.embed(self._padded(batch.image))
+        x, grid = self.vision.embed(self.padded(batch.image))
         code = self.vision.rotary(grid, 0)
         for i in range(len(self.vision.blocks)):
             x = self._vision_block(i, x, code, tuned=False)
@@ -191,7 +179,7 @@ class BarLeRIa(RISModel):
 
     def _encode_image(self, batch: Batch, words: Tensor, tokens: Tensor, sentence: Tensor) -> Features:
         """words [B, L, W]: what entered the text tower, which prompts the image tower."""
-        image = self._padded(batch.image)
+        image = self.padded(batch.image)
         x, grid = self.vision.embed(image)
         prompts = self.prompts(words)
         x = torch.cat([x[:, :1], prompts.to(x.dtype), x[:, 1:]], dim=1)
@@ -230,10 +218,6 @@ class BarLeRIa(RISModel):
         if self.gradient_checkpointing and self.training:
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
-
-    def _padded(self, image: Tensor) -> Tensor:
-        stride = self.vision.stride
-        return F.pad(image, (0, -image.shape[-1] % stride, 0, -image.shape[-2] % stride))
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Flows and prompts, and the rest, both at the full rate as in the official code."""

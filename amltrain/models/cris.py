@@ -26,20 +26,17 @@ from torch import Tensor, nn
 from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conventions import LETTERBOX_UNDONE
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
     OFFICIAL_DECODER_NAMES,
-    PixelTextDecoder,
-    SentenceKernel,
-    at_image_size,
     conv_norm_relu,
-    suppressed_at,
     with_coordinates,
 )
+from amltrain.models.pixel_text import PixelTextModel
 from amltrain.models.registry import ModelInfo, register_model
-from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+from amltrain.records import AlignmentFeatures, Batch, Features
 
 STRIDE = 32
 
@@ -98,12 +95,12 @@ def _twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-class CRIS(RISModel):
+class CRIS(PixelTextModel):
     """CLIP ResNet and text, the pyramid and CRIS' decoder; one-channel logits at stride 4."""
 
-    mask_channels = 1
-    supports_suppression = True
+    vision: CLIPResNet
     encodes_image_alone = True
+    frame_stride = STRIDE
 
     def __init__(
         self,
@@ -123,13 +120,9 @@ class CRIS(RISModel):
         """
         super().__init__()
         self.vision, self.text = vision, text
-        self.neck = SentencePyramid(vision.channels, text.embed_dim, pyramid_dims)
-        self.decoder = PixelTextDecoder(
-            text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
-        )
-        self.head = SentenceKernel(text.width, text.embed_dim)
+        neck = SentencePyramid(vision.channels, text.embed_dim, pyramid_dims)
+        self.add_decoder(neck, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout)
         self.alignment_dims = (vision.channels[-1], text.embed_dim)
-        self.fused_dims = (text.width, text.width)
 
     def encode(self, batch: Batch) -> Features:
         """Maps at strides 8, 16 and 32 of the image padded to multiples of 32; `extra["sentence"]` is [B, E]."""
@@ -140,20 +133,7 @@ class CRIS(RISModel):
         return Features(image, tokens, batch.text_mask, {"sentence": sentence})
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        height, width = image.shape[-2:]
-        return self.vision(F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE)))
-
-    def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of 32."""
-        sentence = features.extra["sentence"]
-        x = self.neck(features.visual, sentence)
-        suppressed = suppressed_at(features.suppressed, (x.shape[-2], x.shape[-1]))
-        fused = self.decoder(x, features.text, features.text_mask, suppressed)
-        logits = at_image_size(
-            self.head(fused, sentence), (batch.image.shape[-2], batch.image.shape[-1]), stride=STRIDE
-        )
-        # the decoder writes into the image only: the words stay what the text encoder made of them
-        return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
+        return self.vision(self.padded(image))
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -183,10 +163,6 @@ class CRIS(RISModel):
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
         return convert(official, self.state_dict(), renames=RENAMES)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.vision.gradient_checkpointing = enabled
-        self.text.gradient_checkpointing = enabled
 
 
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:

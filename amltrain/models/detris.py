@@ -30,18 +30,16 @@ from torch import Tensor, nn
 from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.dinov2 import DINOv2, load_dinov2
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conventions import LETTERBOX_UNDONE
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
     OFFICIAL_DECODER_NAMES,
-    PixelTextDecoder,
-    SentenceKernel,
-    at_image_size,
 )
 from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
+from amltrain.models.pixel_text import PixelTextModel
 from amltrain.models.registry import ModelInfo, register_model
-from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+from amltrain.records import AlignmentFeatures, Batch, Features
 
 ADAPTER_SCALE = 0.2
 
@@ -150,11 +148,10 @@ def _init_aligner(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class DETRIS(RISModel):
+class DETRIS(PixelTextModel):
     """DINOv2 with dense aligners, CLIP text with adapters, CRIS' decoder; one-channel logits, four per patch side."""
 
-    mask_channels = 1
-    supports_suppression = True
+    vision: DINOv2
 
     def __init__(
         self,
@@ -188,14 +185,14 @@ class DETRIS(RISModel):
             {str(i): DenseAligner(vision.embed_dim, text.width, vision_adapter_dim, dropout) for i in vision_adapters}
         )
         self.text_adapters = nn.ModuleDict({str(i): TextAdapter(text.width, text_adapter_dim) for i in text_adapters})
-        self.neck = GatedNeck([vision.embed_dim] * 3, text.embed_dim, text.width, residual=True)
-        self.decoder = PixelTextDecoder(
-            text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
-        )
-        self.head = SentenceKernel(text.width, text.embed_dim)
+        neck = GatedNeck([vision.embed_dim] * 3, text.embed_dim, text.width, residual=True)
+        self.add_decoder(neck, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout)
         self.alignment_dims = (vision.embed_dim, text.width)
-        self.fused_dims = (text.width, text.width)
         self.alignment_is_frozen = not train_encoders
+
+    @property
+    def frame_stride(self) -> int:
+        return self.vision.patch_size
 
     def encode(self, batch: Batch) -> Features:
         """Three maps of one size [B, C, h, w], the first two not normed; `extra["sentence"]` is [B, E]."""
@@ -205,16 +202,6 @@ class DETRIS(RISModel):
 
     def _see(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         return self.vision(image, self.taps, {int(i): partial(a, tokens) for i, a in self.aligners.items()})
-
-    def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, 4h, 4w]; at the image's own size if that is not a multiple of the patch."""
-        sentence = features.extra["sentence"]
-        x = self.neck(features.visual, sentence)
-        fused = self.decoder(x, features.text, features.text_mask, features.suppressed)
-        logits = self.head(fused, sentence)
-        logits = at_image_size(logits, (batch.image.shape[-2], batch.image.shape[-1]), self.vision.patch_size)
-        # the decoder writes into the image only: the words stay what the text encoder made of them
-        return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -242,10 +229,6 @@ class DETRIS(RISModel):
 
     def convert_state_dict(self, official: Mapping[str, Tensor]) -> Conversion:
         return convert(official, self.state_dict(), renames=RENAMES)
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.vision.gradient_checkpointing = enabled
-        self.text.gradient_checkpointing = enabled
 
 
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:

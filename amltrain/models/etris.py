@@ -23,26 +23,22 @@ width, h w a map's size, n cells of the bridge's map.
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
 from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
-from amltrain.models.base import Conversion, RISModel
+from amltrain.models.base import Conversion
 from amltrain.models.conventions import LETTERBOX_UNDONE
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import (
     OFFICIAL_DECODER_NAMES,
-    PixelTextDecoder,
-    SentenceKernel,
-    at_image_size,
-    suppressed_at,
 )
 from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
+from amltrain.models.pixel_text import PixelTextModel
 from amltrain.models.registry import ModelInfo, register_model
-from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+from amltrain.records import AlignmentFeatures, Batch, Features
 
 BRIDGES = 3
 
@@ -137,11 +133,10 @@ def _init_bridge(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-class ETRIS(RISModel):
+class ETRIS(PixelTextModel):
     """CLIP's two towers with bridges, the neck and CRIS' decoder; one-channel logits at stride 4."""
 
-    mask_channels = 1
-    supports_suppression = True
+    vision: CLIPResNet | CLIPViT
 
     def __init__(
         self,
@@ -184,13 +179,13 @@ class ETRIS(RISModel):
             )
             for level in range(BRIDGES)
         )
-        self.neck = GatedNeck(vision.channels, text.embed_dim, text.width, strides=strides, residual=False)
-        self.decoder = PixelTextDecoder(
-            text.width, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout
-        )
-        self.head = SentenceKernel(text.width, text.embed_dim)
+        neck = GatedNeck(vision.channels, text.embed_dim, text.width, strides=strides, residual=False)
+        self.add_decoder(neck, layers=layers, heads=heads, feedforward=feedforward, dropout=dropout)
         self.alignment_dims = (text.embed_dim, text.embed_dim)
-        self.fused_dims = (text.width, text.width)
+
+    @property
+    def frame_stride(self) -> int:
+        return self.vision.stride
 
     def encode(self, batch: Batch) -> Features:
         """Three maps of the image padded to multiples of the encoder's stride; `extra["sentence"]` is [B, E]."""
@@ -204,24 +199,9 @@ class ETRIS(RISModel):
             seen, words, before = self.bridges[level](seen, words, before)
             return seen
 
-        maps = self.vision(self._padded(batch.image), bridge)
+        maps = self.vision(self.padded(batch.image), bridge)
         tokens, sentence = self.text.finish(words, batch.text_mask)
         return Features(maps, tokens, batch.text_mask, {"sentence": sentence})
-
-    def _padded(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        return F.pad(image, (0, -width % self.vision.stride, 0, -height % self.vision.stride))
-
-    def decode(self, features: Features, batch: Batch) -> ModelOutput:
-        """Logits [B, 1, H / 4, W / 4]; at the image's own size if that is not a multiple of the encoder's stride."""
-        sentence = features.extra["sentence"]
-        x = self.neck(features.visual, sentence)
-        suppressed = suppressed_at(features.suppressed, (x.shape[-2], x.shape[-1]))
-        fused = self.decoder(x, features.text, features.text_mask, suppressed)
-        logits = self.head(fused, sentence)
-        logits = at_image_size(logits, (batch.image.shape[-2], batch.image.shape[-1]), self.vision.stride)
-        # the decoder writes into the image only: the words stay what the bridged text encoder made of them
-        return ModelOutput(logits, {"fused_visual": fused, "fused_text": features.text})
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -229,7 +209,7 @@ class ETRIS(RISModel):
         """Both towers without bridges, so `features` serve nothing here: [B, E, h, w] and [B, L, E]."""
         tokens, _ = self.text(batch.input_ids, batch.text_mask)
         shared = tokens @ self.text.text_projection
-        return AlignmentFeatures(self.vision.shared(self._padded(batch.image)), shared, batch.text_mask)
+        return AlignmentFeatures(self.vision.shared(self.padded(batch.image)), shared, batch.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         """The words are conditioned on the image; tokens and sentence of the features given are kept together."""
@@ -249,10 +229,6 @@ class ETRIS(RISModel):
         tower = OFFICIAL_VISION_NAMES if isinstance(self.vision, CLIPResNet) else OFFICIAL_VIT_NAMES
         towers = [(r"^backbone\.visual\.", "vision."), (r"^backbone\.", "text."), *tower, *OFFICIAL_NAMES]
         return convert(official, self.state_dict(), renames=[*towers, *RENAMES])
-
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        self.vision.gradient_checkpointing = enabled
-        self.text.gradient_checkpointing = enabled
 
 
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
