@@ -5,9 +5,9 @@ one with `@register_masker` on a function `build(model, options) -> Masker` and 
 """
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
 
 from torch import Tensor, nn
 
@@ -27,6 +27,16 @@ class Masking(NamedTuple):
 
     blocks: Tensor
     scores: Tensor | None = None
+
+
+class MaskingMaps(Protocol):
+    """Scores and masks samples of a trained model, for whoever draws them."""
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """Prepare on batches of the data that will be drawn."""
+
+    def __call__(self, batch: Batch) -> Masking:
+        """Score and mask a batch."""
 
 
 class Masker(nn.Module):

@@ -16,8 +16,7 @@ from amltrain.data.transforms import normalise_batch
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.report.layers import Layers, draw_layers
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
-from amltrain.methods.aml.maps import Aligner
-from amltrain.methods.maskers import Masking
+from amltrain.methods.maskers import Masking, MaskingMaps
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
 
@@ -106,7 +105,7 @@ def predict_cards(
     rule: Protocol,
     rows: Rows,
     picked: dict[int, str],
-    aligner: Aligner | None,
+    aligner: MaskingMaps | None,
     *,
     batch_size: int,
     side: int,
