@@ -34,7 +34,7 @@ from torch import Tensor
 from amltrain.commands.benchmark_steps import hardware
 from amltrain.data.cache import PresizedImages, write_presized
 from amltrain.data.collate import collate
-from amltrain.data.dataset import Part, ReferDataset, read_sentences
+from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.images import Decoder
 from amltrain.data.rows import Rows, open_rows
 from amltrain.data.segmentation import decode_rle
@@ -79,7 +79,7 @@ def contenders(rows: Rows, size: int, resize: Resize) -> dict[str, Make]:
     tokenizer = SentenceTokenizer.train_wordpiece(read_sentences(rows, "sent"), 20)
 
     def dataset(decoder: Decoder = "pil", presized: PresizedImages | None = None) -> ReferDataset:
-        return ReferDataset([Part("data", "split", rows, presized)], transform, tokenizer, decoder=decoder)
+        return ReferDataset([OpenSplit("data", "split", rows, presized)], transform, tokenizer, decoder=decoder)
 
     pil, torchvision, sized = dataset(), dataset("torchvision"), dataset(presized=_presized(rows, transform))
     made: dict[str, Make] = {}
@@ -159,7 +159,7 @@ def _original(dataset: ReferDataset, index: int) -> Original:
     referent = dataset._referent(index)
     png = io.BytesIO()
     Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).save(png, "PNG")
-    image = dataset.parts[number].rows.image_bytes(row)
+    image = dataset.splits[number].rows.image_bytes(row)
     return Original(image, referent["mask"], png.getvalue(), dataset.info(index).sentence)
 
 

@@ -33,7 +33,7 @@ RECENT_IMAGES = 4
 """Transformed images that a reader keeps: an evaluation reads the sentences of one image one after the other."""
 
 
-class Part(NamedTuple):
+class OpenSplit(NamedTuple):
     """One split of one data set: names, rows, and the presized images where there are any."""
 
     dataset: str
@@ -70,22 +70,22 @@ class Annotation(NamedTuple):
 class _Index(NamedTuple):
     """One entry per referent, all [N] int64: split, row in the split, referent in the row, number of its sentences."""
 
-    part: NDArray[np.int64]
+    split: NDArray[np.int64]
     row: NDArray[np.int64]
     referent: NDArray[np.int64]
     sentences: NDArray[np.int64]
 
 
-def _index_part(number: int, part: Part, excluded_images: AbstractSet[int]) -> _Index:
+def _index_split(number: int, opened: OpenSplit, excluded_images: AbstractSet[int]) -> _Index:
     """Index one split from its small columns; no image is read."""
-    referents = part.rows.columns.column("referents").combine_chunks()
+    referents = opened.rows.columns.column("referents").combine_chunks()
     per_row = np.asarray(pc.list_value_length(referents), dtype=np.int64)
     sentences = np.asarray(pc.list_value_length(pc.struct_field(pc.list_flatten(referents), "sentences")), np.int64)
     row = np.repeat(np.arange(len(per_row)), per_row)
     referent = np.arange(len(row)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
     index = _Index(np.full(len(row), number), row, referent, sentences)
     if excluded_images:
-        images = np.asarray(part.rows.columns.column("image_id"))
+        images = np.asarray(opened.rows.columns.column("image_id"))
         kept = ~np.isin(images, np.fromiter(excluded_images, np.int64, len(excluded_images)))[row]
         index = _Index(*(column[kept] for column in index))
     return index
@@ -100,7 +100,7 @@ class ReferDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        splits: Sequence[OpenSplit],
         transform: ImageTransform,
         tokenizer: SentenceTokenizer,
         *,
@@ -129,12 +129,12 @@ class ReferDataset(torch.utils.data.Dataset):
 
         Presized images of a split are used unless the images are perturbed or augmented.
         """
-        self.parts, self.transform, self.tokenizer = list(parts), transform, tokenizer
+        self.splits, self.transform, self.tokenizer = list(splits), transform, tokenizer
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
         self.keep_original_target, self.perturb = keep_original_target, perturb
         self.augmentations, self.decoder = list(augmentations), decoder
         self._recent: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
-        indices = [_index_part(number, part, excluded_images) for number, part in enumerate(self.parts)]
+        indices = [_index_split(number, opened, excluded_images) for number, opened in enumerate(self.splits)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
         taken = np.minimum(self.index.sentences, 1) if first_sentence_only else self.index.sentences
         if unit == "referent":
@@ -150,25 +150,25 @@ class ReferDataset(torch.utils.data.Dataset):
         return self.length
 
     @property
-    def part_sizes(self) -> list[int]:
+    def split_sizes(self) -> list[int]:
         """Return the number of samples of every split, in order."""
-        return np.bincount(self.index.part[self.referent_of[: self.length]], minlength=len(self.parts)).tolist()
+        return np.bincount(self.index.split[self.referent_of[: self.length]], minlength=len(self.splits)).tolist()
 
     def row_groups(self) -> np.ndarray | None:
         """Return the row group of every sample, [samples] int64; None if every one can be read alone."""
         entries = self.referent_of[: self.length]
-        number, row = self.index.part[entries], self.index.row[entries]
+        number, row = self.index.split[entries], self.index.row[entries]
         groups = np.empty(len(entries), np.int64)
-        for i, part in enumerate(self.parts):
-            if part.rows.row_group is None:
+        for i, opened in enumerate(self.splits):
+            if opened.rows.row_group is None:
                 return None
-            groups[number == i] = (i << 32) + part.rows.row_group[row[number == i]]
+            groups[number == i] = (i << 32) + opened.rows.row_group[row[number == i]]
         return np.unique(groups, return_inverse=True)[1]
 
     def counts(self) -> dict[str, int]:
         """Images, refs and expressions in use, and samples per epoch."""
         used = np.unique(self.referent_of[: self.length])
-        pairs = np.unique(np.stack([self.index.part[used], self.referent_images[used]]), axis=1)
+        pairs = np.unique(np.stack([self.index.split[used], self.referent_images[used]]), axis=1)
         return {
             "images": pairs.shape[1],
             "refs": len(used),
@@ -240,12 +240,12 @@ class ReferDataset(torch.utils.data.Dataset):
         if self.perturb is not None:
             return np.arange(self.length)
         entries = self.referent_of[: self.length]
-        return (self.index.part[entries] << 32) + self.index.row[entries]
+        return (self.index.split[entries] << 32) + self.index.row[entries]
 
     def annotation(self, sample_id: int) -> Annotation:
         """Return the annotations of a sample's referent."""
         number, row, place = self._place(sample_id)
-        referents = self.parts[number].rows.columns.column("referents")[row].as_py()
+        referents = self.splits[number].rows.columns.column("referents")[row].as_py()
         category, own = referents[place]["category"], set(referents[place]["ann_ids"])
         others = {tuple(r["ann_ids"]) for r in referents if r["category"] == category and not own & set(r["ann_ids"])}
         height, width = self._row_size(number, row)
@@ -259,21 +259,21 @@ class ReferDataset(torch.utils.data.Dataset):
     @cached_property
     def referent_images(self) -> NDArray[np.int64]:
         """Image id of every referent in use, [referents] int64."""
-        ids = [np.asarray(part.rows.columns.column("image_id"), np.int64) for part in self.parts]
+        ids = [np.asarray(opened.rows.columns.column("image_id"), np.int64) for opened in self.splits]
         first = np.cumsum([0, *(len(column) for column in ids)])
-        return np.concatenate(ids)[first[self.index.part] + self.index.row]
+        return np.concatenate(ids)[first[self.index.split] + self.index.row]
 
     def referent_picture(self, referent: int) -> Image.Image:
         """Decode the image of one referent, RGB."""
-        image = self._decode(int(self.index.part[referent]), int(self.index.row[referent]), "pil")
+        image = self._decode(int(self.index.split[referent]), int(self.index.row[referent]), "pil")
         assert isinstance(image, Image.Image)
         return image
 
     def first_referents(self, dataset: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Image ids of one data set in use, sorted, and the first referent of each."""
         if dataset not in self._first_referents:
-            numbers = [number for number, part in enumerate(self.parts) if part.dataset == dataset]
-            entries = np.flatnonzero(np.isin(self.index.part, numbers))
+            numbers = [number for number, opened in enumerate(self.splits) if opened.dataset == dataset]
+            entries = np.flatnonzero(np.isin(self.index.split, numbers))
             images, first = np.unique(self.referent_images[entries], return_index=True)
             self._first_referents[dataset] = (images, entries[first])
         return self._first_referents[dataset]
@@ -295,12 +295,12 @@ class ReferDataset(torch.utils.data.Dataset):
 
     def _ids(self, index: int, referent: dict[str, Any], sentence: dict[str, Any]) -> SampleIds:
         number, row, _ = self._place(index)
-        part = self.parts[number]
-        image_id = part.rows.columns.column("image_id")[row].as_py()
-        return SampleIds(part.dataset, part.split, image_id, referent["ref_id"], sentence["sent_id"])
+        opened = self.splits[number]
+        image_id = opened.rows.columns.column("image_id")[row].as_py()
+        return SampleIds(opened.dataset, opened.split, image_id, referent["ref_id"], sentence["sent_id"])
 
     def _presized(self, number: int) -> PresizedImages | None:
-        return self.parts[number].presized if self.perturb is None else None
+        return self.splits[number].presized if self.perturb is None else None
 
     def _needs_mask(self, index: int) -> bool:
         """Whether a sample's mask at its image's own size is read; presized targets do not need it."""
@@ -327,23 +327,23 @@ class ReferDataset(torch.utils.data.Dataset):
         return Transformed(recent[0], self.transform.target(mask), recent[1])
 
     def _decode(self, number: int, row: int, decoder: Decoder) -> Image.Image | Tensor:
-        part = self.parts[number]
-        name = f"image {part.rows.columns.column('file_name')[row]} (row {row}) of {part.dataset}/{part.split}"
-        return decode_image(part.rows.image_bytes(row), name, self._row_size(number, row), decoder)
+        opened = self.splits[number]
+        name = f"image {opened.rows.columns.column('file_name')[row]} (row {row}) of {opened.dataset}/{opened.split}"
+        return decode_image(opened.rows.image_bytes(row), name, self._row_size(number, row), decoder)
 
     def _row_size(self, number: int, row: int) -> tuple[int, int]:
         """Height and width of a row's image, pixels."""
-        columns = self.parts[number].rows.columns
+        columns = self.splits[number].rows.columns
         return columns.column("height")[row].as_py(), columns.column("width")[row].as_py()
 
     def _place(self, index: int) -> tuple[int, int, int]:
         """Return the split's number, the row in the split, and the referent in the row."""
         entry = self.referent_of[index]
-        return int(self.index.part[entry]), int(self.index.row[entry]), int(self.index.referent[entry])
+        return int(self.index.split[entry]), int(self.index.row[entry]), int(self.index.referent[entry])
 
     def _referent(self, index: int) -> dict[str, Any]:
         number, row, referent = self._place(index)
-        return self.parts[number].rows.columns.column("referents")[row][referent].as_py()
+        return self.splits[number].rows.columns.column("referents")[row][referent].as_py()
 
     def _sentence(self, index: int, referent: dict[str, Any], key: int) -> dict[str, Any]:
         if self.text_of is not None:

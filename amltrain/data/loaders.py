@@ -14,7 +14,7 @@ from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, Prep
 from amltrain.data.augment import Augmentation
 from amltrain.data.cache import PresizedImages, open_presized
 from amltrain.data.collate import collate
-from amltrain.data.dataset import Part, ReferDataset, read_sentences
+from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
 from amltrain.data.manifest import find_spec
 from amltrain.data.rows import open_rows
@@ -35,8 +35,8 @@ def build_tokenizer(data: DataConfig, preprocess: Preprocess) -> SentenceTokeniz
     assert preprocess.tokenizer and preprocess.max_tokens and preprocess.sentence_field
     if preprocess.tokenizer != "wordpiece":
         return SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens)
-    parts = [_open_part(data, name, data.train_split) for name in data.datasets]
-    sentences = (sentence for part in parts for sentence in read_sentences(part.rows, preprocess.sentence_field))
+    splits = [_open_split(data, name, data.train_split) for name in data.datasets]
+    sentences = (sentence for opened in splits for sentence in read_sentences(opened.rows, preprocess.sentence_field))
     return SentenceTokenizer.train_wordpiece(sentences, preprocess.max_tokens)
 
 
@@ -58,10 +58,10 @@ def build_train_dataset(
     _check_weights(data)
     transform = build_transform(preprocess)
     sized = None if augmentations else (transform, mask_parts)  # an augmentation needs the images themselves
-    parts = [_open_part(data, name, data.train_split, sized) for name in data.datasets]
+    splits = [_open_split(data, name, data.train_split, sized) for name in data.datasets]
     excluded = leaks(data) if len(data.datasets) > 1 or data.also_held_out or data.held_out_ids else frozenset()
     dataset = ReferDataset(
-        parts,
+        splits,
         transform,
         tokenizer,
         unit=data.train_unit,
@@ -75,7 +75,7 @@ def build_train_dataset(
     )
     if max_samples is not None:
         return dataset
-    empty = [part.dataset for part, size in zip(parts, dataset.part_sizes, strict=True) if size == 0]
+    empty = [opened.dataset for opened, size in zip(splits, dataset.split_sizes, strict=True) if size == 0]
     if empty:
         raise UserError(f"{', '.join(empty)}: no training sample is left; check data.train_split and leak_filter")
     return dataset
@@ -105,7 +105,7 @@ def build_sampler(
 ) -> EpochSampler:
     """Build the sampler of a training from `first_step` on."""
     return EpochSampler(
-        dataset.part_sizes,
+        dataset.split_sizes,
         seed=seed,
         global_batch_size=global_batch_size,
         total_steps=total_steps,
@@ -160,7 +160,7 @@ def build_eval_loaders(
         transform = build_transform(preprocess)
         sized = None if perturb else (transform, protocol.mask_parts)
         dataset = ReferDataset(
-            [_open_part(data, dataset_name, split, sized)],
+            [_open_split(data, dataset_name, split, sized)],
             transform,
             tokenizer,
             sentence_field=preprocess.sentence_field,
@@ -207,10 +207,12 @@ def _check_weights(data: DataConfig) -> None:
         raise UserError(f"data.weights must be 0 or more, and not all 0; they are {data.weights}")
 
 
-def _open_part(data: DataConfig, name: str, split: str, sized: tuple[ImageTransform, MaskParts] | None = None) -> Part:
+def _open_split(
+    data: DataConfig, name: str, split: str, sized: tuple[ImageTransform, MaskParts] | None = None
+) -> OpenSplit:
     """Open one split. sized: transform and mask rule of the presized images that may stand for the originals."""
     rows = open_rows(data.prepared, name, split, streaming=data.streaming)
-    return Part(name, split, rows, _open_presized(data, name, split, *sized) if sized else None)
+    return OpenSplit(name, split, rows, _open_presized(data, name, split, *sized) if sized else None)
 
 
 def _open_presized(

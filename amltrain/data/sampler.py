@@ -29,7 +29,7 @@ class EpochSampler(Sampler[Draw]):
 
     def __init__(
         self,
-        part_sizes: Sequence[int],
+        split_sizes: Sequence[int],
         *,
         seed: int,
         global_batch_size: int,
@@ -38,12 +38,12 @@ class EpochSampler(Sampler[Draw]):
         weights: Sequence[float] | None = None,
         row_groups: NDArray[np.int64] | None = None,
     ) -> None:
-        """part_sizes: number of samples of each data set. weights: share of an epoch that each data set gets; None =
+        """split_sizes: number of samples of each data set. weights: share of an epoch that each data set gets; None =
         in proportion to its size. global_batch_size G: samples per optimizer step over all processes.
 
         row_groups: [samples] int64, which samples are read together (`ReferDataset.row_groups`).
         """
-        self.part_sizes, self.weights, self.seed = list(part_sizes), weights, seed
+        self.split_sizes, self.weights, self.seed = list(split_sizes), weights, seed
         self.row_groups = row_groups
         self.global_batch_size, self.total_steps, self.first_step = global_batch_size, total_steps, first_step
 
@@ -51,7 +51,7 @@ class EpochSampler(Sampler[Draw]):
         return (self.total_steps - self.first_step) * self.global_batch_size
 
     def __iter__(self) -> Iterator[Draw]:
-        length = sum(self.part_sizes)
+        length = sum(self.split_sizes)
         position = self.first_step * self.global_batch_size
         end = self.total_steps * self.global_batch_size
         while position < end:
@@ -66,7 +66,7 @@ class EpochSampler(Sampler[Draw]):
                 yield from map(_draw, zip(repeat(epoch), order[chunk].tolist(), repeats[chunk].tolist(), strict=False))
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """Indices of one epoch, [sum of part_sizes] int64."""
+        """Indices of one epoch, [sum of split_sizes] int64."""
         generator = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch])
         drawn = generator.permutation(self._drawn(generator))
         if self.row_groups is None:
@@ -76,15 +76,15 @@ class EpochSampler(Sampler[Draw]):
 
     def _drawn(self, generator: np.random.Generator) -> NDArray[np.int64]:
         """Samples of one epoch, unordered: all of them once, or every data set's share."""
-        length = sum(self.part_sizes)
+        length = sum(self.split_sizes)
         if self.weights is None:
             return np.arange(length)
         bounds = np.round(np.cumsum([0, *self.weights]) / sum(self.weights) * length).astype(int)
-        first = np.cumsum([0, *self.part_sizes])
+        first = np.cumsum([0, *self.split_sizes])
         return np.concatenate(
             [
-                first[part] + self._repeated(generator, size, bounds[part + 1] - bounds[part])
-                for part, size in enumerate(self.part_sizes)
+                first[number] + self._repeated(generator, size, bounds[number + 1] - bounds[number])
+                for number, size in enumerate(self.split_sizes)
             ]
         )
 

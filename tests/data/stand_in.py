@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from amltrain.data.dataset import Part, ReferDataset
+from amltrain.data.dataset import OpenSplit, ReferDataset
 from amltrain.data.rows import open_rows
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
@@ -21,5 +21,5 @@ def shapes_dataset(
     streaming: bool = False,
     **options: Any,
 ) -> ReferDataset:
-    parts = [Part(name, split, open_rows(prepared, name, split, streaming=streaming)) for name in names]
+    parts = [OpenSplit(name, split, open_rows(prepared, name, split, streaming=streaming)) for name in names]
     return ReferDataset(parts, ImageTransform(32), word_tokenizer(), **options)

@@ -13,7 +13,7 @@ from amltrain.commands.presize import main
 from amltrain.config.schema import DataConfig, Preprocess
 from amltrain.data import dataset as dataset_module
 from amltrain.data.cache import encode_runs, open_presized, presized_folder, write_presized
-from amltrain.data.dataset import Part, ReferDataset
+from amltrain.data.dataset import OpenSplit, ReferDataset
 from amltrain.data.loaders import build_train_dataset
 from amltrain.data.mosaic import Mosaic, MosaicOptions
 from amltrain.data.rows import open_rows
@@ -38,7 +38,7 @@ def test_presized_samples_are_the_uncached_ones(own: str, resize: str, decoder: 
     write_presized(own, "refshapes", "train", rows, transform, decoder=decoder, progress=False)
     presized = open_presized(own, "refshapes", "train", transform, decoder=decoder)
     plain, cached = (
-        ReferDataset([Part("refshapes", "train", rows, p)], transform, word_tokenizer(), unit="referent",
+        ReferDataset([OpenSplit("refshapes", "train", rows, p)], transform, word_tokenizer(), unit="referent",
                      decoder=decoder, keep_original_target=True)
         for p in (None, presized)
     )  # fmt: skip
@@ -63,14 +63,14 @@ def test_the_command_writes_what_a_run_finds(own: str, capsys: pytest.CaptureFix
         data = DataConfig(prepared=own, datasets=["refshapes"], **options)
         return build_train_dataset(data, preprocess, word_tokenizer(), mask_parts="union", seed=0)
 
-    assert build().parts[0].presized is None
+    assert build().splits[0].presized is None
     with pytest.raises(UserError, match=r"presized images of train at 32 px .*amltrain presize --dataset refshapes"):
         build(presized=True)
     main(["--prepared", own, "--dataset", "refshapes", "--splits", "train", "--size", "32"])
     assert "presized/train-32-square-union-pil: 0.0" in capsys.readouterr().out
-    assert build().parts[0].presized is not None and build(presized=True).parts[0].presized is not None
-    assert build(presized=False).parts[0].presized is None
-    assert build(decoder="torchvision").parts[0].presized is None  # its pixels are others
+    assert build().splits[0].presized is not None and build(presized=True).splits[0].presized is not None
+    assert build(presized=False).splits[0].presized is None
+    assert build(decoder="torchvision").splits[0].presized is None  # its pixels are others
 
 
 def test_data_prepared_again_makes_them_stale(own: str) -> None:
@@ -120,5 +120,5 @@ def test_augmented_images_are_read_from_the_originals(own: str) -> None:
     augmented = build_train_dataset(
         data, preprocess, word_tokenizer(), mask_parts="union", seed=0, augmentations=[Mosaic(MosaicOptions())]
     )
-    assert augmented.parts[0].presized is None
+    assert augmented.splits[0].presized is None
     assert augmented[0].image.shape == (3, 32, 32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from amltrain.data.dataset import Part, ReferDataset
+from amltrain.data.dataset import OpenSplit, ReferDataset
 from amltrain.data.parquet import FEATURES
 from amltrain.data.rows import MappedRows, open_prepared
 from amltrain.data.segmentation import decode_rle, referent_mask
@@ -109,7 +109,7 @@ def test_the_random_key_differs_between_seeds_epochs_and_samples_only(prepared: 
 def test_several_data_sets_lie_one_behind_the_other(prepared: str) -> None:
     both = shapes_dataset(prepared, names=("refshapes", "refshapes+"), unit="referent")
     single = [shapes_dataset(prepared, names=(name,), unit="referent") for name in ("refshapes", "refshapes+")]
-    assert both.part_sizes == [len(single[0]), len(single[1])]
+    assert both.split_sizes == [len(single[0]), len(single[1])]
     other = both.info(len(single[0]))
     assert other.dataset == "refshapes+" and other.ref_id == single[1].info(0).ref_id
     assert torch.equal(both[len(single[0])].image, single[1][0].image)
@@ -153,7 +153,7 @@ def test_parts_that_overlap_count_once_or_not_at_all() -> None:
     rows = rows_in_memory([jpeg()], [[referent(1, ["both"], polygons=OVERLAPPING)]])
     transform = ImageTransform(40)
     union, exclusive = (
-        ReferDataset([Part("refcoco", "train", rows)], transform, word_tokenizer(), mask_parts=rule)[0].target
+        ReferDataset([OpenSplit("refcoco", "train", rows)], transform, word_tokenizer(), mask_parts=rule)[0].target
         for rule in ("union", "exclusive")
     )
     assert union.sum() > exclusive.sum() > 0
@@ -162,14 +162,16 @@ def test_parts_that_overlap_count_once_or_not_at_all() -> None:
 
 def test_a_sentence_without_target_has_an_empty_mask_and_says_so() -> None:
     rows = rows_in_memory([jpeg()], [[referent(1, ["a"], polygons=OVERLAPPING[:1]), referent(2, ["nothing"])]])
-    dataset = ReferDataset([Part("grefcoco", "train", rows)], ImageTransform(32), word_tokenizer())
+    dataset = ReferDataset([OpenSplit("grefcoco", "train", rows)], ImageTransform(32), word_tokenizer())
     assert [bool(dataset[i].no_target) for i in range(2)] == [False, True]
     assert dataset[0].target.any() and not dataset[1].target.any()
 
 
 def test_the_sentence_field_is_read_as_asked() -> None:
     rows = rows_in_memory([jpeg()], [[referent(1, ["a man"], polygons=OVERLAPPING)]])
-    dataset = ReferDataset([Part("refcoco", "val", rows)], ImageTransform(32), word_tokenizer(), sentence_field="raw")
+    dataset = ReferDataset(
+        [OpenSplit("refcoco", "val", rows)], ImageTransform(32), word_tokenizer(), sentence_field="raw"
+    )
     assert dataset.info(0).sentence == "A MAN"
 
 
@@ -178,13 +180,13 @@ def test_grey_and_print_images_are_read(mode: str) -> None:
     content = io.BytesIO()
     Image.new("RGB", (50, 40), "blue").convert(mode).save(content, "JPEG")
     rows = rows_in_memory([content.getvalue()], [[referent(1, ["a"], polygons=OVERLAPPING)]])
-    dataset = ReferDataset([Part("refcoco", "val", rows)], ImageTransform(32), word_tokenizer())
+    dataset = ReferDataset([OpenSplit("refcoco", "val", rows)], ImageTransform(32), word_tokenizer())
     assert dataset[0].image.shape == (3, 32, 32) and dataset.picture(0).mode == "RGB"
 
 
 def test_a_damaged_image_is_named(prepared: str) -> None:
     rows = rows_in_memory([jpeg(), jpeg()[:100]], [[referent(i, ["a"], polygons=OVERLAPPING)] for i in range(2)])
-    dataset = ReferDataset([Part("refcoco", "val", rows)], ImageTransform(32), word_tokenizer())
+    dataset = ReferDataset([OpenSplit("refcoco", "val", rows)], ImageTransform(32), word_tokenizer())
     assert dataset[0].image.shape == (3, 32, 32)
     with pytest.raises(UserError, match=r"1\.jpg .*row 1.* refcoco/val"):
         dataset[1]

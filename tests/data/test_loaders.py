@@ -30,8 +30,8 @@ PREPROCESS = Preprocess(
 )
 
 
-def sampler(part_sizes: tuple[int, ...] = (50, 23), **options) -> EpochSampler:
-    return EpochSampler(part_sizes, **{"seed": 1, "global_batch_size": 8, "total_steps": 40, **options})
+def sampler(split_sizes: tuple[int, ...] = (50, 23), **options) -> EpochSampler:
+    return EpochSampler(split_sizes, **{"seed": 1, "global_batch_size": 8, "total_steps": 40, **options})
 
 
 def data(prepared: str, **options) -> DataConfig:
@@ -95,7 +95,7 @@ def test_streamed_samples_are_mixed_within_a_window_of_row_groups() -> None:
 def test_a_batch_is_the_draws_of_its_step(prepared: str) -> None:
     dataset = shapes_dataset(prepared, unit="referent")
     options = {"seed": 0, "global_batch_size": 8, "total_steps": 4}
-    draws = list(EpochSampler(dataset.part_sizes, **options))
+    draws = list(EpochSampler(dataset.split_sizes, **options))
     loader = build_train_loader(dataset, data(prepared), **options, micro_batch_size=4, first_step=1)
     found = [
         (i, k) for batch in loader for i, k in zip(batch.sample_id.tolist(), batch.random_key.tolist(), strict=True)
@@ -134,7 +134,7 @@ def test_two_processes_see_the_global_batches_of_one(prepared: str, spread: Path
     """1 process x 4 accumulated = 2 x 2 micro-batches of 3, also from the middle on; the sampler is the yardstick."""
     dataset = shapes_dataset(prepared, names=tuple(BOTH), unit="referent", streaming=way == "streamed")
     options = {"seed": 5, "global_batch_size": 12, "total_steps": 6, "row_groups": dataset.row_groups()}
-    draws = list(EpochSampler(dataset.part_sizes, **options))
+    draws = list(EpochSampler(dataset.split_sizes, **options))
     expected = [[d.index for d in draws[step * 12 : step * 12 + 12]] for step in range(2, 6)]
     ranks = [[json.loads(line) for line in (spread / f"{way}-{rank}.jsonl").open()] for rank in (0, 1)]
     assert [len(batches) for batches in ranks] == [8, 8]

@@ -33,13 +33,13 @@ def test_rows_equal_the_stream_of_the_datasets_library(prepared: str) -> None:
 
 def test_row_groups_are_read_once_while_the_sampler_stays_near(prepared: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = shapes_dataset(prepared, unit="referent", streaming=True)
-    rows = dataset.parts[0].rows
+    rows = dataset.splits[0].rows
     assert isinstance(rows, StreamedRows)
     read: list[int] = []
     original = rows._read
     monkeypatch.setattr(rows, "_read", lambda group: read.append(group) or original(group))
     sampler = EpochSampler(
-        dataset.part_sizes, seed=0, global_batch_size=8, total_steps=len(dataset) // 8, row_groups=dataset.row_groups()
+        dataset.split_sizes, seed=0, global_batch_size=8, total_steps=len(dataset) // 8, row_groups=dataset.row_groups()
     )
     for draw in sampler:
         dataset.picture(draw.index)

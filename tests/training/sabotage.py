@@ -68,11 +68,11 @@ def unreadable_image(index: int) -> None:
     sound = ReferDataset._decode
 
     def decode(self: ReferDataset, number: int, row: int, decoder: Any) -> Any:
-        part = self.parts[number]
-        of_sample = part.split == "train" and row == self._place(index)[1]
+        opened = self.splits[number]
+        of_sample = opened.split == "train" and row == self._place(index)[1]
         if of_sample and torch.utils.data.get_worker_info() is not None:
-            whole = part.rows.image_bytes(row)
-            part.rows.image_bytes = lambda wanted: whole[: len(whole) // 2]  # type: ignore[method-assign]
+            whole = opened.rows.image_bytes(row)
+            opened.rows.image_bytes = lambda wanted: whole[: len(whole) // 2]  # type: ignore[method-assign]
         return sound(self, number, row, decoder)
 
     ReferDataset._decode = decode  # type: ignore[method-assign]
