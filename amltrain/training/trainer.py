@@ -177,6 +177,7 @@ class Trainer:
         set_lr(optimizer, self._lr_factor(), self.config.optim.lr if full_lr else None)
         losses: list[Tensor] = []
         extras: dict[str, list[Tensor]] = {}
+        recorded: list[dict[str, Tensor]] = []  # counted once the step is whole: a request to stop may drop it
         for number, batch in enumerate(batches):
             self._stop_inside_step(number)
             with accelerator.accumulate(self.method):
@@ -189,8 +190,7 @@ class Trainer:
                 for name, value in result.items():
                     if name != "loss" and value.ndim == 0:
                         extras.setdefault(name, []).append(value.detach())
-                if self.recorder is not None:
-                    self.recorder.update(result)
+                recorded.append({name: value for name, value in result.items() if name != "loss"})
                 if accelerator.sync_gradients:
                     norm = self._clip()
                     stats = self._reduce(losses, norm, extras)
@@ -201,6 +201,9 @@ class Trainer:
             self.norm_statistics.take_back()
         elif self.ema is not None:
             self.ema.update_parameters(method.model)
+        if self.recorder is not None:
+            for values in recorded:
+                self.recorder.update(values)
         self._count_bad(stats, batches)
         self.progress.step += 1
         return stats

@@ -14,6 +14,7 @@ import torch
 
 from amltrain.data.dataset import ReferDataset
 from amltrain.evaluation import evaluator
+from amltrain.methods.aml.method import AML
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training import trainer
 from amltrain.training.trainer import Trainer
@@ -47,6 +48,11 @@ def kill_in_save(moment: str, number: int) -> None:
 def signal_in_evaluation(number: int, batch: int) -> None:
     """Send the process a signal while it scores the `batch`-th batch (from 1)."""
     _on_call(evaluator, "count_pixels", batch, lambda: os.kill(os.getpid(), number))
+
+
+def signal_in_micro_batch(number: int, forward: int) -> None:
+    """Send the process a signal in AML's `forward`-th forward pass (from 1)."""
+    _on_call(AML, "forward", forward, lambda: os.kill(os.getpid(), number))
 
 
 def nan_images(steps: Sequence[int], everywhere: bool = True) -> None:

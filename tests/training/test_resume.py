@@ -107,6 +107,20 @@ def test_asked_to_stop_while_evaluating(whole: Path, shapes: Path, tmp_path: Pat
     assert runs.same_weights(whole, output)
 
 
+def test_asked_to_stop_between_micro_batches(shapes: Path, tmp_path: Path) -> None:
+    """The step is dropped, not finished, and nothing of it is counted: weights, losses and statistics are the same."""
+    extra = ("--train.micro_batch_size", "2", "--aml.diagnostics_every", "4", "--train.max_steps", "4")
+    runs.run(shapes, tmp_path / "whole", *extra)
+    stop = partial(sabotage.signal_in_micro_batch, signal.SIGTERM, 10)  # the second of four in step 3
+    output = tmp_path / "run"
+    said = runs.finished(shapes, output, *extra, before=stop, expected=REQUEUE_EXIT_CODE)
+    assert "asked to stop (SIGTERM): saved at step 2" in said
+    runs.finished(shapes, output, *extra)
+    assert runs.same_weights(tmp_path / "whole", output)
+    assert runs.losses(output) == runs.losses(tmp_path / "whole")
+    assert (output / "alignment.csv").read_text() == (tmp_path / "whole" / "alignment.csv").read_text()
+
+
 def test_the_words_keep_their_numbers(whole: Path, shapes: Path, tmp_path: Path) -> None:
     """A vocabulary built otherwise, by another version say, must not get between the weights and their words."""
     checkpoint = tmp_path / "step-000008"
