@@ -50,7 +50,7 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
         f"## Use\n{_usage(repo)}",
         f"## Scores\n{_scores(results)}",
         f"## Training\n{_training(training)}",
-        f"## Licence\nThe official code ({info.release}) is under {info.licence}. amltrain reimplements the "
+        f"## Licence\nThe official code ({info.official_code}) is under {info.licence}. amltrain reimplements the "
         "model and is under Apache-2.0. The data sets and the pretrained encoders have their own terms.",
         f"## Citation\n{_citation(info.paper, recipe)}",
     ]
@@ -62,7 +62,7 @@ def _licence(info: ModelInfo) -> dict[str, Any]:
     if info.licence in HUB_LICENCES:
         return {"license": HUB_LICENCES[info.licence]}
     name = re.sub(r"[^a-z0-9.]+", "-", info.licence.lower()).strip("-")
-    address = info.release.split(",")[0].split()[0]
+    address = info.official_code.split(",")[0].split()[0]
     link = {"license_link": f"https://{address}"} if "/" in address else {}  # not every model has official code
     return {"license": "other", "license_name": name, **link}
 

@@ -244,7 +244,7 @@ def _flows(dim: int, blocks: int) -> "ModuleListOf[ModuleListOf[Flow]]":
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
     return ModelInfo(
         paper="BarLeRIa: An Efficient Tuning Framework for Referring Image Segmentation (ICLR 2024)",
-        release="github.com/NastrondAd/BarLeRIa, commit 8632568",
+        official_code="github.com/NastrondAd/BarLeRIa, commit 8632568",
         licence="MIT",
         aml_scores="CLIP's map x tokens in their shared space, towers without prompts and flows",
         preprocess=Preprocess(

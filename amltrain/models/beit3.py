@@ -331,7 +331,7 @@ def load_beit3(encoder: BEiT3Encoder, weights: str) -> None:
 def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
     return ModelInfo(
         paper="BEiT-3: Image as a Foreign Language (CVPR 2023), with a light decoder of ours",
-        release="github.com/microsoft/unilm, beit3 (encoder)",
+        official_code="github.com/microsoft/unilm, beit3 (encoder)",
         licence="MIT (encoder); the decoder is ours, Apache-2.0",
         aml_scores="the image alone x the words alone through the shared encoder",
         preprocess=Preprocess(

@@ -342,7 +342,7 @@ class CARIS(RISModel):
 def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
     return ModelInfo(
         paper="CARIS: Context-Aware Referring Image Segmentation (ACM MM 2023)",
-        release="github.com/lsa1997/CARIS, commit 4b24546",
+        official_code="github.com/lsa1997/CARIS, commit 4b24546",
         licence="MIT",
         aml_scores="stride-32 Swin map x BERT tokens conditioned on the image",
         preprocess=Preprocess(

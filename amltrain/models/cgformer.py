@@ -281,7 +281,7 @@ class CGFormer(EarlyFusionModel):
 def _info(size: int, tokenizer: str, max_tokens: int = 20) -> ModelInfo:
     return ModelInfo(
         paper="Contrastive Grouping with Transformer for Referring Image Segmentation (CVPR 2023)",
-        release="github.com/SooLab/CGFormer, commit 67d3390",
+        official_code="github.com/SooLab/CGFormer, commit 67d3390",
         licence="MIT; its Swin backbone from LAVT, GPL-3.0",
         aml_scores="last Swin blocks without fusion x BERT tokens",
         preprocess=Preprocess(

@@ -168,7 +168,7 @@ class CRIS(PixelTextModel):
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
     return ModelInfo(
         paper="CRIS: CLIP-Driven Referring Image Segmentation (CVPR 2022)",
-        release="github.com/DerrickWang005/CRIS.pytorch, commit e596332",
+        official_code="github.com/DerrickWang005/CRIS.pytorch, commit e596332",
         licence="MIT",
         aml_scores="pooled stride-32 CLIP map x tokens in CLIP's shared space",
         preprocess=Preprocess(

@@ -234,7 +234,7 @@ class DETRIS(PixelTextModel):
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
     return ModelInfo(
         paper="Densely Connected Parameter-Efficient Tuning for Referring Image Segmentation (AAAI 2025)",
-        release="github.com/jiaqihuang01/DETRIS, commit c94b1e1",
+        official_code="github.com/jiaqihuang01/DETRIS, commit c94b1e1",
         licence="MIT; its DINOv2 part Apache-2.0",
         aml_scores="last DINOv2 map without aligners x CLIP tokens without adapters, both frozen",
         preprocess=Preprocess(

@@ -198,14 +198,14 @@ def _info(
     max_tokens: int,
     normalization: Literal["imagenet", "clip", "half"],
     *,
-    release: str,
+    official_code: str,
     licence: str,
     shared: bool,
 ) -> ModelInfo:
     scored = "every patch and every token after the encoders' own heads, in their shared space"
     return ModelInfo(
         paper="none: any timm image model and any transformers text model with CARIS's decoder",
-        release=release,
+        official_code=official_code,
         licence=licence,
         aml_scores=scored if shared else "last image map x last token features, both without the other modality",
         preprocess=Preprocess(
@@ -228,7 +228,7 @@ def _info(
         "bert-base-uncased",
         22,
         "imagenet",
-        release="no official code; encoders: DINOv3 (timm), BERT (transformers)",
+        official_code="no official code; encoders: DINOv3 (timm), BERT (transformers)",
         licence="ours Apache-2.0; DINOv3's weights under Meta's DINOv3 License, which restricts uses",
         shared=False,
     )
@@ -264,7 +264,7 @@ def dual_dinov3_base(
         "google/siglip2-base-patch16-256",
         64,
         "half",
-        release="no official code; encoders: SigLIP 2 (timm and transformers)",
+        official_code="no official code; encoders: SigLIP 2 (timm and transformers)",
         licence="ours Apache-2.0; SigLIP 2's weights Apache-2.0",
         shared=True,
     )
@@ -297,7 +297,7 @@ def dual_siglip2_base(
         "openai/clip-vit-base-patch16",
         22,
         "clip",
-        release="no official code; encoders: EVA-02-CLIP (timm; its text model in transformers)",
+        official_code="no official code; encoders: EVA-02-CLIP (timm; its text model in transformers)",
         licence="ours Apache-2.0; EVA-02-CLIP's weights MIT",
         shared=True,
     )
@@ -330,7 +330,7 @@ def dual_eva02_base(
         "bert-base-uncased",
         22,
         "imagenet",
-        release="no official code; encoders: EfficientNet-Lite0 (timm), all-MiniLM-L6-v2 (transformers)",
+        official_code="no official code; encoders: EfficientNet-Lite0 (timm), all-MiniLM-L6-v2 (transformers)",
         licence="ours Apache-2.0; weights: EfficientNet-Lite0 Apache-2.0 (its package's LICENSE), MiniLM: the package "
         "names none, upstream publishes it as Apache-2.0",
         shared=False,
@@ -365,7 +365,7 @@ def caris_lite(
         "wordpiece",
         24,
         "imagenet",
-        release="no official code",
+        official_code="no official code",
         licence="ours Apache-2.0",
         shared=True,
     )

@@ -234,7 +234,7 @@ class ETRIS(PixelTextModel):
 def _info(size: int, tokenizer: str, max_tokens: int = 17) -> ModelInfo:
     return ModelInfo(
         paper="Bridging Vision and Language Encoders: Parameter-Efficient Tuning for RIS (ICCV 2023)",
-        release="github.com/kkakkkka/ETRIS, commit cdc6d8e",
+        official_code="github.com/kkakkkka/ETRIS, commit cdc6d8e",
         licence="MIT",
         aml_scores="CLIP's map x tokens in their shared space, towers without bridges",
         preprocess=Preprocess(

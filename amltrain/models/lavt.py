@@ -144,7 +144,7 @@ class LAVT(EarlyFusionModel):
 def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
     return ModelInfo(
         paper="LAVT: Language-Aware Vision Transformer for Referring Image Segmentation (CVPR 2022)",
-        release="github.com/yz93/LAVT-RIS, commit 1da0af9",
+        official_code="github.com/yz93/LAVT-RIS, commit 1da0af9",
         licence="GPL-3.0",
         aml_scores="last Swin blocks without words x BERT tokens",
         preprocess=Preprocess(

@@ -346,7 +346,7 @@ class MagNet(RISModel):
 def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
     return ModelInfo(
         paper="Mask Grounding for Referring Image Segmentation (CVPR 2024)",
-        release="github.com/yxchng/mask-grounding, commit 2debc7e",
+        official_code="github.com/yxchng/mask-grounding, commit 2debc7e",
         licence="AGPL-3.0",
         aml_scores="last Swin blocks without words x BERT tokens without the image",
         preprocess=Preprocess(

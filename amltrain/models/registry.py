@@ -1,6 +1,6 @@
 """The registry: a dict and a decorator. A registered model is a plain function named after the model.
 
-@register_model(info=ModelInfo(paper=..., release=..., licence=..., preprocess=..., protocol=...))
+@register_model(info=ModelInfo(paper=..., official_code=..., licence=..., preprocess=..., protocol=...))
 def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
 """
 
@@ -22,7 +22,7 @@ class ModelInfo:
     """
 
     paper: str
-    release: str
+    official_code: str
     licence: str
     aml_scores: str
     preprocess: Preprocess

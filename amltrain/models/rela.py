@@ -210,7 +210,7 @@ def _info(
 ) -> ModelInfo:
     return ModelInfo(
         paper="GRES: Generalized Referring Expression Segmentation (CVPR 2023)",
-        release="github.com/henghuiding/ReLA, branch main, commit 3ca9551",
+        official_code="github.com/henghuiding/ReLA, branch main, commit 3ca9551",
         licence=licence,
         aml_scores=aml_scores,
         preprocess=Preprocess(

@@ -248,7 +248,7 @@ def _is_text(key: str) -> bool:
 def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
     return ModelInfo(
         paper="ReMamber: Referring Image Segmentation with Mamba Twister (ECCV 2024)",
-        release="github.com/yyh-rain-song/ReMamber, commit 9edcf01",
+        official_code="github.com/yyh-rain-song/ReMamber, commit 9edcf01",
         licence="none: all rights reserved",
         aml_scores="VMamba without twisters x CLIP tokens",
         preprocess=Preprocess(

@@ -231,7 +231,7 @@ def _load(sam3: Any, weights: str) -> None:
 def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
     return ModelInfo(
         paper="SAM 3: Segment Anything with Concepts (2025)",
-        release="huggingface.co/facebook/sam3 through transformers' Sam3Model",
+        official_code="huggingface.co/facebook/sam3 through transformers' Sam3Model",
         licence="code Apache-2.0 (transformers); weights SAM License (Meta), access on request",
         aml_scores="stride-14 pyramid map x projected tokens, of equal width, before fusion",
         preprocess=Preprocess(

@@ -1,4 +1,4 @@
-"""A made-up gRefCOCO tree, read by us and recorded from the ReLA release: the same records, the same masks."""
+"""A made-up gRefCOCO tree, read by us and recorded from the official ReLA code: the same records, the same masks."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_records_and_masks(fixture: Path, expected: dict[str, list[dict[str, Any
 def test_masks_at_network_size_differ_at_edges_only(
     fixture: Path, expected: dict[str, list[dict[str, Any]]], split: str
 ) -> None:
-    """The release draws polygons at 96 x 96; we draw them at the image's size and resize: borders differ by a pixel."""
+    """The official code draws polygons at 96 x 96; we draw them at the image's size and resize: borders differ."""
     drawn = load_file(fixture / "mapper_expected.safetensors")
     ours = records(fixture, split)
     for index, record in enumerate(expected[split]):

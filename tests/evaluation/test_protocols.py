@@ -1,4 +1,4 @@
-"""Which rule a score is measured by: the release's, then what the data and the run say."""
+"""Which rule a score is measured by: the official code's, then what the data and the run say."""
 
 import pytest
 

@@ -38,7 +38,7 @@ class Linear(RISModel):
 
     def convert_state_dict(self, official):
         renamed = {f"stem.0.{k}": f"vision.{k}" for k in ("weight", "bias") if f"stem.0.{k}" in official}
-        dropped = {k: "the release's unused head" for k in official if k.startswith("old_head.")}
+        dropped = {k: "the official code's unused head" for k in official if k.startswith("old_head.")}
         state = {ours: official[theirs] for theirs, ours in renamed.items()}
         unmatched = [k for k in official if k not in renamed and k not in dropped]
         return Conversion(state, renamed, dropped, unmatched, [k for k in self.state_dict() if k not in state])
@@ -135,7 +135,7 @@ def test_a_whole_conversion(tmp_path: Path):
     assert loaded.protocol == named_protocol("caris")
     text = summary(conversion)
     assert "2  stem.N -> vision" in text
-    assert "1  the release's unused head (e.g. old_head.weight)" in text
+    assert "1  the official code's unused head (e.g. old_head.weight)" in text
     said = json.loads((tmp_path / "ours" / "conversion.json").read_text())
     assert said["renamed"]["stem.0.bias"] == "vision.bias"
 

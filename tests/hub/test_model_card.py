@@ -1,4 +1,4 @@
-"""A model's page on the Hub names the licences of its release."""
+"""A model's page on the Hub names the licences of its official code."""
 
 import json
 import re

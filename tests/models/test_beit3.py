@@ -31,7 +31,7 @@ def batch() -> Batch:
 
 
 def official(model: BEiT3) -> dict[str, Tensor]:
-    """The encoder as the release saves it."""
+    """The encoder as the official code saves it."""
     state = {f"beit3.{key}": value for key, value in model.beit3.state_dict().items()}
     return {**state, "beit3.vision_embed.mask_token": torch.zeros(1, 1, 96), "mlm_head.weight": torch.zeros(64, 96)}
 

@@ -1,4 +1,4 @@
-"""CARIS at full size against the release's keys, parameter groups and counts (shapes only: nothing is allocated)."""
+"""CARIS at full size against the official code's keys, groups and counts (shapes only: nothing is allocated)."""
 
 import json
 from pathlib import Path

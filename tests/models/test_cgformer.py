@@ -1,4 +1,4 @@
-"""CGFormer: the release's keys and counts, its noise, and its evaluation without noise."""
+"""CGFormer: the official code's keys and counts, its noise, and its evaluation without noise."""
 
 import json
 

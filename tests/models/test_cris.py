@@ -1,4 +1,4 @@
-"""CRIS at full size against the release, its encoders' files, and what is its own: shared space, suppression, sizes."""
+"""CRIS at full size against the official code, its encoders' files; its own: shared space, suppression, sizes."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_counts_keys_and_groups(name: str, shared_dir: Path) -> None:
     check_param_groups(model, groups)
     counts = [(len(g["params"]), sum(p.numel() for p in g["params"])) for g in groups]
     theirs = recorded["param_groups"]
-    # CLIP's temperature, one number that nothing reads, is in the release's group and frozen here
+    # CLIP's temperature, one number that nothing reads, is in the official code's group and frozen here
     assert counts == [
         (theirs["backbone_group_tensors"] - 1, theirs["backbone_group_params"] - 1),
         (theirs["head_group_tensors"], theirs["head_group_params"]),

@@ -1,4 +1,4 @@
-"""DETRIS at full size against the release, and what is its own: frozen parts, alignment, suppression, odd sizes."""
+"""DETRIS at full size against the official code; its own: frozen parts, alignment, suppression, odd sizes."""
 
 import json
 from pathlib import Path

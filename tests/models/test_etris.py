@@ -1,4 +1,4 @@
-"""ETRIS at full size against the release, CLIP's ViT and its files, and what is its own: bridges, what is scored."""
+"""ETRIS at full size against the official code, CLIP's ViT and its files; its own: bridges, what is scored."""
 
 import json
 from collections.abc import Callable

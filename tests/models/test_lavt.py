@@ -1,4 +1,4 @@
-"""LAVT at full size against the release's key list and counts, and what AML is given to score."""
+"""LAVT at full size against the official code's key list and counts, and what AML is given to score."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from amltrain.models import check_param_groups, create_model
 from amltrain.models.backbones.language_swin import LanguageGate
 from amltrain.records import Batch
 
-LAST_GATE = 2 * 1024 * 1024  # of the release, which never uses it
+LAST_GATE = 2 * 1024 * 1024  # of the official code, which never uses it
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,9 @@ def test_what_is_not_full_size_is_small(name: str) -> None:
 @pytest.mark.parametrize("registered", list_models())
 def test_every_entry_is_complete(registered: str) -> None:
     info = model_info(registered)
-    assert all(isinstance(text, str) and text for text in (info.paper, info.release, info.licence, info.aml_scores))
+    assert all(
+        isinstance(text, str) and text for text in (info.paper, info.official_code, info.licence, info.aml_scores)
+    )
     assert None not in asdict(info.preprocess).values()
     assert None not in [value for key, value in asdict(info.protocol).items() if key != "no_target_pixels"]
     create_loss(info.loss, **info.loss_kwargs)

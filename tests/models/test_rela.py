@@ -1,4 +1,4 @@
-"""ReLA: the release's sizes, keys and groups; what the words reach; what regions may read; its loss."""
+"""ReLA: the official code's sizes, keys and groups; what the words reach; what regions may read; its loss."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def test_encoding_another_image_keeps_the_words(tiny):
 
 
 def test_closed_gates_get_a_gradient_that_is_zero(tiny):
-    """The release's dead gates: trainable, but they never move (see the header of the model)."""
+    """The official code's dead gates: trainable, but they never move (see the header of the model)."""
     batch = batch_of()
     create_loss("rela")(tiny(batch), batch)["loss"].backward()
     assert all(p.grad is not None for p in tiny.parameters())

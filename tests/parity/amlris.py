@@ -37,7 +37,7 @@ LOSS, GRADIENT, ACTIVATION = 2e-6, 5e-4, 2e-5
 
 
 def released_blocks(scores: Tensor, side: int, permutations: list[Tensor]) -> Tensor:
-    """The release's mask [B, r, c] for scores [B, h, w] and recorded orders, empty where nothing is weak."""
+    """The official code's mask [B, r, c] for scores [B, h, w] and recorded orders, empty where nothing is weak."""
     return select_as_released(split_blocks(weak_pixels(scores, (side, side), TAU), BLOCK), RHO, None, permutations)
 
 

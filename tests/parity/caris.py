@@ -1,4 +1,4 @@
-"""Recorded tensors of the CARIS release (commit 4b24546) and where our model computes them."""
+"""Recorded tensors of the official CARIS code (commit 4b24546) and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,5 +1,4 @@
-"""Recorded tensors of the CGFormer release (commit 67d3390), its Gumbel noise replayed, and where our model computes
-them."""
+"""Tensors recorded from CGFormer (commit 67d3390), its Gumbel noise replayed, and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any

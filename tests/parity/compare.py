@@ -1,4 +1,4 @@
-"""Compare a model with tensors recorded from its official release.
+"""Compare a model with tensors recorded from its official code.
 
     python tests/parity/compare.py MODEL CASE.safetensors
 

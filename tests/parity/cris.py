@@ -1,4 +1,4 @@
-"""Recorded tensors of the CRIS release (commit e596332) and where our model computes them."""
+"""Recorded tensors of the official CRIS code (commit e596332) and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from tests.parity.detris import batch
 
 
 def build(config: Mapping[str, Any]) -> CRIS:
-    """The tiny case's JSON has the release's own configuration under "cfg" and the encoders' sizes under "clip"."""
+    """The tiny case's JSON has the official code's configuration under "cfg" and the encoders' sizes under "clip"."""
     cfg, clip = config["cfg"], config["clip"]
     return CRIS(
         vision=CLIPResNet(

@@ -1,4 +1,4 @@
-"""Recorded tensors of the DETRIS release (commit c94b1e1) and where our model computes them."""
+"""Recorded tensors of the official DETRIS code (commit c94b1e1) and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from tests.parity.compare import Adapter, Read, default_batch
 
 
 def build(config: Mapping[str, Any]) -> DETRIS:
-    """The tiny case's JSON has the release's own configuration under "cfg" and the encoders' sizes beside it."""
+    """The tiny case's JSON has the official code's own configuration under "cfg" and the encoders' sizes beside it."""
     cfg, vision, text = config["cfg"], config["dinov2"], config["clip_text"]
     return DETRIS(
         vision=DINOv2(

@@ -1,5 +1,4 @@
-"""Recorded tensors of the ETRIS release (commit cdc6d8e), on both kinds of image tower, and where our model computes
-them."""
+"""Recorded tensors of the official ETRIS code (commit cdc6d8e), on both image towers, and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from tests.parity.detris import batch, first_gated_map, item, whole
 
 
 def build(config: Mapping[str, Any]) -> ETRIS:
-    """The tiny cases' JSON has the release's own configuration under "cfg" and the encoders' sizes under "clip"."""
+    """The tiny cases' JSON has the official code's configuration under "cfg" and the encoders' sizes under "clip"."""
     cfg, clip = config["cfg"], config["clip"]
     vision: CLIPResNet | CLIPViT
     if clip["vision_patch_size"] is None:
@@ -83,4 +82,4 @@ ADAPTER = Adapter(
     loss_tolerance=1e-5,
     gradient=1e-4,
 )
-"""1e-5 for logits as the card says; activations at three times the release's own distance from float64 or 3e-5."""
+"""1e-5 for logits as the card says; activations at three times the official distance from float64 or 3e-5."""

@@ -1,4 +1,4 @@
-"""Recorded tensors of the LAVT release (commit 1da0af9) and where our model computes them."""
+"""Recorded tensors of the official LAVT code (commit 1da0af9) and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any

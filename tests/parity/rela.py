@@ -1,4 +1,4 @@
-"""Recorded tensors of the ReLA release (branch main, commit 3ca9551) and where our model computes them."""
+"""Recorded tensors of the official ReLA code (branch main, commit 3ca9551) and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any

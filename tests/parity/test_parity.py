@@ -1,4 +1,4 @@
-"""Every recorded case of every baseline that has an adapter, within the tolerances of its release."""
+"""Every recorded case of every baseline that has an adapter, within the tolerances of its official code."""
 
 import os
 import subprocess

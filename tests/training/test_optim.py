@@ -1,4 +1,4 @@
-"""Learning-rate schedules against the release's recording and by hand."""
+"""Learning-rate schedules against the official code's recording and by hand."""
 
 import json
 from pathlib import Path

@@ -36,7 +36,7 @@ def test_training_step(recorded) -> None:
 
 
 def test_one_backward_leaves_the_releases_gradients(recorded) -> None:
-    """The release runs two backward passes; ours is one, as engines that step on every backward need."""
+    """The official code runs two backward passes; ours is one, as engines that step on every backward need."""
     folder, config, weights = recorded
     step = load_file(folder / "train_step.safetensors")
     task, renamed = build_recorded_task(config, weights, step)
