@@ -1,4 +1,4 @@
-"""Recorded tensors of the official ETRIS code (commit cdc6d8e), on both image towers, and where our model computes them."""
+"""Recorded tensors of official ETRIS code (commit cdc6d8e), both image towers, and where our model computes them."""
 
 from collections.abc import Mapping
 from typing import Any
