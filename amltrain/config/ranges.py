@@ -29,6 +29,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optim.clip_norm": (POSITIVE, ANY),
     "train.epochs": (1, ANY),
     "train.max_steps": (1, ANY),
+    "train.stop_after": (1, ANY),
     "train.global_batch_size": (1, ANY),
     "train.micro_batch_size": (1, ANY),
     "train.ema_decay": (0, 1),

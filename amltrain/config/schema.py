@@ -216,6 +216,9 @@ class TrainConfig:
     """Passes over the training set. Give this or max_steps."""
     max_steps: int | None = None
     """Optimizer steps; overrides epochs."""
+    stop_after: int | None = None
+    """End after this many epochs (steps, where max_steps is given) on the learning-rate schedule of the whole run: the
+    same bits as the start of the whole run. Rerun with a larger value, or null, to continue."""
     global_batch_size: int = 16
     """Samples per optimizer step over all processes; the same for any number of processes."""
     micro_batch_size: int | None = None
@@ -280,6 +283,8 @@ class CheckpointConfig:
     """Save every N steps, besides before and after every evaluation; null = no other."""
     keep: int = 3
     """Newest checkpoints kept, besides best and last."""
+    initial: bool = False
+    """Also save the model before the first step, as step-000000 (`keep` counts it)."""
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
+from amltrain.config.ranges import check_number
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
 from amltrain.errors import UserError
@@ -39,6 +40,8 @@ def check_before_data(config: RunConfig) -> None:
     check_trackers(config.tracking.trackers)
     if config.train.epochs is None and config.train.max_steps is None:
         raise UserError("give train.epochs or train.max_steps")
+    length = "epochs" if config.train.max_steps is None else "max_steps"
+    check_number("train.stop_after", config.train.stop_after, 1, getattr(config.train, length))
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     precision = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if on_cpu and precision == "fp16":

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from amltrain.config.schema import RunConfig
+from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.data.collate import collate
 from amltrain.data.loaders import build_sampler
 from amltrain.data.transforms import normalise_batch
@@ -30,7 +30,8 @@ class Engine(NamedTuple):
     """A run's components and what computes with them.
 
     method, optimizer: prepared by Accelerate. ema: the averaged model, or None. whole_model: a copy to fill with whole
-    weights where the method is sharded, else None. recorder: of the method's statistics, or None.
+    weights where the method is sharded, else None. recorder: of the method's statistics, or None. total_steps: of the
+    schedule; last_step: where the run ends.
     """
 
     components: RunComponents
@@ -40,6 +41,7 @@ class Engine(NamedTuple):
     whole_model: nn.Module | None
     recorder: Recorder | None
     total_steps: int
+    last_step: int
     steps_per_epoch: int
 
 
@@ -72,18 +74,19 @@ def build_engine(config: RunConfig, start: Start, log: Callable[[str], None]) ->
     wrapped, optimizer = accelerator.prepare(method, optimizer)
     skip_bad_steps(accelerator, optimizer)
     wrapped.train()
-    total, epoch = count_steps(config, len(components.dataset), plan)
-    return Engine(components, wrapped, optimizer, ema, whole_model, recorder, total, epoch)
+    total, last, epoch = count_steps(config.train, len(components.dataset), plan)
+    return Engine(components, wrapped, optimizer, ema, whole_model, recorder, total, last, epoch)
 
 
-def count_steps(config: RunConfig, samples: int, plan: BatchPlan) -> tuple[int, int]:
-    """Optimizer steps of the run, and of an epoch."""
+def count_steps(train: TrainConfig, samples: int, plan: BatchPlan) -> tuple[int, int, int]:
+    """Optimizer steps of the schedule, of the run (which `train.stop_after` shortens), and of an epoch."""
     epoch = max(1, round(samples / plan.samples))
-    if config.train.max_steps is not None:
-        return config.train.max_steps, epoch
-    if config.train.epochs is None:
+    if train.max_steps is not None:
+        return train.max_steps, train.stop_after or train.max_steps, epoch
+    if train.epochs is None:
         raise UserError("give train.epochs or train.max_steps")
-    return max(1, config.train.epochs * samples // plan.samples), epoch
+    total = max(1, train.epochs * samples // plan.samples)
+    return total, total if train.stop_after is None else min(total, train.stop_after * epoch), epoch
 
 
 def _average(accelerator: Accelerator, config: RunConfig, model: Method | nn.Module) -> AveragedModel | None:

@@ -22,6 +22,8 @@ from amltrain.training.saving import Saver
 from amltrain.training.state import Progress
 
 PROBE, TOKENIZER = ".seen-by-all", "preprocess.tokenizer"
+FINISHED_FILE = "finished"
+"""An empty file in the folder of a run that has trained all its steps and been evaluated."""
 FREE = (
     "checkpoint",
     "data.max_skipped",
@@ -40,6 +42,7 @@ FREE = (
     "train.log_every",
     "train.max_bad_steps",
     "train.micro_batch_size",
+    "train.stop_after",
     "train.time_limit",
     "train.tf32",
     "model.allow_random_frozen",
@@ -152,6 +155,7 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
             check_recipe(resume_from, config, log)
         checkpoints.remove_leftovers(output)
         mark_requeue(output, False)
+        (output / FINISHED_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(output, error) from error
     return resume_from

@@ -18,6 +18,7 @@ class Progress:
     spread          processes, micro batch, accumulation
     log_lines       lines of log.jsonl so far, which a resumed run keeps
     window          sums of the method's recorder since its last row
+    losses          sum of this epoch's finite losses so far, and their number
     seed, samples   of the run and of its training set, which resuming must not change
     """
 
@@ -34,6 +35,7 @@ class Progress:
     samples: int = 0
     log_lines: int = 0
     window: Any = None
+    losses: list[float] = field(default_factory=lambda: [0.0, 0])
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +70,16 @@ class Progress:
             return True
         self.worse_in_a_row += 1
         return False
+
+    def add_loss(self, loss: float) -> None:
+        """Add a step's loss to the mean of its epoch, unless it is not finite."""
+        if math.isfinite(loss):
+            self.losses = [self.losses[0] + loss, self.losses[1] + 1]
+
+    def take_mean_loss(self) -> float:
+        """Return the mean loss since the last call; NaN where no step was finite."""
+        (total, steps), self.losses = self.losses, [0.0, 0]
+        return total / steps if steps else math.nan
 
     def count(self, *, bad: bool) -> None:
         """Note a step whose loss and gradient were finite, or not."""

@@ -29,14 +29,20 @@ TRACKERS_FILE = "trackers.json"
 
 
 def banner(
-    config: RunConfig, components: RunComponents, accelerator: Accelerator, plan: BatchPlan, total_steps: int
+    config: RunConfig,
+    components: RunComponents,
+    accelerator: Accelerator,
+    plan: BatchPlan,
+    total_steps: int,
+    last_step: int,
 ) -> str:
-    """Everything that decides a run's numbers, printed at its start."""
+    """Everything that decides a run's numbers, printed at its start. total_steps: of the schedule."""
     model = components.method.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     counts = components.dataset.counts()
-    epochs = total_steps * plan.samples / len(components.dataset)
+    epochs = last_step * plan.samples / len(components.dataset)
+    schedule = f", on the schedule of {total_steps:,}" if total_steps > last_step else ""
     p = components.preprocess
     sets: dict[str, Any] = {name: loader.dataset for name, loader in components.eval_loaders.items()}
     splits = [f"{name} ({len(dataset):,})" for name, dataset in sets.items()]
@@ -53,7 +59,7 @@ def banner(
         "evaluate": ", ".join(splits),
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
         "batch": str(plan),
-        "steps": f"{total_steps:,} ({epochs:.1f} epochs)",
+        "steps": f"{last_step:,} ({epochs:.1f} epochs){schedule}",
         "precision": precision,
         "device": _device(accelerator),
         "output": str(config.folder),

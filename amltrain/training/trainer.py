@@ -34,7 +34,7 @@ from amltrain.training.nonfinite import NormStatistics, check_weights, describe_
 from amltrain.training.optim import lr_factor, set_lr
 from amltrain.training.preemption import Preemption
 from amltrain.training.profiling import profiled
-from amltrain.training.resume import resume_progress, write_config
+from amltrain.training.resume import FINISHED_FILE, resume_progress, write_config
 from amltrain.training.saving import Saver
 from amltrain.training.start import Start, open_run
 from amltrain.training.state import Progress
@@ -99,7 +99,11 @@ class Trainer:
         engine: Engine = build_engine(config, start, self.log)
         self.components, self.method, self.optimizer = engine.components, engine.method, engine.optimizer
         self.ema, self.whole_model, self.recorder = engine.ema, engine.whole_model, engine.recorder
-        self.total_steps, self.steps_per_epoch = engine.total_steps, engine.steps_per_epoch
+        self.total_steps, self.last_step, self.steps_per_epoch = (
+            engine.total_steps,
+            engine.last_step,
+            engine.steps_per_epoch,
+        )
         self.norm_statistics = NormStatistics(self.accelerator.unwrap_model(self.method))
         self.saver = Saver(
             self.accelerator,
@@ -122,14 +126,16 @@ class Trainer:
         main = self.accelerator.is_main_process
         self.history = History(self.output / "log.jsonl", self.progress.log_lines, enabled=main)
         start_trackers(self.accelerator, config, self.progress.step, self.log)
-        self.log(banner(config, self.components, self.accelerator, self.plan, self.total_steps))
+        self.log(banner(config, self.components, self.accelerator, self.plan, self.total_steps, self.last_step))
 
     def run(self) -> list[Results]:
         """Train to the end. Returns the last evaluation's results."""
         if self._evaluation_is_due():  # the run was stopped before it could
             self._evaluate_and_add_scores()
+        if self.config.checkpoint.initial and self.progress.step == 0:
+            self._save()
         bar = tqdm(
-            total=self.total_steps,
+            total=self.last_step,
             initial=self.progress.step,
             desc="train",
             unit="step",
@@ -272,12 +278,15 @@ class Trainer:
             self.saver.wait()  # raises
         lr = self.optimizer.param_groups[0]["lr"]
         bar.set_postfix(loss=f"{stats.loss:.4f}", lr=f"{lr:.1e}", refresh=False)
-        if step % config.train.log_every == 0 or step == self.total_steps:
+        self.progress.add_loss(stats.loss)
+        if step % config.train.log_every == 0 or step == self.last_step:
             rate = {"lr_factor": self._lr_factor(step - 1), "lr": lr, "epoch": step / self.steps_per_epoch}
             values = {"loss": stats.loss, "grad_norm": stats.grad_norm, **rate, **stats.extras, **self.meter.read()}
             self._track(values)
             if bar.disable:
-                self.log(log_line(step, self.total_steps, self.plan.samples, values))
+                self.log(log_line(step, self.last_step, self.plan.samples, values))
+        if step % self.steps_per_epoch == 0:
+            self._track({"epoch_loss": self.progress.take_mean_loss()})
         self._record()
         if stats.stop or self._falls_on(config.checkpoint.every_steps or self._evaluation_interval()):
             self._save()
@@ -287,7 +296,7 @@ class Trainer:
             self._evaluate_and_add_scores()
 
     def _falls_on(self, interval: int) -> bool:
-        return self.progress.step % interval == 0 or self.progress.step == self.total_steps
+        return self.progress.step % interval == 0 or self.progress.step == self.last_step
 
     def _evaluation_interval(self) -> int:
         return self.config.evaluation.every_steps or self.steps_per_epoch
@@ -306,7 +315,7 @@ class Trainer:
         if patience is not None and self.progress.worse_in_a_row >= patience:
             self.log(f"no better {self.config.evaluation.best_metric} in {patience} evaluations: stopping early")
             return True
-        return self.progress.step >= self.total_steps
+        return self.progress.step >= self.last_step
 
     def _record(self) -> None:
         """Log a row of the method's own statistics when one is due."""
@@ -338,7 +347,7 @@ class Trainer:
             self._track(values)
             track_evaluation(self.accelerator, self.output, self.results, step)
         value = best_value(self.results, splits, self.config.evaluation)
-        if hint := zero_score_hint(value, self.config, self.total_steps):
+        if hint := zero_score_hint(value, self.config, self.last_step):
             self.log(hint)
         self.progress.log_lines = self.history.lines
         self.progress.judge(value)
@@ -375,7 +384,7 @@ class Trainer:
             self.config,
             self.plan,
             first_step=self.progress.step,
-            total_steps=self.total_steps,
+            total_steps=self.last_step,
             meter=self.meter,
             preemption=self.preemption,
             stop=self._stop_waiting,
@@ -428,6 +437,7 @@ class Trainer:
             folders = f"{self.output}/best/model and {folders}"
             best = f"; best {self.config.evaluation.best_metric} {p.best:.2f} at step {p.best_step}"
         self.log(f"done: {p.step} steps, {p.skipped} skipped{best if self.results else ''}; {folders}")
+        on_main_process(self.accelerator, (self.output / FINISHED_FILE).touch)
         if self.publisher is not None:
             final = self.output / self.config.hub.push
             self.publisher.finish(final, f"push it later: amltrain push {final} {self.config.hub.repo}")
