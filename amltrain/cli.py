@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("amltrain.commands.train", "train a model, or resume a run"),
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "compare": ("amltrain.commands.compare", "compare models over seeds, with error bars"),
+    "reproduce": ("amltrain.commands.reproduce", "make the AML paper's tables and figures"),
     "analyse": ("amltrain.commands.analyse", "robustness, occlusion, activation, histogram, dynamics, errors, ..."),
     "predict": ("amltrain.commands.predict", "segment the object that a sentence refers to"),
     "report": ("amltrain.commands.report", "one HTML page about a run: curves, scores, predictions"),

@@ -13,6 +13,7 @@ LAYERS = [
     {"methods"},
     {"evaluation", "hub", "predictor", "export"},
     {"training"},
+    {"reproduce"},
     {"commands", "__main__", "cli", "completion"},
 ]
 """Rooms from the lowest layer to the highest. Rooms of one layer may import each other as long as no file circle

@@ -4,6 +4,7 @@
     amltrain analyse occlusion --models none=runs/none aml=runs/aml --shares 0 0.3 0.5               (Fig. 4b)
     amltrain analyse activation --models none=runs/none aml=runs/aml --count 4                       (Figs. 4a, 5)
     amltrain analyse convergence --models none=runs/none aml=runs/aml                                (Table 14)
+    amltrain analyse losses --models none=runs/none aml=runs/aml --split train --pairs 2048          (Table 14)
     amltrain analyse errors --results evaluation/aml-best
     amltrain analyse histogram --models none=runs/none aml=runs/aml --batches 20                     (Fig. 6)
     amltrain analyse dynamics --models runs/aml                                                      (Tables 12, 13)
@@ -18,13 +19,14 @@ from pathlib import Path
 
 from amltrain.errors import UserError, one_line_errors
 
-DATA = ("robustness", "occlusion", "activation", "histogram", "dynamics")
+DATA = ("robustness", "occlusion", "activation", "histogram", "dynamics", "losses")
 """Analyses that run models on data."""
 ABOUT = {
     "robustness": "seven perturbations, with the clean row, averages and differences",
     "occlusion": "a share of the image covered, with the drops",
     "activation": "maps of the decoder's positive and negative evidence for the referent",
     "convergence": "mean training loss of every epoch, from the runs' logs",
+    "losses": "mean loss on whole images over the checkpoints of runs, on the same pairs",
     "errors": "scores by length and kind of expression, object size, distractors, category; worst cases",
     "histogram": "distribution of AML's alignment scores under several models",
     "dynamics": "AML's alignment scores over the checkpoints of a run",
@@ -57,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub = commands.choices[name]
         sub.add_argument("--batches", type=int, default=10, help="batches scored (default: 10)")
         sub.add_argument("--calibration", type=int, default=2, help="batches the temperature is solved on (default: 2)")
+        sub.add_argument("--pairs", type=int, help="score this many pairs, spread over the split, instead of --batches")
+    pairs_help = "pairs spread over the split, the same for every model (default: 512)"
+    commands.choices["losses"].add_argument("--pairs", type=int, default=512, help=pairs_help)
     return parser
 
 
@@ -73,7 +78,7 @@ def _add_data(sub: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        for name in ("batch_size", "max_samples", "count", "batches", "calibration", "worst"):
+        for name in ("batch_size", "max_samples", "count", "batches", "calibration", "pairs", "worst"):
             value = getattr(args, name, None)
             if value is not None and value < 1:
                 raise UserError(f"--{name} is {value} and must be at least 1")
@@ -86,6 +91,10 @@ def _analysis(name: str) -> Callable[[argparse.Namespace], str]:
         from amltrain.commands import analyse_alignment
 
         return getattr(analyse_alignment, name)
+    if name == "losses":
+        from amltrain.commands import analyse_losses
+
+        return analyse_losses.losses
     from amltrain.commands import analyse_models
 
     return getattr(analyse_models, name)

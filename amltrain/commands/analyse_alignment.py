@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from amltrain.commands.analysed import Analysed, data_of, load_models, loaders_of, moved, parse_models, single_process
+from amltrain.commands.analysed import (
+    Analysed,
+    data_of,
+    fixed_pairs,
+    load_models,
+    loaders_of,
+    moved,
+    parse_models,
+    single_process,
+)
 from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
@@ -33,6 +43,7 @@ def histogram(args: argparse.Namespace) -> str:
         collected = collect_scores(network, paper_scorer(network, batches[: args.calibration]), batches)
         shares[model.name], statistics[model.name] = score_histogram(collected), score_statistics(collected)
     text = histogram_table(shares, statistics) + "\n\n" + NOTE.format("each model")
+    _write_json(args, "histogram", {"models": statistics, "pairs": sum(len(b.image) for b in batches)})
     write_text(args.output / "histogram.md", text + "\n")
     draw_histogram(shares, args.output / "histogram.png")
     return text
@@ -55,6 +66,7 @@ def dynamics(args: argparse.Namespace) -> str:
         statistics[step] = score_statistics(collect_scores(network, scorer, batches))
     rows = {f"{step:,}": values for step, values in statistics.items()}
     text = statistics_table(rows, "step") + "\n\n" + NOTE.format(f"step {checkpoints[0][0]:,}")
+    _write_json(args, "dynamics", {"steps": statistics, "pairs": sum(len(b.image) for b in batches)})
     write_text(args.output / "dynamics.md", text + "\n")
     draw_dynamics(list(statistics), list(statistics.values()), args.output / "dynamics.png")
     return text
@@ -76,6 +88,12 @@ def _batches(args: argparse.Namespace, accelerator: Accelerator, data: DataConfi
     """The first batches of the first data set, on the device."""
     protocol = run_protocol(model.pretrained.protocol, data, ProtocolOverrides())
     loader = next(iter(loaders_of(args, data, model, protocol).values()))
+    if args.pairs:
+        return fixed_pairs(loader.dataset, args.pairs, args.batch_size, accelerator.device)
     normalization = model.pretrained.preprocess.normalization
     batches = itertools.islice(loader, args.batches)
     return [normalise_batch(send_to_device(batch, accelerator.device), normalization) for batch in batches]
+
+
+def _write_json(args: argparse.Namespace, name: str, values: dict[str, Any]) -> None:
+    write_text(args.output / f"{name}.json", json.dumps(values, indent=2) + "\n")

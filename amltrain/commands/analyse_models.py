@@ -1,6 +1,7 @@
 """Robustness, occlusion, activation, convergence and errors: from the command line to a table and a picture."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from amltrain.evaluation.analysis.convergence import (
     convergence_table,
     draw_convergence,
     epoch_losses,
+    read_epoch_losses,
     read_log,
     steps_per_epoch,
 )
@@ -97,6 +99,7 @@ def activation(args: argparse.Namespace) -> str:
     data = data_of(args, models[0].place)
     accelerator = single_process(data)
     lines = ["| data set | sample | sentence | model | positive in truth | positive outside |"]
+    samples: list[dict[str, Any]] = []
     lines.append("| -------- | -----: | -------- | ----- | ----------------: | ---------------: |")
     sets = {
         m.name: loaders_of(args, data, m, run_protocol(m.pretrained.protocol, data, ProtocolOverrides()))
@@ -114,9 +117,12 @@ def activation(args: argparse.Namespace) -> str:
         for k, (sample, info) in enumerate(zip(chosen, infos, strict=True)):
             for m in models:
                 inside, outside = maps[m.name].shares(k, truths[k])
+                of = {"model": m.name, "dataset": info.dataset, "sample": sample}
+                samples.append({**of, "positive_in_truth": inside, "positive_outside": outside})
                 shown = f"{100 * inside:.1f} % | {100 * outside:.1f} %"
                 lines.append(f"| {info.dataset} | {sample} | {info.sentence} | {m.name} | {shown} |")
     text = "\n".join([*lines, "", "Share of the pixels in and outside the true object with a positive margin."])
+    write_text(args.output / "activation.json", json.dumps({"samples": samples}, indent=2) + "\n")
     write_text(args.output / "activation.md", text + "\n")
     return text
 
@@ -134,7 +140,8 @@ def convergence(args: argparse.Namespace) -> str:
     for name, place in parse_models(args.models).items():
         training = read_training(find_model_folder(place))
         batch = training["recipe"]["train"]["global_batch_size"] if training else 1
-        losses[name] = epoch_losses(read_log(place), steps_per_epoch(place, trained_data(place), batch))
+        losses[name] = list(read_epoch_losses(place).values())
+        losses[name] = losses[name] or epoch_losses(read_log(place), steps_per_epoch(place, trained_data(place), batch))
     text = convergence_table(losses)
     write_text(args.output / "convergence.md", text + "\n")
     draw_convergence(losses, args.output / "convergence.png")

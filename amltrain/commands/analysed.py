@@ -6,17 +6,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from amltrain.commands.trained import trained_data
 from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ShapesConfig
+from amltrain.data.collate import collate
 from amltrain.data.ensure import ensure_prepared
 from amltrain.data.loaders import build_eval_loaders, resolve_splits
 from amltrain.data.text import SentenceTokenizer
+from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import Pretrained, load_pretrained
+from amltrain.records import Batch
 
 
 class Analysed(NamedTuple):
@@ -76,6 +81,18 @@ def loaders_of(
     evaluation = EvaluationConfig(splits=[args.split], batch_size=args.batch_size, max_samples=args.max_samples)
     preprocess = model.pretrained.preprocess
     return build_eval_loaders(data, preprocess, evaluation, protocol, model.tokenizer, seed=args.seed, perturb=perturb)
+
+
+def fixed_pairs(dataset: Any, count: int, batch_size: int, device: torch.device) -> list[Batch]:
+    """Batches of `count` pairs spread over a split: the same pairs for every model, batch size and seed.
+
+    Images are as the model takes them (normalised), on the device.
+    """
+    count = min(count, len(dataset))
+    places = [i * len(dataset) // count for i in range(count)]
+    normalization = dataset.describe()["normalization"]
+    collated = (collate([dataset[i] for i in places[s : s + batch_size]]) for s in range(0, count, batch_size))
+    return [normalise_batch(send_to_device(batch, device), normalization) for batch in collated]
 
 
 def single_process(data: DataConfig) -> Accelerator:

@@ -15,6 +15,7 @@ a Markdown table and the hardware; `--count` only counts, in seconds and without
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from amltrain.errors import one_line_errors
 
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     parser.add_argument("--count", action="store_true", help="only count FLOPs; nothing is timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import gc
+import json
 import os
 import platform
 import statistics
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from amltrain.commands.device import choose_device
 from amltrain.errors import UserError
+from amltrain.evaluation.results import write_text
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.base import Method
@@ -307,7 +309,10 @@ def run(options: argparse.Namespace) -> None:
     configs = contenders(size, options.stage1_size)
     if options.count:
         print(f"{options.model}, {size} px, one sample, forward and backward")
-        print(counted_table(count_flops(options.model, size, configs)))
+        flops = count_flops(options.model, size, configs)
+        print(counted_table(flops))
+        baseline = next(iter(flops.values()))
+        write_json(options, size, {n: {"gflop": f / 1e9, "ratio": f / baseline} for n, f in flops.items()})
         return
     with too_few_samples_refused(options.batch):
         bench = build_bench(
@@ -317,3 +322,16 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.model}, {size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds")
     print(hardware(device))
     print(table(results, options.batch))
+    baseline_memory = results[0].memory
+    steps = {r.name: {"seconds": r.seconds, "ratio": r.ratio, "memory": r.memory} for r in results}
+    for values in steps.values():
+        values["memory_ratio"] = values["memory"] / baseline_memory if values["memory"] and baseline_memory else None
+    write_json(options, size, steps, batch=options.batch, precision=options.precision, hardware=hardware(device))
+
+
+def write_json(options: argparse.Namespace, size: int, steps: dict[str, Any], **more: Any) -> None:
+    """Write the figures of every step by its name to `--json`, if it was given."""
+    if options.json is None:
+        return
+    values = {"model": options.model, "size": size, **more, "steps": steps}
+    write_text(options.json, json.dumps(values, indent=2) + "\n")

@@ -103,8 +103,8 @@ def shown_split(split: str, settings: Settings) -> str:
 
 
 def check_data(table: Table, settings: Settings) -> None:
-    """Raise UserError, with the commands to run, for data that a table at full scale needs and that are not prepared."""
-    if settings.scale == "tiny" or settings.prepared.count("/") == 1 and not Path(settings.prepared).exists():
+    """Raise UserError, with the commands to run, for data that a table at full scale needs and lacks."""
+    if settings.scale == "tiny" or (settings.prepared.count("/") == 1 and not Path(settings.prepared).exists()):
         return  # drawn, or on the Hub
     needed = {name for run in table.runs() for name in read_recipe(run.recipe).datasets}
     needed |= {split.partition(":")[0] for split in splits_of(table.rows)}

@@ -286,8 +286,8 @@ TABLE_14 = Table(
         ),
     ),
     (
-        "Every step's loss is on masked images with AML and on whole ones without, so the first two rows do not compare "
-        "models. The last two do: one fixed set of training pairs, whole images, evaluation mode.",
+        "Every step's loss is on masked images with AML and on whole ones without, so the first two rows do not "
+        "compare models. The last two do: one fixed set of training pairs, whole images, evaluation mode.",
     ),
 )
 TABLE_15 = Table(
@@ -392,8 +392,8 @@ CONFLICTS = (
     'rho is the share "retained" in section 3.3 and the share "set to zero" in G.6.',
     "Table 3's 63.79 equals Table 10's 63.8 at epoch 10 of 50, so it may not be a ten-epoch schedule.",
     '"RefCOCO mIoU" in section 4.4 quotes the oIoU of Table 4.',
-    "Table 9's times (1.172 x) fit a first stage of encoders alone (1.175 x in FLOPs). The public code costs 2.51 x, so "
-    "they were not measured with it. For DETRIS the paper has 1.196 x, and we count 1.293 x in FLOPs.",
+    "Table 9's times (1.172 x) fit a first stage of encoders alone (1.175 x in FLOPs). The public code costs 2.51 x, "
+    "so they were not measured with it. For DETRIS the paper has 1.196 x, and we count 1.293 x in FLOPs.",
     "The statistics of Table 12 (mean 0.754) do not fit the written formula, whose scores are about 1 / tokens: the "
     "temperature that they imply is not in the paper.",
     "The public code differs from the paper in eight points ([AML](aml.md)), and cannot be run as published.",
@@ -407,4 +407,4 @@ def find_tables(names: Sequence[str]) -> list[Table]:
         if name not in BY_NAME and name != "all":
             raise unknown_name("table", name, [*BY_NAME, "all"])
     wanted = list(BY_NAME) if "all" in names else names
-    return list(dict.fromkeys(BY_NAME[name] for name in wanted))
+    return list({BY_NAME[name].name: BY_NAME[name] for name in wanted}.values())

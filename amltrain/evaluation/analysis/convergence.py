@@ -14,25 +14,34 @@ from amltrain.evaluation.tables import markdown
 LOG = "log.jsonl"
 
 
+def read_epoch_losses(place: str | Path) -> dict[int, float]:
+    """Mean loss of every whole epoch, by its last step, as the run logged it; empty for a run of an older version."""
+    rows = _read_lines(place)
+    return {int(row["step"]): float(row["epoch_loss"]) for row in rows if row.get("epoch_loss") is not None}
+
+
 def read_log(place: str | Path) -> list[tuple[int, float]]:
     """(step, loss) of every log line of a run. place: a run, or a checkpoint or model folder in it.
 
     Raises UserError if the log is missing or has no loss.
     """
+    losses = [(int(row["step"]), float(row["loss"])) for row in _read_lines(place) if row.get("loss") is not None]
+    if not losses:
+        raise UserError(f"the {LOG} of {place} holds no loss yet; let the run log a few steps (train.log_every)")
+    return losses
+
+
+def _read_lines(place: str | Path) -> list[dict[str, Any]]:
     folder = next((p for p in (Path(place), *Path(place).resolve().parents[:2]) if (p / LOG).is_file()), None)
     if folder is None:
         raise UserError(f"{place} has no {LOG}; convergence needs the folder of a run")
-    losses = []
+    rows = []
     for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError:  # a run that was killed leaves half a line
             continue
-        if "loss" in row and row["loss"] is not None:
-            losses.append((int(row["step"]), float(row["loss"])))
-    if not losses:
-        raise UserError(f"{folder / LOG} holds no loss yet; let the run log a few steps (train.log_every)")
-    return losses
+    return rows
 
 
 def steps_per_epoch(place: str | Path, data: Mapping[str, Any], global_batch_size: int) -> float:
@@ -79,9 +88,8 @@ def convergence_table(losses: Mapping[str, Sequence[float]]) -> str:
         at = [values[epoch - 1] if epoch <= len(values) else float("nan") for values in losses.values()]
         cells = [_number(value) for value in (*at, *(value - at[0] for value in at[1:]))]
         rows.append([str(epoch), *cells])
-    return "\n".join(
-        [*markdown([header, *rows], text_columns=1), "", "Mean of the logged training losses of an epoch."]
-    )
+    note = "Mean of the training losses of an epoch; with AML they are losses on masked images (see analyse losses)."
+    return "\n".join([*markdown([header, *rows], text_columns=1), "", note])
 
 
 def _number(value: float) -> str:
@@ -99,6 +107,27 @@ def draw_convergence(losses: Mapping[str, Sequence[float]], path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.set_ylabel("mean training loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+
+
+def losses_table(losses: Mapping[str, Mapping[int, float]]) -> str:
+    """A row per checkpoint step, a column per run; "-" where a run has no checkpoint of that step."""
+    steps = sorted({step for values in losses.values() for step in values})
+    nothing = float("nan")
+    rows = [(f"{step:,}", *(_number(values.get(step, nothing)) for values in losses.values())) for step in steps]
+    return "\n".join(markdown([("step", *losses), *rows], text_columns=1))
+
+
+def draw_losses(losses: Mapping[str, Mapping[int, float]], path: Path) -> None:
+    """Loss over steps, one line per run."""
+    with saved_figure(path, (6, 4)) as figure:
+        axes = figure.subplots()
+        for i, (run, values) in enumerate(losses.items()):
+            axes.plot(list(values), list(values.values()), marker=".", label=run, color=COLOURS[i % len(COLOURS)])
+        axes.set_xlabel("step")
+        axes.set_ylabel("mean loss on whole images")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

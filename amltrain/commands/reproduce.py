@@ -1,0 +1,62 @@
+"""Make the AML paper's tables and figures: train and evaluate what is missing, then write published and own values.
+
+    amltrain reproduce table4                              # tiny scale: minutes on a CPU, compares with nothing
+    amltrain reproduce table4 --scale full --dry_run       # the commands of the real thing
+    amltrain reproduce table4 --scale full --seeds 0 1 2 -- --train.micro_batch_size 4
+    amltrain reproduce all --fill_only                     # fill the tables from what has been run
+
+What is finished is not run again; what was interrupted resumes. Full scale trains the recipes into their own folders
+(runs/paper/...), so runs that you start by hand, e.g. on many GPUs, count. Tables are written as Markdown, LaTeX and
+JSON, with the protocol of every value, to OUTPUT/SCALE/tables; OUTPUT/status.md lists all that were made. Arguments
+after `--` go to every `amltrain train`, e.g. `--processes 8`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from amltrain.errors import UserError, one_line_errors
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="amltrain reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help="tables and figures, e.g. table4 figure6; or all")
+    parser.add_argument("--list", action="store_true", help="list the tables with their recipes")
+    parser.add_argument("--scale", choices=["tiny", "full"], default="tiny", help="default: tiny")
+    parser.add_argument("--steps", type=int, help="steps of a tiny run (default: 24)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of everything each (default: 0)")
+    parser.add_argument("--prepared", default="prepared", help="folder of the prepared data at full scale (prepared)")
+    parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="folder (default: %(default)s)")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands that would run, and run nothing")
+    parser.add_argument("--fill_only", action="store_true", help="run nothing; fill the tables from what is there")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    args = build_parser().parse_args(arguments[:end])
+    with one_line_errors():
+        from amltrain.reproduce.page import table_list
+        from amltrain.reproduce.tables import find_tables
+
+        if args.list:
+            print(table_list())
+            return
+        if not args.tables:
+            raise UserError("name a table, e.g. table4; `amltrain reproduce --list` lists them")
+        if args.steps is not None and (args.steps < 1 or args.scale == "full"):
+            raise UserError("--steps must be at least 1, and is for --scale tiny; a recipe has its own length")
+        if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+            raise UserError("--seeds must be different numbers from 0 on")
+        tables = find_tables(args.tables)
+        from amltrain.commands.reproduce_tables import reproduce
+
+        reproduce(tables, args, arguments[end + 1 :])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Run the commands of tables, and write the tables: what `amltrain reproduce` does after its arguments are read."""
+
+import argparse
+import importlib
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from amltrain.errors import UserError
+from amltrain.reproduce.definition import Table
+from amltrain.reproduce.files import STATUS, write_table
+from amltrain.reproduce.plan import TINY_STEPS, Command, Settings, check_data, plan
+from amltrain.training.preemption import REQUEUE_EXIT_CODE
+
+MODULES = {
+    "train": "amltrain.commands.train",
+    "evaluate": "amltrain.commands.evaluate",
+    "analyse": "amltrain.commands.analyse",
+    "benchmark": "amltrain.commands.benchmark",
+}
+PRELOADED = [
+    *MODULES.values(),
+    *("amltrain.training.trainer", "amltrain.commands.evaluate_splits", "amltrain.commands.analyse_models"),
+    "torch._dynamo",
+]
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def reproduce(tables: Sequence[Table], args: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Make every table; one that fails does not stop the others. flags: for every `amltrain train`.
+
+    Raises UserError if only one table was asked for and its data are missing, SystemExit(1) if any table failed.
+    """
+    settings = Settings(
+        scale=args.scale,
+        root=args.output,
+        steps=args.steps or TINY_STEPS,
+        seeds=tuple(args.seeds),
+        prepared=args.prepared,
+        flags=tuple(flags),
+    )
+    if args.dry_run:
+        print("\n".join(str(c) for c in dict.fromkeys(c for t in tables for c in plan(t, settings) if not c.done)))
+        return
+    failed = []
+    for table in tables:
+        try:
+            if not args.fill_only:
+                check_data(table, settings)
+                for command in plan(table, settings):
+                    run_command(command)
+        except UserError as error:
+            if len(tables) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(table.name)
+        print(write_table(table, settings, own_command(table, args, flags)))
+    print(f"tables -> {settings.folder / 'tables'}; status -> {settings.root / STATUS}")
+    if failed:
+        print(f"error: {', '.join(failed)}: not finished, see above", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def own_command(table: Table, args: argparse.Namespace, flags: Sequence[str]) -> str:
+    """The command that makes this table alone."""
+    words = ["amltrain", "reproduce", table.name, "--scale", args.scale]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    words += ["--seeds", *map(str, args.seeds)] if args.seeds != [0] else []
+    words += ["--prepared", args.prepared] if args.prepared != "prepared" else []
+    return shlex.join([*words, "--", *flags] if flags else words)
+
+
+def run_command(command: Command) -> None:
+    """Run a command that is not done in a process of its own, and wait. Raises UserError where it fails.
+
+    A process leaves no state of Accelerate and no GPU memory behind. A fork server has imported the libraries, so each
+    costs a fork. Requests to stop go on to the process; SystemExit(75) follows when it has saved.
+    """
+    if command.done:
+        return
+    print(f"\n$ {command}", flush=True)
+    started = time.monotonic()
+    process = _server().Process(target=_call, args=(MODULES[command.name], command.arguments))
+    process.start()
+    with _forwarding(process):
+        process.join()
+    if process.exitcode == REQUEUE_EXIT_CODE:
+        raise SystemExit(REQUEUE_EXIT_CODE)
+    if process.exitcode:
+        raise UserError(f"`{command}` ended with code {process.exitcode}; its own message is above")
+    print(f"# {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _call(module: str, arguments: Sequence[str]) -> None:
+    sys.argv = ["amltrain", *arguments]
+    importlib.import_module(module).main(list(arguments))
+
+
+@contextmanager
+def _forwarding(process: BaseProcess) -> Iterator[None]:
+    """Hand signals that ask to stop to the process while the block runs."""
+
+    def forward(number: int, _: Any) -> None:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        yield
+    except KeyboardInterrupt:
+        process.join()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

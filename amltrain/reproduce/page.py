@@ -1,0 +1,47 @@
+"""The parts of docs/paper.md that follow from the definition: the list of tables, and the paper's conflicts.
+
+python -m amltrain.reproduce.page docs/paper.md     # rewrite them
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from amltrain.evaluation.tables import markdown
+from amltrain.reproduce.definition import Table
+from amltrain.reproduce.tables import CONFLICTS, TABLES
+
+
+def table_list() -> str:
+    """One row per table: its names, what it shows, its command at full scale, its recipes, and its status."""
+    rows = [(t.paper, t.what, f"`amltrain reproduce {t.name}`", _recipes(t), "not run") for t in TABLES]
+    header = ("Paper", "What", "Command", "Recipes", "At full scale")
+    return "\n".join(markdown([header, *rows], text_columns=len(header)))
+
+
+def conflict_list() -> str:
+    """The paper's conflicts as a list."""
+    return "\n".join(f"- {text}" for text in CONFLICTS)
+
+
+def updated(page: str) -> str:
+    """The page with the text between its markers `<!-- NAME -->` and `<!-- end of NAME -->` made again."""
+    for name, text in (("tables", table_list()), ("conflicts", conflict_list())):
+        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        page = marked.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
+    return page
+
+
+def _recipes(table: Table) -> str:
+    """Recipes of one folder share its name: `paper/refcoco`, `refcoco_aml`."""
+    shown, folder = [], ""
+    for recipe in table.recipes():
+        own, _, name = recipe.rpartition("/")
+        shown.append(f"`{name if own == folder else recipe}`")
+        folder = own
+    return ", ".join(shown)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
