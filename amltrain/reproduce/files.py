@@ -7,12 +7,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from amltrain.commit import code_commit
 from amltrain.evaluation.results import write_text
 from amltrain.evaluation.tables import latex, markdown
 from amltrain.reproduce.definition import PERCENT, Kind, Table
 from amltrain.reproduce.plan import Settings
 from amltrain.reproduce.values import row_values
-from amltrain.training.provenance import code_commit
 
 NOT_COMPARABLE = "tiny, not comparable"
 STATUS = "status.md"

@@ -13,10 +13,17 @@ from amltrain.reproduce.tables import CONFLICTS, TABLES
 
 
 def table_list() -> str:
-    """One row per table: its names, what it shows, its command at full scale, its recipes, and its status."""
+    """The tables for `--list`: names, what they show, the number of trainings."""
+    rows = [(" ".join(t.names), t.paper, t.what, str(len(t.runs()))) for t in TABLES]
+    return "\n".join(markdown([("name", "paper", "what", "trainings"), *rows], text_columns=3))
+
+
+def recipe_table() -> str:
+    """The tables for docs/paper.md: one row each with its command, its recipes, and its status at full scale."""
     rows = [(t.paper, t.what, f"`amltrain reproduce {t.name}`", _recipes(t), "not run") for t in TABLES]
     header = ("Paper", "What", "Command", "Recipes", "At full scale")
-    return "\n".join(markdown([header, *rows], text_columns=len(header)))
+    lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines)
 
 
 def conflict_list() -> str:
@@ -26,7 +33,7 @@ def conflict_list() -> str:
 
 def updated(page: str) -> str:
     """The page with the text between its markers `<!-- NAME -->` and `<!-- end of NAME -->` made again."""
-    for name, text in (("tables", table_list()), ("conflicts", conflict_list())):
+    for name, text in (("tables", recipe_table()), ("conflicts", conflict_list())):
         marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         page = marked.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
     return page

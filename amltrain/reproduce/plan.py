@@ -15,7 +15,7 @@ from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
 from amltrain.reproduce.definition import SHARED, Kind, Row, Run, Scale, Table, splits_of
 from amltrain.reproduce.recipes import SHAPES, read_recipe, stand_ins
-from amltrain.training.resume import FINISHED_FILE
+from amltrain.training.finished import FINISHED_FILE
 
 TINY_CONFIG = "tiny_table"
 TINY_STEPS, TINY_SIZE = 24, 96

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from amltrain.evaluation.results import Results, read_results
 from amltrain.evaluation.tables import describe
 from amltrain.methods.aml.theory import distortion_bound
-from amltrain.models import model_info
 from amltrain.reproduce.definition import Kind, Row, Table
 from amltrain.reproduce.plan import (
     TINY_SIZE,
@@ -120,6 +119,8 @@ def _cost(table: Table, row: Row, measure: str, seed: int, settings: Settings) -
 
 def _bound(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
     """A function of the recipe alone."""
+    from amltrain.models import model_info  # torch takes seconds
+
     recipe = read_recipe(row.run.recipe)
     preprocess = model_info(recipe.tiny_model if settings.scale == "tiny" else recipe.model).preprocess
     size = TINY_SIZE if settings.scale == "tiny" else preprocess.size

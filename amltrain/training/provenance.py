@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from amltrain import __version__
+from amltrain.commit import code_commit
 from amltrain.config.schema import MaskParts, RunConfig, sectioned
 from amltrain.hub.model_folder import public_name
 from amltrain.models import model_info
@@ -56,22 +56,6 @@ def _public(source: str | None) -> str | None:
 def train_mask_parts(config: RunConfig) -> MaskParts:
     """Return how the training masks treat overlapping polygons."""
     return config.data.mask_parts or model_info(config.model.name).protocol.mask_parts
-
-
-@cache
-def code_commit() -> str | None:
-    """Git commit of this package's checkout, with "-dirty" after it if files differ from it.
-
-    Without a checkout, as in the docker image, use AMLTRAIN_COMMIT; None if it is not set.
-    """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("AMLTRAIN_COMMIT") or None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 @cache

@@ -15,6 +15,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import read_training
 from amltrain.training import checkpoint as checkpoints
+from amltrain.training.finished import FINISHED_FILE
 from amltrain.training.lock import OutputLock
 from amltrain.training.preemption import mark_requeue
 from amltrain.training.provenance import recipe
@@ -22,8 +23,6 @@ from amltrain.training.saving import Saver
 from amltrain.training.state import Progress
 
 PROBE, TOKENIZER = ".seen-by-all", "preprocess.tokenizer"
-FINISHED_FILE = "finished"
-"""An empty file in the folder of a run that has trained all its steps and been evaluated."""
 FREE = (
     "checkpoint",
     "data.max_skipped",

@@ -28,13 +28,14 @@ from amltrain.training.distributed import on_main_process, set_tf32
 from amltrain.training.dry_run import dry_run
 from amltrain.training.engine import Engine, build_engine
 from amltrain.training.failures import drop_frames, explained
+from amltrain.training.finished import FINISHED_FILE
 from amltrain.training.loading import step_batches
 from amltrain.training.meter import Meter
 from amltrain.training.nonfinite import NormStatistics, check_weights, describe_samples
 from amltrain.training.optim import lr_factor, set_lr
 from amltrain.training.preemption import Preemption
 from amltrain.training.profiling import profiled
-from amltrain.training.resume import FINISHED_FILE, resume_progress, write_config
+from amltrain.training.resume import resume_progress, write_config
 from amltrain.training.saving import Saver
 from amltrain.training.start import Start, open_run
 from amltrain.training.state import Progress

@@ -7,7 +7,7 @@ import pytest
 
 from amltrain.errors import UserError
 from amltrain.training.checkpoint import checkpoints, step_of
-from amltrain.training.resume import FINISHED_FILE
+from amltrain.training.finished import FINISHED_FILE
 from tests.training import runs
 
 
