@@ -49,7 +49,7 @@ def _scores(table: Table, row: Row, measure: str, seed: int, settings: Settings)
     folder = run_folder(row.run, seed, settings) / "reproduce"
     for result in _results(folder / "results.json"):
         if f"{result.dataset}:{result.split}" == shown_split(split, settings) and result.is_score:
-            return Value(result.score(metric), describe(result))
+            return Value(result.score(metric), _scored(result))
     return None
 
 
@@ -76,7 +76,7 @@ def _robustness(table: Table, row: Row, measure: str, seed: int, settings: Setti
     rows = [r for r in _analysis_rows(table, row, split, seed, settings) if r.provenance["perturbation"]]
     if not rows:
         return None
-    return Value(fmean(r.score(metric) for r in rows), f"mean of {len(rows)} perturbations, {describe(rows[0])}")
+    return Value(fmean(r.score(metric) for r in rows), f"mean of {len(rows)} perturbations, {_scored(rows[0])}")
 
 
 def _occlusion(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
@@ -92,7 +92,7 @@ def _occlusion(table: Table, row: Row, measure: str, seed: int, settings: Settin
     value = scores[share].score(metric)
     if condition.startswith("drop"):
         value = scores[0.0].score(metric) - value
-    return Value(value, f"grey 32 px blocks, {describe(scores[share])}")
+    return Value(value, f"grey 32 px blocks, {_scored(scores[share])}")
 
 
 def _activation(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
@@ -169,6 +169,10 @@ def _analysis_rows(table: Table, row: Row, split: str, seed: int, settings: Sett
     rows = _results(shared_folder(row.kind, table, seed, settings) / "results.json")
     wanted = shown_split(split, settings)
     return [r for r in rows if f"{r.dataset}:{r.split}" == wanted and r.provenance.get("checkpoint") == place]
+
+
+def _scored(result: Results) -> str:
+    return f"{result.dataset} {result.split}, {result.counts['samples']:,} samples, {describe(result)}"
 
 
 def _results(path: Path) -> list[Results]:

@@ -21,7 +21,15 @@ NUMBERED = [*(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18)]
 
 
 def test_every_table_and_figure_of_the_paper_has_an_entry() -> None:
-    wanted = {f"table{n}" for n in NUMBERED} | {"main", "combined", "gres", "figure4a", "figure4b", "figure5", "figure6"}
+    wanted = {f"table{n}" for n in NUMBERED} | {
+        "main",
+        "combined",
+        "gres",
+        "figure4a",
+        "figure4b",
+        "figure5",
+        "figure6",
+    }
     assert wanted <= BY_NAME.keys()
     assert [table.name for table in find_tables(["table17", "table4"])] == ["table4"]
     assert find_tables(["all"]) == list(TABLES)
