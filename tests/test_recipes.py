@@ -82,6 +82,7 @@ OFFICIAL = {
     **{f"remamber/{name}": REMAMBER for name in CLASSIC},
     **{f"barleria/{name}": BARLERIA for name in CLASSIC},
     **{f"paper/{name}": CARIS for name in [*CLASSIC, "combined"]},
+    **{f"paper/{name}_10_epochs": CARIS._replace(length=10) for name in ("refcoco", "refcoco+")},  # the AML paper's
     **{f"cgformer/{name}": CGFORMER for name in CLASSIC},
     **{f"lavt/{name}": LAVT for name in CLASSIC},
     **{f"cris/{name}": CRIS._replace(tokens=22 if name == "refcocog" else 17) for name in CLASSIC},

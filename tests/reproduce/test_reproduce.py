@@ -24,14 +24,13 @@ def options(tmp_path: Path, *more: str) -> argparse.Namespace:
     return build_parser().parse_args(["table4", "--output", str(tmp_path), *more])
 
 
-@pytest.mark.parametrize("settings", [TINY, FULL], ids=["tiny", "full"])
-@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_every_training_is_a_run_that_train_takes(table: Table, settings: Settings) -> None:
-    for command in plan(table, settings):
+@pytest.mark.parametrize("name", ["table2", "gres", "table3", "table12"])
+def test_tiny_trainings_are_runs_that_train_takes(name: str) -> None:
+    for command in plan(BY_NAME[name], TINY):
         if command.name == "train":
             run = read_run(command.arguments)
-            assert ("tiny" in run.model.name) == (settings.scale == "tiny")
-            assert run.train.stop_after is None or run.train.stop_after <= (run.train.max_steps or run.train.epochs)
+            assert run.model.name.endswith("_tiny") and "shapes" in run.data.datasets[0]
+            assert (run.train.stop_after or 1) <= run.train.max_steps <= 8
 
 
 def test_tiny_keeps_method_and_options() -> None:
@@ -40,8 +39,8 @@ def test_tiny_keeps_method_and_options() -> None:
     assert {run.model.name for run in commands} == {"caris_tiny"}
     assert {tuple(run.data.datasets) for run in commands} == {("refshapes+",)}
     assert {run.train.max_steps for run in commands} == {8}
-    short = [read_run(c.arguments) for c in plan(BY_NAME["table7"], TINY) if c.name == "train"]
-    assert {(run.train.max_steps, run.train.stop_after) for run in short} == {(8, 2)}
+    short = [str(c) for c in plan(BY_NAME["table7"], TINY) if c.name == "train"]
+    assert all("--train.max_steps 8 --train.stop_after 2 " in command for command in short)
 
 
 def test_full_trains_into_the_recipes_folders() -> None:
@@ -52,9 +51,8 @@ def test_full_trains_into_the_recipes_folders() -> None:
     assert {(run.train.micro_batch_size, run.data.prepared) for run in runs} == {(4, "elsewhere")}
     assert str(commands[3]).startswith("amltrain train --config 'recipes/paper/refcoco+_aml' --data.prepared elsewhere")
     followed = [read_run(c.arguments) for c in plan(TABLE_14, FULL) if c.name == "train"]
-    assert [(run.train.stop_after, run.checkpoint.initial) for run in followed] == [(None, False)] * 2 + [
-        (10, True)
-    ] * 2
+    lengths = [(run.train.stop_after, run.checkpoint.initial) for run in followed]
+    assert lengths == [(None, False)] * 2 + [(10, True)] * 2
 
 
 def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
