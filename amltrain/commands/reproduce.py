@@ -2,17 +2,15 @@
 
     amltrain reproduce table4                              # tiny scale: minutes on a CPU, compares with nothing
     amltrain reproduce table4 --scale full --dry_run       # the commands of the real thing
-    amltrain reproduce table4 --scale full --seeds 0 1 2 -- --train.micro_batch_size 4
+    amltrain reproduce table4 --scale full --seeds 0 1 2 --flags --train.micro_batch_size 4
     amltrain reproduce all --fill_only                     # fill the tables from what has been run
 
 What is finished is not run again; what was interrupted resumes. Full scale trains the recipes into their own folders
 (runs/paper/...), so runs that you start by hand, e.g. on many GPUs, count. Tables are written as Markdown, LaTeX and
-JSON, with the protocol of every value, to OUTPUT/SCALE/tables; OUTPUT/status.md lists all that were made. Arguments
-after `--` go to every `amltrain train`, e.g. `--processes 8`.
+JSON, with the protocol of every value, to OUTPUT/SCALE/tables; OUTPUT/status.md lists all that were made.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,13 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="folder (default: %(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="print the commands that would run, and run nothing")
     parser.add_argument("--fill_only", action="store_true", help="run nothing; fill the tables from what is there")
+    flags_help = "what follows goes to every `amltrain train`, e.g. --flags --processes 8"
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help=flags_help)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    args = build_parser().parse_args(arguments[:end])
+    args = build_parser().parse_args(arguments)
     with one_line_errors():
         from amltrain.reproduce.page import table_list
         from amltrain.reproduce.tables import find_tables
@@ -55,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tables = find_tables(args.tables)
         from amltrain.commands.reproduce_tables import reproduce
 
-        reproduce(tables, args, arguments[end + 1 :])
+        reproduce(tables, args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, one_line_errors
 from amltrain.reproduce.definition import Table
 from amltrain.reproduce.files import STATUS, write_table
 from amltrain.reproduce.plan import TINY_STEPS, Command, Settings, check_data, plan
@@ -33,8 +33,8 @@ PRELOADED = [
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 
-def reproduce(tables: Sequence[Table], args: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Make every table; one that fails does not stop the others. flags: for every `amltrain train`.
+def reproduce(tables: Sequence[Table], args: argparse.Namespace) -> None:
+    """Make every table; one that fails does not stop the others.
 
     Raises UserError if only one table was asked for and its data are missing, SystemExit(1) if any table failed.
     """
@@ -44,7 +44,7 @@ def reproduce(tables: Sequence[Table], args: argparse.Namespace, flags: Sequence
         steps=args.steps or TINY_STEPS,
         seeds=tuple(args.seeds),
         prepared=args.prepared,
-        flags=tuple(flags),
+        flags=tuple(args.flags),
     )
     if args.dry_run:
         print("\n".join(str(c) for c in dict.fromkeys(c for t in tables for c in plan(t, settings) if not c.done)))
@@ -61,20 +61,20 @@ def reproduce(tables: Sequence[Table], args: argparse.Namespace, flags: Sequence
                 raise
             print(f"error: {error}", file=sys.stderr)
             failed.append(table.name)
-        print(write_table(table, settings, own_command(table, args, flags)))
+        print(write_table(table, settings, own_command(table, args)))
     print(f"tables -> {settings.folder / 'tables'}; status -> {settings.root / STATUS}")
     if failed:
         print(f"error: {', '.join(failed)}: not finished, see above", file=sys.stderr)
         raise SystemExit(1)
 
 
-def own_command(table: Table, args: argparse.Namespace, flags: Sequence[str]) -> str:
+def own_command(table: Table, args: argparse.Namespace) -> str:
     """The command that makes this table alone."""
     words = ["amltrain", "reproduce", table.name, "--scale", args.scale]
     words += ["--steps", str(args.steps)] if args.steps else []
     words += ["--seeds", *map(str, args.seeds)] if args.seeds != [0] else []
     words += ["--prepared", args.prepared] if args.prepared != "prepared" else []
-    return shlex.join([*words, "--", *flags] if flags else words)
+    return shlex.join([*words, "--flags", *args.flags] if args.flags else words)
 
 
 def run_command(command: Command) -> None:
@@ -83,11 +83,12 @@ def run_command(command: Command) -> None:
     A process leaves no state of Accelerate and no GPU memory behind. A fork server has imported the libraries, so each
     costs a fork. Requests to stop go on to the process; SystemExit(75) follows when it has saved.
     """
-    if command.done:
+    if command.done and command.name != "train":
         return
-    print(f"\n$ {command}", flush=True)
+    target = _check if command.done else _call
+    print("" if command.done else f"\n$ {command}", flush=True)
     started = time.monotonic()
-    process = _server().Process(target=_call, args=(MODULES[command.name], command.arguments))
+    process = _server().Process(target=target, args=(MODULES[command.name], command.arguments))
     process.start()
     with _forwarding(process):
         process.join()
@@ -95,7 +96,8 @@ def run_command(command: Command) -> None:
         raise SystemExit(REQUEUE_EXIT_CODE)
     if process.exitcode:
         raise UserError(f"`{command}` ended with code {process.exitcode}; its own message is above")
-    print(f"# {time.monotonic() - started:.0f} s", flush=True)
+    if not command.done:
+        print(f"# {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _server() -> Any:
@@ -107,6 +109,26 @@ def _server() -> Any:
 def _call(module: str, arguments: Sequence[str]) -> None:
     sys.argv = ["amltrain", *arguments]
     importlib.import_module(module).main(list(arguments))
+
+
+def _check(module: str, arguments: Sequence[str]) -> None:
+    """End with an error where a finished run was not trained as these arguments of `amltrain train` ask for."""
+    from amltrain.commands.train import read_run
+    from amltrain.training.resume import check_recipe
+
+    def refuse(text: str) -> None:
+        raise UserError(text.replace("WARNING: ", "").replace("the run continues with the new value", "move it away"))
+
+    with one_line_errors():
+        config = read_run(without_launcher(arguments))
+        check_recipe((config.folder / "last").resolve(), config, refuse)
+
+
+def without_launcher(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a run, without `--processes N` and `--accelerate FILE`."""
+    from amltrain.training.launcher import take_launch_options
+
+    return take_launch_options(arguments)[0]
 
 
 @contextmanager

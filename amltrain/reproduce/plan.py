@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from amltrain.data.manifest import read_manifest
 from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
@@ -121,7 +123,18 @@ def _train(run: Run, seed: int, settings: Settings) -> Command:
     folder = run_folder(run, seed, settings)
     flags = _tiny_flags(run, settings) if settings.scale == "tiny" else _full_flags(run, settings)
     arguments = (*flags, "--seed", str(seed), "--output", str(folder), *settings.flags)
-    return Command("train", arguments, (folder / FINISHED_FILE).is_file())
+    return Command("train", arguments, _finished(folder, arguments, read_recipe(run.recipe).stop_after))
+
+
+def _finished(folder: Path, arguments: Sequence[str], stop_after: int | None) -> bool:
+    """Whether a run has ended where these arguments end. stop_after: of the recipe."""
+    if not (folder / FINISHED_FILE).is_file():
+        return False
+    stop = arguments.index("--train.stop_after") if "--train.stop_after" in arguments else None
+    if stop is not None:
+        stop_after = int(arguments[stop + 1])
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return config["train"].get("stop_after") == stop_after
 
 
 def _full_flags(run: Run, settings: Settings) -> list[str]:

@@ -81,3 +81,27 @@ def test_mistakes_get_one_line(
         main([mistake[0], *models, *data, "--output", str(tmp_path), *mistake[1:]])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_losses_on_the_same_pairs(run: Path, shapes: Path, tmp_path: Path):
+    """Two checkpoints of one run; other batch sizes change nothing, and other pairs do."""
+    data = ["--datasets", "refshapes", "--prepared", str(shapes), "--workers", "0", "--split", "train"]
+    read = []
+    for name, sizes in (("a", ("6", "4")), ("b", ("6", "2")), ("c", ("3", "4"))):
+        pairs = ["--pairs", sizes[0], "--batch_size", sizes[1], "--output", str(tmp_path / name)]
+        main(["losses", "--models", f"one={run}", *data, *pairs])
+        read.append(json.loads((tmp_path / name / "losses.json").read_text()))
+    values = [[step["loss"] for step in found["steps"].values()] for found in read]
+    assert list(read[0]["steps"]) == ["1", "2"] and read[0]["pairs"] == 6
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[0] != pytest.approx(values[2], rel=1e-5)
+    assert "whole images" in (tmp_path / "a" / "losses.md").read_text()
+    assert (tmp_path / "a" / "losses.png").exists()
+
+
+def test_dynamics_of_chosen_pairs_as_json(run: Path, shapes: Path, tmp_path: Path):
+    data = ["--datasets", "refshapes", "--prepared", str(shapes), "--workers", "0", "--output", str(tmp_path)]
+    main(["dynamics", "--models", str(run), *data, "--pairs", "5", "--calibration", "1"])
+    found = json.loads((tmp_path / "dynamics.json").read_text())
+    assert found["pairs"] == 5 and list(found["steps"]) == ["1", "2"]
+    assert found["steps"]["1"]["score_mean"] == pytest.approx(0.75, abs=0.01)

@@ -61,8 +61,10 @@ def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     assert not any(command.done for command in plan(TABLE_4, settings))
     (folder / FINISHED_FILE).touch()
-    assert [command.done for command in plan(TABLE_4, settings)][:2] == [True, False]
-    run_command(Command("train", ("--foo",), done=True))  # does nothing
+    for stopped, done in (("3", False), ("null", True)):
+        (folder / "config.yaml").write_text(f"train: {{stop_after: {stopped}}}\n")
+        assert [command.done for command in plan(TABLE_4, settings)][:2] == [done, False]
+    run_command(Command("evaluate", ("--foo",), done=True))  # does nothing
     with pytest.raises(UserError, match=r"`amltrain train --foo bar` ended with code 2"):
         run_command(Command("train", ("--foo", "bar"), done=False))
 
@@ -79,7 +81,7 @@ def test_missing_data_names_the_commands(tmp_path: Path) -> None:
 
 
 def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["table4", "table17", "--dry_run", "--output", str(tmp_path / "new"), "--", "--optim.lr", "0.1"])
+    main(["table4", "table17", "--dry_run", "--output", str(tmp_path / "new"), "--flags", "--optim.lr", "0.1"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(set(lines)) == 8
     assert all(line.startswith(("amltrain train ", "amltrain evaluate ")) for line in lines)
@@ -131,7 +133,7 @@ def test_a_table_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
         ),
     )
     args = options(tmp_path, "--steps", "1")
-    reproduce([table], args, [])
+    reproduce([table], args)
     folder = tmp_path / "tiny-1-steps"
     content = json.loads((folder / "tables" / "probe.json").read_text())
     assert [len(row["ours"]) for row in content["rows"]] == [1, 1]
@@ -143,14 +145,18 @@ def test_a_table_is_made_from_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     log = folder / "runs" / "paper" / "refcoco+_aml_tau_0.2" / "log.jsonl"
     before = log.stat().st_mtime_ns
     capsys.readouterr()
-    reproduce([table], args, [])
+    reproduce([table], args)
     assert log.stat().st_mtime_ns == before
     assert "$ amltrain" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"amltrain train .* ended with code 2"):  # another recipe's run in its folder
+        reproduce([table], options(tmp_path, "--steps", "1", "--flags", "--optim.lr", "0.5"))
+    with pytest.raises(UserError, match=r"amltrain train .* ended with code 2"):
+        reproduce([table], options(tmp_path, "--steps", "1", "--flags", "--train.max_steps", "7"))
 
 
 @pytest.mark.slow
 def test_every_table_is_made_at_the_tiny_scale(tmp_path: Path) -> None:
-    reproduce(TABLES, options(tmp_path, "--steps", "4"), [])
+    reproduce(TABLES, options(tmp_path, "--steps", "4"))
     for table in TABLES:
         content = json.loads((tmp_path / "tiny-4-steps" / "tables" / f"{table.name}.json").read_text())
         missing = [f"{row['row']}: {row['measure']}" for row in content["rows"] if not row["ours"]]
