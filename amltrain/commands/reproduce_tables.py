@@ -49,13 +49,16 @@ def reproduce(tables: Sequence[Table], args: argparse.Namespace) -> None:
     if args.dry_run:
         print("\n".join(str(c) for c in dict.fromkeys(c for t in tables for c in plan(t, settings) if not c.done)))
         return
-    failed = []
+    failed: list[str] = []
+    seen: set[tuple[str, tuple[str, ...]]] = set()
     for table in tables:
         try:
             if not args.fill_only:
                 check_data(table, settings)
                 for command in plan(table, settings):
-                    run_command(command)
+                    if command[:2] not in seen:  # tables share runs
+                        run_command(command)
+                        seen.add(command[:2])
         except UserError as error:
             if len(tables) == 1:
                 raise

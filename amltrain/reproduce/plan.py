@@ -6,6 +6,7 @@ it shows that every command works, and compares with nothing.
 """
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,8 +51,7 @@ class Command(NamedTuple):
     done: bool
 
     def __str__(self) -> str:
-        quoted = (f"'{word}'" if set("[]+ *") & set(word) else word for word in self.arguments)
-        return f"amltrain {self.name} {' '.join(quoted)}"
+        return shlex.join(["amltrain", self.name, *self.arguments])
 
 
 def plan(table: Table, settings: Settings) -> list[Command]:

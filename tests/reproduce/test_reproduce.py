@@ -49,7 +49,7 @@ def test_full_trains_into_the_recipes_folders() -> None:
     runs = [read_run(c.arguments) for c in commands]
     assert [run.output for run in runs[3::4]] == ["runs/paper/refcoco+_aml", "runs/paper/refcoco+_aml-seed-1"]
     assert {(run.train.micro_batch_size, run.data.prepared) for run in runs} == {(4, "elsewhere")}
-    assert str(commands[3]).startswith("amltrain train --config 'recipes/paper/refcoco+_aml' --data.prepared elsewhere")
+    assert str(commands[3]).startswith("amltrain train --config recipes/paper/refcoco+_aml --data.prepared elsewhere")
     followed = [read_run(c.arguments) for c in plan(TABLE_14, FULL) if c.name == "train"]
     lengths = [(run.train.stop_after, run.checkpoint.initial) for run in followed]
     assert lengths == [(None, False)] * 2 + [(10, True)] * 2
