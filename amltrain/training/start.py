@@ -11,11 +11,13 @@ from tqdm.auto import tqdm
 from amltrain.config.schema import RunConfig
 from amltrain.data.ensure import ensure_training_data
 from amltrain.hub.push import Publisher, build_publisher
+from amltrain.training.checkpoint import step_of
 from amltrain.training.checks import check_before_data
 from amltrain.training.distributed import PREPARATION, BatchPlan, build_accelerator, on_main_process
 from amltrain.training.lock import OutputLock
 from amltrain.training.preemption import Preemption
 from amltrain.training.resume import check_shared, prepare_output
+from amltrain.training.trackers import start_trackers
 
 
 class Start(NamedTuple):
@@ -29,9 +31,10 @@ class Start(NamedTuple):
 
 @contextmanager
 def open_run(config: RunConfig, preemption: Preemption) -> Iterator[Start]:
-    """Check the config, connect the processes, lock the output folder and prepare data; undo the first two at the end.
+    """Check the config, connect the processes, lock the output folder, start trackers and prepare data.
 
-    A request to stop leaves at once: there is nothing to save yet. Raises UserError.
+    At the end the lock is released, trackers finish and the processes part. A request to stop leaves at once: there is
+    nothing to save yet. Raises UserError.
     """
     lock, publishers = OutputLock(config.folder), []
     with preemption.leaving_at_once(lambda: preemption.leave(config.folder)):
@@ -47,6 +50,8 @@ def open_run(config: RunConfig, preemption: Preemption) -> Iterator[Start]:
         with preemption.leaving_at_once(lambda: preemption.leave(config.folder)):
             resume_from = on_main_process(accelerator, open_output)
             check_shared(accelerator, config.folder)
+            first_step = 0 if resume_from is None else step_of(resume_from)
+            on_main_process(accelerator, lambda: start_trackers(accelerator, config, first_step, log))
             on_main_process(accelerator, lambda: ensure_training_data(config.data, log), wait=PREPARATION)
         yield Start(accelerator, plan, resume_from, publishers[0] if publishers else None)
     finally:

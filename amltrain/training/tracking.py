@@ -1,31 +1,20 @@
-"""The header, the log file and the trackers of a run. Only the main process writes."""
+"""The header, the log lines and the log file of a run. Only the main process writes."""
 
 import json
 import os
-import secrets
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 
 from amltrain import __version__
-from amltrain.config.schema import RunConfig, sectioned
-from amltrain.errors import UserError, first_line
-from amltrain.evaluation.results import Results
-from amltrain.evaluation.tables import table
+from amltrain.config.schema import RunConfig
 from amltrain.files import write_text
 from amltrain.training.build import RunComponents
-from amltrain.training.checkpoint import checkpoint_name
 from amltrain.training.checks import weights_origin
 from amltrain.training.distributed import BatchPlan, precision_of
-
-TRACKERS_FILE = "trackers.json"
-"""Ids of the run in trackers that continue a run by its id."""
 
 
 def banner(
@@ -87,73 +76,6 @@ def log_line(step: int, total_steps: int, images_per_step: int, values: dict[str
     )
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int, log: Callable[[str], None]) -> None:
-    """Start the trackers that the run names; a resumed run continues its run in each of them.
-
-    first_step: steps done; TensorBoard drops what a killed run had logged beyond them. Raises UserError for a tracker
-    that cannot start, unless tracking.optional leaves it out.
-    """
-    wanted, started = list(accelerator.log_with), []
-    options = _tracker_options(config, first_step) if accelerator.is_main_process else {}
-    for tracker in wanted:
-        accelerator.log_with = [tracker]
-        try:
-            accelerator.init_trackers(config.tracking.project, config=_flat(sectioned(config)), init_kwargs=options)
-            started += accelerator.trackers
-        except Exception as error:  # each tracker's client raises its own errors
-            reason = f"tracking.trackers: {getattr(tracker, 'value', tracker)} could not start ({first_line(error)})"
-            if not config.tracking.optional:
-                raise UserError(
-                    f"{reason}; log in or configure it, leave it out, or set tracking.optional to true"
-                ) from error
-            log(f"WARNING: {reason}; the run continues without it")
-        accelerator.trackers = []
-    accelerator.log_with, accelerator.trackers = wanted, started
-
-
-def _tracker_options(config: RunConfig, first_step: int) -> dict[str, dict[str, Any]]:
-    """Arguments of each tracker's start; the ids of the run are made once and kept in the output folder."""
-    path = config.folder / TRACKERS_FILE
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ids = {}
-    name = config.tracking.name or config.folder.name
-    group = {} if config.tracking.group is None else {"group": config.tracking.group}
-    options: dict[str, dict[str, Any]] = {}
-    if "tensorboard" in config.tracking.trackers:
-        options["tensorboard"] = {"purge_step": first_step + 1}
-    if "wandb" in config.tracking.trackers:
-        ids.setdefault("wandb", secrets.token_hex(4))
-        options["wandb"] = {"id": ids["wandb"], "name": name, "resume": "allow", "dir": str(config.folder), **group}
-    if "trackio" in config.tracking.trackers:
-        ids.setdefault("trackio", f"{name}-{secrets.token_hex(4)}")  # trackio knows a run by its name
-        options["trackio"] = {"name": ids["trackio"], "resume": "allow", **group}
-    if ids:
-        write_text(path, json.dumps(ids, indent=1) + "\n")
-    return options
-
-
-def track_evaluation(accelerator: Accelerator, output: Path, results: list[Results], step: int) -> None:
-    """Send an evaluation's table and pictures to the trackers that take text and pictures."""
-    if not accelerator.is_main_process or not accelerator.trackers:
-        return
-    sheets = sorted((output / "pictures").glob(f"{checkpoint_name(step)}-*.png"))
-    pictures = {
-        f"predictions/{sheet.stem.removeprefix(checkpoint_name(step) + '-')}": np.asarray(
-            Image.open(sheet).convert("RGB")
-        )[None]
-        for sheet in sheets
-    }
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_text("evaluation", table(results), global_step=step)
-            if pictures:
-                tracker.log_images(pictures, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb" and pictures:
-            tracker.log_images({name: list(images) for name, images in pictures.items()}, step=step)
-
-
 class History:
     """`log.jsonl`: one line per logged step and evaluation.
 
@@ -176,13 +98,3 @@ class History:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         self.lines += 1
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool, torch.Tensor)) else str(value)
-    return flat

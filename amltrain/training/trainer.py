@@ -39,7 +39,8 @@ from amltrain.training.resume import resume_progress, write_config
 from amltrain.training.saving import Saver
 from amltrain.training.start import Start, open_run
 from amltrain.training.state import Progress
-from amltrain.training.tracking import History, banner, log_line, start_trackers, track_evaluation
+from amltrain.training.trackers import track_evaluation
+from amltrain.training.tracking import History, banner, log_line
 from amltrain.training.validation import best_value, evaluate_splits, zero_score_hint
 
 STOP_CHECK = 8
@@ -126,7 +127,6 @@ class Trainer:
         on_main_process(self.accelerator, lambda: write_config(config))
         main = self.accelerator.is_main_process
         self.history = History(self.output / "log.jsonl", self.progress.log_lines, enabled=main)
-        start_trackers(self.accelerator, config, self.progress.step, self.log)
         self.log(banner(config, self.components, self.accelerator, self.plan, self.total_steps, self.last_step))
 
     def run(self) -> list[Results]:
