@@ -27,7 +27,7 @@ def config_schema(methods: Sections, augmentations: Sections, models: Sequence[s
     schema["description"] = "A run of `amltrain train`, or a layer of one."
     name = {"type": "string"}
     schema["properties"][BASE] = {
-        "description": "Files or shipped configs that this file starts from; later ones win, its own keys win over all.",
+        "description": "Files or shipped configs that this file starts from; later ones win, and the keys here win over all.",
         "anyOf": [name, {"type": "array", "items": name, "minItems": 1}],
     }
     for key, (low, high) in RANGES.items():
