@@ -18,16 +18,14 @@ def config_schema(methods: Sections, augmentations: Sections, models: Sequence[s
     models: the names that model.name may have. No key is required, because a file can be layered under another.
     """
     options = {name: kind.options(name) for kind in (methods, augmentations) for name in kind.names}
-    schema: dict[str, Any] = json.loads(
-        build_run_parser("amltrain train", options).get_completion_script("jsonschema")
-    )
+    schema: dict[str, Any] = json.loads(build_run_parser("amltrain train", options).get_completion_script("jsonschema"))
     for group in schema["properties"].values():
         _drop_dialects(group)
     schema["title"] = "amltrain config"
     schema["description"] = "A run of `amltrain train`, or a layer of one."
     name = {"type": "string"}
     schema["properties"][BASE] = {
-        "description": "Files or shipped configs that this file starts from; later ones win, and the keys here win over all.",
+        "description": "Files or shipped configs that this file starts from. Later ones win; this file wins over all.",
         "anyOf": [name, {"type": "array", "items": name, "minItems": 1}],
     }
     for key, (low, high) in RANGES.items():

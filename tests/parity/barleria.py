@@ -74,8 +74,18 @@ def flat(inputs: tuple[Any, ...], output: Any) -> Tensor:
     return output.flatten(2)
 
 
-def neck_with_side(inputs: tuple[Any, ...], output: Any) -> Tensor:
-    return inputs[0]
+def tokens_first(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    """Input [B, N, C] -> [N, B, C]."""
+    return inputs[0].transpose(0, 1)
+
+
+def to_map(inputs: tuple[Any, ...], output: Any) -> Tensor:
+    """Input [B, N, C] -> [B, C, N]."""
+    return inputs[0].transpose(1, 2)
+
+
+def neck_input(index: int) -> Read:
+    return lambda inputs, output: inputs[0][index]
 
 
 def error(output: ModelOutput, batch: Batch) -> Tensor:
@@ -87,6 +97,11 @@ CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.text.tokens": ("text.ln_final", whole),
     "inter.text.state": ("head.kernel", lambda inputs, output: inputs[0]),
     "inter.neck.out": ("neck", whole),
+    "inter.clip.block0_patches": ("side.readings.0", to_map),
+    "inter.vis.block0": ("vision_flows.1.0", tokens_first),
+    "inter.text.block0": ("text_flows.1.0", tokens_first),
+    **{f"inter.vis.v{3 + i}": ("neck", neck_input(i)) for i in range(3)},
+    "inter.side.block0_pass2": ("side.feedback.0.linear", lambda inputs, output: inputs[0]),
     "inter.side.block0_pass1": ("side.blocks.0", whole),
     "inter.side.x": ("side", item(0)),
     "inter.side.td7": ("side.feedback.7", item(1)),
@@ -107,5 +122,11 @@ ADAPTER = Adapter(
     tolerances={"output.logits": 1e-5},
     loss_tolerance=1e-4,
     gradient=1e-4,
+    left_out={
+        "inter.side.query": "a parameter repeated for every image; its gradient is compared",
+        "inter.vis.block0_flow": "part of inter.vis.block0; the two towers recorded it in different layouts",
+        "extra.clip_pos_embed": "the position table's resampling; tests/models/test_etris.py compares it on ETRIS",
+        "train.target_resized": "our loss resizes the target itself; output.loss depends on it",
+    },
 )
 """1e-5 for logits; activations at three times the official code's own distance from float64; a loss of 70 to 90."""

@@ -85,4 +85,9 @@ CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.query_fg": ("decoder.lang_embed", mask_query(1)),
 }
 
-ADAPTER = Adapter(build=build, loss="weighted_cross_entropy", captures=CAPTURES)
+ADAPTER = Adapter(
+    build=build,
+    loss="weighted_cross_entropy",
+    captures=CAPTURES,
+    left_out={"inter.sine_pos": "computed inside a function; inter.layer0_msda_with_residual depends on it"},
+)

@@ -18,6 +18,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from amltrain.models import RISModel  # noqa: E402
 from amltrain.records import Batch, ModelOutput  # noqa: E402
 
 RECORDED = ("input.", "extra.", "inter.", "output.", "grad.", "train.", "post.", "f64.", "unpadded.")
+NO_RULE = "the adapter has no rule for it"
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 ReadOutput = Callable[[ModelOutput, Batch], Tensor]
 
@@ -57,6 +59,7 @@ class Adapter:
     training    tolerance of `train.logits`, `output.train_logits` and `post.*` (absolute): batch norms amplify rounding
     loss_tolerance, gradient   tolerance of the loss (absolute) and of gradients (relative to each tensor's largest)
     double      tolerance of everything in float64 (relative to each tensor's largest value)
+    left_out    start of a recorded name that is not compared here -> why, e.g. the test that compares it
     """
 
     build: Callable[[Mapping[str, Any]], RISModel]
@@ -72,6 +75,7 @@ class Adapter:
     loss_tolerance: float = 2e-6
     gradient: float = 5e-4
     double: float = 1e-9
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def tolerance(self, name: str, dtype: torch.dtype) -> tuple[float, bool]:
         """How far a tensor of that recorded name may be off, and whether relative to its largest value."""
@@ -131,10 +135,12 @@ def load_adapter(model: str) -> Adapter:
     try:
         return importlib.import_module(f"tests.parity.{model}").ADAPTER
     except ModuleNotFoundError as error:
-        known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if "ADAPTER = " in p.read_text())
+        known = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if "\nADAPTER = " in p.read_text())
         if error.name != f"tests.parity.{model}":
             raise
-        fail(f"no parity adapter for {model!r}; known: {', '.join(known)}")
+        elsewhere = [path.relative_to(REPOSITORY) for path in REPOSITORY.glob(f"tests/*/test_{model}.py")]
+        compared = f"; {elsewhere[0]} compares its recorded tensors" if elsewhere else ""
+        fail(f"no parity adapter for {model!r}{compared}; known: {', '.join(known)}")
     except AttributeError:
         fail(f"tests/parity/{model}.py compares its cases itself: python tests/parity/{model}.py CASE.safetensors")
 
@@ -228,6 +234,11 @@ def run(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str, Ten
     for name, read in {**default_outputs(), **adapter.outputs}.items():
         if name in names:
             found[name] = read(output, batch)
+    for name in names:
+        if alone := re.fullmatch(r"extra\.logits_sample(\d+)_alone", name):
+            index = int(alone[1])
+            with torch.no_grad():
+                found[name] = model(batch.mapped(lambda value: value[index : index + 1])).logits  # noqa: B023
     return found
 
 
@@ -317,14 +328,15 @@ def not_compared(
         kind = name.split(".")[0]
         if name in compared or kind not in ("inter", "output", "grad", "train", "post", "f64", "extra", "unpadded"):
             continue
-        if kind in ("inter", "f64") and name.removeprefix("f64.") not in adapter.captures:
-            reasons[name] = "no place in our model computes it in this form"
+        own = [why for start, why in adapter.left_out.items() if name.removeprefix("f64.").startswith(start)]
+        if own:
+            reasons[name] = own[0]
         elif kind in ("grad", "post", "train") and "output.loss" not in recorded:
             reasons[name] = "the case has no output.loss to run backward from"
         elif kind == "post":
             reasons[name] = f"our model has no buffer for it ({renamed.get(name[5:], 'not converted')})"
         else:
-            reasons[name] = "the adapter does not read it"
+            reasons[name] = NO_RULE
     return reasons
 
 

@@ -81,5 +81,9 @@ ADAPTER = Adapter(
     tolerances={"output.logits": 1e-5, "inter.bridger.fusion_v0": 8e-5, "inter.neck.fusion3": 9e-5},
     loss_tolerance=1e-5,
     gradient=1e-4,
+    left_out={
+        "train.target_resized": "our loss resizes the target itself; output.loss depends on it",
+        "extra.clip_pos_embed": "the position table's resampling; tests/models/test_etris.py compares it",
+    },
 )
 """1e-5 for logits as the card says; activations at three times the official distance from float64 or 3e-5."""

@@ -130,4 +130,9 @@ ADAPTER = Adapter(
     tolerances={"inter.attn_block": 0.0, "inter.minimap_target": 0.0, "inter.": 5e-5},
     loss_tolerance=2e-6,
     gradient=1e-4,
+    left_out={
+        "output.logits_lang_weight_dropped": "tests/models/test_rela.py compares it",
+        "output.loss_parts": "tests/models/test_rela.py compares it",
+        "inter.attn_block4": "of the last layer, which nothing reads: our model does not compute it",
+    },
 )

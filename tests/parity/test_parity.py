@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.conftest import find_shared
 from tests.parity import compare
@@ -35,6 +38,8 @@ def test_parity(model: str, case: Path) -> None:
     rows = compare.compare(adapter, config, recorded, weights)
     assert any(row.name == "output.logits" for row in rows)
     assert all(row.passed for row in rows), compare.table([row for row in rows if not row.passed])
+    left_out = compare.not_compared(adapter, recorded, rows, compare.load_model(adapter, config, weights)[1])
+    assert not [name for name, why in left_out.items() if why == compare.NO_RULE]
 
 
 @pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
@@ -48,6 +53,95 @@ def test_a_changed_weight_is_noticed() -> None:
     config = compare.read_config(case.with_suffix(".json"))
     rows = compare.compare(compare.load_adapter("caris"), config, recorded, weights)
     assert not all(row.passed for row in rows)
+
+
+@pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
+def test_gradients_beyond_tolerance_are_judged_in_float64() -> None:
+    """A tolerance that float32 cannot hold: noise passes with its reason, a gradient that is wrong by 1 % does not."""
+    case = SHARED / "goldens" / "lavt" / "tiny.safetensors"
+    recorded = load_file(case)
+    strict = replace(compare.load_adapter("lavt"), gradient=1e-9)
+    wrong = next(name for name in recorded if name.startswith("grad."))
+    recorded[wrong] = recorded[wrong] * 1.01
+    config = compare.read_config(case.with_suffix(".json"))
+    rows = compare.compare(strict, config, recorded, compare.official_weights(recorded))
+    assert [row.name for row in rows if not row.passed] == [wrong]
+    rechecked = [row for row in rows if row.reason]
+    assert len(rechecked) > 5
+    assert all(row.reason.startswith("from our float64: recorded") for row in rechecked)
+    assert "BEYOND (from our float64" in compare.table(rechecked)
+
+
+@pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
+@pytest.mark.parametrize("model", ["lavt", "cris"])
+def test_a_case_recorded_anew(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other weights and inputs, recorded from our code in float64: the command finds the sizes itself and agrees."""
+    recorded = record_anew(model)
+    save_file(recorded, tmp_path / "anew.safetensors")
+    monkeypatch.setenv("AMLTRAIN_SHARED", str(SHARED))
+    monkeypatch.setattr(sys, "argv", ["compare.py", model, str(tmp_path / "anew.safetensors")])
+    assert compare.main() == 0
+    printed = capsys.readouterr().out
+    count = sum(name.startswith(("output.", "grad.")) for name in recorded)
+    assert f"{count} compared, 0 beyond tolerance; 0 recorded but not compared" in printed
+    recorded["output.logits"] += 1e-3
+    save_file(recorded, tmp_path / "anew.safetensors")
+    assert compare.main() == 1
+
+
+def record_anew(model: str) -> dict[str, Tensor]:
+    """Record a case from our own code in float64: shuffled weights, new images and sentences."""
+    adapter, case = compare.load_adapter(model), SHARED / "goldens" / model / "tiny.safetensors"
+    old, generator = load_file(case), torch.Generator().manual_seed(1)
+    config = compare.read_config(case.with_suffix(".json"))
+
+    def shuffled(value: Tensor) -> Tensor:
+        order = torch.randperm(value.numel(), generator=generator)
+        return value.flatten()[order].reshape(value.shape) if value.is_floating_point() else value
+
+    weights = {key: shuffled(value) for key, value in compare.official_weights(old).items()}
+    inputs = {key: value for key, value in old.items() if key.startswith("input.")}
+    inputs["input.image"] = torch.randn(inputs["input.image"].shape, generator=generator)
+    inputs["input.ids"] = inputs["input.ids"].flip(0)
+    if "input.mask" in inputs:
+        inputs["input.mask"] = inputs["input.mask"].flip(0)
+    network, renamed = compare.load_model(adapter, config, weights)
+    network.double()
+    batch = (adapter.batch or compare.default_batch)(inputs)
+    batch = batch._replace(image=batch.image.double())
+    with torch.no_grad():
+        outputs = {"output.logits": network.eval()(batch).logits}
+    trained = compare.backward(adapter, network, batch, {})
+    outputs["output.loss"] = trained["output.loss"].detach()
+    names = {ours: official for official, ours in renamed.items()}
+    gradients = {f"grad.{names[k[5:]]}": v for k, v in trained.items() if k.startswith("grad.") and k[5:] in names}
+    single = {key: value.float().contiguous() for key, value in {**outputs, **gradients}.items()}
+    return {**weights, **inputs, **single}
+
+
+@pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("maskris", "maskris/tiny.safetensors"), "tests/methods/test_maskris.py compares its recorded tensors"),
+        (("cris", "cris/preproc.safetensors"), "a test of that component compares it"),
+        (("etris", "etris/full_r101.safetensors"), "stores no image"),
+        (("lavt", "caris/tiny.safetensors"), "no JSON has sizes that the weights of tiny.safetensors fit"),
+        (("lavt", "lavt/tiny.json"), "is not a readable .safetensors file"),
+    ],
+)
+def test_what_cannot_be_compared_ends_in_a_sentence(
+    arguments: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, case = arguments
+    monkeypatch.setenv("AMLTRAIN_SHARED", str(SHARED))
+    monkeypatch.setattr(sys, "argv", ["compare.py", model, str(SHARED / "goldens" / case)])
+    with pytest.raises(SystemExit) as caught:
+        compare.main()
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
