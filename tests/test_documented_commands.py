@@ -41,7 +41,7 @@ def commands(page: str) -> Iterator[str]:
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         code = re.match(r"(?:#? {3,})?((?:[A-Z_]+=\S+ +)*(?:python|accelerate|torchrun|sbatch|amltrain) .*)", line)
-        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain (?:download|push-data) |amltrain \w+ -", code[1]):
+        if code and re.search(r"launch/\w+\.py|launch/slurm/|amltrain (?!COMMAND)[\w-]+( |$)", code[1]):
             yield code[1]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from amltrain import __version__
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
 from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, read_training
@@ -46,7 +47,7 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
     sections = [
         f"# {repo.split('/')[-1]}",
         f"`{model}` for {TASK}: given an image and a sentence, predict the mask of the object that the sentence refers "
-        f"to. The model is that of *{info.paper}*{_origin(folder, training)}.",
+        f"to. {_source(info.paper)}{_origin(folder, training)}.",
         f"## Use\n{_usage(repo)}",
         f"## Scores\n{_scores(results)}",
         f"## Training\n{_training(training)}",
@@ -105,12 +106,36 @@ def _origin(folder: Path, training: dict[str, Any] | None) -> str:
     return f", trained with amltrain{named}"
 
 
+def _source(paper: str) -> str:
+    if has_paper(paper):
+        return f"The model is that of *{paper}*"
+    return f"The model has no paper: {paper.removeprefix('none').lstrip(': ')}"
+
+
 def _citation(paper: str, recipe: dict[str, Any]) -> str:
-    """BibTeX of the model's paper and of the method's, by title."""
+    """BibTeX of amltrain, the model's paper and the method's, by title; every key once."""
     method = recipe.get("method")
     papers = [paper, *([method_info(method).paper] if method in list_methods() else [])]
-    entries = [f"@misc{{ref{n},\n  title = {{{title}}}\n}}" for n, title in enumerate(filter(None, papers), 1)]
-    return "```bibtex\n" + "\n".join(entries) + "\n```"
+    software = "@software{amltrain,\n  title = {{amltrain}},\n  version = {" + __version__ + "}\n}"
+    entries = {"amltrain": software, **dict(_bibtex(paper) for paper in papers if has_paper(paper))}
+    return "```bibtex\n" + "\n".join(entries.values()) + "\n```"
+
+
+def has_paper(paper: str) -> bool:
+    """Whether a registry's `paper` names one: "none: ..." tells what a model without a paper is."""
+    return bool(paper) and not paper.startswith("none")
+
+
+def _bibtex(paper: str) -> tuple[str, str]:
+    """Key and entry of a paper given as "Name: Title (VENUE YEAR)" or "Name: Title, VENUE YEAR"."""
+    found = re.match(r"(?P<title>.+?)(?: \(|, (?=\S+ \d))(?P<venue>[^()]*)", paper)
+    title, venue = (found["title"], found["venue"]) if found else (paper, "")
+    year = re.search(r"\b(?:19|20)\d\d$", venue)
+    name = title.split(":")[0] if ":" in title else "".join(title.split()[:2])
+    key = re.sub(r"[^a-z0-9]", "", name.lower()) + (year[0] if year else "")
+    lines = {"title": f"{{{title}}}", "howpublished": venue, "year": year[0] if year else ""}
+    fields = ",\n".join(f"  {field} = {{{value}}}" for field, value in lines.items() if value)
+    return key, f"@misc{{{key},\n{fields}\n}}"
 
 
 def _usage(repo: str) -> str:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.hub.model_card import HUB_LICENCES, build_model_card
-from amltrain.hub.model_folder import CONFIG_FILE
+from amltrain.hub.model_card import HUB_LICENCES, _bibtex, build_model_card, has_paper
+from amltrain.hub.model_folder import CONFIG_FILE, TRAINING_FILE
+from amltrain.methods.registry import list_methods, method_info
 from amltrain.models import list_models, model_info
 
 
@@ -31,3 +32,28 @@ def test_readme_says_the_same_licences(repository: Path) -> None:
     assert len({name for name, _ in rows} & set(list_models())) >= 13
     for name, licence in [(name, licence) for name, licence in rows if name in list_models()]:
         assert licence == model_info(name).licence, name
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("name", list_models())
+def test_every_bibtex_key_is_there_once(name: str, method: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"model": name}))
+    recipe = {"method": method, "data": {"datasets": ["refcoco"], "train_split": "train"}}
+    training = {"recipe": recipe, "versions": {}, "hardware": "", "commit": ""}
+    (tmp_path / TRAINING_FILE).write_text(json.dumps(training))
+    [text] = re.findall(r"```bibtex\n(.*?)\n```", build_model_card(tmp_path, f"user/{name}", []).text, re.DOTALL)
+    entries = re.findall(r"^@(?:misc|software)\{(\w+),\n((?:  \w+ = \{[^\n]+\},?\n)+)\}$", text, re.MULTILINE)
+    keys = [key for key, _ in entries]
+    assert len(keys) == len(set(keys)) == text.count("@")
+    assert all(body.count("{") == body.count("}") and "none" not in body for _, body in entries)
+    assert len(keys) == 1 + has_paper(model_info(name).paper) + has_paper(method_info(method).paper)
+
+
+def test_a_citation_has_title_venue_and_year() -> None:
+    key, entry = _bibtex("CARIS: Context-Aware Referring Image Segmentation (ACM MM 2023)")
+    assert key == "caris2023"
+    assert "howpublished = {ACM MM 2023},\n  year = {2023}" in entry
+    assert _bibtex("Mask Grounding for Referring Image Segmentation (CVPR 2024)")[0] == "maskgrounding2024"
+    key, entry = _bibtex("MaskRIS: A Title, arXiv 2411.19067")
+    assert (key, "year" in entry) == ("maskris", False)
+    assert "title = {{MaskRIS: A Title}}" in entry
