@@ -73,4 +73,5 @@ def check_ranges(config: Any) -> None:
         for part in key.split("."):
             value = getattr(value, part)
         for number in value if isinstance(value, (list, tuple)) else [value]:
-            check_number(key, number, low, high)
+            if not isinstance(number, str):  # a word that the key takes instead, e.g. checkpoint.keep: all
+                check_number(key, number, low, high)

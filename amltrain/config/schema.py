@@ -281,8 +281,8 @@ class CheckpointConfig:
 
     every_steps: int | None = None
     """Save every N steps, besides before and after every evaluation; null = no other."""
-    keep: int = 3
-    """Newest checkpoints kept, besides best and last."""
+    keep: int | Literal["all"] = 3
+    """Newest checkpoints kept, besides best and last; all = every one."""
     initial: bool = False
     """Also save the model before the first step, as step-000000 (`keep` counts it)."""
 

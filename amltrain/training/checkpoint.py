@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -195,8 +195,10 @@ def point(output: Path, name: str, checkpoint: Path) -> None:
         temporary.symlink_to(checkpoint.name)
 
 
-def prune(output: Path, keep: int) -> None:
+def prune(output: Path, keep: int | Literal["all"]) -> None:
     """Remove all but the newest `keep` checkpoints and the ones that `last` and `best` point at."""
+    if keep == "all":
+        return
     pointed = {(output / name).resolve() for name in ("last", "best")}
     for checkpoint in checkpoints(output)[: -keep or None]:
         if checkpoint.resolve() not in pointed:

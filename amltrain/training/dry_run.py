@@ -39,13 +39,7 @@ def dry_run(config: RunConfig) -> Iterator[RunConfig]:
             output=folder,
             resume="auto" if resume_from is None else str(resume_from.resolve()),
             train=replace(
-                config.train,
-                dry_run=False,
-                max_steps=first + 1,
-                epochs=None,
-                stop_after=None,
-                time_limit=None,
-                log_every=1,
+                config.train, max_steps=first + 1, epochs=None, stop_after=None, time_limit=None, log_every=1
             ),
             evaluation=replace(config.evaluation, max_samples=config.evaluation.batch_size, every_steps=first + 1),
             checkpoint=CheckpointConfig(),

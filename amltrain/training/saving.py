@@ -8,7 +8,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
@@ -42,7 +42,7 @@ class Saver:
         optimizer: Optimizer,
         ema: AveragedModel | None,
         *,
-        keep: int,
+        keep: int | Literal["all"],
         write_model: WriteModel,
     ) -> None:
         """method, optimizer: prepared by Accelerate. keep: newest checkpoints to keep, besides best and last."""

@@ -51,7 +51,7 @@ def banner(
         "steps": f"{last_step:,} ({epochs:.1f} epochs){schedule}",
         "precision": precision,
         "device": _device(accelerator),
-        "output": str(config.folder),
+        "output": "none: train.dry_run keeps nothing" if config.train.dry_run else str(config.folder),
     }
     return f"amltrain {__version__}\n" + "\n".join(f"  {key:10} {value}" for key, value in lines.items())
 

@@ -433,11 +433,13 @@ class Trainer:
         self.preemption.leave(self.output)
 
     def _finish(self) -> None:
-        p, folders = self.progress, f"{self.output}/last/model"
+        p, folders, best = self.progress, f"; {self.output}/last/model", ""
         if self.results:
-            folders = f"{self.output}/best/model and {folders}"
+            folders = f"; {self.output}/best/model and {self.output}/last/model"
             best = f"; best {self.config.evaluation.best_metric} {p.best:.2f} at step {p.best_step}"
-        self.log(f"done: {p.step} steps, {p.skipped} skipped{best if self.results else ''}; {folders}")
+        if self.config.train.dry_run:
+            folders = ""  # removed in a moment
+        self.log(f"done: {p.step} steps, {p.skipped} skipped{best}{folders}")
         on_main_process(self.accelerator, (self.output / FINISHED_FILE).touch)
         if self.publisher is not None:
             final = self.output / self.config.hub.push

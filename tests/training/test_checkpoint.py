@@ -37,6 +37,8 @@ def test_keep_spares_best_and_last(tmp_path: Path) -> None:
         path = save(tmp_path, step)
         if step == 1:
             checkpoints.point(tmp_path, "best", path)
+    checkpoints.prune(tmp_path, keep="all")
+    assert len(checkpoints.checkpoints(tmp_path)) == 4
     checkpoints.prune(tmp_path, keep=2)
     assert [checkpoints.step_of(p) for p in checkpoints.checkpoints(tmp_path)] == [1, 3, 4]
 
