@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test quality format install wheel docs clean
+.PHONY: help quickstart test quality format install wheel docs lock clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ wheel: $(VENV)/.dev  ## build the wheel and use it in an empty folder
 
 docs: $(VENV)/.docs  ## build the documentation in site/, links checked
 	$(BIN)/mkdocs build --strict
+
+lock:  ## update uv.lock after a change of the dependencies (needs uv and a network)
+	uv lock --default-index https://pypi.org/simple
 
 clean:  ## remove the environment, runs and prepared data
 	rm -rf $(VENV) runs prepared
