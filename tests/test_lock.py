@@ -17,6 +17,7 @@ def test_the_lock_has_every_declared_dependency(repository: Path) -> None:
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
     for text in [*project["dependencies"], *extras]:
         name, specifier = re.match(r"([\w.-]+)(?:\[[^]]*\])?(.*)", text).groups()
+        name = name.replace("_", "-").lower()
         wanted = set(specifier.replace(" ", "").split(","))
         assert any((name, wanted) == (n, set(s.replace(" ", "").split(","))) for n, s in locked), text
 

@@ -83,6 +83,7 @@ ADAPTER = Adapter(
     build=build,
     loss="cgformer",
     captures=CAPTURES,
+    last=["inter.tokens2"],
     batch=batch,
     outputs={
         "inter.map2": lambda output, batch: torch.stack([1 - output.aux["assigned2"], output.aux["assigned2"]], 1)

@@ -111,8 +111,7 @@ def record_anew(model: str) -> dict[str, Tensor]:
     network.double()
     batch = (adapter.batch or compare.default_batch)(inputs)
     batch = batch._replace(image=batch.image.double())
-    with torch.no_grad():
-        outputs = {"output.logits": network.eval()(batch).logits}
+    outputs = compare.run(adapter, network, batch, {"output.logits": old["output.logits"]})
     trained = compare.backward(adapter, network, batch, {})
     outputs["output.loss"] = trained["output.loss"].detach()
     names = {ours: official for official, ours in renamed.items()}
