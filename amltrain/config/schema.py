@@ -158,7 +158,7 @@ class ModelConfig:
     text_weights: str | None = None
     """Pretrained text encoder: a Hub id or folder, or an official file. null = random."""
     checkpoint: str | None = None
-    """Start from all weights of a model folder (…/step-N/model) or a Hub repository."""
+    """Start from all weights of a model folder (…/step-N/model) or a Hub repository (user/name[@revision])."""
     allow_random_frozen: bool = False
     """Train although a frozen encoder has random weights, which it keeps."""
     gradient_checkpointing: bool = False

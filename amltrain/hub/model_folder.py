@@ -121,8 +121,8 @@ def _owned(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
     """Load a model folder, a checkpoint folder that has one in `model/`, or a Hub repository "user/name".
 
-    revision: branch, tag or commit of a Hub repository. Raises UserError, naming file or key, for a folder that is not
-    there, misses a file, or does not fit the model that its config.json names.
+    revision: branch, tag or commit of a Hub repository; "user/name@REVISION" names it as well. Raises UserError, naming
+    file or key, for a folder that is not there, misses a file, or does not fit the model that its config.json names.
     """
     folder = find_model_folder(source, revision)
     config = _read_json(folder / CONFIG_FILE)
@@ -156,15 +156,20 @@ def _tokenizer(folder: Path) -> "SentenceTokenizer | None":
 
 
 def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
-    """Find a model's local folder: `source`, its `model/`, a run's `best/model/`, or a Hub repository in the cache."""
+    """Find a model's local folder: `source`, its `model/`, a run's `best/model/`, or a Hub repository in the cache.
+
+    A repository may carry its revision: "user/name@v1". An explicit `revision` wins.
+    """
     local = Path(source)
     for folder in (local, local / "model", local / "best" / "model"):
         if (folder / CONFIG_FILE).is_file():
             return folder
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
+    repo, _, named = str(source).partition("@")
+    revision = revision or named or None
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), revision=revision, allow_patterns=list(MODEL_FILES)))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
     except HFValidationError as error:
         raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version

@@ -108,7 +108,7 @@ def _check_random_weights(config: RunConfig, model: nn.Module, log: Callable[[st
 
 
 def _check_path(value: str, key: str) -> None:
-    looks_local = value.startswith((".", "/", "~")) or value.count("/") != 1
+    looks_local = value.startswith((".", "/", "~")) or value.partition("@")[0].count("/") != 1
     if looks_local and not Path(value).expanduser().exists():
         raise UserError(f"{key}: there is no {value}; correct the path")
 

@@ -61,7 +61,7 @@ def test_pushed_and_pulled_by_the_command_lines(trained: Path, tmp_path: Path) -
     script = (
         "from amltrain.commands import predict, push\n"
         f"push.main([{str(trained / 'best')!r}, {REPO!r}, '--private'])\n"
-        f"predict.main(['--checkpoint', {REPO!r}, '--image', {str(picture)!r}, '--sentence', {SENTENCE!r},\n"
+        f"predict.main(['--checkpoint', {REPO + '@main'!r}, '--image', {str(picture)!r}, '--sentence', {SENTENCE!r},\n"
         f"  '--output', {str(tmp_path / 'found')!r}])\n"
     )
     with running_hub() as running:

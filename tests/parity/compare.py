@@ -8,8 +8,8 @@ case of its folder. `train.logits` and `post.*` were recorded in training mode: 
 after that forward.
 `f64.*` tensors, where a case has them, were recorded in float64 and are compared in float64.
 A gradient beyond its tolerance is computed again in float64: it passes if the recorded one is within tolerance of ours
-there, or no further from it than three times what float32 costs our own gradient. A gradient that is 0 in float64 passes
-if both are rounding. The verdict then gives the reason.
+there, or no further from it than three times what float32 costs our own gradient, or if it is 0 in float64 and both are
+rounding. The verdict then gives the reason.
 The sizes come from the JSON beside the case or beside another recorded case: the first that the weights fit.
 Prints a table and every recorded tensor that is not compared, with the reason. Exit code 0: all within tolerance; 1:
 something is beyond; 2: the case cannot be compared.
@@ -39,7 +39,7 @@ from amltrain.records import Batch, ModelOutput  # noqa: E402
 
 RECORDED = ("input.", "extra.", "inter.", "output.", "grad.", "train.", "post.", "f64.", "unpadded.")
 ZERO, NOTHING = 1e-12, 1e-6
-"""Shares of the case's largest gradient: in float64 a gradient below the first is 0; in float32 it is below the second."""
+"""Shares of the case's largest gradient that count as 0, in float64 and in float32."""
 NO_RULE = "the adapter has no rule for it"
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 ReadOutput = Callable[[ModelOutput, Batch], Tensor]
