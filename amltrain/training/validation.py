@@ -69,8 +69,8 @@ def check_best_metric(evaluation: EvaluationConfig, splits: list[str]) -> None:
 
 
 def zero_score_hint(value: float, config: RunConfig, total_steps: int) -> str | None:
-    """A warning when the metric that chooses `best` is 0: such a checkpoint predicts nothing of use."""
-    if value > 0:
+    """A warning when the metric that chooses `best` is 0, except in a dry run: such a checkpoint is of no use."""
+    if value > 0 or config.train.dry_run:
         return None
     return (
         f"WARNING: {config.evaluation.best_metric} is {value:.2f}: the model predicts no referent yet. If it stays so, "
