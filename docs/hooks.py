@@ -1,16 +1,18 @@
 """MkDocs hook: replace `<!-- table: NAME -->` by a table made from the code, so that no page repeats it."""
 
-import ast
 import inspect
-import itertools
 import re
 import sys
-import textwrap
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from amltrain.config.partial import help_texts
 
 
 def models() -> str:
@@ -30,36 +32,76 @@ def configs() -> str:
 
 
 def config() -> str:
+    """One table for the keys outside groups, then one per group."""
+    from amltrain.config.parse import DERIVED
     from amltrain.config.schema import RunConfig
 
-    return "\n".join(["| Key | Default | Meaning |", "| --- | --- | --- |", *_rows(RunConfig, "")])
+    default = RunConfig()
+    default.output = None  # filled in from the other keys
+    tables = [_table(_rows(default, "", skip=DERIVED))]
+    for field in fields(RunConfig):
+        group = getattr(default, field.name)
+        if is_dataclass(group):
+            text = inspect.getdoc(type(group)) or ""
+            tables.append(f"## {field.name}\n\n{text.splitlines()[0]}\n\n{_table(_all_rows(group, field.name))}")
+    return "\n\n".join(tables)
 
 
-def _rows(kind: type, prefix: str) -> list[str]:
-    texts = _docstrings(kind)
-    default: Any = kind()
-    rows = []
-    for field in fields(kind):
-        value = getattr(default, field.name)
-        if is_dataclass(value):
-            rows += _rows(type(value), f"{prefix}{field.name}.")
-        else:
-            text = " ".join(texts.get(field.name, "").split()).replace("|", "\\|")
-            rows.append(f"| `{prefix}{field.name}` | `{value}` | {text} |")
+def methods() -> str:
+    """Every training method: its summary and paper, then its options."""
+    from amltrain.methods.registry import list_methods, method_info
+
+    parts = []
+    for name in list_methods():
+        info = method_info(name)
+        paper = f" ({info.paper})" if info.paper else ""
+        options = _table(_rows(info.options(), f"{name}.")) if fields(info.options) else "It has no options."
+        parts.append(f"## `{name}`\n\n{info.summary[0].upper()}{info.summary[1:]}{paper}.\n\n{options}")
+    return "\n\n".join(parts)
+
+
+def augmentations() -> str:
+    """Every augmentation: what it does, then its options."""
+    from amltrain.data.augment import augmentation_entry, list_augmentations
+
+    parts = []
+    for name in list_augmentations():
+        options = augmentation_entry(name).options()
+        text = (inspect.getdoc(options) or "").splitlines()[0]
+        parts.append(f"## `{name}`\n\n{text}\n\n{_table(_rows(options, f'{name}.'))}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[str]) -> str:
+    return "\n".join(["| Key | Default | Meaning |", "| --- | --- | --- |", *rows])
+
+
+def _all_rows(group: Any, name: str) -> list[str]:
+    """The rows of a group and of the groups in it."""
+    rows = _rows(group, f"{name}.")
+    for field in fields(group):
+        if is_dataclass(getattr(group, field.name)):
+            rows += _all_rows(getattr(group, field.name), f"{name}.{field.name}")
     return rows
 
 
-def _docstrings(kind: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-    return {
-        field.target.id: text.value.value
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+def _rows(values: Any, prefix: str, skip: Sequence[str] = ()) -> list[str]:
+    """Key, default as YAML, help text, of every field that is not a group."""
+    texts, rows = help_texts(type(values)), []
+    for field in fields(values):
+        value = getattr(values, field.name)
+        if not is_dataclass(value) and field.name not in skip:
+            text = texts.get(field.name, "").replace("|", "\\|")
+            rows.append(f"| `{prefix}{field.name}` | `{_yaml(value)}` | {text} |")
+    return rows
+
+
+def _yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs for every page."""
-    tables = {"models": models, "configs": configs, "config": config}
+    tables = {f.__name__: f for f in (models, configs, config, methods, augmentations)}
     return re.sub(r"<!-- table: (\w+) -->", lambda match: tables[match[1]](), markdown)

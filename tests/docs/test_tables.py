@@ -1,0 +1,30 @@
+"""The tables that the site takes from the code."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from amltrain.config.ranges import RANGES
+from amltrain.models import list_models
+
+
+@pytest.fixture(scope="module")
+def hooks(repository: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hooks", repository / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_gets_its_tables(hooks: ModuleType, repository: Path) -> None:
+    pages = {path.stem: path.read_text() for path in (repository / "docs/reference").glob("*.md")}
+    filled = {name: hooks.on_page_markdown(text) for name, text in pages.items()}
+    assert not [name for name, text in filled.items() if "<!-- table" in text]
+    assert all(f"`{key}`" in filled["config"] for key in RANGES)
+    assert "method_options" not in filled["config"] and "None" not in filled["config"]
+    assert all(name in filled["models"] for name in list_models())
+    assert "`aml.tau` | `null`" in filled["methods"] and "It has no options." in filled["methods"]
+    assert "`mosaic.grids` | `[4]`" in filled["augmentations"]
