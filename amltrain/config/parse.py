@@ -83,12 +83,14 @@ def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
+        usage="%(prog)s [--config FILE] [--KEY VALUE ...]",  # the whole list follows, with explanations
         exit_on_error=False,
         allow_abbrev=False,
         description="Train a referring image segmentation model. A --config file holds what is listed here; any value "
         "can be given on the command line as well, e.g. --model.name caris_swin_base --method supervised "
         "--train.global_batch_size 16. The options of a training method are the section of its name: add --method NAME "
-        "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here.",
+        "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here. "
+        "--processes N starts N processes, --accelerate FILE uses a file of `accelerate config`.",
     )
     parser.add_argument("--config", action="config", help="YAML file or shipped config; several are layered.")
     parser.add_class_arguments(RunConfig, skip=set(DERIVED))
