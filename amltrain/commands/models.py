@@ -5,7 +5,7 @@ amltrain models caris        # only the names that contain this
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from amltrain.errors import one_line_errors, unknown_name
 
@@ -26,17 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [name for name in list_models() if args.name in name]
         if not names:
             raise unknown_name("model", args.name, list_models())
-    print("\n".join(table(names)))
+    for row in table(names):
+        print(row, flush=True)
 
 
-def table(names: Sequence[str]) -> list[str]:
-    """The rows of the Markdown table, with a header."""
+def table(names: Sequence[str]) -> Iterator[str]:
+    """The rows of the Markdown table, with a header; counting the parameters of a large model takes a moment."""
     import torch
 
     from amltrain.models import create_model, model_info
 
-    rows = ["| Model | Parameters (trained) | Paper | Licence of the official code | AML scores |"]
-    rows.append("| --- | ---: | --- | --- | --- |")
+    yield "| Model | Parameters (trained) | Paper | Licence of the official code | AML scores |"
+    yield "| --- | ---: | --- | --- | --- |"
     for name in names:
         with torch.device("meta"):
             model = create_model(name)
@@ -44,5 +45,4 @@ def table(names: Sequence[str]) -> list[str]:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         info = model_info(name)
         size = f"{total / 1e6:.1f} M" + (f" ({trained / 1e6:.1f} M)" if trained != total else "")
-        rows.append(f"| {name} | {size} | {info.paper} | {info.licence} | {info.aml_scores} |")
-    return rows
+        yield f"| {name} | {size} | {info.paper} | {info.licence} | {info.aml_scores} |"
