@@ -37,7 +37,7 @@ class Layers(NamedTuple):
     def place(self, message: str) -> str:
         """Return "FILE, line N: " for the first key in an error message that a config file sets, else ""."""
         flags = {argument[2:].split("=")[0] for argument in self.arguments if argument.startswith("--")}
-        for word in re.findall(r"[\w.+-]+", message):
+        for word in re.findall(r"[\w.+-]+", message.split("; did you mean")[0]):  # a suggested key is not the cause
             key = word.rstrip(".")
             if key in self.places and key not in flags:
                 return f"{self.places[key]}: "

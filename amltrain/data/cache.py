@@ -202,7 +202,7 @@ def _fill(
 
     maps: list[tuple[NDArray[np.uint8], NDArray[np.int32]]] = []
     first_target = [0]
-    bar = tqdm(total=len(rows), desc=f"presize {place}", unit="image", leave=False, disable=not progress)
+    bar = tqdm(total=len(rows), desc=f"presize {place}", unit="image", leave=False, disable=None if progress else True)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool, bar:
         for start in range(0, len(rows), _WAITING):  # bounded: results wait in memory until their turn
             for found in pool.map(convert, range(start, min(start + _WAITING, len(rows)))):

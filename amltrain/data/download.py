@@ -185,7 +185,14 @@ def _transfer_once(url: str, part: Path, source: Source, progress: bool) -> bool
             start = 0  # the server sends everything again
         length = answer.headers.get("Content-Length")
         total_bytes = start + int(length) if length else source.bytes
-        bar = tqdm(total=total_bytes, initial=start, desc=source.name, unit="B", unit_scale=True, disable=not progress)
+        bar = tqdm(
+            total=total_bytes,
+            initial=start,
+            desc=source.name,
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        )
         with bar, part.open("r+b" if start else "wb") as file:
             file.seek(start)
             file.truncate()

@@ -257,7 +257,7 @@ def _write_split(
     """Write one split's shards; `findings` gets what could not be used."""
     refs = expressions = rows = 0
     total = len({ref["image_id"] for ref in files.refs if files.spec.has(ref["split"], split)})
-    bar = tqdm(total=total, desc=f"prepare {split}", unit="image", disable=not progress, leave=False)
+    bar = tqdm(total=total, desc=f"prepare {split}", unit="image", disable=None if progress else True, leave=False)
     with bar, ShardWriter(folder, split) as writer:
         for group in read(image_jobs(files, split)):
             bar.update()

@@ -101,7 +101,7 @@ def write_refshapes(
     refs: list[dict[str, Any]] = []
     sent_id = 0
     for image_id, (split, number) in enumerate(
-        tqdm(scenes, desc=f"draw {flavour}", unit="scene", disable=not progress), 1
+        tqdm(scenes, desc=f"draw {flavour}", unit="scene", disable=None if progress else True), 1
     ):
         generator = np.random.default_rng([seed, list(SPLIT_SIZES).index(split), number])
         scene = draw_scene(generator, size, crowded=split == "testB", twins=flavour == "refshapes")

@@ -14,6 +14,7 @@ from torch import nn
 from amltrain.config.ranges import check_number
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
+from amltrain.data.loaders import resolve_splits
 from amltrain.errors import UserError
 from amltrain.methods.registry import check_options, options_type
 from amltrain.models import model_info
@@ -38,6 +39,7 @@ def check_before_data(config: RunConfig) -> None:
     build_loss(config, info)
     check_metric_name(config.evaluation)
     check_trackers(config.tracking.trackers)
+    resolve_splits(config.evaluation.splits, config.data.datasets, config.data.prepared)
     if config.train.epochs is None and config.train.max_steps is None:
         raise UserError("give train.epochs or train.max_steps")
     length = "epochs" if config.train.max_steps is None else "max_steps"

@@ -90,3 +90,8 @@ def test_a_typo_in_a_file_names_the_nearest_key(tmp_path: Path) -> None:
 def test_unknown_model_argument_is_named() -> None:
     with pytest.raises(UserError, match="drop_path_rate"):
         create_model("caris_tiny", drop_path=0.1)
+
+
+def test_a_mistyped_flag_is_not_blamed_on_a_file() -> None:
+    with pytest.raises(UserError, match=r"^unknown key optim\.lrr; did you mean optim\.lr"):
+        read_run(["--config", "quickstart", "--optim.lrr", "1"])
