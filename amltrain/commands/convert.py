@@ -10,11 +10,12 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from amltrain.config.ranges import check_number
 from amltrain.config.schema import PreprocessOverrides
-from amltrain.errors import one_line_errors
+from amltrain.errors import UserError, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from amltrain.hub.convert import convert_official, summary
         from amltrain.models.registry import model_info
 
+        if not Path(args.file).is_file():
+            raise UserError(f"--file: there is no file {args.file}")
         own = PreprocessOverrides(size=args.size, max_tokens=args.max_tokens)
         preprocess = override(model_info(args.model).preprocess, own)
         name = args.tokenizer or str(preprocess.tokenizer)

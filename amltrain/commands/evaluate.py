@@ -79,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             if checkpoint:
                 parser.set_defaults(evaluate_splits.as_trained(checkpoint))
-            args = parser.instantiate(parser.parse_args(arguments))
+            parsed = parser.parse_args(arguments)
+            if not checkpoint and not parsed.predictions:
+                raise UserError("give --checkpoint RUN (or a folder of masks as --predictions)")
+            args = parser.instantiate(parsed)
         except UserError:
             raise
         except Exception as error:  # jsonargparse raises its own types; all are about the command line

@@ -38,7 +38,10 @@ def report(args: argparse.Namespace) -> Path:
     source = find_source(args.run, args.checkpoint)
     output = Path(args.output) if args.output else (source.run or Path(".")) / "report.html"
     if source.run is None and not args.output:
-        raise UserError(f"{args.run} is not the folder of a run; give --output for the HTML file")
+        raise UserError(
+            f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
+            "about a model alone"
+        )
     pretrained = load_pretrained(source.model)
     training = read_training(find_model_folder(source.model))
     accelerator = Accelerator(mixed_precision=args.mixed_precision)

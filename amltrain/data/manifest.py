@@ -73,7 +73,8 @@ def check_split(name: str, split: str, prepared: str | None = None) -> None:
     """Raise UserError unless the data set has that split."""
     splits = find_spec(name, prepared).splits
     if split not in splits:
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+        few = "; give its table a split column, or more images" if splits and "train" not in splits else ""
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits)}{few}")
 
 
 @functools.lru_cache

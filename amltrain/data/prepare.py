@@ -208,10 +208,10 @@ def find_images(files: Annotations, root: Path) -> Path:
             return folder
     tried = ", ".join(sub or "." for sub in folders)
     kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"
-    raise UserError(
-        f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); set image_root to the "
-        f"folder of {kind}"
+    fix = (
+        "correct the table's paths or --images" if spec.layout == "table" else f"set image_root to the folder of {kind}"
     )
+    raise UserError(f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); {fix}")
 
 
 class _Reader:

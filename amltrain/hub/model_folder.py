@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -172,6 +172,11 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
     except HFValidationError as error:
         raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"no folder {source} here, and no Hub repository of that name in the cache while the Hub is out of reach; "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
         raise UserError(
             f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "

@@ -92,6 +92,12 @@ def test_data_that_is_not_prepared_yet_is(run: Path, shared_dir: Path, tmp_path:
     assert (tmp_path / "new" / "refcoco" / "manifest.json").exists()
 
 
+def test_without_a_checkpoint(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err == "error: give --checkpoint RUN (or a folder of masks as --predictions)\n"
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [

@@ -225,11 +225,12 @@ def test_how_a_file_was_trained_is_kept_and_said(tmp_path: Path, capsys: pytest.
     [
         (["--model", "caris_tiny", "--kwargs", '{"vocab_size": "a"}', "--tokenizer", "none"], "vocab_size .* not int"),
         (["--model", "linear", "--tokenizer", "none", "--max_tokens", "0"], "--max_tokens is 0 and must be at least 1"),
+        (["--model", "caris_swin_base", "--file", "nothing.pth"], "--file: there is no file nothing.pth"),
         (["--model", "caris_swin_base", "--tokenizer", "nobody/nothing"], "--tokenizer FOLDER, or --tokenizer none"),
     ],
 )
 def test_mistakes_on_the_command_line_get_one_line(tmp_path: Path, capsys, flags: list[str], message: str):
     torch.save({"model": WEIGHTS}, tmp_path / "official.pth")
     with pytest.raises(SystemExit):
-        convert.main([*flags, "--file", str(tmp_path / "official.pth"), "--output", str(tmp_path / "ours")])
+        convert.main(["--file", str(tmp_path / "official.pth"), *flags, "--output", str(tmp_path / "ours")])
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
