@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from amltrain.config.schema import DataConfig
 from amltrain.data.leakage import combined_path, write_combined_manifest
@@ -41,14 +42,15 @@ def ensure_prepared(data: DataConfig, log: Callable[[str], None]) -> None:
             assert data.refer_root is not None  # _check_source
             root = Path(data.refer_root)
             images = data.image_root or data.refer_root
-            workers = available_cores()
+            options: dict[str, Any] = {
+                "max_skipped": data.max_skipped,
+                "workers": available_cores(),
+                "image_option": "data.image_root",
+            }
             if dataset_spec(name).layout == "refer":
-                manifest = prepare(
-                    name, root, prepared, image_root=images, max_skipped=data.max_skipped, workers=workers
-                )
+                manifest = prepare(name, root, prepared, image_root=images, **options)
             else:
-                files = READERS[dataset_spec(name).layout](root, name)
-                manifest = prepare_files(files, prepared, images, max_skipped=data.max_skipped, workers=workers)
+                manifest = prepare_files(READERS[dataset_spec(name).layout](root, name), prepared, images, **options)
         log(describe(manifest))
 
 

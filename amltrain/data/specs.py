@@ -28,7 +28,7 @@ class DatasetSpec(NamedTuple):
 
     published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
     none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
-    metrics: further metrics of its papers ("rIoU", "zero-target accuracy"). exact_splits: a ref belongs to the
+    metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref belongs to the
     split of the same name only. image_folders: where its images lie, below the image root.
     """
 
@@ -73,7 +73,7 @@ class DatasetSpec(NamedTuple):
 _UNC = ("train", "val", "testA", "testB")
 _UMD = ("train", "val", "test")
 _GREF_KEYS = ("exist", "no_target")
-_ROBUST = ("r", "rIoU")
+_ROBUST = ("r", "rIoU", "target mIoU", "target oIoU")
 
 DATASETS: dict[str, DatasetSpec] = {
     "refcoco": DatasetSpec(
@@ -136,7 +136,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ("train", "test"),
         {"train": Counts(images=43749), "test": Counts(images=11329)},
         special_keys=("source",),
-        metrics=("zero-target accuracy",),
+        metrics=("zero-target accuracy", "target mIoU", "target oIoU"),
         image_folders=("trainval2014", "images/trainval2014", "coco/trainval2014"),
     ),
     "r-refcoco": DatasetSpec("rrefcoco", "unc", _UNC, special_keys=("exist",), metrics=_ROBUST),

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def rrsis_d(root: Path) -> None:
     move_images(original, root / "images/rrsisd/JPEGImages")
 
 
-def refclef(root: Path) -> None:
-    original = Original(root, "refclef")
+def refclef(root: Path, name: str = "refclef") -> None:
+    original = Original(root, name)
     for annotation in original.annotations:
         annotation["segmentation"] = [run_lengths()]
     move_images(original, root / "images/saiapr_tc-12")
@@ -66,9 +67,9 @@ def ref_zom(root: Path) -> None:
     move_images(original, root / "trainval2014")
 
 
-def r_refcoco(root: Path) -> None:
+def r_refcoco(root: Path, name: str = "r-refcoco") -> None:
     """Sentences carry `exist`; a ref has some about its object and some about nothing."""
-    original = Original(root, "r-refcoco")
+    original = Original(root, name)
     for ref in original.refs:
         ref["sentences"][0]["exist"] = True
         ref["sentences"][1]["exist"] = False
@@ -134,8 +135,11 @@ def refsegrs(root: Path) -> None:
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "rrsis-d": rrsis_d,
     "refclef": refclef,
+    "refclef-unc": partial(refclef, name="refclef-unc"),
     "ref-zom": ref_zom,
     "r-refcoco": r_refcoco,
+    "r-refcoco+": partial(r_refcoco, name="r-refcoco+"),
+    "r-refcocog": partial(r_refcoco, name="r-refcocog"),
     "phrasecut": phrasecut,
     "refcoco-m": refcoco_m,
     "reasonseg": reasonseg,
