@@ -1,7 +1,8 @@
 """The open table of data sets: one entry each with its folder, splits, published counts and special keys.
 
-Counts: RefCOCO val, testA, testB and all expressions were recounted from the files. The others are what the papers and
-the official code state; where a paper gives the total as well, the splits add up to it.
+Counts: RefCOCO val, testA, testB and all expressions were recounted from the files; the others of RefCOCO, RefCOCO+
+and RefCOCOg are in official code or papers. PhraseCut, ReasonSeg and RefCOCO-M: as their authors' pages state.
+RRSIS-D, Ref-ZOM and RefSegRS: as other papers and catalogues state; the splits add up to the totals of their authors.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -146,7 +147,11 @@ DATASETS: dict[str, DatasetSpec] = {
         "VGPhraseCut_v0",
         "phrasecut",
         _UMD,
-        {"train": Counts(expressions=310816), "val": Counts(expressions=20316), "test": Counts(expressions=14354)},
+        {
+            "train": Counts(expressions=310816, images=71746),
+            "val": Counts(expressions=20316, images=2971),
+            "test": Counts(expressions=14354, images=2545),
+        },
         layout="phrasecut",
         exact_splits=True,
     ),

@@ -78,7 +78,7 @@ def r_refcoco(root: Path, name: str = "r-refcoco") -> None:
 
 def phrasecut(root: Path) -> None:
     folder = root / "VGPhraseCut_v0"
-    for number, split in enumerate(("train", "val", "test"), 1):
+    for number, split in enumerate(("train", "val", "test", "miniv"), 1):
         tasks = [
             {
                 "task_id": f"{number}__{i}", "image_id": 10 * number, "phrase": phrase, "ann_ids": [1],

@@ -69,6 +69,7 @@ def test_instances_of_a_phrase_are_one_target(tmp_path: Path) -> None:
     found = referents(prepared, "phrasecut", "train")
     assert [r["sentences"][0]["raw"] for r in found] == ["white squares", "all the things"]
     assert decode_mask(found[0]["mask"]).sum() == 400 + 48
+    assert len(referents(prepared, "phrasecut", "val")) == 4  # of refer_val.json and refer_miniv.json
 
 
 def test_the_wrong_name_for_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
