@@ -20,7 +20,7 @@ from scipy.sparse import csr_matrix
 Axis = Literal["x", "y"]
 Kernel = Literal["cubic", "linear"]
 
-STRIP = 64
+STRIP = 32
 """Output rows that are warped at a time."""
 _UNITS = 1024
 """OpenCV computes coordinates in units of 1/1024 pixel ..."""
