@@ -1,5 +1,5 @@
-"""Benchmarks: training steps (`python launch/benchmark.py --help`), data loading (`... benchmark.py loader --help`), large
-data (`... benchmark.py scale --help`)."""
+"""Benchmarks: training steps (`python launch/benchmark.py --help`), data loading (`... benchmark.py loader --help`),
+large data (`... benchmark.py scale --help`)."""
 
 import sys
 from pathlib import Path

@@ -3,10 +3,10 @@
     python launch/benchmark.py scale
     python launch/benchmark.py scale --images 2000 --draws 100000 --step 5000 --processes 8   # in seconds
 
-Writes a data set of `--images` images with 2 referents each and 5 sentences in all to a temporary folder (its images are
-a few bytes), and opens it in processes of their own: memory is what a process holds alone, beyond the imports. Seconds
-are CPU time of one thread. Dealing is simulated with Accelerate's own sampler of a process, for `--steps` optimizer steps
-of 8 samples per process.
+Writes a data set of `--images` images with 2 referents each and 5 sentences in all to a temporary folder (its images
+are a few bytes), and opens it in processes of their own: memory is what a process holds alone, beyond the imports.
+Seconds are CPU time of one thread. Dealing is simulated with Accelerate's own sampler of a process, for `--steps`
+optimizer steps of 8 samples per process.
 """
 
 import argparse
@@ -115,7 +115,14 @@ def index_rows(folder: Path, images: int) -> list[Row]:
     write_split(folder / "prepared/refcoco", images)
     found = []
     for streaming in (False, True):
-        command = [sys.executable, "-m", "amltrain.commands.benchmark_scale", "--index", str(folder / "prepared"), str(int(streaming))]
+        command = [
+            sys.executable,
+            "-m",
+            "amltrain.commands.benchmark_scale",
+            "--index",
+            str(folder / "prepared"),
+            str(int(streaming)),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=_environment(folder))
         if done.returncode:
             raise UserError(f"indexing failed: {done.stderr.strip().splitlines()[-1]}")

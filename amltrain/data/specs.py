@@ -29,8 +29,8 @@ class DatasetSpec(NamedTuple):
 
     published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
     none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
-    metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref belongs to the
-    split of the same name only. image_folders: where its images lie, below the image root.
+    metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref
+    belongs to the split of the same name only. image_folders: where its images lie, below the image root.
     """
 
     folder: str

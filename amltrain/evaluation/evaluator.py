@@ -232,8 +232,9 @@ def _results(
     }
     info = dataset.info(int(samples[0, 0]))
     described = asdict(protocol) | dataset.describe() | facts
+    metrics = {**scores, **paper}
     return Results(
-        info.dataset, info.split, {**scores, **paper}, counts, described, provenance, samples=samples, predictions=predictions
+        info.dataset, info.split, metrics, counts, described, provenance, samples=samples, predictions=predictions
     )
 
 

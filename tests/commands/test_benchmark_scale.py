@@ -6,6 +6,7 @@ import pytest
 from amltrain.commands.benchmark_scale import deal_rows, main, sampler_rows
 
 
+@pytest.mark.slow
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--images", "130", "--draws", "1000", "--step", "70", "--processes", "4", "--steps", "3"])
     lines = capsys.readouterr().out.splitlines()

@@ -19,6 +19,7 @@ from amltrain.files import sha256
 
 _FILES = {"train": ("train",), "val": ("val", "miniv"), "test": ("test",)}
 
+
 def read_phrasecut(root: Path, name: str) -> Annotations:
     """Read every split that is there. Raises UserError."""
     spec = dataset_spec(name)
@@ -64,4 +65,3 @@ def _row(entry: Any, number: int, path: Path, split: str, ref_id: int) -> TableR
         ref_id,
         image_id,
     )
-
