@@ -31,12 +31,14 @@ _GRID = 32
 class Resampling(NamedTuple):
     """One axis of the warp: output rows `low` to `high` read the source, all others are border.
 
-    matrix: [high - low, count + 1] float32. Its last column is the weight of the border colour, so that every row adds
-    up to 1. strips: the same in groups of STRIP rows, each with the source rows that it reads.
+    read, weights: [high - low, taps], the source rows that each reads (`count` = the border) and how much of them.
+    matrix: the same as [high - low, count + 1] float32; every row adds up to 1. strips: its rows in groups of STRIP.
     """
 
     low: int
     high: int
+    read: NDArray[np.int64]
+    weights: NDArray[np.float32]
     matrix: csr_matrix
     strips: tuple["Strip", ...]
 
@@ -79,17 +81,18 @@ def warp_image(pixels: NDArray[np.uint8], size: int, border: tuple[int, int, int
     canvas[:] = np.array(border, np.uint8)[:, None, None]
     inside = canvas[:, along_y.low : along_y.high, along_x.low : along_x.high]
     tallest = max(strip.stop - strip.start for strip in along_y.strips)
+    half = np.float32(0.5)  # round half up: add a half to everything, then cut
+    edge = np.array(border, np.float32) + half
     buffer = np.empty((tallest + 1, width + 1, 3), np.float32)
-    buffer[:, width] = border
+    buffer[:, width] = edge
     for strip in along_y.strips:
         count = strip.stop - strip.start
         source = buffer[: count + 1]
-        source[:count, :width] = pixels[strip.start : strip.stop]
-        source[count] = border
+        np.add(pixels[strip.start : strip.stop], half, out=source[:count, :width])
+        source[count] = edge
         rows = strip.matrix @ source.reshape(count + 1, -1)  # [rows, (w + 1) * 3]
         columns = np.ascontiguousarray(rows.T).reshape(width + 1, -1)  # [w + 1, 3 * rows]
         warped = along_x.matrix @ columns  # [W, 3 * rows]
-        warped += np.float32(0.5)  # round half up: add a half, then cut
         np.clip(warped, 0, 255.5, out=warped)
         strip_of = warped.astype(np.uint8).reshape(len(warped), 3, -1)
         inside[:, strip.first : strip.last] = strip_of.transpose(1, 2, 0)
@@ -102,23 +105,38 @@ def warp_mask(mask: NDArray[np.uint8], size: int) -> torch.Tensor:
     mask: [h, w] uint8, 0 or 1. Returns [size, size] uint8, the share of the pixel that is covered in 1/255.
     """
     height, width = mask.shape
-    canvas = torch.zeros(size, size, dtype=torch.uint8)
-    used = np.flatnonzero(mask.any(axis=0))
-    if not used.size:
-        return canvas
+    canvas = np.zeros((size, size), np.uint8)
+    used_rows, used_columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not used_rows.size:
+        return torch.from_numpy(canvas)
+    top, bottom = int(used_rows[0]), int(used_rows[-1]) + 1
+    left, right = int(used_columns[0]), int(used_columns[-1]) + 1
     scale, shift_y, shift_x = placement(height, width, size)
-    along_y = resampling(size, height, scale, shift_y, "y", "linear")
-    along_x = resampling(size, width, scale, shift_x, "x", "linear")
-    left, right = int(used[0]), int(used[-1]) + 1
-    source = np.zeros((height + 1, right - left), np.float32)
-    np.multiply(mask[:, left:right], np.float32(255), out=source[:height])
-    columns = np.zeros((width + 1, along_y.high - along_y.low), np.float32)
-    columns[left:right] = (along_y.matrix @ source).T
-    covered = along_x.matrix @ columns  # [W, H]
-    canvas[along_y.low : along_y.high, along_x.low : along_x.high] = torch.from_numpy(
-        (covered + np.float32(0.5)).astype(np.uint8).T
-    )
-    return canvas
+    along_y = _reading(resampling(size, height, scale, shift_y, "y", "linear"), top, bottom)
+    along_x = _reading(resampling(size, width, scale, shift_x, "x", "linear"), left, right)
+    box = mask[top:bottom, left:right].astype(np.float32) * 255
+    rows = sum(box[read] * weight[:, None] for read, weight in along_y.taps)
+    covered = sum(rows.take(read, axis=1) * weight for read, weight in along_x.taps)
+    canvas[along_y.first : along_y.last, along_x.first : along_x.last] = (covered + np.float32(0.5)).astype(np.uint8)
+    return torch.from_numpy(canvas)
+
+
+class Reading(NamedTuple):
+    """Output rows `first` to `last` read a part of the source. taps: (source row in the part, weight), each [rows]."""
+
+    first: int
+    last: int
+    taps: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+
+
+def _reading(along: Resampling, start: int, stop: int) -> Reading:
+    """The output rows that read the source rows `start` to `stop`; everything else is 0."""
+    inside = (along.read >= start) & (along.read < stop)
+    used = np.flatnonzero(inside.any(axis=1))
+    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+    read = np.where(inside, along.read - start, 0)[first:last]
+    weights = np.where(inside, along.weights, np.float32(0))[first:last]
+    return Reading(along.low + first, along.low + last, list(zip(read.T, weights.T, strict=True)))
 
 
 @lru_cache(maxsize=512)
@@ -144,7 +162,7 @@ def resampling(size: int, count: int, scale: float, shift: float, axis: Axis, ke
         start, stop = int(rows.min()), int(rows[rows < count].max()) + 1
         border_last = np.where(rows == count, stop, rows) - start
         strips.append(Strip(begin, end, start, stop, _sparse(border_last, weights[begin:end], stop - start + 1)))
-    return Resampling(low, high, _sparse(read, weights, count + 1), tuple(strips))
+    return Resampling(low, high, read, weights, _sparse(read, weights, count + 1), tuple(strips))
 
 
 def _sparse(columns: NDArray[np.int64], weights: NDArray[np.float32], width: int) -> csr_matrix:
