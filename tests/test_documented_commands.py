@@ -66,7 +66,7 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         arguments = ["--config", *arguments]
     if {"--help", "--print_config"} & set(arguments):
         return
-    if name == "benchmark" and f"benchmark {arguments[0]}" in PARSERS:
+    if name == "benchmark" and " ".join([name, *arguments[:1]]) in PARSERS and arguments:
         name, arguments = f"benchmark {arguments[0]}", arguments[1:]
     parsed = PARSERS[name](arguments)
     if isinstance(parsed, RunConfig):
