@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands import benchmark_loader
+from amltrain.commands import benchmark_loader, benchmark_scale
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
@@ -25,6 +25,7 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
 }
 PARSERS["train"] = read_run
 PARSERS["benchmark loader"] = benchmark_loader.build_parser().parse_args
+PARSERS["benchmark scale"] = benchmark_scale.build_parser().parse_args
 SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
 STAND_INS = {
     "configs/models/NAME.yaml": "configs/models/lavt_tiny.yaml",
@@ -65,8 +66,8 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         arguments = ["--config", *arguments]
     if {"--help", "--print_config"} & set(arguments):
         return
-    if name == "benchmark" and arguments[:1] == ["loader"]:
-        name, arguments = "benchmark loader", arguments[1:]
+    if name == "benchmark" and " ".join([name, *arguments[:1]]) in PARSERS and arguments:
+        name, arguments = f"benchmark {arguments[0]}", arguments[1:]
     parsed = PARSERS[name](arguments)
     if isinstance(parsed, RunConfig):
         can_be_launched(parsed, " ".join(words[:program]))

@@ -9,7 +9,7 @@
 Own data comes from a table (image, sentence, mask), a COCO-style JSON, a folder of files, or a data set of the Hub.
 Published data sets come from their original files: `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO:
 `grefs(unc).json`), or the same annotations from the Hub. Every image is decoded once, and `<output>/<name>/*.parquet`
-is written with a manifest of counts and `rows.png`, some rows to look at. Several data sets also get the list of images
+is written with a manifest of counts and `rows.jpg`, some rows to look at. Several data sets also get the list of images
 that a combined training leaves out. docs/data.md shows every form of mask and where to find the files.
 """
 

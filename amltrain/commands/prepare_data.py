@@ -18,11 +18,7 @@ from amltrain.data.table import read_folder, read_table
 from amltrain.errors import UserError
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
-
-
 """Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
-
-
 OWN = ("table", "folder", "hf")
 
 
@@ -60,13 +56,20 @@ def _prepare_own(args: argparse.Namespace) -> None:
 
         images = args.output / "source" / args.name
         files = read_hf(args.hf, images, args.name, **with_columns)
-    manifest = prepare_files(files, args.output, images, max_skipped=args.max_skipped, workers=args.workers)
+    manifest = prepare_files(
+        files,
+        args.output,
+        images,
+        max_skipped=args.max_skipped,
+        workers=args.workers,
+        image_option="--images" if args.table else "the data set's images",
+    )
     print(describe(manifest))
     _show_next(args.output, args.name)
 
 
 def _show_next(output: Path, name: str) -> None:
-    print(f"look at {output / name / 'rows.png'}: it shows some rows as they were read")
+    print(f"look at {output / name / 'rows.jpg'}: it shows some rows as they were read")
 
 
 def _pairs(entries: Sequence[str], flag: str, example: str) -> list[tuple[str, str]]:
@@ -151,7 +154,7 @@ def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_ro
 
 
 def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    options: dict[str, Any] = {"max_skipped": args.max_skipped, "workers": args.workers}
+    options = {"max_skipped": args.max_skipped, "workers": args.workers, "image_option": "--image_root"}
     layout = dataset_spec(name).layout
     if source is None and layout == "refer":
         return prepare(name, args.refer_root, args.output, image_root=args.image_root, **options)

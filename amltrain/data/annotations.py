@@ -67,7 +67,8 @@ class Annotations(NamedTuple):
 
 
 class ImageJob(NamedTuple):
-    """Everything that one image's row is made of. image: its entry, None if the files do not list it."""
+    """Everything that one image's row is made of. image: its entry, None if the files do not list it. place: name of
+    the annotations' file or folder, for messages that are published with the data."""
 
     image_id: int
     image: dict[str, Any] | None
@@ -101,7 +102,7 @@ def image_jobs(files: Annotations, split: str) -> Iterator[ImageJob]:
     for image_id, refs in by_image.items():
         ids = {ann_id for ref in refs for ann_id in _ann_ids(ref)}
         named = {ann_id: files.annotations[ann_id] for ann_id in ids if ann_id in files.annotations}
-        yield ImageJob(image_id, files.images.get(image_id), refs, named, files.place)
+        yield ImageJob(image_id, files.images.get(image_id), refs, named, Path(files.place).name)
 
 
 def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> ImageGroup:
@@ -115,7 +116,8 @@ def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> Ima
         file = read_image_file(image_root, name)
         _check_size(job.image, file.height, file.width)
     except FileFault as fault:
-        skipped = [Skipped(f"image {name} with {len(job.refs)} refs", str(fault), lost)]
+        shown = Path(name).name if Path(name).is_absolute() else name
+        skipped = [Skipped(f"image {shown} with {len(job.refs)} refs", str(fault), lost)]
         return ImageGroup(job.image_id, name, 0, 0, [], None, skipped, [])
     return job_group(job, file, categories)
 

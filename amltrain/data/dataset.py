@@ -34,12 +34,16 @@ RECENT_IMAGES = 4
 
 
 class OpenSplit(NamedTuple):
-    """One split of one data set: names, rows, and the presized images where there are any."""
+    """One split of one data set: names, rows, and the presized images where there are any.
+
+    metrics: further metrics that its papers report, see `DatasetSpec.metrics`.
+    """
 
     dataset: str
     split: str
     rows: Rows
     presized: PresizedImages | None = None
+    metrics: tuple[str, ...] = ()
 
 
 class SampleInfo(NamedTuple):
@@ -153,6 +157,11 @@ class ReferDataset(torch.utils.data.Dataset):
     def split_sizes(self) -> list[int]:
         """Return the number of samples of every split, in order."""
         return np.bincount(self.index.split[self.referent_of[: self.length]], minlength=len(self.splits)).tolist()
+
+    @property
+    def paper_metrics(self) -> tuple[str, ...]:
+        """Further metrics that the papers of its data sets report."""
+        return tuple(dict.fromkeys(name for opened in self.splits for name in opened.metrics))
 
     def row_groups(self) -> np.ndarray | None:
         """Return the row group of every sample, [samples] int64; None if every one can be read alone."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from amltrain.config.schema import DataConfig
 from amltrain.data.leakage import combined_path, write_combined_manifest
@@ -27,7 +28,7 @@ def ensure_prepared(data: DataConfig, log: Callable[[str], None]) -> None:
     """Prepare every data set that is missing: from `refer_root`, or drawn for the refshapes family."""
     prepared = Path(data.prepared)
     for name in data.datasets:
-        check_split(name, data.train_split, data.prepared)
+        find_spec(name, data.prepared)
     if not prepared.exists() and data.prepared.count("/") == 1 and data.refer_root is None and not _synthetic(data):
         return  # a Hub data set
     missing = [name for name in data.datasets if read_manifest(prepared / name) is None]
@@ -41,14 +42,15 @@ def ensure_prepared(data: DataConfig, log: Callable[[str], None]) -> None:
             assert data.refer_root is not None  # _check_source
             root = Path(data.refer_root)
             images = data.image_root or data.refer_root
-            workers = available_cores()
+            options: dict[str, Any] = {
+                "max_skipped": data.max_skipped,
+                "workers": available_cores(),
+                "image_option": "data.image_root",
+            }
             if dataset_spec(name).layout == "refer":
-                manifest = prepare(
-                    name, root, prepared, image_root=images, max_skipped=data.max_skipped, workers=workers
-                )
+                manifest = prepare(name, root, prepared, image_root=images, **options)
             else:
-                files = READERS[dataset_spec(name).layout](root, name)
-                manifest = prepare_files(files, prepared, images, max_skipped=data.max_skipped, workers=workers)
+                manifest = prepare_files(READERS[dataset_spec(name).layout](root, name), prepared, images, **options)
         log(describe(manifest))
 
 
@@ -67,7 +69,12 @@ def _check_source(name: str, data: DataConfig) -> None:
 
 
 def ensure_training_data(data: DataConfig, log: Callable[[str], None]) -> None:
-    """Prepare missing data sets, and record the images that combined training drops."""
+    """Prepare missing data sets, and record the images that combined training drops.
+
+    Raises UserError for a data set without the split to train on.
+    """
+    for name in data.datasets:
+        check_split(name, data.train_split, data.prepared)
     ensure_prepared(data, log)
     if len(data.datasets) > 1 and Path(data.prepared).is_dir():
         path = combined_path(data.prepared, data.datasets, data.leak_filter)

@@ -34,18 +34,19 @@ class ImageFile(NamedTuple):
 def path_below(root: Path, name: str) -> Path:
     """`root / name`, which must lie below `root`. Raises FileFault for an absolute path, `..`, or a link that leaves.
 
-    root: resolved.
+    root: resolved. Messages give its name, not its path, because they are published with the data.
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     if not pure.parts or "\0" in name or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
-        raise FileFault(f"the path {name[:200]!r} leads outside {root}")
+        shown = pure.name if pure.is_absolute() else name[:200]
+        raise FileFault(f"the path {shown!r} leads outside the folder {root.name}")
     path = root / pure
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:  # a circle of links
         raise FileFault(f"the file cannot be reached ({first_line(error)})") from error
     if real != path and not real.is_relative_to(root):
-        raise FileFault(f"it is a link that leads outside {root}")
+        raise FileFault(f"it is a link that leads outside the folder {root.name}")
     return real
 
 
@@ -62,7 +63,7 @@ def read_file_below(root: Path, name: str) -> bytes:
                 raise FileFault(f"the file has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
             return file.read()
     except FileNotFoundError as error:
-        raise FileFault(f"the file is missing in {root}") from error
+        raise FileFault(f"the file is missing in {root.name}") from error
     except OSError as error:
         raise FileFault(f"the file cannot be read ({error.strerror or error})") from error
 

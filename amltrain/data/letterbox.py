@@ -1,11 +1,12 @@
 """The letterbox warp of CRIS, ETRIS and DETRIS, without OpenCV.
 
 Their code calls OpenCV 4's `warpAffine` with the map index -> scale * index + shift, which has no half-pixel shift. The
-warp is separable, so it is computed as two products with banded matrices. OpenCV rounds coordinates to 1/1024 pixel,
-then to 1/32 pixel; both roundings are repeated here. OpenCV also rounds its cubic weights to 15 bits, which is not
-repeated: about one value in a thousand differs, by one grey level. Masks are equal.
+warp is separable, so it is two products with sparse matrices, one along y and one along x. OpenCV rounds coordinates to
+1/1024 pixel, then to 1/32 pixel; both roundings are repeated here. OpenCV also rounds its cubic weights to 15 bits,
+which is not repeated: about one value in a thousand differs, by one grey level. Masks are equal.
 
-Matrices are computed once per image size and cached.
+Matrices are computed once per image size and cached. An image is warped in strips of output rows that fit the
+processor's cache.
 """
 
 from functools import lru_cache
@@ -14,35 +15,43 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
 
 Axis = Literal["x", "y"]
 Kernel = Literal["cubic", "linear"]
 
-ROWS = 8
-"""Output rows per matrix product: small, because a dense block of a banded matrix is mostly zeros."""
+STRIP = 32
+"""Output rows that are warped at a time."""
 _UNITS = 1024
 """OpenCV computes coordinates in units of 1/1024 pixel ..."""
 _GRID = 32
 """... and interpolates on a grid of 1/32 pixel."""
 
 
-class Band(NamedTuple):
-    """Output rows `first` to `last` are `weights` [last - first, stop - start] times source rows `start` to `stop`."""
+class Resampling(NamedTuple):
+    """One axis of the warp: output rows `low` to `high` read the source, all others are border.
+
+    read, weights: [high - low, taps], the source rows that each reads (`count` = the border) and how much of them.
+    matrix: the same as [high - low, count + 1] float32; every row adds up to 1. strips: its rows in groups of STRIP.
+    """
+
+    low: int
+    high: int
+    read: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    matrix: csr_matrix
+    strips: tuple["Strip", ...]
+
+
+class Strip(NamedTuple):
+    """Output rows `first` to `last`, counted from `low`, are `matrix` times the source rows `start` to `stop` and the
+    border."""
 
     first: int
     last: int
     start: int
     stop: int
-    weights: NDArray[np.float32]
-
-
-class Resampling(NamedTuple):
-    """One axis of the warp: output rows `low` to `high` read the source; rows outside are border. Band rows count from
-    `low`."""
-
-    low: int
-    high: int
-    bands: tuple[Band, ...]
+    matrix: csr_matrix
 
 
 class Placement(NamedTuple):
@@ -68,17 +77,26 @@ def warp_image(pixels: NDArray[np.uint8], size: int, border: tuple[int, int, int
     scale, shift_y, shift_x = placement(height, width, size)
     along_y = resampling(size, height, scale, shift_y, "y", "cubic")
     along_x = resampling(size, width, scale, shift_x, "x", "cubic")
-    offset = np.array(border, np.float32)  # pixels are warped as differences from the border, which is then 0
-    rows = _multiply(along_y, np.ascontiguousarray(pixels).reshape(height, -1), np.tile(offset, width))  # [H, w * 3]
-    columns = torch.from_numpy(rows).t().contiguous().numpy().reshape(width, -1)  # [w, 3 * H]
-    warped = _multiply(along_x, columns).reshape(along_x.high - along_x.low, 3, -1)  # [W, 3, H]
-    warped += offset[:, None] + np.float32(0.5)  # round half up: add a half, then cut
-    np.clip(warped, 0, 255.5, out=warped)
-    canvas = torch.tensor(border, dtype=torch.uint8)[:, None, None].repeat(1, size, size)
-    canvas[:, along_y.low : along_y.high, along_x.low : along_x.high] = (
-        torch.from_numpy(warped).to(torch.uint8).permute(1, 2, 0)
-    )
-    return canvas
+    canvas = np.empty((3, size, size), np.uint8)
+    canvas[:] = np.array(border, np.uint8)[:, None, None]
+    inside = canvas[:, along_y.low : along_y.high, along_x.low : along_x.high]
+    tallest = max(strip.stop - strip.start for strip in along_y.strips)
+    half = np.float32(0.5)  # round half up: add a half to everything, then cut
+    edge = np.array(border, np.float32) + half
+    buffer = np.empty((tallest + 1, width + 1, 3), np.float32)
+    buffer[:, width] = edge
+    for strip in along_y.strips:
+        count = strip.stop - strip.start
+        source = buffer[: count + 1]
+        np.add(pixels[strip.start : strip.stop], half, out=source[:count, :width])
+        source[count] = edge
+        rows = strip.matrix @ source.reshape(count + 1, -1)  # [rows, (w + 1) * 3]
+        columns = np.ascontiguousarray(rows.T).reshape(width + 1, -1)  # [w + 1, 3 * rows]
+        warped = along_x.matrix @ columns  # [W, 3 * rows]
+        np.clip(warped, 0, 255.5, out=warped)
+        strip_of = warped.astype(np.uint8).reshape(len(warped), 3, -1)
+        inside[:, strip.first : strip.last] = strip_of.transpose(1, 2, 0)
+    return torch.from_numpy(canvas)
 
 
 def warp_mask(mask: NDArray[np.uint8], size: int) -> torch.Tensor:
@@ -87,21 +105,38 @@ def warp_mask(mask: NDArray[np.uint8], size: int) -> torch.Tensor:
     mask: [h, w] uint8, 0 or 1. Returns [size, size] uint8, the share of the pixel that is covered in 1/255.
     """
     height, width = mask.shape
-    canvas = torch.zeros(size, size, dtype=torch.uint8)
+    canvas = np.zeros((size, size), np.uint8)
     used_rows, used_columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not used_rows.size:
-        return canvas
+        return torch.from_numpy(canvas)
+    top, bottom = int(used_rows[0]), int(used_rows[-1]) + 1
+    left, right = int(used_columns[0]), int(used_columns[-1]) + 1
     scale, shift_y, shift_x = placement(height, width, size)
-    along_y = resampling(size, height, scale, shift_y, "y", "linear")
-    along_x = resampling(size, width, scale, shift_x, "x", "linear")
-    top, left = int(used_rows[0]), int(used_columns[0])
-    box = mask[top : used_rows[-1] + 1, left : used_columns[-1] + 1].astype(np.float32) * 255
-    rows = _multiply(along_y, np.ascontiguousarray(box), first_row=top)  # [H, columns of the box]
-    covered = _multiply(along_x, np.ascontiguousarray(rows.T), first_row=left)  # [W, H]
-    canvas[along_y.low : along_y.high, along_x.low : along_x.high] = torch.from_numpy(
-        (covered + np.float32(0.5)).astype(np.uint8).T
-    )
-    return canvas
+    along_y = _reading(resampling(size, height, scale, shift_y, "y", "linear"), top, bottom)
+    along_x = _reading(resampling(size, width, scale, shift_x, "x", "linear"), left, right)
+    box = mask[top:bottom, left:right].astype(np.float32) * 255
+    rows = sum(box[read] * weight[:, None] for read, weight in along_y.taps)
+    covered = sum(rows.take(read, axis=1) * weight for read, weight in along_x.taps)
+    canvas[along_y.first : along_y.last, along_x.first : along_x.last] = (covered + np.float32(0.5)).astype(np.uint8)
+    return torch.from_numpy(canvas)
+
+
+class Reading(NamedTuple):
+    """Output rows `first` to `last` read a part of the source. taps: (source row in the part, weight), each [rows]."""
+
+    first: int
+    last: int
+    taps: list[tuple[NDArray[np.int64], NDArray[np.float32]]]
+
+
+def _reading(along: Resampling, start: int, stop: int) -> Reading:
+    """The output rows that read the source rows `start` to `stop`; everything else is 0."""
+    inside = (along.read >= start) & (along.read < stop)
+    used = np.flatnonzero(inside.any(axis=1))
+    first, last = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
+    read = np.where(inside, along.read - start, 0)[first:last]
+    weights = np.where(inside, along.weights, np.float32(0))[first:last]
+    return Reading(along.low + first, along.low + last, list(zip(read.T, weights.T, strict=True)))
 
 
 @lru_cache(maxsize=512)
@@ -113,20 +148,27 @@ def resampling(size: int, count: int, scale: float, shift: float, axis: Axis, ke
         taps = {-1: _cubic(t + 1), 0: _cubic(t), 1: _cubic(1 - t), 2: _cubic(2 - t)}
     else:
         taps = {0: 1 - t, 1: t}
-    matrix = np.zeros((size, count), np.float32)
-    rows = np.arange(size)
-    for step, weight in taps.items():
-        inside = (first + step >= 0) & (first + step < count)
-        matrix[rows[inside], (first + step)[inside]] += weight[inside]
-    used = np.flatnonzero(matrix.any(axis=1))
+    read = np.stack([first + step for step in taps], axis=1)  # [size, taps]
+    weights = np.stack(list(taps.values()), axis=1).astype(np.float32)
+    inside = (read >= 0) & (read < count)
+    used = np.flatnonzero((inside & (weights != 0)).any(axis=1))
     low, high = int(used[0]), int(used[-1]) + 1
-    bands = []
-    for start in range(low, high, ROWS):
-        block = matrix[start : min(start + ROWS, high)]
-        read = np.flatnonzero(block.any(axis=0))
-        columns = slice(int(read[0]), int(read[-1]) + 1)
-        bands.append(Band(start - low, start - low + len(block), columns.start, columns.stop, block[:, columns].copy()))
-    return Resampling(low, high, tuple(bands))
+    read = np.where(inside, read, count)[low:high]
+    weights = weights[low:high]
+    strips = []
+    for begin in range(0, high - low, STRIP):
+        end = min(begin + STRIP, high - low)
+        rows = read[begin:end]
+        start, stop = int(rows.min()), int(rows[rows < count].max()) + 1
+        border_last = np.where(rows == count, stop, rows) - start
+        strips.append(Strip(begin, end, start, stop, _sparse(border_last, weights[begin:end], stop - start + 1)))
+    return Resampling(low, high, read, weights, _sparse(read, weights, count + 1), tuple(strips))
+
+
+def _sparse(columns: NDArray[np.int64], weights: NDArray[np.float32], width: int) -> csr_matrix:
+    """The matrix [rows, width] that has `weights` [rows, taps] at `columns` [rows, taps]; those of one place add up."""
+    ends = np.arange(0, columns.size + 1, columns.shape[1])
+    return csr_matrix((weights.ravel(), columns.ravel(), ends), shape=(len(columns), width))
 
 
 def _source_positions(size: int, count: int, scale: float, shift: float, axis: Axis) -> NDArray[np.int64]:
@@ -143,27 +185,6 @@ def _source_positions(size: int, count: int, scale: float, shift: float, axis: A
         units = np.rint((index * step - start * step) * _UNITS)
     per_grid = _UNITS // _GRID
     return (units.astype(np.int64) + per_grid // 2) // per_grid
-
-
-def _multiply(
-    along: Resampling, source: NDArray, offset: NDArray[np.float32] | None = None, first_row: int = 0
-) -> NDArray[np.float32]:
-    """The banded matrix times (source - offset), [high - low, columns] float32.
-
-    source: [rows, columns], the rows from `first_row` on; rows that are not given count as 0.
-    """
-    columns = source.shape[1]
-    result = np.empty((along.high - along.low, columns), np.float32)
-    last_row = first_row + len(source)
-    for band in along.bands:
-        start, stop = max(band.start, first_row), min(band.stop, last_row)
-        if start >= stop:
-            result[band.first : band.last] = 0
-            continue
-        rows = source[start - first_row : stop - first_row]
-        weights = band.weights[:, start - band.start : stop - band.start]
-        np.matmul(weights, rows if offset is None else rows - offset, out=result[band.first : band.last])
-    return result
 
 
 def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:

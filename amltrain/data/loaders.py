@@ -212,7 +212,8 @@ def _open_split(
 ) -> OpenSplit:
     """Open one split. sized: transform and mask rule of the presized images that may stand for the originals."""
     rows = open_rows(data.prepared, name, split, streaming=data.streaming)
-    return OpenSplit(name, split, rows, _open_presized(data, name, split, *sized) if sized else None)
+    presized = _open_presized(data, name, split, *sized) if sized else None
+    return OpenSplit(name, split, rows, presized, find_spec(name, data.prepared).metrics)
 
 
 def _open_presized(

@@ -4,7 +4,7 @@
 <output>/<dataset>/train-00000-of-00003.parquet ...
                    val-00000-of-00001.parquet ...
                    manifest.json   counts, comparison with the published ones, hashes, skipped entries, warnings
-                   rows.png        some random rows, for a person to look at
+                   rows.jpg        some random rows, for a person to look at
 """
 
 import json
@@ -94,6 +94,7 @@ def prepare(
     drawn: Mapping[str, int] | None = None,
     workers: int = 1,
     progress: bool = True,
+    image_option: str = "image_root",
 ) -> dict[str, Any]:
     """Prepare one data set from the original files under `refer_root`; see `prepare_files`."""
     return prepare_files(
@@ -104,6 +105,7 @@ def prepare(
         drawn=drawn,
         workers=workers,
         progress=progress,
+        image_option=image_option,
     )
 
 
@@ -116,18 +118,20 @@ def prepare_files(
     drawn: Mapping[str, int] | None = None,
     workers: int = 1,
     progress: bool = True,
+    image_option: str = "image_root",
 ) -> dict[str, Any]:
     """Prepare one data set under `output` and return its manifest; does nothing if that was done from the same files.
 
     image_root: a folder that has the images, itself or in one of IMAGE_FOLDERS. max_skipped: share of the expressions
     that may be unusable before everything is given up. drawn: how synthetic scenes were made, kept in the manifest.
     workers: processes that decode; the output does not depend on it. More than one needs a main module that can be
-    imported. Raises UserError; `output` is then unchanged.
+    imported. image_option: the flag or key that sets `image_root`, for the error where no image is found. Raises
+    UserError; `output` is then unchanged.
     """
     folder = Path(output) / files.name
     manifest = read_manifest(folder)
     if manifest is None:
-        images = find_images(files, Path(image_root))
+        images = find_images(files, Path(image_root), image_option)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # one of several runs that start together prepares, the others find it done; the lock's file stays, because
@@ -173,7 +177,7 @@ def _prepare_atomically(
         ) as read:
             for split in files.spec.splits:
                 counts[split] = _write_split(temporary, split, files, read, findings, sheet, progress)
-        sheet.save(temporary / "rows.png")
+        sheet.save(temporary / "rows.jpg")
         manifest = {
             "format": FORMAT,
             "dataset": files.name,
@@ -195,8 +199,11 @@ def _prepare_atomically(
     return manifest
 
 
-def find_images(files: Annotations, root: Path) -> Path:
-    """The folder under `root` that holds the images; official code puts them in different places."""
+def find_images(files: Annotations, root: Path, option: str = "image_root") -> Path:
+    """The folder under `root` that holds the images; official code puts them in different places.
+
+    option: the flag or key that sets `root`, for the error. Raises UserError.
+    """
     some = [image["file_name"] for image in islice(files.images.values(), 100)]
     spec = files.spec
     if spec.layout == "refer":
@@ -209,7 +216,7 @@ def find_images(files: Annotations, root: Path) -> Path:
     tried = ", ".join(sub or "." for sub in folders)
     kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"
     fix = (
-        "correct the table's paths or --images" if spec.layout == "table" else f"set image_root to the folder of {kind}"
+        f"correct the table's paths or {option}" if spec.layout == "table" else f"set {option} to the folder of {kind}"
     )
     raise UserError(f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); {fix}")
 

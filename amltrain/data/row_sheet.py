@@ -1,4 +1,4 @@
-"""`rows.png`: some random rows of a prepared data set as pictures, for inspection."""
+"""`rows.jpg`: some random rows of a prepared data set as pictures, for inspection."""
 
 import hashlib
 import io
@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from amltrain.data.annotations import ImageGroup
 from amltrain.data.images import to_rgb
 from amltrain.data.segmentation import decode_rle
 
-ROWS = 12
+ROWS = 8
 COLUMNS = 4
 SIDE, TEXT = 260, 78
-_TINT = np.array([230, 30, 30], np.float32)
+SHADE = 0.45
+"""Brightness of the pixels outside the mask."""
 
 
 class _Shown(NamedTuple):
@@ -47,7 +49,7 @@ class RowSheet:
         for number, shown in enumerate(self._kept):
             row, column = divmod(number, columns)
             sheet.paste(_tile(shown), (8 + column * (SIDE + 8), 8 + row * (SIDE + TEXT + 8)))
-        sheet.save(path, compress_level=1)  # quick rather than small
+        sheet.save(path, quality=90, subsampling=0)  # a PNG takes twenty times as long
 
 
 def _tile(shown: _Shown) -> Image.Image:
@@ -55,18 +57,28 @@ def _tile(shown: _Shown) -> Image.Image:
     group = shown.group
     assert group.content is not None
     referent = group.referents[int(shown.order[:8], 16) % len(group.referents)]
-    opened = Image.open(io.BytesIO(group.content))
-    full = opened.size
-    opened.draft("RGB", (SIDE, SIDE))  # a JPEG is decoded at about the size that is shown
-    image = to_rgb(opened)
-    size = (max(1, round(full[0] * SIDE / max(full))), max(1, round(full[1] * SIDE / max(full))))
-    mask = Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).resize(size, Image.Resampling.BILINEAR)
-    share = np.asarray(mask, np.float32)[..., None] / 255 * 0.55
-    pixels = np.asarray(image.resize(size), np.float32)
+    image: Image.Image = Image.open(io.BytesIO(group.content))
+    scale = SIDE / max(group.height, group.width)
+    size = (max(1, round(group.width * scale)), max(1, round(group.height * scale)))
+    image.draft("RGB", size)  # a JPEG is decoded at about the size that is shown
+    image = to_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    if not referent["no_target"]:
+        mask = Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).resize(size, Image.Resampling.BOX)
+        image = Image.fromarray(_outlined(np.asarray(image), np.asarray(mask) > 0))
     tile = Image.new("RGB", (SIDE, SIDE + TEXT), "white")
-    tile.paste(Image.fromarray((pixels * (1 - share) + _TINT * share).astype(np.uint8)), (0, 0))
+    tile.paste(image, (0, 0))
     about = "nothing in this image" if referent["no_target"] else f"{referent['category'] or 'object'}"
     text = f"{shown.split}, ref {referent['ref_id']}, {about}, {len(referent['sentences'])} sentence(s)"
     lines = [text, *textwrap.wrap(referent["sentences"][0]["raw"], 40)[:4]]
     ImageDraw.Draw(tile).multiline_text((2, SIDE + 2), "\n".join(lines), fill="black", font=ImageFont.load_default(12))
     return tile
+
+
+def _outlined(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Darken what is outside the mask, and draw its border as a white line beside a black one: seen on every colour."""
+    drawn = np.where(mask[..., None], pixels, (pixels * np.float32(SHADE)).astype(np.uint8))
+    around = np.pad(mask, 1, mode="edge")
+    neighbours = [around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]]
+    drawn[np.any(neighbours, axis=0) & ~mask] = 0
+    drawn[mask & ~np.all(neighbours, axis=0)] = 255
+    return drawn

@@ -1,7 +1,8 @@
 """The open table of data sets: one entry each with its folder, splits, published counts and special keys.
 
-Counts: RefCOCO val, testA, testB and all expressions were recounted from the files. The others are what the papers and
-the official code state; where a paper gives the total as well, the splits add up to it.
+Counts: RefCOCO val, testA, testB and all expressions were recounted from the files; the others of RefCOCO, RefCOCO+
+and RefCOCOg are in official code or papers. PhraseCut, ReasonSeg and RefCOCO-M: as their authors' pages state.
+RRSIS-D, Ref-ZOM and RefSegRS: as other papers and catalogues state; the splits add up to the totals of their authors.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -28,8 +29,8 @@ class DatasetSpec(NamedTuple):
 
     published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
     none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
-    metrics: further metrics of its papers ("rIoU", "zero-target accuracy"). exact_splits: a ref belongs to the
-    split of the same name only. image_folders: where its images lie, below the image root.
+    metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref
+    belongs to the split of the same name only. image_folders: where its images lie, below the image root.
     """
 
     folder: str
@@ -73,7 +74,7 @@ class DatasetSpec(NamedTuple):
 _UNC = ("train", "val", "testA", "testB")
 _UMD = ("train", "val", "test")
 _GREF_KEYS = ("exist", "no_target")
-_ROBUST = ("r", "rIoU")
+_ROBUST = ("r", "rIoU", "target mIoU", "target oIoU")
 
 DATASETS: dict[str, DatasetSpec] = {
     "refcoco": DatasetSpec(
@@ -136,7 +137,7 @@ DATASETS: dict[str, DatasetSpec] = {
         ("train", "test"),
         {"train": Counts(images=43749), "test": Counts(images=11329)},
         special_keys=("source",),
-        metrics=("zero-target accuracy",),
+        metrics=("zero-target accuracy", "target mIoU", "target oIoU"),
         image_folders=("trainval2014", "images/trainval2014", "coco/trainval2014"),
     ),
     "r-refcoco": DatasetSpec("rrefcoco", "unc", _UNC, special_keys=("exist",), metrics=_ROBUST),
@@ -146,7 +147,11 @@ DATASETS: dict[str, DatasetSpec] = {
         "VGPhraseCut_v0",
         "phrasecut",
         _UMD,
-        {"train": Counts(expressions=310816), "val": Counts(expressions=20316), "test": Counts(expressions=14354)},
+        {
+            "train": Counts(expressions=310816, images=71746),
+            "val": Counts(expressions=20316, images=2971),
+            "test": Counts(expressions=14354, images=2545),
+        },
         layout="phrasecut",
         exact_splits=True,
     ),

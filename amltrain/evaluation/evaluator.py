@@ -28,6 +28,7 @@ from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.image_cache import ImageCache, shares_images
 from amltrain.evaluation.masks import original_probability, to_original
+from amltrain.evaluation.metrics import metric_terms, number_refs, scored_columns
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.evaluation.scoring import Masks, count_pixels, network_size, output_masks
@@ -208,6 +209,7 @@ def _results(
         generalized=generalized,
         ties=protocol.ties,
     )
+    paper = _paper_metrics(columns, dataset) if generalized else {}
     held = dataset.counts()
     counts = {
         "samples": scores.pop("samples"),
@@ -230,9 +232,27 @@ def _results(
     }
     info = dataset.info(int(samples[0, 0]))
     described = asdict(protocol) | dataset.describe() | facts
+    metrics = {**scores, **paper}
     return Results(
-        info.dataset, info.split, scores, counts, described, provenance, samples=samples, predictions=predictions
+        info.dataset, info.split, metrics, counts, described, provenance, samples=samples, predictions=predictions
     )
+
+
+def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any) -> dict[str, float]:
+    """Metrics of the data set's papers in percent, by name, where its entry names any."""
+    names = getattr(dataset, "paper_metrics", ())
+    if not names:
+        return {}
+    infos = [dataset.info(i) for i in columns["sample_id"].tolist()]
+    samples = scored_columns(
+        columns["intersection"],
+        columns["union"],
+        columns["no_target"],
+        columns["predicted_no_target"],
+        columns["area"],
+        refs=number_refs([i.image_id for i in infos], [i.ref_id for i in infos]),
+    )
+    return {name: metric_terms(name, samples, "generalized").percent() for name in names}
 
 
 def _precision(accelerator: Accelerator) -> str:

@@ -10,6 +10,13 @@ For one (image, sentence) sample: I = |prediction and truth|, U = |prediction or
                  N-acc, T-acc = share of no-target / target samples recognised as such
                  Pr@t over target samples only
 
+Metrics that only some data sets' papers report come in addition, where the data set's entry in `amltrain.data.specs`
+names them:
+
+    r, rIoU               R-RefCOCO, R-RefCOCO+, R-RefCOCOg (arXiv 2209.09554): per ref, then the mean over refs
+    zero-target accuracy  Ref-ZOM (arXiv 2308.13853): share of no-target samples with an empty mask
+    target oIoU, mIoU     both papers' oIoU and mIoU: over target samples, without the no-target rule
+
 Every metric is a ratio of two sums over samples. That makes it exact at any number of processes and gives it bootstrap
 intervals. All are in percent (ReLA prints N-acc and T-acc as fractions).
 
@@ -45,6 +52,8 @@ class Scored:
     no_target            bool, the sentence refers to nothing in the image
     predicted_no_target  bool, the model predicts so
     ties                 arithmetic of the IoU, see `sample_iou`
+    ref                  number of the ref that the sentence belongs to, int64; None where it is unknown. r and rIoU
+                         need it
     """
 
     intersection: NDArray[np.int64]
@@ -53,6 +62,7 @@ class Scored:
     no_target: NDArray[np.bool_]
     predicted_no_target: NDArray[np.bool_]
     ties: Ties = "ge"
+    ref: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.union)
@@ -72,6 +82,12 @@ class Scored:
         """IoU, I and U of every sample by the no-target rule."""
         return no_target_rule(self.intersection, self.union, self.no_target, self.predicted_no_target)
 
+    @cached_property
+    def emptied(self) -> "Emptied":
+        """I, U and predicted area, where a mask of a sample that the model rejects counts as empty."""
+        kept = ~self.predicted_no_target
+        return Emptied(self.intersection * kept, np.where(kept, self.union, self.truth_area), self.area * kept)
+
 
 class Ruled(NamedTuple):
     """What `no_target_rule` returns, all [N]."""
@@ -79,6 +95,14 @@ class Ruled(NamedTuple):
     iou: NDArray[np.float64]
     intersection: NDArray[np.int64]
     union: NDArray[np.int64]
+
+
+class Emptied(NamedTuple):
+    """What `Scored.emptied` returns, all [N] int64 pixels."""
+
+    intersection: NDArray[np.int64]
+    union: NDArray[np.int64]
+    area: NDArray[np.int64]
 
 
 class Ratio(NamedTuple):
@@ -94,13 +118,18 @@ class Ratio(NamedTuple):
 
 Metric = Callable[[Scored], Ratio]
 METRICS: dict[Kind, dict[str, Metric]] = {"classic": {}, "generalized": {}}
+ON_REQUEST: set[str] = set()
+"""Metrics that only data sets whose papers use them report."""
 
 
-def register_metric(name: str, *kinds: Kind) -> Callable[[Metric], Metric]:
+def register_metric(name: str, *kinds: Kind, on_request: bool = False) -> Callable[[Metric], Metric]:
     """Decorate a function of `Scored` that returns a `Ratio`: every evaluation of these kinds then reports it.
 
-    kinds: "classic", "generalized", or both. Raises ValueError for a name that is taken.
+    kinds: "classic", "generalized", or both. on_request: report it only for data sets that name it. Raises ValueError
+    for a name that is taken.
     """
+    if on_request:
+        ON_REQUEST.add(name)
 
     def register(metric: Metric) -> Metric:
         for kind in kinds:
@@ -125,13 +154,13 @@ def metric_terms(name: str, samples: Scored, kind: Kind) -> Ratio:
 
 
 def compute_scores(samples: Scored, kind: Kind) -> dict[str, float]:
-    """Every metric of a kind in percent, by name; NaN if the divisor is 0.
+    """Every metric of a kind but those of ON_REQUEST, in percent, by name; NaN if the divisor is 0.
 
     Raises UserError where an intersection is negative or larger than its union.
     """
     if (samples.intersection > samples.union).any() or (samples.intersection < 0).any():
         raise UserError("an intersection must lie between 0 and its union; were the two columns exchanged?")
-    return {name: metric(samples).percent() for name, metric in METRICS[kind].items()}
+    return {name: metric(samples).percent() for name, metric in METRICS[kind].items() if name not in ON_REQUEST}
 
 
 def _ratio(numerator: float, denominator: float) -> float:
@@ -218,6 +247,55 @@ def target_accuracy(samples: Scored) -> Ratio:
     return Ratio(~samples.no_target & ~samples.predicted_no_target, ~samples.no_target)
 
 
+@register_metric("target oIoU", "generalized", on_request=True)
+def target_overall_iou(samples: Scored) -> Ratio:
+    """Sum of I / sum of U over target samples."""
+    i, u, _ = samples.emptied
+    return Ratio(i * ~samples.no_target, u * ~samples.no_target)
+
+
+@register_metric("target mIoU", "generalized", on_request=True)
+def target_mean_iou(samples: Scored) -> Ratio:
+    """Mean of I / U over target samples (RefSegformer averages per ref first)."""
+    i, u, _ = samples.emptied
+    return Ratio(sample_iou(i, u) * ~samples.no_target, ~samples.no_target)
+
+
+@register_metric("zero-target accuracy", "generalized", on_request=True)
+def zero_target_accuracy(samples: Scored) -> Ratio:
+    """Share of no-target samples whose predicted mask is empty."""
+    return Ratio(samples.no_target & (samples.emptied.area == 0), samples.no_target)
+
+
+@register_metric("r", "generalized", on_request=True)
+def negative_robustness(samples: Scored) -> Ratio:
+    """Share of a ref's no-target sentences with an empty mask, mean over refs that have such sentences."""
+    weight = samples.no_target / np.maximum(_per_ref(samples, samples.no_target), 1)
+    return Ratio(weight * (samples.emptied.area == 0), weight)
+
+
+@register_metric("rIoU", "generalized", on_request=True)
+def robust_iou(samples: Scored) -> Ratio:
+    """Sum of I / sum of U of a ref, where every pixel predicted for a no-target sentence adds to U; mean over refs.
+
+    A ref without a target sentence, whose sum of I cannot be above 0, is left out.
+    """
+    i, u, area = samples.emptied
+    has_target = _per_ref(samples, ~samples.no_target) > 0
+    total_i = _per_ref(samples, np.where(samples.no_target, 0, i))
+    total_u = _per_ref(samples, np.where(samples.no_target, area, u))
+    share = has_target / _per_ref(samples, np.ones(len(samples)))  # every ref counts 1, whatever its sentences
+    return Ratio(share * total_i / np.maximum(total_u, 1), share)
+
+
+def _per_ref(samples: Scored, values: NDArray[Any]) -> NDArray[np.float64]:
+    """Sum of `values` [N] over the ref of each sample, [N]."""
+    if samples.ref is None:
+        raise UserError("r and rIoU need the ref of every sample; evaluate again with this version")
+    _, number = np.unique(samples.ref, return_inverse=True)
+    return np.bincount(number, weights=values)[number]
+
+
 def _zero(samples: Scored) -> Ratio:
     return Ratio(np.zeros(len(samples)), np.ones(len(samples)))
 
@@ -245,12 +323,20 @@ def scored_columns(
     predicted_no_target: ArrayLike | None = None,
     areas: ArrayLike | None = None,
     ties: Ties = "ge",
+    refs: ArrayLike | None = None,
 ) -> Scored:
     """Build a `Scored` from anything array-like, [N] each; flags default to false, areas to the intersections."""
     i, u = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
     none = np.zeros(len(u), bool)
     truth, predicted = (none if flag is None else np.asarray(flag, bool) for flag in (no_target, predicted_no_target))
-    return Scored(i, u, i if areas is None else np.asarray(areas, np.int64), truth, predicted, ties)
+    ref = None if refs is None else np.asarray(refs, np.int64)
+    return Scored(i, u, i if areas is None else np.asarray(areas, np.int64), truth, predicted, ties, ref)
+
+
+def number_refs(image_ids: ArrayLike, ref_ids: ArrayLike) -> NDArray[np.int64]:
+    """Number the refs of samples, [N] int64: ids of refs may occur again in other images."""
+    pairs = np.stack([np.asarray(image_ids, np.int64), np.asarray(ref_ids, np.int64)], axis=1)
+    return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
 
 def classic_scores(intersections: ArrayLike, unions: ArrayLike, *, ties: Ties = "ge") -> dict[str, float]:
@@ -274,4 +360,5 @@ def generalized_scores(
 def take(samples: Scored, index: Sequence[int] | NDArray[Any]) -> Scored:
     """Select samples by position or by a [N] bool mask."""
     columns = {f.name: getattr(samples, f.name) for f in fields(samples) if f.name != "ties"}
-    return Scored(**{name: column[index] for name, column in columns.items()}, ties=samples.ties)
+    taken = {name: column[index] for name, column in columns.items() if column is not None}
+    return Scored(**taken, ties=samples.ties)

@@ -39,7 +39,8 @@ class Prediction(NamedTuple):
 class Results:
     """Scores of one split.
 
-    metrics      percent; classic (oIoU, mIoU, Pr@0.5-0.9) or generalized (gIoU, cIoU, N-acc, T-acc, Pr@0.7-0.9)
+    metrics      percent; classic (oIoU, mIoU, Pr@0.5-0.9) or generalized (gIoU, cIoU, N-acc, T-acc, Pr@0.7-0.9, and
+                 those of the data set's papers)
     counts       samples, referents, images, no_target, empty_unions, empty_masks (predictions without a pixel),
                  not_finite (samples with NaN or Inf logits)
     protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...

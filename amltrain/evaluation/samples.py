@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from amltrain.errors import UserError, first_line
-from amltrain.evaluation.metrics import Scored, Ties
+from amltrain.evaluation.metrics import Scored, Ties, number_refs
 from amltrain.evaluation.results import Results
 
 FOLDER = "samples"
@@ -105,4 +105,5 @@ def scored_samples(table: pa.Table, ties: Ties) -> Scored:
         no_target=table.column("no_target").to_numpy(),
         predicted_no_target=table.column("predicted_no_target").to_numpy(),
         ties=ties,
+        ref=number_refs(table.column("image_id").to_numpy(), table.column("ref_id").to_numpy()),
     )

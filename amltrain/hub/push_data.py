@@ -47,7 +47,7 @@ def push_data(
             message = f"Data, part {number}"
             api.create_commit(repo, adds, commit_message=message, repo_type="dataset", revision=revision)
             log(f"pushed {', '.join(_name(shard, prepared) for shard in batch)}")
-        rest = [path for folder in folders for path in (folder / MANIFEST, folder / "rows.png") if path.is_file()]
+        rest = [path for folder in folders for path in (folder / MANIFEST, folder / "rows.jpg") if path.is_file()]
         last = [CommitOperationAdd(_name(path, prepared), str(path)) for path in rest]
         card = data_card(prepared, repo, [folder.name for folder in folders])
         last.append(CommitOperationAdd(CARD, card.encode()))

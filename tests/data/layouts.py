@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def rrsis_d(root: Path) -> None:
     move_images(original, root / "images/rrsisd/JPEGImages")
 
 
-def refclef(root: Path) -> None:
-    original = Original(root, "refclef")
+def refclef(root: Path, name: str = "refclef") -> None:
+    original = Original(root, name)
     for annotation in original.annotations:
         annotation["segmentation"] = [run_lengths()]
     move_images(original, root / "images/saiapr_tc-12")
@@ -66,9 +67,9 @@ def ref_zom(root: Path) -> None:
     move_images(original, root / "trainval2014")
 
 
-def r_refcoco(root: Path) -> None:
+def r_refcoco(root: Path, name: str = "r-refcoco") -> None:
     """Sentences carry `exist`; a ref has some about its object and some about nothing."""
-    original = Original(root, "r-refcoco")
+    original = Original(root, name)
     for ref in original.refs:
         ref["sentences"][0]["exist"] = True
         ref["sentences"][1]["exist"] = False
@@ -77,7 +78,7 @@ def r_refcoco(root: Path) -> None:
 
 def phrasecut(root: Path) -> None:
     folder = root / "VGPhraseCut_v0"
-    for number, split in enumerate(("train", "val", "test"), 1):
+    for number, split in enumerate(("train", "val", "test", "miniv"), 1):
         tasks = [
             {
                 "task_id": f"{number}__{i}", "image_id": 10 * number, "phrase": phrase, "ann_ids": [1],
@@ -134,8 +135,11 @@ def refsegrs(root: Path) -> None:
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "rrsis-d": rrsis_d,
     "refclef": refclef,
+    "refclef-unc": partial(refclef, name="refclef-unc"),
     "ref-zom": ref_zom,
     "r-refcoco": r_refcoco,
+    "r-refcoco+": partial(r_refcoco, name="r-refcoco+"),
+    "r-refcocog": partial(r_refcoco, name="r-refcocog"),
     "phrasecut": phrasecut,
     "refcoco-m": refcoco_m,
     "reasonseg": reasonseg,

@@ -193,7 +193,7 @@ def test_no_image_folder_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[st
     original = Original(tmp_path).write()
     for number in range(len(original.images)):
         original.image_file(number).unlink()
-    assert "set image_root to the folder of COCO's train2014 images" in refused(capsys, original)
+    assert "set --image_root to the folder of COCO's train2014 images" in refused(capsys, original)
 
 
 @pytest.mark.parametrize("sub", ["", "train2014", "images/train2014", "coco/train2014", IMAGES])

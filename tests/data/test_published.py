@@ -1,4 +1,4 @@
-"""Every published data set from a small file in its real layout: prepare, read, and for some train and evaluate."""
+"""Every published data set from a small file in its real layout: prepare, read, train and evaluate."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from amltrain.commands.evaluate import main as evaluate
 from amltrain.commands.prepare import main
 from amltrain.commands.train import read_run
-from amltrain.data.ensure import ensure_prepared
 from amltrain.data.manifest import read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask
 from amltrain.data.specs import DATASETS
+from amltrain.evaluation.results import read_results
 from amltrain.training.trainer import train
 from tests.data.layouts import LAYOUTS, rewrite_refs, square
 
@@ -68,6 +69,7 @@ def test_instances_of_a_phrase_are_one_target(tmp_path: Path) -> None:
     found = referents(prepared, "phrasecut", "train")
     assert [r["sentences"][0]["raw"] for r in found] == ["white squares", "all the things"]
     assert decode_mask(found[0]["mask"]).sum() == 400 + 48
+    assert len(referents(prepared, "phrasecut", "val")) == 4  # of refer_val.json and refer_miniv.json
 
 
 def test_the_wrong_name_for_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,19 +94,52 @@ def test_exist_is_true_or_false(value: object, tmp_path: Path, capsys: pytest.Ca
     assert "a sentence of ref 1002 has 'exist'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "split"), [("r-refcoco", "val"), ("rrsis-d", "test")])
-def test_two_steps_and_an_evaluation(name: str, split: str, tmp_path: Path, repository: Path) -> None:
+SLOW = pytest.mark.slow
+RUNS = [
+    ("rrsis-d", "caris_tiny", "test", ()),
+    ("r-refcoco", "rela_tiny", "testA", ()),
+    *(
+        pytest.param(*run, marks=SLOW)
+        for run in (
+            ("refclef", "caris_tiny", "test", ()),
+            ("refclef-unc", "caris_tiny", "testC", ()),
+            ("ref-zom", "rela_tiny", "test", ()),
+            ("r-refcoco+", "caris_tiny", "testB", ()),
+            ("r-refcocog", "rela_tiny", "test", ()),
+            ("phrasecut", "caris_tiny", "test", ()),
+            ("refcoco-m", "caris_tiny", "val", ("--data.train_split", "val")),
+            ("reasonseg", "caris_tiny", "test", ()),
+            ("refsegrs", "caris_tiny", "test", ()),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "model", "split", "more"), RUNS)
+def test_prepared_trained_and_evaluated(
+    name: str, model: str, split: str, more: tuple[str, ...], tmp_path: Path, repository: Path
+) -> None:
+    prepared = str(prepare(name, tmp_path))
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    LAYOUTS[name](tmp_path)
-    config = read_run([
-        "--config", str(repository / "configs/recipes/refer_mini.yaml"), "--data.datasets", f"[{name}]",
-        "--data.refer_root", str(tmp_path), "--data.prepared", str(tmp_path / "prepared"), "--data.workers", "0",
-        "--output", str(tmp_path / "run"), "--train.max_steps", "2", "--train.global_batch_size", "2",
-        "--evaluation.splits", f"[{split}]", "--evaluation.every_steps", "null", "--preprocess.size", "64",
-        "--evaluation.best_metric", "mIoU", "--evaluation.pictures", "0", "--tracking.trackers", "[]",
+    last_split = DATASETS[name].splits[-1]
+    train(read_run([
+        "--config", str(repository / "configs/recipes/refer_mini.yaml"),
+        "--config", str(repository / f"configs/models/{model}.yaml"), "--preprocess.size", "64",
+        "--data.datasets", f"[{name}]", "--data.prepared", prepared, "--data.refer_root", "null",
+        "--data.workers", "0", "--output", str(tmp_path / "run"), "--train.max_steps", "2",
+        "--train.global_batch_size", "2", "--evaluation.splits", f"[{last_split}]", "--evaluation.every_steps", "null",
+        "--evaluation.best_metric", "mIoU", "--evaluation.pictures", "0", "--tracking.trackers", "[]", *more,
+    ]))  # fmt: skip
+    evaluate([
+        "--checkpoint", str(tmp_path / "run/best"), "--data.datasets", f"[{name}]", "--data.prepared", prepared,
+        "--splits", split, "--output", str(tmp_path / "scores"), "--data.workers", "0", "--pictures", "0",
     ])  # fmt: skip
-    (result,) = train(config)
-    assert result.dataset == name and result.counts["samples"] == 6
-    assert result.counts["no_target"] == (3 if name == "r-refcoco" else 0)
-    ensure_prepared(config.data, lambda text: pytest.fail("prepared again"))
+    (result,) = read_results(tmp_path / "scores/results.json")
+    sentences = [len(r["sentences"]) for r in referents(tmp_path / "prepared", name, split)]
+    assert (result.dataset, result.split, result.counts["samples"]) == (name, split, sum(sentences))
+    absent = sum(len(r["sentences"]) for r in referents(tmp_path / "prepared", name, split) if r["no_target"])
+    assert result.counts["no_target"] == absent
+    assert (absent > 0) == bool(DATASETS[name].special_keys)
+    assert set(DATASETS[name].metrics) <= result.metrics.keys()
+    assert all(0 <= value <= 100 for value in result.metrics.values())

@@ -249,6 +249,22 @@ def test_what_is_wrong_is_named(
     assert not list((folder / "prepared").glob("mine*"))
 
 
+def test_a_manifest_names_no_folder_of_this_disk(folder: Path) -> None:
+    """It is pushed with the data."""
+    bad = ({"image": "9.jpg"}, {"image": str(folder / "secret.jpg")}, {"image": "1.jpg", "mask": "masks/9.png"})
+    table = write(folder / "my.jsonl", [GOOD, *(GOOD | change for change in bad)])
+    manifest = run(folder, "--max_skipped", "1", table=table) / "mine/manifest.json"
+    assert len(json.loads(manifest.read_text())["skipped"]) == 3
+    assert str(folder) not in manifest.read_text() and folder.name not in manifest.read_text()
+
+
+def test_the_flag_to_correct_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write(folder / "my.jsonl", [GOOD])
+    with pytest.raises(SystemExit):
+        run(folder, "--images", str(folder), table=table)
+    assert "set --images to the folder of the images" in capsys.readouterr().err
+
+
 def test_a_value_or_a_threshold_chooses_the_object(folder: Path) -> None:
     instances = square() * np.uint8(7)
     instances[20:25, :5] = 9
@@ -277,7 +293,7 @@ def test_what_looks_wrong_is_counted(folder: Path, capsys: pytest.CaptureFixture
     said = capsys.readouterr().out
     assert "2 masks cover more than 95% of the image; are they inverted? (e.g. ref 1 of 0.jpg)" in said
     assert "1 images are in more than one split (e.g. 0.jpg)" in said
-    with Image.open(folder / "prepared/mine/rows.png") as sheet:
+    with Image.open(folder / "prepared/mine/rows.jpg") as sheet:
         assert sheet.width > 260 and len(sheet.convert("RGB").getcolors(2**20)) > 10
 
 

@@ -15,6 +15,8 @@ from amltrain.evaluation.metrics import (
     classic_scores,
     compute_scores,
     generalized_scores,
+    metric_terms,
+    number_refs,
     sample_iou,
     scored_columns,
 )
@@ -163,3 +165,54 @@ def test_the_page_on_adding_a_metric(repository: Path):
     finally:
         METRICS["classic"].pop("Dice", None)
     assert "Dice" not in classic_scores([1], [2])
+
+
+def random_refs(seed: int) -> dict[str, np.ndarray]:
+    """120 samples of 40 refs; the model rejects some, and some refs have no no-target sentence or only such."""
+    rng = np.random.default_rng(seed)
+    none, truth, area = rng.random(120) < 0.5, rng.integers(1, 50, 120), rng.integers(0, 50, 120)
+    area[rng.random(120) < 0.4] = 0
+    truth[none] = 0
+    both = rng.integers(0, np.minimum(truth, area) + 1)
+    ids = np.stack([rng.integers(0, 8, 120), rng.integers(0, 5, 120)])
+    return {
+        "intersections": both, "unions": truth + area - both, "areas": area, "no_target": none,
+        "predicted_no_target": rng.random(120) < 0.2, "refs": number_refs(*ids), "truth": truth,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_of_the_robust_data_sets(seed: int):
+    """A loop over refs and sentences, as the evaluations of R-RefCOCO and Ref-ZOM count."""
+    columns = random_refs(seed)
+    truth = columns.pop("truth")
+    robust, negatives, ious, total = [], [], [], np.zeros(2)
+    empty = (columns["areas"] == 0) | columns["predicted_no_target"]
+    for ref in np.unique(columns["refs"]):
+        i_sum = u_sum = positives = 0
+        rejected = []
+        for n in np.flatnonzero(columns["refs"] == ref):
+            if columns["no_target"][n]:
+                rejected.append(bool(empty[n]))
+                u_sum += 0 if empty[n] else columns["areas"][n]
+                continue
+            i, u = (0, truth[n]) if empty[n] else (columns["intersections"][n], columns["unions"][n])
+            i_sum, u_sum, positives = i_sum + i, u_sum + u, positives + 1
+            total += (i, u)
+            ious.append(i / u)
+        robust += [i_sum / u_sum] if positives else []
+        negatives += [np.mean(rejected)] if rejected else []
+    expected = {
+        "rIoU": np.mean(robust), "r": np.mean(negatives), "target mIoU": np.mean(ious),
+        "target oIoU": total[0] / total[1], "zero-target accuracy": empty[columns["no_target"]].mean(),
+    }  # fmt: skip
+    samples = scored_columns(**columns)
+    for name, value in expected.items():
+        assert math.isclose(metric_terms(name, samples, "generalized").percent(), 100 * value), name
+    assert not expected.keys() & compute_scores(samples, "generalized").keys()
+
+
+def test_a_ref_is_an_image_and_an_id():
+    assert number_refs([7, 7, 3, 7, 3], [1, 2, 1, 1, 1]).tolist() == [1, 2, 0, 1, 0]
+    with pytest.raises(UserError, match="need the ref of every sample"):
+        metric_terms("r", scored_columns([1], [1]), "generalized")

@@ -57,7 +57,7 @@ def test_what_is_pushed_and_resumed(prepared: Path, server: HubServer, monkeypat
     assert said[0] == "2 of 3 shards are on the Hub already" and len(said) == 2
     assert address == f"{server.url}/datasets/{REPO}"
     shards = {f"mine/{split}-00000-of-00001.parquet" for split in ("train", "val", "test")}
-    assert set(server.files(REPO)) == {"README.md", "mine/manifest.json", "mine/rows.png", *shards}
+    assert set(server.files(REPO)) == {"README.md", "mine/manifest.json", "mine/rows.jpg", *shards}
     assert f'load_dataset("{REPO}", "mine", split="train")' in server.files(REPO)["README.md"].decode()
 
 

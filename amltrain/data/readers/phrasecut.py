@@ -1,10 +1,10 @@
 """PhraseCut (arXiv 2008.01187): phrases about regions of Visual Genome, several instances each.
 
-    <root>/VGPhraseCut_v0/refer_train.json, refer_val.json, refer_test.json
+    <root>/VGPhraseCut_v0/refer_train.json, refer_val.json, refer_miniv.json, refer_test.json
     <root>/VGPhraseCut_v0/images/<image_id>.jpg
 
 An entry: task_id, image_id, phrase, Polygons (per instance a list of polygons, each a list of [x, y]), instance_boxes.
-Layout: ChenyunWu/PhraseCutDataset.
+Layout: ChenyunWu/PhraseCutDataset. The whole val split is refer_val.json and refer_miniv.json (100 images) together.
 """
 
 from pathlib import Path
@@ -17,29 +17,35 @@ from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
 from amltrain.files import sha256
 
+_FILES = {"train": ("train",), "val": ("val", "miniv"), "test": ("test",)}
+
 
 def read_phrasecut(root: Path, name: str) -> Annotations:
-    """Read every split that is there; `miniv` and test lists of the original are not used. Raises UserError."""
+    """Read every split that is there. Raises UserError."""
     spec = dataset_spec(name)
     folder = root / spec.folder if (root / spec.folder).is_dir() else root
-    paths = {split: folder / f"refer_{split}.json" for split in spec.splits}
-    paths = {split: path for split, path in paths.items() if path.is_file()}
+    paths = {folder / f"refer_{part}.json": split for split in spec.splits for part in _FILES[split]}
+    paths = {path: split for path, split in paths.items() if path.is_file()}
     if not paths:
         raise UserError(f"{folder} has no refer_train.json; put PhraseCut's files there")
-    rows = [row for split, path in paths.items() for row in _rows(path, split)]
-    sources = {path.name: sha256(path) for path in paths.values()}
-    used = spec._replace(splits=tuple(paths), published={s: spec.published[s] for s in paths})
+    rows: list[TableRow] = []
+    for path, split in paths.items():
+        rows += _rows(path, split, first=len(rows))
+    sources = {path.name: sha256(path) for path in paths}
+    splits = tuple(dict.fromkeys(paths.values()))
+    used = spec._replace(splits=splits, published={split: spec.published[split] for split in splits})
     return build_annotations(rows, name, sources=sources, place=str(folder), spec=used)
 
 
-def _rows(path: Path, split: str) -> list[TableRow]:
+def _rows(path: Path, split: str, first: int) -> list[TableRow]:
+    """Rows of a file; refs are numbered from `first` on, because phrases have text ids."""
     entries = load_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path} holds a {type(entries).__name__}, not a list of phrases")
-    return [_row(entry, number, path, split) for number, entry in enumerate(entries)]
+    return [_row(entry, number, path, split, first + number) for number, entry in enumerate(entries)]
 
 
-def _row(entry: Any, number: int, path: Path, split: str) -> TableRow:
+def _row(entry: Any, number: int, path: Path, split: str, ref_id: int) -> TableRow:
     place = f"entry {number} of {path.name}"
     check_entry(entry, ("image_id", "phrase", "Polygons"), f"entry {number}", str(path))
     if not isinstance(entry["phrase"], str):
@@ -56,10 +62,6 @@ def _row(entry: Any, number: int, path: Path, split: str) -> TableRow:
         (" ".join(entry["phrase"].split()),),
         polygons,
         split,
-        number + _OFFSETS[split],
+        ref_id,
         image_id,
     )
-
-
-_OFFSETS = {"train": 0, "val": 1_000_000, "test": 2_000_000}
-"""Phrases have text ids; refs are numbered in file order, so that they differ between splits."""
