@@ -1,6 +1,8 @@
 """What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
 
     amltrain benchmark --model caris_tiny --size 96 --batch 8
+    amltrain benchmark suite --help               # everything on one machine, e.g. on a GPU in ten minutes
+    amltrain benchmark loader --help              # loading data
     amltrain benchmark --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
     amltrain benchmark --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
@@ -14,6 +16,8 @@ a Markdown table and the hardware; `--count` only counts, in seconds and without
 """
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +47,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+OTHERS = {"loader": "amltrain.commands.benchmark_loader", "suite": "amltrain.commands.suite.command"}
+"""Benchmarks that the first argument chooses; without it, steps are measured."""
+SUITES = {"gpu": "cuda", "cpu": "cpu"}
+"""Devices of `--suite`."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+    """Run the benchmark of these arguments (default: the command line's)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["--suite"] and len(given) > 1 and given[1] in SUITES:
+        given[:2] = ["suite", "--device", SUITES[given[1]]]
+    if given[:1] and given[0] in OTHERS:
+        importlib.import_module(OTHERS[given[0]]).main(given[1:])
+        return
+    args = build_parser().parse_args(given)
     with one_line_errors():
         from amltrain.commands import benchmark_steps  # imports torch
 

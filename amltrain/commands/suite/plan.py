@@ -1,0 +1,67 @@
+"""What the suite measures, the most important first. Light: imports neither torch nor a model."""
+
+import argparse
+from typing import Any, NamedTuple
+
+from amltrain.errors import unknown_name
+
+STEPS, ENGINES, BATCHES = "steps", "engines", "batch sizes"
+EVALUATION, LOADER, SAVING, OTHERS = "evaluation", "loader", "saving", "others"
+KINDS = (STEPS, ENGINES, BATCHES, EVALUATION, LOADER, SAVING, OTHERS)
+
+
+class Case(NamedTuple):
+    """One measurement.
+
+    name: unique. kind: its table. function: MODULE:NAME in this folder, called with `options` in another process.
+    engine: of Accelerate; one whose environment a process keeps for good.
+    """
+
+    name: str
+    kind: str
+    function: str
+    options: dict[str, Any]
+    engine: str = "single"
+
+
+def plan(options: argparse.Namespace) -> list[Case]:
+    """List the cases of a command line, in order. Raises UserError for an unknown --only."""
+    wanted = options.only or KINDS
+    for kind in wanted:
+        if kind not in KINDS:
+            raise unknown_name("kind (--only)", kind, KINDS)
+    return [case for case in _cases(options) if case.kind in wanted]
+
+
+def _cases(options: argparse.Namespace) -> list[Case]:
+    common = {"device": options.device, "size": options.size, "batch": options.batch, "rounds": options.rounds}
+
+    def steps(model: str, kind: str = STEPS, **changed: Any) -> Case:
+        given = {**common, "model": model, **changed}
+        extra = "".join(f", {name}" for name in ("compile", "channels_last") if given.get(name))
+        return Case(f"{model}, {given['precision']}{extra}", kind, "training:steps", given)
+
+    main = options.model
+    half = {"device": options.device, "size": options.size, "model": main, "precision": "bf16"}
+    sizes = {**half, "largest": options.largest_batch, "rounds": max(2, options.rounds // 2)}
+    engines = [
+        Case(f"{main}, {engine}", ENGINES, "training:engine", {**common, "model": main, "precision": "bf16"}, engine)
+        for engine in ("single", "ddp", "fsdp2")
+    ]
+    return [
+        steps(main, precision="bf16"),
+        Case(f"{main}, batch sizes", BATCHES, "training:batch_sizes", sizes),
+        steps(main, precision="tf32"),
+        Case(f"{main}, evaluation", EVALUATION, "evaluation:evaluation", {**half, "batch": options.batch, "rounds": 3}),
+        Case("loader", LOADER, "loading:loader", {"device": options.device, "size": options.size or 448}),
+        *engines,
+        steps(main, precision="fp16"),
+        Case(f"{main}, batch sizes, checkpointing", BATCHES, "training:batch_sizes", {**sizes, "checkpointing": True}),
+        steps(main, precision="bf16", compile=True),
+        Case(f"{main}, saving", SAVING, "saving:saving", {**half, "batch": min(2, options.batch)}),
+        steps(main, precision="bf16", channels_last=True),
+        steps(main, precision="fp32"),
+        *(steps(model, OTHERS, precision="bf16") for model in options.others),
+        *(steps(model, OTHERS, precision="tf32") for model in options.others),
+        *(steps(model, OTHERS, precision="fp16") for model in options.others),
+    ]
