@@ -7,7 +7,8 @@
 Measures, the most important first, until the time is over:
 
 steps         training steps of --model without AML, with `paper` at both sizes of stage 1, and with `released`, in
-              bf16, fp16, float32 with TF32 and exact float32; compiled; with channels-last maps
+              bf16, fp16, float32 with TF32 and exact float32; compiled
+variants      forward and backward with attention as matrix products, and with channels-last maps
 engines       steps through Accelerate with clipping: one process, DDP and FSDP2, each on one device
 batch sizes   doubled until memory ends, with and without gradient checkpointing
 evaluation    with and without encoding every image once for all its sentences

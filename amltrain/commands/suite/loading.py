@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from amltrain.commands.device import choose_device
@@ -23,7 +23,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, normalise_batch
 
 BATCH = 16
-IMAGES = 64
+IMAGES = 32
 NAME = "generated"
 
 
@@ -74,7 +74,7 @@ def _rate(dataset: ReferDataset, workers: int, device: torch.device, seconds: fl
 
 def _prepare(folder: Path) -> int:
     """Write and prepare generated pictures; return their mean file size in bytes."""
-    generator = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
     images, lines, total = folder / "images", [], 0
     images.mkdir()
     for number in range(IMAGES):
@@ -90,14 +90,13 @@ def _prepare(folder: Path) -> int:
     return total // IMAGES
 
 
-def _photograph(generator: np.random.Generator) -> bytes:
+def _photograph(generator: torch.Generator) -> bytes:
     """Noise at every scale, as a JPEG."""
-    total = np.zeros((480, 640, 3), np.float32)
-    for cells in (4, 8, 16, 32, 64, 128, 256, 640):
-        noise = generator.normal(size=(max(2, cells * 3 // 4), cells, 3)).astype(np.float32)
-        for channel in range(3):
-            plane = Image.fromarray(noise[..., channel]).resize((640, 480), Image.Resampling.BICUBIC)
-            total[..., channel] += np.asarray(plane) * 160 / cells
+    total = torch.full((1, 3, 480, 640), 128.0)
+    for cells in (4, 16, 64, 160, 640):
+        noise = torch.randn(1, 3, cells * 3 // 4, cells, generator=generator)
+        total += F.interpolate(noise, (480, 640), mode="bilinear") * 200 / cells**0.5
     file = io.BytesIO()
-    Image.fromarray((total + 128).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    pixels = total[0].clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return file.getvalue()

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from amltrain.errors import unknown_name
 
-STEPS, ENGINES, BATCHES = "steps", "engines", "batch sizes"
+STEPS, VARIANTS, ENGINES, BATCHES = "steps", "variants", "engines", "batch sizes"
 EVALUATION, LOADER, SAVING, OTHERS = "evaluation", "loader", "saving", "others"
-KINDS = (STEPS, ENGINES, BATCHES, EVALUATION, LOADER, SAVING, OTHERS)
+KINDS = (STEPS, VARIANTS, ENGINES, BATCHES, EVALUATION, LOADER, SAVING, OTHERS)
 
 
 class Case(NamedTuple):
@@ -38,14 +38,15 @@ def _cases(options: argparse.Namespace) -> list[Case]:
 
     def steps(model: str, kind: str = STEPS, **changed: Any) -> Case:
         given = {**common, "model": model, **changed}
-        extra = "".join(f", {name}" for name in ("compile", "channels_last") if given.get(name))
-        return Case(f"{model}, {given['precision']}{extra}", kind, "training:steps", given)
+        compiled = ", compiled" if given.get("compiled") else ""
+        return Case(f"{model}, {given['precision']}{compiled}", kind, "training:steps", given)
 
     main = options.model
     half = {"device": options.device, "size": options.size, "model": main, "precision": "bf16"}
     sizes = {**half, "largest": options.largest_batch, "rounds": max(2, options.rounds // 2)}
+    step = {**common, "model": main, "precision": "bf16"}
     engines = [
-        Case(f"{main}, {engine}", ENGINES, "training:engine", {**common, "model": main, "precision": "bf16"}, engine)
+        Case(f"{main}, {engine}", ENGINES, "training:engine", {**step, "sharded": engine == "fsdp2"}, engine)
         for engine in ("single", "ddp", "fsdp2")
     ]
     return [
@@ -57,9 +58,9 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         *engines,
         steps(main, precision="fp16"),
         Case(f"{main}, batch sizes, checkpointing", BATCHES, "training:batch_sizes", {**sizes, "checkpointing": True}),
-        steps(main, precision="bf16", compile=True),
+        steps(main, precision="bf16", compiled=True),
         Case(f"{main}, saving", SAVING, "saving:saving", {**half, "batch": min(2, options.batch)}),
-        steps(main, precision="bf16", channels_last=True),
+        Case(f"{main}, variants", VARIANTS, "variants:variants", {**common, "model": main, "precision": "bf16"}),
         steps(main, precision="fp32"),
         *(steps(model, OTHERS, precision="bf16") for model in options.others),
         *(steps(model, OTHERS, precision="tf32") for model in options.others),

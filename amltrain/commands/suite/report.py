@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from amltrain.commands.suite.plan import BATCHES, ENGINES, EVALUATION, KINDS, LOADER, OTHERS, SAVING, STEPS
+from amltrain.commands.suite.plan import BATCHES, ENGINES, EVALUATION, KINDS, LOADER, OTHERS, SAVING, STEPS, VARIANTS
 
 Cases = dict[str, dict[str, Any]]
 GIB = 2**30
@@ -49,6 +49,19 @@ def _steps(cases: Cases) -> list[str]:
 def _with_first(values: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     firsts = [f"{values['first_step']:.1f}", *[""] * (len(values["rows"]) - 1)]
     return list(zip(values["rows"], firsts, strict=True))
+
+
+def _variants(cases: Cases) -> list[str]:
+    return [
+        "| model | px | batch | forward and backward | ms | x the first | loss differs by |",
+        "|---|--:|--:|---|--:|--:|--:|",
+        *(
+            f"| {name} | {v['size']} | {v['batch']} | {row['variant']} | {1000 * row['seconds']:.0f} "
+            f"| {row['ratio']:.3f} | {row['difference']:.1e} |"
+            for name, v in cases.items()
+            for row in v["rows"]
+        ),
+    ]
 
 
 def _engines(cases: Cases) -> list[str]:
@@ -122,6 +135,7 @@ def _seconds(value: float | None) -> str:
 
 TABLES: dict[str, Callable[[Cases], list[str]]] = {
     STEPS: _steps,
+    VARIANTS: _variants,
     ENGINES: _engines,
     BATCHES: _batches,
     EVALUATION: _evaluation,

@@ -5,8 +5,9 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
-from amltrain.commands.benchmark_steps import Bench, Result, build_bench, contenders
+from amltrain.commands.benchmark_steps import Result, build_bench, contenders
 from amltrain.commands.device import choose_device
 from amltrain.commands.suite.common import (
     build_supervised,
@@ -36,8 +37,7 @@ def steps(
     batch: int,
     rounds: int,
     precision: str,
-    compile: bool = False,
-    channels_last: bool = False,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Training steps of every contender; half the batch is tried where memory ends.
 
@@ -49,10 +49,8 @@ def steps(
         try:
             bench = build_bench(model, contenders(side), batch=samples, size=side, precision=autocast, device=chosen)
             baseline = next(iter(bench.tasks.values()))
-            if compile:
+            if compiled:
                 compile_blocks(baseline.model)
-            if channels_last:
-                _use_channels_last(bench)
             first = seconds_of(lambda: bench.step(baseline), bench.clock)
             return first, bench.run(rounds, warmup=2)
         except torch.OutOfMemoryError:
@@ -108,8 +106,13 @@ def batch_sizes(
     return {"size": side, "ended_by": ended, "rows": rows}
 
 
-def engine(*, device: str, model: str, size: int | None, batch: int, rounds: int, precision: str) -> dict[str, Any]:
-    """Whole optimizer steps as the trainer takes them, clipped, through the engine of this process's environment."""
+def engine(
+    *, device: str, model: str, size: int | None, batch: int, rounds: int, precision: str, sharded: bool
+) -> dict[str, Any]:
+    """Whole optimizer steps as the trainer takes them, clipped, through the engine of this process's environment.
+
+    sharded: whether that is FSDP2. Raises UserError where Accelerate has chosen another one.
+    """
     chosen, side = choose_device(device), side_of(model, size)
     set_precision(precision)
     config = RunConfig()
@@ -117,6 +120,8 @@ def engine(*, device: str, model: str, size: int | None, batch: int, rounds: int
     config.train.mixed_precision = "bf16" if precision == "bf16" else "no"
     config.tracking.trackers = []
     accelerator, _ = build_accelerator(config)
+    if sharded != (accelerator.distributed_type == DistributedType.FSDP):
+        raise UserError("Accelerate does not run FSDP2 on this device")
     method = build_supervised(model).to(accelerator.device)
     wrapped, optimizer = accelerator.prepare(method, build_training_optimizer(method))
     wrapped.train()
@@ -138,9 +143,3 @@ def engine(*, device: str, model: str, size: int | None, batch: int, rounds: int
     kind = accelerator.distributed_type.value
     rate = batch / seconds
     return {"size": side, "batch": batch, "engine": kind, "seconds": seconds, "rate": rate, "memory": peak[0]}
-
-
-def _use_channels_last(bench: Bench) -> None:
-    next(iter(bench.tasks.values())).model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    image = bench.batch.image.contiguous(memory_format=torch.channels_last)
-    bench.batch = bench.batch._replace(image=image)
