@@ -8,6 +8,8 @@ from amltrain.errors import unknown_name
 STEPS, VARIANTS, ENGINES, BATCHES = "steps", "variants", "engines", "batch sizes"
 EVALUATION, LOADER, SAVING, OTHERS = "evaluation", "loader", "saving", "others"
 KINDS = (STEPS, VARIANTS, ENGINES, BATCHES, EVALUATION, LOADER, SAVING, OTHERS)
+PRECISIONS = {"cuda": ("bf16", "tf32", "fp16", "fp32"), "cpu": ("fp32", "bf16")}
+"""The usual one first; tf32 is float32 with TensorFloat-32 products."""
 
 
 class Case(NamedTuple):
@@ -42,27 +44,25 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         return Case(f"{model}, {given['precision']}{compiled}", kind, "training:steps", given)
 
     main = options.model
-    half = {"device": options.device, "size": options.size, "model": main, "precision": "bf16"}
+    usual, *more = PRECISIONS["cpu" if options.device == "cpu" else "cuda"]
+    half = {"device": options.device, "size": options.size, "model": main, "precision": usual}
     sizes = {**half, "largest": options.largest_batch, "rounds": max(2, options.rounds // 2)}
-    step = {**common, "model": main, "precision": "bf16"}
+    step = {**common, "model": main, "precision": usual}
     engines = [
         Case(f"{main}, {engine}", ENGINES, "training:engine", {**step, "sharded": engine == "fsdp2"}, engine)
         for engine in ("single", "ddp", "fsdp2")
     ]
     return [
-        steps(main, precision="bf16"),
+        steps(main, precision=usual),
         Case(f"{main}, batch sizes", BATCHES, "training:batch_sizes", sizes),
-        steps(main, precision="tf32"),
+        steps(main, precision=more[0]),
         Case(f"{main}, evaluation", EVALUATION, "evaluation:evaluation", {**half, "batch": options.batch, "rounds": 3}),
         Case("loader", LOADER, "loading:loader", {"device": options.device, "size": options.size or 448}),
         *engines,
-        steps(main, precision="fp16"),
         Case(f"{main}, batch sizes, checkpointing", BATCHES, "training:batch_sizes", {**sizes, "checkpointing": True}),
-        steps(main, precision="bf16", compiled=True),
+        steps(main, precision=usual, compiled=True),
         Case(f"{main}, saving", SAVING, "saving:saving", {**half, "batch": min(2, options.batch)}),
-        Case(f"{main}, variants", VARIANTS, "variants:variants", {**common, "model": main, "precision": "bf16"}),
-        steps(main, precision="fp32"),
-        *(steps(model, OTHERS, precision="bf16") for model in options.others),
-        *(steps(model, OTHERS, precision="tf32") for model in options.others),
-        *(steps(model, OTHERS, precision="fp16") for model in options.others),
+        Case(f"{main}, variants", VARIANTS, "variants:variants", step),
+        *(steps(main, precision=precision) for precision in more[1:]),
+        *(steps(model, OTHERS, precision=precision) for precision in (usual, *more) for model in options.others),
     ]

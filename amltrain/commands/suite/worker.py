@@ -5,9 +5,10 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,16 @@ class Worker:
         self._process.join()
 
 
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+
 def _serve(connection: Connection, variables: dict[str, str], log: Path) -> None:
     os.setsid()  # a group that the parent can kill with its loader processes and compilers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "FSDP_")):
             del os.environ[name]
