@@ -60,7 +60,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
         Case("loader", LOADER, "loading:loader", {"device": options.device, "size": options.size or 448}),
         *engines,
         Case(f"{main}, batch sizes, checkpointing", BATCHES, "training:batch_sizes", {**sizes, "checkpointing": True}),
-        steps(main, precision=usual, compiled=True),
+        steps(main, precision=usual, compiled=True, count=2),
         Case(f"{main}, saving", SAVING, "saving:saving", {**half, "batch": min(2, options.batch)}),
         Case(f"{main}, variants", VARIANTS, "variants:variants", step),
         *(steps(main, precision=precision) for precision in more[1:]),

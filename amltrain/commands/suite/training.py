@@ -38,16 +38,19 @@ def steps(
     rounds: int,
     precision: str,
     compiled: bool = False,
+    count: int | None = None,
 ) -> dict[str, Any]:
     """Training steps of every contender; half the batch is tried where memory ends.
 
-    first_step: seconds of the first one, which compiles. rows: by contender, medians.
+    first_step: seconds of the first one, which compiles. rows: by contender, medians. count: of the contenders; None =
+    all.
     """
     chosen, autocast, side = choose_device(device), set_precision(precision), side_of(model, size)
+    compared = dict(list(contenders(side).items())[:count])
 
     def attempt(samples: int) -> tuple[float, list[Result]] | None:
         try:
-            bench = build_bench(model, contenders(side), batch=samples, size=side, precision=autocast, device=chosen)
+            bench = build_bench(model, compared, batch=samples, size=side, precision=autocast, device=chosen)
             baseline = next(iter(bench.tasks.values()))
             if compiled:
                 compile_blocks(baseline.model)

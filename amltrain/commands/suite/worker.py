@@ -1,5 +1,6 @@
 """A process that measures one case after another; the parent ends it when a case fails or takes too long."""
 
+import gc
 import importlib
 import os
 import signal
@@ -88,6 +89,14 @@ def _end_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
+def _free_memory() -> None:
+    """Give the next measurement what this one held."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _serve(connection: Connection, variables: dict[str, str], log: Path) -> None:
     os.setsid()  # a group that the parent can kill with its loader processes and compilers
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -107,6 +116,7 @@ def _serve(connection: Connection, variables: dict[str, str], log: Path) -> None
             module, name = function.split(":")  # imports torch, under these variables
             measure = getattr(importlib.import_module(f"amltrain.commands.suite.{module}"), name)
             connection.send({"values": measure(**options)})
+            _free_memory()
         except Exception as error:  # whatever fails must not end the suite
             traceback.print_exc()
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
