@@ -53,13 +53,21 @@ SUITES = {"gpu": "cuda", "cpu": "cpu"}
 """Devices of `--suite`."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark of these arguments (default: the command line's)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def choose_benchmark(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the module that these arguments mean, and what is left of them for its parser."""
+    given = list(arguments)
     if given[:1] == ["--suite"] and len(given) > 1 and given[1] in SUITES:
         given[:2] = ["suite", "--device", SUITES[given[1]]]
-    if given[:1] and given[0] in OTHERS:
-        importlib.import_module(OTHERS[given[0]]).main(given[1:])
+    if given and given[0] in OTHERS:
+        return OTHERS[given[0]], given[1:]
+    return __name__, given
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark of these arguments (default: the command line's)."""
+    module, given = choose_benchmark(sys.argv[1:] if arguments is None else arguments)
+    if module != __name__:
+        importlib.import_module(module).main(given)
         return
     args = build_parser().parse_args(given)
     with one_line_errors():
