@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands import benchmark_loader, benchmark_scale
+from amltrain.commands.benchmark import choose_benchmark
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
@@ -24,8 +24,6 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     name: importlib.import_module(module).build_parser().parse_args for name, (module, _) in COMMANDS.items()
 }
 PARSERS["train"] = read_run
-PARSERS["benchmark loader"] = benchmark_loader.build_parser().parse_args
-PARSERS["benchmark scale"] = benchmark_scale.build_parser().parse_args
 SCRIPTS = {"prepare_data": "prepare", "convert_checkpoint": "convert"}
 STAND_INS = {
     "configs/models/NAME.yaml": "configs/models/lavt_tiny.yaml",
@@ -66,9 +64,11 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         arguments = ["--config", *arguments]
     if {"--help", "--print_config"} & set(arguments):
         return
-    if name == "benchmark" and " ".join([name, *arguments[:1]]) in PARSERS and arguments:
-        name, arguments = f"benchmark {arguments[0]}", arguments[1:]
-    parsed = PARSERS[name](arguments)
+    parse = PARSERS[name]
+    if name == "benchmark":
+        module, arguments = choose_benchmark(arguments)
+        parse = importlib.import_module(module).build_parser().parse_args
+    parsed = parse(arguments)
     if isinstance(parsed, RunConfig):
         can_be_launched(parsed, " ".join(words[:program]))
 

@@ -1,6 +1,9 @@
 """What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
 
     amltrain benchmark --model caris_tiny --size 96 --batch 8
+    amltrain benchmark suite --help               # everything on one machine, e.g. on a GPU in ten minutes
+    amltrain benchmark loader --help              # loading data
+    amltrain benchmark scale --help               # large data
     amltrain benchmark --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
     amltrain benchmark --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
@@ -14,6 +17,8 @@ a Markdown table and the hardware; `--count` only counts, in seconds and without
 """
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,8 +48,33 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+OTHERS = {
+    "loader": "amltrain.commands.benchmark_loader",
+    "scale": "amltrain.commands.benchmark_scale",
+    "suite": "amltrain.commands.suite.command",
+}
+"""Benchmarks that the first argument chooses; without it, steps are measured."""
+SUITES = {"gpu": "cuda", "cpu": "cpu"}
+"""Devices of `--suite`."""
+
+
+def choose_benchmark(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the module that these arguments mean, and what is left of them for its parser."""
+    given = list(arguments)
+    if given[:1] == ["--suite"] and len(given) > 1 and given[1] in SUITES:
+        given[:2] = ["suite", "--device", SUITES[given[1]]]
+    if given and given[0] in OTHERS:
+        return OTHERS[given[0]], given[1:]
+    return __name__, given
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(arguments)
+    """Run the benchmark of these arguments (default: the command line's)."""
+    module, given = choose_benchmark(sys.argv[1:] if arguments is None else arguments)
+    if module != __name__:
+        importlib.import_module(module).main(given)
+        return
+    args = build_parser().parse_args(given)
     with one_line_errors():
         from amltrain.commands import benchmark_steps  # imports torch
 

@@ -29,6 +29,7 @@ from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
+from amltrain.training.optim import build_optimizer
 
 STAGES = ("stage 1", "forward", "backward", "optimizer")
 
@@ -232,7 +233,8 @@ def build_bench(
     info = model_info(model_name)
     torch.manual_seed(0)
     model = create_model(model_name).to(device).train()
-    optimizer = torch.optim.AdamW(model.param_groups(1e-6, 0.01), lr=1e-6)
+    groups = model.param_groups(1e-6, 0.01)
+    optimizer = build_optimizer(groups, "adamw", lr=1e-6, betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
     loss = create_loss(info.loss, **info.loss_kwargs).to(device)
     data = random_batch(batch, size, info.preprocess.max_tokens or 20, 500, device)
     tasks = {}

@@ -230,7 +230,8 @@ class TrainConfig:
     tf32: bool = True
     """Let float32 matrix products use TensorFloat-32 on GPUs that have it: faster, 10 bits of mantissa."""
     compile: bool = False
-    """torch.compile the model."""
+    """Compile the blocks that the model repeats with torch.compile. Costs minutes at the start; evaluation runs as it
+    is."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, evaluate and export it; null = off."""
     log_every: int = 10

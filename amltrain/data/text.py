@@ -126,9 +126,10 @@ class SentenceTokenizer:
         so two processes, or a run and its resumption, would not share a vocabulary.
         """
         normalise, split = BertNormalizer(lowercase=True), BertPreTokenizer()
-        counts = Counter(
-            word for sentence in sentences for word, _ in split.pre_tokenize_str(normalise.normalize_str(sentence))
-        )
+        counts: Counter[str] = Counter()
+        for sentence, times in Counter(sentences).items():  # many are alike
+            for word, _ in split.pre_tokenize_str(normalise.normalize_str(sentence)):
+                counts[word] += times
         letters = sorted({letter for word in counts for letter in word})
         words = sorted(counts, key=lambda word: (-counts[word], word))
         entries = dict.fromkeys([*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *words])

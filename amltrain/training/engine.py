@@ -19,6 +19,7 @@ from amltrain.methods.base import Method, Recorder
 from amltrain.records import Batch
 from amltrain.training.build import RunComponents, build_components
 from amltrain.training.checks import check_components
+from amltrain.training.compiling import compile_blocks
 from amltrain.training.distributed import BatchPlan, check_shardable, is_sharded, skip_bad_steps
 from amltrain.training.optim import build_optimizer
 from amltrain.training.start import Start
@@ -69,7 +70,7 @@ def build_engine(config: RunConfig, start: Start, log: Callable[[str], None]) ->
             "change them, or use DDP or ZeRO-1/2"
         )
     if config.train.compile:
-        method.compile()
+        log(f"compiling {compile_blocks(method)} blocks as they are first used")
     check_shardable(accelerator, method)
     wrapped, optimizer = accelerator.prepare(method, optimizer)
     skip_bad_steps(accelerator, optimizer)

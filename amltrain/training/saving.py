@@ -58,6 +58,11 @@ class Saver:
         """Whether a write in the background has failed; `wait` raises its error."""
         return self._fault is not None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is running in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(self, step: int, trainer_state: dict[str, Any], on_saved: Callable[[Path], None] | None = None) -> None:
         """Save `step-N`; every process calls. Returns as soon as training may continue.
 

@@ -9,6 +9,7 @@ averaged over the processes, so that all of them take the same decision.
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.build import write_model_folder
+from amltrain.training.compiling import uncompiled
 from amltrain.training.distributed import on_main_process, set_tf32
 from amltrain.training.dry_run import dry_run
 from amltrain.training.engine import Engine, build_engine
@@ -342,7 +344,7 @@ class Trainer:
         if not self.components.eval_loaders:
             return
         step, splits = self.progress.step, list(self.components.eval_loaders)
-        with self.meter.paused():
+        with self.meter.paused(), uncompiled() if self.config.train.compile else nullcontext():
             model, config = self._inference_model(), self.config
             values, self.results = evaluate_splits(self.accelerator, model, self.components, config, step)
             self._track(values)

@@ -17,6 +17,7 @@ from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.registry import build_method
 from amltrain.models import model_info
+from amltrain.training import optim
 from tests.models.test_registry import TINY, build, make_batch
 
 COPIES = ("tensor", "as_tensor", "new_tensor", "from_numpy", "asarray")
@@ -85,3 +86,30 @@ def test_a_step_never_waits(name: str, options: dict) -> None:
         loss = task(batch)["loss"]
         loss.backward()
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_clipping_and_the_fused_optimizer_never_wait(
+    precision: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the trainer does after the backward pass, with the kernel that a GPU gets."""
+    monkeypatch.setattr(optim, "FUSED_DEVICES", {"cpu"})
+    model = build("caris_tiny").train()
+    groups = model.param_groups(lr=1e-3, weight_decay=0.01)
+    optimizer = optim.build_optimizer(groups, "adamw", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, amsgrad=False)
+    assert optimizer.param_groups[0]["fused"]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=precision == torch.float16)
+    batch = make_batch("caris_tiny", 64, 64)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):  # the first step makes the optimizer's state
+        with no_waiting():
+            with torch.autocast("cpu", precision, enabled=precision is not None):
+                loss = model(batch).logits.float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert norm.isfinite()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from torch import Tensor
 
 from amltrain.methods.aml.statistics import TAUS
 from amltrain.methods.blocks import spread_blocks
 from amltrain.records import Batch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = (
     ("alignment scores", ("score_mean", "score_std", "above_0.5", "above_0.9")),
@@ -33,8 +33,9 @@ class FixedSamples(NamedTuple):
 
 def plot_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
     """Statistics over steps, four panels, as a PNG."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)  # no display, no global state
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(11, 7)
     for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         for name in names:
             axes.plot([r["step"] for r in rows], [r[name] for r in rows], marker=".", label=name.replace("_", " "))
@@ -57,8 +58,7 @@ def draw_alignment(samples: FixedSamples, scores: Tensor, blocks: Tensor, block:
     size = (target.shape[-2], target.shape[-1])
     masked = spread_blocks(blocks.cpu(), size, block)
     count = len(samples.images)
-    figure = Figure(figsize=(10, 3.4 * count), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(10, 3.4 * count)
     for i, row in enumerate(figure.subplots(count, 3, squeeze=False)):
         image = samples.images[i]
         row[0].imshow(image)
@@ -74,3 +74,13 @@ def draw_alignment(samples: FixedSamples, scores: Tensor, blocks: Tensor, block:
         for axes in row:
             axes.set_axis_off()
     figure.savefig(path, dpi=90)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches, without display or global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second, which no run without pictures needs
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

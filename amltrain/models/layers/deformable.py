@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amltrain.models.layers.deformable_kernel import Sample, find_kernel
+
 
 class MultiScaleDeformableAttention(nn.Module):
     """Deformable attention with its output projection, without residual. Always computes outside of autocast:
@@ -61,8 +63,15 @@ class MultiScaleDeformableAttention(nn.Module):
             weights = weights.unflatten(-1, (self.levels, self.points))
             cells = offsets.to(exact) / level_sizes(shapes, query.device)[:, None]
             places = reference[:, None, None, None] + cells  # [B, Q, heads, levels, points, 2]
-            read = sample_levels(values.to(exact), shapes, places, weights.to(exact))
+            read = choose_sampling(query.device)(values.to(exact), shapes, places, weights.to(exact))
             return self.output_proj(read.to(dtype))
+
+
+def choose_sampling(device: torch.device) -> Sample:
+    """The CUDA kernel where there is one that is equal, except in a graph, which cannot hold it."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return sample_levels
+    return find_kernel(device, sample_levels) or sample_levels
 
 
 def sample_levels(values: Tensor, shapes: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:

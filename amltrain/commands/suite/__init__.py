@@ -1,0 +1,1 @@
+"""Measure everything that BENCHMARKS.md reports, on one machine in one command (`amltrain benchmark suite`)."""

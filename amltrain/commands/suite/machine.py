@@ -1,0 +1,30 @@
+"""Describe the machine."""
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from amltrain.commands.benchmark_steps import hardware
+from amltrain.commands.device import choose_device
+from amltrain.data.ensure import available_cores
+
+
+def describe(*, device: str) -> dict[str, Any]:
+    """Name, memory, cores and versions. Raises UserError for a device that is not there."""
+    chosen = choose_device(device)
+    processor = hardware(torch.device("cpu")).split(", ")[0]
+    facts: dict[str, Any] = {
+        "name": processor,
+        "cpu": processor,
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {os.uname().machine}",
+    }
+    if chosen.type == "cuda":
+        card = torch.cuda.get_device_properties(chosen)
+        facts |= {"name": card.name, "memory": card.total_memory, "cuda": torch.version.cuda}
+    return facts
