@@ -62,7 +62,8 @@ def load_dual_encoder(source: str, device: Any) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoProcessor
 
     try:
-        model, processor = AutoModel.from_pretrained(source), AutoProcessor.from_pretrained(source)
+        model = AutoModel.from_pretrained(source, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise UserError(
             f"--model {source} cannot be loaded ({first_line(error)}); give a folder or a Hub id"

@@ -35,7 +35,7 @@ def read_hf(
     """
     check_name(name)
     try:
-        splits = datasets.load_dataset(source)
+        splits = datasets.load_dataset(source, trust_remote_code=False)
     except Exception as error:  # the library raises its own types besides OSError and ValueError
         raise UserError(
             f"could not read {source} ({first_line(error)}); give a Hub data set id that can be reached, or a folder"

@@ -1,11 +1,10 @@
 """Read official checkpoints without running their pickle, and convert them into model folders.
 
 Files are loaded with `weights_only=True`. Besides tensors, the files hold an argparse.Namespace under "args" (LAVT,
-CARIS) and numpy numbers (best scores); these plain values are admitted by name, anything else is refused.
+CARIS) and numpy numbers (best scores). The first is admitted by name, the latter are left out, the rest is refused.
 """
 
 import argparse
-import codecs
 import json
 import re
 from collections import Counter
@@ -13,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from amltrain.config.partial import override
@@ -28,12 +26,30 @@ ENTRIES = ("state_dict", "model", "model_state_dict")
 """Keys of the weights in official files: CRIS family; LAVT, CARIS, ReLA, MagNet; CGFormer."""
 
 
+class _Inert:
+    """Stands for a numpy object of a training log: takes any arguments and any state, and keeps neither."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+_LOGGED = (
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Bool", "Int32", "Int64", "Float32", "Float64")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+)
+"""Names of numpy in official files, as numpy 1 and 2 write them: best scores, never weights."""
+
+
 def _plain_values() -> list[Any]:
-    """Return the plain classes that an official file may contain besides tensors."""
-    array, scalar = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    older = [(array, "numpy.core.multiarray._reconstruct"), (scalar, "numpy.core.multiarray.scalar")]  # numpy 1 names
-    kinds = [type(np.dtype(k)) for k in ("bool", "int32", "int64", "float32", "float64")]
-    return [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, *kinds, array, scalar, *older]
+    """Return the plain classes that an official file may contain besides tensors.
+
+    numpy's own would build an array over bytes of the file's choice, an object array among them, whose elements are
+    pointers. So its names stand for objects that hold nothing.
+    """
+    return [argparse.Namespace, *((_Inert, name) for name in _LOGGED)]
 
 
 def read_official(path: str | Path, entry: str | None = None) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.models.backbones.lora import Tuning, tune
-from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+from amltrain.models.backbones.weights import fill, from_pretrained, is_file, read_state_dict
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
@@ -217,13 +217,8 @@ def _load(sam3: Any, weights: str) -> None:
         state = {k.removeprefix("detector_model."): v for k, v in read_state_dict(Path(weights)).items()}
         state = {key: value for key, value in state.items() if not key.startswith("tracker_")}
     else:
-        try:
-            found, report = type(sam3).from_pretrained(weights, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"SAM 3's weights {weights!r} are not a folder and cannot be fetched from the Hub, which asks for an "
-                f"account with access; download them and name the folder (model.vision_weights)"
-            ) from error
+        called = "SAM 3 (the Hub asks for an account with access)", "model.vision_weights"
+        found, report = from_pretrained(type(sam3), weights, called, output_loading_info=True)
         state = {key: value for key, value in found.state_dict().items() if key not in set(report["missing_keys"])}
     fill(sam3, state, weights)
 

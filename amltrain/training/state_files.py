@@ -4,12 +4,10 @@
                          with weight averaging also the raw weights (`model/` then holds the averaged ones)
     optimizer.bin        optimizer and gradient scaler, read with `weights_only=True`
 
-FSDP and DeepSpeed write their own files instead. `check_harmless` looks at those before they are loaded.
+FSDP and DeepSpeed write their own files instead. `harmless.py` looks at those before they are loaded.
 """
 
 import pickle
-import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from amltrain.errors import UserError, first_line
 from amltrain.hub.model_folder import read_weights
+from amltrain.training.harmless import check_harmless
 
 METHOD_FILE, OPTIMIZER_FILE = "method.safetensors", "optimizer.bin"
 AVERAGED = "ema.n_averaged"
@@ -105,106 +104,6 @@ def load_engine_state(checkpoint: Path, accelerator: Accelerator, ema: AveragedM
     if ema is not None:
         ema.module.load_state_dict(read_weights(checkpoint / "model"))
         ema.n_averaged.copy_(_read_tensors(folder / METHOD_FILE)[AVERAGED])
-
-
-def check_harmless(folder: Path) -> None:
-    """Raise UserError if a pickle under `folder` names anything but plain data of torch, numpy and DeepSpeed.
-
-    DeepSpeed and torch.distributed.checkpoint would run it. Nothing is executed here.
-    """
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if path.suffix in (".json", ".safetensors", ".py") or path.name == "latest":  # nothing unpickles these
-            continue
-        names = _names_in_pickle(path)
-        bad = sorted(name for name in names if not _is_plain(name))
-        if bad:
-            raise UserError(f"{path} would run {bad[0]} and was not loaded; resume from another checkpoint")
-
-
-_PLAIN = re.compile(
-    r"collections\.(OrderedDict|defaultdict)|builtins\.(dict|list|set|int|float|complex|bytearray)|_codecs\.encode"
-    r"|torch\.(Size|device|Tensor|[a-z]+\d*(_e\d\w*)?|\w+Storage)|torch\.storage\.(Untyped|Typed)Storage"
-    r"|torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.nn\.parameter\.Parameter|torch\.torch_version\.TorchVersion"
-    r"|torch\.serialization\._get_layout|numpy\.(dtype|ndarray)|numpy\.(_core|core)\.multiarray\.(_reconstruct|scalar)"
-    r"|numpy\.dtypes\.\w+DType|pathlib\.(_local\.)?(PosixPath|PurePosixPath)"
-    r"|torch\.distributed\.checkpoint\.metadata\.(Metadata|MetadataIndex|StorageMeta|TensorProperties|_MEM_FORMAT_ENCODING"
-    r"|(Chunk|Tensor|Bytes)StorageMetadata)|torch\.distributed\.checkpoint\.filesystem\._StorageInfo"
-    r"|deepspeed\.runtime\.fp16\.loss_scaler\.(Dynamic)?LossScaler|deepspeed\.runtime\.zero\.config\.ZeroStageEnum"
-    r"|deepspeed\.utils\.tensor_fragment\.fragment_address"
-)
-"""Classes and functions that only hold or build plain data."""
-
-
-def _is_plain(name: str) -> bool:
-    if name.startswith("torch.") and name.count(".") == 1 and name[6:].islower():
-        return isinstance(getattr(torch, name[6:], None), torch.dtype) or name == "torch.device"
-    return _PLAIN.fullmatch(name) is not None
-
-
-class _Names(pickle._Unpickler):
-    """Collects what a pickle would import, and builds inert objects in its place."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self.names: set[str] = set()
-
-    def find_class(self, module: str, name: str) -> Any:
-        self.names.add(f"{module}.{name}")
-        return _Inert
-
-    def persistent_load(self, pid: Any) -> Any:
-        return _Inert()
-
-    def get_extension(self, code: int) -> None:
-        raise pickle.UnpicklingError("extension registry")
-
-
-class _Inert(dict):
-    """Accept any operation of a pickle on an object, and do nothing."""
-
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__()
-
-    def __hash__(self) -> int:  # type: ignore[override]  # a dict has none
-        return id(self)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-    def add(self, item: Any) -> None:
-        pass
-
-
-def _names_in_pickle(path: Path) -> set[str]:
-    """Everything that the pickles in a file would import: a zip file of torch.save, or pickles one after another."""
-    names: set[str] = set()
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                for entry in archive.namelist():
-                    if entry.endswith(".pkl"):
-                        with archive.open(entry) as file:
-                            names |= _read_names(file)
-            return names
-        with path.open("rb") as file:
-            return _read_names(file)
-    except Exception as error:  # a file that is not a pickle raises almost anything
-        raise UserError(f"{path} is damaged ({first_line(error)}); resume from another checkpoint") from error
-
-
-def _read_names(file: Any) -> set[str]:
-    reader = _Names(file)
-    reader.load()
-    return reader.names
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Official files of every shape the releases use, written here; what does not match is refused by name."""
 
 import argparse
+import contextlib
 import json
 import re
 import zipfile
@@ -17,7 +18,7 @@ from amltrain.config.schema import Preprocess
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.protocols import named_protocol
-from amltrain.hub.convert import convert_official, read_official, summary
+from amltrain.hub.convert import _load, convert_official, read_official, summary
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.models import registry
 from amltrain.models.base import Conversion, RISModel
@@ -107,6 +108,22 @@ def test_code_in_a_file_is_refused_and_named(tmp_path: Path):
     torch.save({"model": WEIGHTS, "args": Trap()}, tmp_path / "trap.pth")
     with pytest.raises(UserError, match=r"holds a _pytest\S+; loading it could run code"):
         read_official(tmp_path / "trap.pth")
+
+
+def test_a_numpy_array_of_an_official_file_is_never_built(tmp_path: Path):
+    """An object array's elements are pointers: over chosen bytes, they point where the file wants."""
+
+    class Pointers:
+        def __reduce__(self):
+            kind = np.dtype([("a", "O")])
+            return np.ndarray, ((1,), kind, b"AAAAAAAA")
+
+    for value in (Pointers(), np.array(["a"], object), np.zeros(2, "V8"), np.array([1.0, 2.0])):
+        torch.save({"model": WEIGHTS, "best": value}, tmp_path / "official.pth")
+        with contextlib.suppress(UserError):
+            best = _load(tmp_path / "official.pth")["best"]
+            assert not isinstance(best, np.ndarray) and not vars(best)
+            assert same(read_official(tmp_path / "official.pth"), WEIGHTS)
 
 
 def test_damaged_and_absent_files(tmp_path: Path):

@@ -14,7 +14,7 @@ from amltrain.errors import UserError
 from amltrain.files import sha256
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.training import checkpoint as checkpoints
-from amltrain.training.state_files import check_harmless
+from amltrain.training.harmless import check_harmless
 from tests.training import runs
 
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextModelWithProjection
 
 from amltrain.errors import UserError
 from amltrain.models.backbones.torchscript import is_torchscript, read_torchscript
-from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+from amltrain.models.backbones.weights import TEXT_WEIGHTS, fill, from_pretrained, is_file, read_state_dict
 from amltrain.models.layers.module_list import ModuleListOf
 
 OFFICIAL_NAMES = [
@@ -193,13 +193,9 @@ def load_clip_text(text: CLIPText, weights: str) -> None:
     The image tower in the file is left alone. Raises UserError for a source that is missing or of another size.
     """
     if not is_file(weights):
-        try:
-            state = CLIPTextModelWithProjection.from_pretrained(weights).state_dict()
-        except OSError as error:
-            raise UserError(
-                f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
-                f"is a network and name the folder (model.text_weights)"
-            ) from error
+        found, report = from_pretrained(CLIPTextModelWithProjection, weights, TEXT_WEIGHTS, output_loading_info=True)
+        absent = set(report["missing_keys"])  # transformers has filled these with random numbers
+        state = {key: value for key, value in found.state_dict().items() if key not in absent}
     elif is_torchscript(Path(weights)):
         state = read_torchscript(Path(weights))
     else:

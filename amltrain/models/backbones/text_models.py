@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from amltrain.errors import UserError, first_line
-from amltrain.models.backbones.weights import fill, is_file, read_state_dict
+from amltrain.models.backbones.weights import TEXT_WEIGHTS, fill, from_pretrained, is_file, read_state_dict
 
 ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
 KNOWN: dict[str, dict[str, Any]] = {
@@ -172,14 +172,7 @@ def load_text_model(text: TextModel, weights: str) -> None:
     if is_file(weights):
         state = _own_names(read_state_dict(Path(weights)), own)
     else:
-        try:
-            loaded: Any = type(text.model).from_pretrained(weights, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
-                f"is a network and name the folder (model.text_weights)"
-            ) from error
-        found, report = loaded
+        found, report = from_pretrained(type(text.model), weights, TEXT_WEIGHTS, output_loading_info=True)
         absent = set(report["missing_keys"])  # transformers has filled these with random numbers
         state = {key: value for key, value in found.state_dict().items() if key in own and key not in absent}
     fill(text.model, state, weights)
@@ -193,7 +186,7 @@ def _config(name: str, options: dict[str, Any]) -> PretrainedConfig:
         elif "/" not in name and not Path(name).exists() and _is_model_type(name):
             config = AutoConfig.for_model(name, **options)
         else:
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             config = getattr(config, "text_config", config)
             for key, value in options.items():
                 setattr(config, key, value)

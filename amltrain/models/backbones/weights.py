@@ -68,6 +68,30 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
         raise UserError(f"{path} is damaged or no checkpoint ({reason}); download it again") from error
 
 
+TEXT_WEIGHTS = "text encoder", "model.text_weights"
+"""What `from_pretrained` calls a text encoder, and the key that names it."""
+
+
+def from_pretrained(kind: Any, source: str, called: tuple[str, str], **options: Any) -> Any:
+    """Call `kind.from_pretrained` of transformers without running code of the source.
+
+    source: a folder or a Hub id. called: what it is, and the key that names it, for messages. Raises UserError.
+    """
+    what, key = called
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # files of something else can raise almost anything
+        if Path(source).is_dir():
+            raise UserError(
+                f"{what} {source} is damaged or holds something else ({type(error).__name__}: {first_line(error)}); "
+                f"download it again ({key})"
+            ) from error
+        raise UserError(
+            f"{what} {source!r} is not a folder and cannot be fetched from the Hub; download it where there is a "
+            f"network and name the folder ({key})"
+        ) from error
+
+
 def load_swin(swin: Swin, weights: str) -> None:
     """Fill a Swin from an official file (swin_base_patch4_window7_224_22k.pth), a timm name or `hf-hub:` id.
 
@@ -98,14 +122,9 @@ def load_bert(bert: BertModel, weights: str) -> None:
     if is_file(weights):
         state = {_bert_name(key): value for key, value in read_state_dict(Path(weights)).items()}
     else:
-        try:
-            loaded: Any = BertModel.from_pretrained(weights, add_pooling_layer=False, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"text encoder {weights!r} is not a folder and cannot be fetched from the Hub; download it where there "
-                f"is a network and name the folder (model.text_weights)"
-            ) from error
-        found, report = loaded
+        found, report = from_pretrained(
+            BertModel, weights, TEXT_WEIGHTS, add_pooling_layer=False, output_loading_info=True
+        )
         absent = set(report["missing_keys"])  # transformers has filled these with random numbers
         state = {key: value for key, value in found.state_dict().items() if key not in absent}
     unused = ("pooler.", "cls.")
