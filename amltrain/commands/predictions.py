@@ -45,7 +45,7 @@ class PredictionFolder:
         try:
             rows = [json.loads(line) for line in self.rows_file.read_text(encoding="utf-8").splitlines()]
             return [row for row in rows if all(isinstance(row[key], str) for key in ("image", "sentence", "name"))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.rows_file} was not written by this program or is damaged; choose another --output"
             ) from error

@@ -71,7 +71,7 @@ def find_source(run: str, checkpoint: str) -> Source:
     try:
         if (folder / "config.yaml").is_file():
             settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'config.yaml'} cannot be read ({first_line(error)})") from error
     names = [checkpoint, *(["last"] if checkpoint == "best" else [])]
     for name in names:

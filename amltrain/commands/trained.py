@@ -29,7 +29,7 @@ def _prepared(folder: Path) -> str | None:
         try:
             config = yaml.safe_load((run / RUN_CONFIG).read_text(encoding="utf-8"))
             prepared = config["data"]["prepared"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
             continue
         return prepared if isinstance(prepared, str) and Path(prepared).is_dir() else None
     return None

@@ -20,6 +20,8 @@ Groups = Mapping[str, type]
 """Keys whose value is a group of keys, and the dataclass of each."""
 TEXT = "tag:yaml.org,2002:str"
 BASE = "base"
+MAX_VALUES = 10_000
+"""Values of a config file, aliases written out."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -138,6 +140,7 @@ def _compose(path: Path, asked_by: str) -> yaml.MappingNode:
     """Parse a file to YAML nodes, which know their lines."""
     try:
         content = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        _check_size(content)
     except OSError as error:
         raise UserError(f"{asked_by}: could not read {path} ({error.strerror}); give a YAML file") from error
     except UnicodeDecodeError as error:
@@ -147,11 +150,41 @@ def _compose(path: Path, asked_by: str) -> yaml.MappingNode:
         raise UserError(f"{path}{line} is not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (RecursionError, _TooLargeError) as error:
+        raise UserError(
+            f"{asked_by}: {path} repeats or nests its values too often; a config has at most {MAX_VALUES:,} values"
+        ) from error
     if content is None:
         raise UserError(f"{asked_by}: {path} is empty; give a file with keys and values, or leave it out")
     if not isinstance(content, yaml.MappingNode):
         raise UserError(f"{asked_by}: {path} has no keys; its lines should look like `seed: 0`")
     return content
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _check_size(content: yaml.Node | None) -> None:
+    """Raise _TooLargeError for more than MAX_VALUES values, aliases written out; RecursionError for one in itself."""
+    counted: dict[int, int] = {}
+
+    def count(node: yaml.Node, above: tuple[int, ...]) -> int:
+        if id(node) in above:
+            raise RecursionError
+        if id(node) not in counted:
+            below: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                below = [part for pair in node.value for part in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                below = node.value
+            counted[id(node)] = 1 + sum(count(child, (*above, id(node))) for child in below)
+        if counted[id(node)] > MAX_VALUES:
+            raise _TooLargeError
+        return counted[id(node)]
+
+    if content is not None:
+        count(content, ())
 
 
 def _check_keys(mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: str, places: dict[str, str]) -> None:

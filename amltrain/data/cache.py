@@ -62,7 +62,7 @@ class PresizedImages:
             self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             self._images = np.load(self.folder / _IMAGES, mmap_mode="r")
             self._runs = Runs(*(np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in Runs._fields))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, RecursionError) as error:
             raise UserError(f"{self.folder} cannot be read ({error}); remove it and write it again") from error
 
     def __len__(self) -> int:
@@ -175,7 +175,7 @@ def describe_source(prepared: str | Path, dataset: str, split: str) -> dict[str,
 def _is_current(folder: Path, source: dict[str, Any]) -> bool:
     try:
         written = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(written, dict) and written.get("format") == FORMAT and written.get("source") == source
 

@@ -21,7 +21,7 @@ from amltrain.data.augment import Augmentation, RawSample, SampleIds
 from amltrain.data.cache import PresizedImages
 from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
-from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
+from amltrain.data.segmentation import MaskParts, choose_rle, decode_mask
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, Transformed
 from amltrain.errors import UserError
@@ -208,7 +208,7 @@ class ReferDataset(torch.utils.data.Dataset):
             raw = self._augmented(draw, referent, key)
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
-            mask = decode_rle(self._rle(referent)) if self._needs_mask(index) else None
+            mask = self._mask(index, referent) if self._needs_mask(index) else None
             image, target, geometry = self._network_input(index, mask)
         input_ids, text_mask = self.tokenizer(text)
         assert target is not None
@@ -300,7 +300,7 @@ class ReferDataset(torch.utils.data.Dataset):
     def _raw(self, index: int, referent: dict[str, Any], key: int) -> RawSample:
         sentence = self._sentence(index, referent, key)
         ids = self._ids(index, referent, sentence)
-        return RawSample(self.picture(index), decode_rle(self._rle(referent)), sentence[self.sentence_field], ids)
+        return RawSample(self.picture(index), self._mask(index, referent), sentence[self.sentence_field], ids)
 
     def _ids(self, index: int, referent: dict[str, Any], sentence: dict[str, Any]) -> SampleIds:
         number, row, _ = self._place(index)
@@ -365,6 +365,18 @@ class ReferDataset(torch.utils.data.Dataset):
 
     def _rle(self, referent: dict[str, Any]) -> dict[str, Any]:
         return choose_rle(referent, self.mask_parts)
+
+    def _mask(self, index: int, referent: dict[str, Any]) -> NDArray[np.uint8]:
+        """Decode a referent's mask, [h, w] uint8; prepared data may come from strangers, so it is checked first."""
+        number, row, _ = self._place(index)
+        rle, opened = self._rle(referent), self.splits[number]
+        try:
+            if tuple(rle["size"]) != self._row_size(number, row):
+                raise UserError(f"the mask is for {rle['size']}, the image {list(self._row_size(number, row))}")
+            return decode_mask(rle)
+        except UserError as error:
+            place = f"ref {referent['ref_id']} of {opened.dataset}/{opened.split}"
+            raise UserError(f"{place}: {error}; remove the prepared folder and prepare it again") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_recent": OrderedDict()}

@@ -71,7 +71,7 @@ def read_file_below(root: Path, name: str) -> bytes:
 def read_image_file(root: Path, name: str) -> ImageFile:
     """Read an image and decode it once. Raises FileFault if it cannot be used later."""
     content = read_file_below(root, name)
-    image = _decode(content)
+    image = decode_file(content)
     if image.mode not in ("RGB", "L"):
         try:
             to_rgb(image, "it")
@@ -86,7 +86,7 @@ def read_mask_file(root: Path, name: str, value: int | None = None, threshold: i
     value: the pixel value that marks the object. threshold: pixels of at least this value are the object. With neither,
     the file must hold one value besides 0. Raises FileFault.
     """
-    image = _decode(read_file_below(root, name))
+    image = decode_file(read_file_below(root, name))
     if image.format == "JPEG" and value is None and threshold is None:
         raise FileFault("it is a JPEG, whose pixel values are not exact; save masks as PNG, or give a threshold")
     pixels = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "I;16B") else image.convert("L"))
@@ -102,7 +102,8 @@ def read_mask_file(root: Path, name: str, value: int | None = None, threshold: i
     return (pixels != 0).astype(np.uint8)
 
 
-def _decode(content: bytes) -> Image.Image:
+def decode_file(content: bytes) -> Image.Image:
+    """Decode an image file of at most MAX_PIXELS. Raises FileFault."""
     try:
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > MAX_PIXELS:

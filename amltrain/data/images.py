@@ -27,6 +27,8 @@ def decode_image(content: bytes, name: str, size: tuple[int, int], decoder: Deco
     try:
         image = Image.open(io.BytesIO(content))  # reads the header only
         turned = image.size != size[::-1] and image.size == size
+        if image.size != size[::-1] and not turned:
+            raise OSError(f"it is {image.height} x {image.width} pixels, its masks are {size[0]} x {size[1]}")
         if decoder == "torchvision" and not turned and _is_plain_jpeg(image, content):
             return _decode_jpeg(content)
         return to_rgb(ImageOps.exif_transpose(image) if turned else image, name)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from amltrain.data.json_files import read_bytes
 from amltrain.data.manifest import find_spec
 from amltrain.data.rows import Rows, open_rows
 from amltrain.data.specs import Counts
@@ -41,11 +42,11 @@ def excluded_images(
 def read_image_ids(path: Path) -> set[int]:
     """Image ids from a JSON list of numbers or of digit strings (PolyFormer's list has "000000000025")."""
     try:
-        entries = json.loads(path.read_text())
+        entries = json.loads(read_bytes(path))
         if not isinstance(entries, list):
             raise TypeError(f"it holds a {type(entries).__name__}")
         return {int(entry) for entry in entries}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is no JSON list of image ids: {error}") from error
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features, Image, Value
 from datasets import Sequence as ListOf
@@ -157,3 +158,24 @@ def check_columns(place: str, columns: Sequence[str]) -> None:
         raise UserError(
             f"{place} has no column {', '.join(missing)} (it has {', '.join(columns)}); make it with amltrain prepare"
         )
+
+
+def check_values(place: str, columns: pa.Table) -> None:
+    """Raise UserError for a null, or a referent without sentences, where prepared data has none.
+
+    columns: everything but the images, of FEATURES' types. Lists are read where they lie, so that this costs little.
+    """
+    empty = [name for name in ("image_id", "file_name", "height", "width", "referents") if columns[name].null_count]
+    for chunk in columns["referents"].chunks:
+        referents = chunk.flatten()
+        nested = {name: pc.struct_field(referents, name) for name in ("ref_id", "ann_ids", "no_target", "mask")}
+        nested |= {f"mask.{name}": pc.struct_field(nested["mask"], name) for name in ("size", "counts")}
+        sentences = pc.struct_field(referents, "sentences")
+        texts = sentences.flatten()
+        nested |= {f"sentences.{name}": pc.struct_field(texts, name) for name in ("sent_id", "sent", "raw")}
+        empty += [f"referents.{name}" for name, values in nested.items() if values.null_count]
+        fewest = pc.min(pc.list_value_length(sentences)).as_py()
+        if sentences.null_count or fewest == 0:
+            empty.append("referents.sentences")
+    if empty:
+        raise damaged(place, f"{empty[0]} lacks a value")

@@ -27,13 +27,14 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from tqdm.auto import tqdm
 
 from amltrain.data.manifest import check_split, find_manifest
-from amltrain.data.parquet import FEATURES, check_columns, check_file, check_footer, damaged
+from amltrain.data.parquet import FEATURES, check_columns, check_file, check_footer, check_values, damaged
 from amltrain.errors import UserError
 
 WINDOW = 8
 """Row groups that a streamed training mixes at a time, about a thousand expressions, and that a reader keeps."""
 _IMAGE = "image"
 _SMALL = [name for name in FEATURES if name != _IMAGE]
+_SMALL_SCHEMA = pa.schema([FEATURES.arrow_schema.field(name) for name in _SMALL])
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
 
@@ -83,7 +84,8 @@ class StreamedRows:
                     parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
                     check_columns(url, parquet.schema_arrow.names)
                     self._metadata.append(parquet.metadata)
-                    tables.append(parquet.read(columns=_SMALL))
+                    tables.append(parquet.read(columns=_SMALL).select(_SMALL).cast(_SMALL_SCHEMA))
+                    check_values(url, tables[-1])
         self.columns = pa.concat_tables(tables)
         self._groups = [(file, g) for file, m in enumerate(self._metadata) for g in range(m.num_row_groups)]
         sizes = [self._metadata[file].row_group(g).num_rows for file, g in self._groups]
@@ -119,7 +121,9 @@ class StreamedRows:
 def open_rows(prepared: str, dataset: str, split: str, *, streaming: bool = False) -> Rows:
     """Rows of one split of one data set, from a folder or a Hub data set id. Raises UserError if there are none."""
     if not streaming:
-        return MappedRows(open_prepared(prepared, dataset, split))
+        mapped = MappedRows(open_prepared(prepared, dataset, split))
+        check_values(f"{dataset}/{split} of {prepared}", mapped.columns)
+        return mapped
     urls = local_shards(prepared, dataset, split)
     if urls is None:
         with _Reading(f"Hub data set {prepared}"):

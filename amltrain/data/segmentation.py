@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from amltrain.errors import UserError
@@ -159,39 +160,51 @@ def _run_lengths(rle: Any, height: int, width: int) -> Rle:
     counts = rle.get("counts")
     if isinstance(counts, bytes):
         counts = counts.decode("ascii", errors="replace")
-    runs = _runs_of_text(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list):
-        raise BrokenSegmentationError("its run lengths have no counts")
+    if min(height, width) < 1 or height * width > MAX_PIXELS:
+        raise BrokenSegmentationError("its run lengths do not add up to the image")
     # pycocotools reads outside its memory where counts do not fit
-    if min(height, width) < 1 or height * width > MAX_PIXELS or len(runs) > height * width + 1:
+    if isinstance(counts, str):
+        text = _runs_of_text(counts)
+        if text.min() < 0 or text.max() > height * width or text.sum() != height * width:
+            raise BrokenSegmentationError("its run lengths do not add up to the image")
+        return {"size": [height, width], "counts": counts.encode()}
+    if not isinstance(counts, list):
+        raise BrokenSegmentationError("its run lengths have no counts")
+    if len(counts) > height * width + 1 or not all(isinstance(run, int) and run >= 0 for run in counts):
         raise BrokenSegmentationError("its run lengths do not add up to the image")
-    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
+    if sum(counts) != height * width:
         raise BrokenSegmentationError("its run lengths do not add up to the image")
-    return coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 
-_LONGEST_NUMBER = 60
+_LONGEST_NUMBER = 30
 """Bits of a run length; none that fits an image has more."""
 
 
-def _runs_of_text(text: str) -> list[int]:
+def _runs_of_text(text: str) -> NDArray[np.int64]:
     """COCO's compressed counts: groups of 5 bits in characters from "0" on, bit 5 marks that the number continues; from
     the fourth number on, the difference to the last but one."""
-    runs: list[int] = []
-    value = shift = 0
-    for letter in text:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64:
-            raise BrokenSegmentationError("its run lengths hold a character that cannot be in them")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            if shift > _LONGEST_NUMBER:
-                raise BrokenSegmentationError("its run lengths hold a number that never ends")
-            continue
-        value -= (bits & 16) << (shift - 4)  # the sign
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    if shift:
-        raise BrokenSegmentationError("its run lengths end in the middle of a number")
+    try:
+        codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        codes = np.array([-1])
+    if not len(codes) or codes.min() < 0 or codes.max() >= 64:
+        raise BrokenSegmentationError("its run lengths hold a character that cannot be in them")
+    ends = np.flatnonzero(codes < 32)
+    if not len(ends) or ends[-1] != len(codes) - 1:
+        never = len(codes) - (ends[-1] + 1 if len(ends) else 0) > _LONGEST_NUMBER // 5
+        raise BrokenSegmentationError(
+            "its run lengths hold a number that never ends"
+            if never
+            else "its run lengths end in the middle of a number"
+        )
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > _LONGEST_NUMBER // 5:
+        raise BrokenSegmentationError("its run lengths hold a number that never ends")
+    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((codes & 31) << shifts, starts)
+    runs -= np.where(codes[ends] & 16, np.int64(1) << (5 * lengths), 0)  # the sign
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
     return runs

@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from amltrain.data.json_files import load_json
 from amltrain.errors import UserError, first_line
 from amltrain.records import Vocabulary
 
@@ -28,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TRAIN_WORDPIECE = (
     "name a folder that has it, or set preprocess.tokenizer to wordpiece to build one from the training sentences"
 )
+LONGEST, LONGEST_GROWTH = 4096, 100
+"""Tokens of a sentence, and how many times longer a tokenizer's replacements may make a text."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _QUOTES = {**dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"), **dict.fromkeys("\u201c\u201d\u201e\u201f", '"')}
 _FORMS = [0x3000, *range(0xFF01, 0xFFF0), *range(0xFB00, 0xFB05)]  # full width, half width, ligatures of f
@@ -43,6 +46,23 @@ def clean(sentence: str) -> str:
     if "<" not in sentence:  # ftfy leaves a piece of HTML alone
         sentence = html.unescape(sentence)
     return html.unescape(html.unescape(sentence.translate(PLAIN))).strip()
+
+
+def _check_replacements(path: Path) -> None:
+    """Raise UserError if a tokenizer's replacements could make a short text huge."""
+    if not path.is_file():
+        return
+    growth, pending = 1, [load_json(path)]
+    while pending:
+        entry = pending.pop()
+        if isinstance(entry, dict) and entry.get("type") == "Replace":
+            growth *= max(1, len(str(entry.get("content", ""))))
+        if isinstance(entry, dict):  # the vocabulary holds no replacement, and is long
+            pending += [value for key, value in entry.items() if key not in ("model", "vocab", "added_tokens")]
+        elif isinstance(entry, list):
+            pending += entry
+        if growth > LONGEST_GROWTH:
+            raise UserError(f"{path} makes a text more than {LONGEST_GROWTH} times longer; use another tokenizer")
 
 
 class SentenceTokenizer:
@@ -105,6 +125,7 @@ class SentenceTokenizer:
 
         fix: advice if there is none. Raises UserError for an unavailable tokenizer or damaged files.
         """
+        _check_replacements(Path(name) / "tokenizer.json")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         except Exception as error:  # files of something else than a tokenizer can raise almost anything
@@ -116,7 +137,10 @@ class SentenceTokenizer:
             raise UserError(
                 f"tokenizer {str(name)!r} is not a folder and cannot be fetched from the Hub; {fix}"
             ) from error
-        return cls(tokenizer, max_tokens or tokenizer.model_max_length)
+        length = max_tokens or tokenizer.model_max_length
+        if not isinstance(length, (int, float)) or not length >= 1:
+            raise UserError(f"the tokenizer of {name} has model_max_length {length!r}, not a number of tokens")
+        return cls(tokenizer, int(min(length, LONGEST)))  # transformers writes 1e30 for no limit
 
     @classmethod
     def train_wordpiece(cls, sentences: Iterable[str], max_tokens: int, vocab_size: int = 8192) -> "SentenceTokenizer":

@@ -26,6 +26,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from amltrain.config.schema import Protocol
+from amltrain.data.image_files import FileFault, decode_file
+from amltrain.data.segmentation import decode_mask
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.scoring import Masks, network_size
 from amltrain.records import Batch
@@ -90,7 +92,7 @@ class FileMasks:
     def _mask(self, entry: Entry, original: tuple[int, int], expected: tuple[int, int], dataset: Any) -> np.ndarray:
         try:
             mask = _read_picture(entry.mask) if isinstance(entry.mask, Path) else _decode(entry.mask)
-        except (OSError, SyntaxError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, FileFault) as error:
             self.faults.append(f"{entry.place}: {first_line(error)}")
             return np.zeros(expected, bool)
         if mask.shape == expected:
@@ -129,7 +131,7 @@ def find_predictions(source: str | Path, dataset: str, split: str) -> FileMasks:
 
 
 def _read_folder(folder: Path) -> FileMasks:
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise UserError(f"{folder} holds no masks (REF_SENT.png) and no predictions of this split")
     names = _read_json(folder / NO_TARGET_FILE) if (folder / NO_TARGET_FILE).exists() else None
@@ -147,13 +149,13 @@ def _read_json(path: Path) -> list[str]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
         return [str(name).removesuffix(".png") for name in names]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} must hold a JSON list of names, e.g. ['12_34'] ({first_line(error)})") from error
 
 
 def _read_lines(path: Path, dataset: str, split: str) -> list[tuple[SampleKey, Entry]]:
     entries = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -166,7 +168,7 @@ def _read_lines(path: Path, dataset: str, split: str) -> list[tuple[SampleKey, E
                 key = (None if ref is None else int(ref), int(row["sent_id"]))
                 mask = row.get("mask") or row.get("segmentation") or {name: row[name] for name in ("size", "counts")}
                 no_target = row.get("no_target")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 needed = "sent_id, size and counts"
                 raise UserError(
                     f"{path}, {place}: not a prediction ({first_line(error)}); it needs {needed}"
@@ -176,8 +178,8 @@ def _read_lines(path: Path, dataset: str, split: str) -> list[tuple[SampleKey, E
 
 
 def _read_picture(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("L"))
+    picture = decode_file(path.read_bytes())
+    pixels = np.asarray(picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("L"))
     values = np.unique(pixels)
     if len(values) > 2 or (len(values) == 2 and values[0] != 0):
         raise ValueError(f"it has the values {', '.join(map(str, values[:4]))}, ...; a mask has 0 and one other")
@@ -185,13 +187,7 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _decode(rle: dict[str, Any]) -> np.ndarray:
-    height, width = (int(side) for side in rle["size"])
-    counts = rle["counts"]
-    if isinstance(counts, list):
-        rle = coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    else:
-        rle = {"size": [height, width], "counts": counts.encode()}
-    return coco.decode(rle).astype(bool)
+    return decode_mask(rle).astype(bool)
 
 
 def _counted(what: str, names: Sequence[str], total: int) -> list[str]:

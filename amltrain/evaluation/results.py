@@ -178,15 +178,23 @@ def write_text(path: str | Path, text: str) -> None:
 def read_results(path: str | Path) -> list[Results]:
     """Read what `write_results` wrote, without samples and predictions. Raises UserError for any other file."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a named pipe would be waited for
+            raise UserError(f"{path} is not a regular file")
         entries = json.loads(Path(path).read_text(encoding="utf-8"))["results"]
         return [_from_dict(entry) for entry in entries]
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not a results.json of amltrain ({type(error).__name__}: {error})") from error
 
 
 def _from_dict(entry: dict[str, Any]) -> Results:
     metrics = {k: math.nan if v is None else float(v) for k, v in entry["metrics_percent"].items()}
     named = {name: entry[name] for name in ("dataset", "split", "counts", "protocol", "provenance")}
+    for name, value in {**named, "files": entry.get("files", {})}.items():
+        wanted = str if name in ("dataset", "split") else dict
+        if not isinstance(value, wanted):
+            raise TypeError(f"{name} is no {'text' if wanted is str else 'object'}")
     return Results(metrics=metrics, files=entry.get("files", {}), **named)

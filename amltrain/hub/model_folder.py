@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amltrain import __version__
+from amltrain.config.ranges import check_number
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.files import replacing
@@ -39,6 +40,9 @@ MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
 """Patterns of a model folder's files: what goes to the Hub and comes from it."""
 INITIAL_WEIGHTS = ("vision_weights", "text_weights")
 """Builder arguments that name where training started from; the folder's own weights replace them."""
+
+MAX_SIZE, MAX_TOKENS = 8192, 4096
+"""The largest input side in pixels and sentence in tokens that a foreign folder may ask for; ours have 1008 and 77."""
 
 Complete = TypeVar("Complete", Preprocess, Protocol)
 
@@ -131,10 +135,28 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
             raise UserError(f"{folder / CONFIG_FILE} has no {key!r} {what}; was it written by save_pretrained?")
     preprocess = _from_dict(Preprocess, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
     protocol = _from_dict(Protocol, _completed(config["protocol"], folder, config["model"]), folder / CONFIG_FILE)
-    model = create_model(config["model"], **config["kwargs"])
+    for key, value, low, high in (
+        ("size", preprocess.size, 1, MAX_SIZE),
+        ("max_tokens", preprocess.max_tokens, 1, MAX_TOKENS),
+    ):
+        check_number(f"{folder / PREPROCESS_FILE}: {key}", value, low, high)
+    check_number(f"{folder / CONFIG_FILE}: threshold", protocol.threshold, 0, 1)
+    model = _build(config["model"], config["kwargs"], folder / CONFIG_FILE)
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder)
     return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
+
+
+def _build(name: str, kwargs: dict[str, Any], path: Path) -> RISModel:
+    try:
+        return create_model(name, **kwargs)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # sizes that fit no layer end in errors of torch, timm and transformers
+        raise UserError(
+            f"{path}: its kwargs do not describe a {name} ({type(error).__name__}: {first_line(error)}); download it "
+            f"again"
+        ) from error
 
 
 def _completed(protocol: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
@@ -143,7 +165,8 @@ def _completed(protocol: dict[str, Any], folder: Path, name: str) -> dict[str, A
     if "mask_parts" in given:
         return given
     training = read_training(folder)
-    trained_on = training["recipe"]["data"]["mask_parts"] if training else model_info(name).protocol.mask_parts
+    data = _section(_section(training or {}, "recipe"), "data")
+    trained_on = data.get("mask_parts") or model_info(name).protocol.mask_parts
     return {**given, "mask_parts": trained_on}
 
 
@@ -229,15 +252,22 @@ def _more(keys: list[str]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path} is missing; the model folder is incomplete")
+    if not path.is_file():  # a named pipe would be waited for
+        raise UserError(f"{path} is not a regular file; copy or download the folder again")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; the model folder is incomplete") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object")
     return values
+
+
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    found = values.get(key)
+    return found if isinstance(found, dict) else {}
 
 
 def _from_dict(kind: type[Complete], values: dict[str, Any], path: Path) -> Complete:

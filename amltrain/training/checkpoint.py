@@ -64,8 +64,8 @@ def find_fault(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {MANIFEST} cannot be read ({error})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MANIFEST} cannot be read ({first_line(error)})"
     return None
 
 
@@ -182,7 +182,7 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         name = EVALUATED_FILE if EVALUATED_FILE in listed else TRAINER_FILE
         state = json.loads((checkpoint / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from another one") from error
     if not isinstance(state, dict):
         raise UserError(f"{checkpoint / name} must hold a JSON object; resume from another checkpoint")

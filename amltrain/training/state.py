@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, fits
 
 
 @dataclass
@@ -46,8 +46,13 @@ class Progress:
         name: of the checkpoint, for the message.
         """
         known = {f.name for f in fields(Progress)}
-        if not saved.keys() <= known or not isinstance(saved.get("spread"), list):
+        spread = saved.get("spread")
+        if not saved.keys() <= known or not isinstance(spread, list) or len(spread) != 3:
             raise UserError(f"{name} was made by another version of amltrain; start a new run from its weights")
+        if not all(type(value) is int and 0 <= value < 2**63 for value in (*spread, *_counts(saved))):
+            raise UserError(f"{name} is damaged: a count in its progress is not one; resume from another checkpoint")
+        if not fits(saved.get("best", 0.0), float):
+            raise UserError(f"{name} is damaged: its best metric is no number; resume from another checkpoint")
         before = Progress(**saved)
         for what, then, now in (
             ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
@@ -85,3 +90,9 @@ class Progress:
         """Note a step whose loss and gradient were finite, or not."""
         self.skipped += bad
         self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+
+
+def _counts(saved: dict[str, Any]) -> list[Any]:
+    """The values that must be whole numbers from 0 on; `saved` is -1 in a branch that has not saved yet."""
+    found = [value for key, value in saved.items() if key not in ("spread", "best", "window")]
+    return [0 if value == -1 and type(value) is int else value for value in found]

@@ -340,13 +340,15 @@ class Trainer:
             on_main_process(self.accelerator, self._add_scores)
 
     def _evaluate(self) -> None:
-        """Evaluate every split, and note the best metric."""
+        """Evaluate every split, and note the best metric; a finished run that is started again logs nothing twice."""
         if not self.components.eval_loaders:
             return
         step, splits = self.progress.step, list(self.components.eval_loaders)
         with self.meter.paused(), uncompiled() if self.config.train.compile else nullcontext():
             model, config = self._inference_model(), self.config
             values, self.results = evaluate_splits(self.accelerator, model, self.components, config, step)
+            if self.progress.evaluated == step:
+                return
             self._track(values)
             track_evaluation(self.accelerator, self.output, self.results, step)
         value = best_value(self.results, splits, self.config.evaluation)

@@ -2,12 +2,13 @@
 
     python -m tests.training.faults --rounds 3          prints the table of docs/long-runs.md
 
-A run is right if its final weights equal, bit for bit, those of a run that nothing cut short. Lost steps are those that
-had been done and were done again. A process costs a fork, so that one try takes seconds.
+A run is right if its final weights and its whole log equal, bit for bit, those of a run that nothing cut short. Lost
+steps are those that had been done and were done again. A process costs a fork, so that one try takes seconds.
 """
 
 import argparse
 import json
+import os
 import random
 import re
 import shutil
@@ -16,8 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +156,67 @@ def one_of_two_killed(trial: Trial) -> None:
         process.join()
 
 
+def one_of_two_stopped(trial: Trial) -> None:
+    """For longer than the other one waits."""
+    launched = trial.start("--train.collective_timeout", "0.25")
+    stopped = launched.processes[trial.random.randrange(2)]
+    launched.wait_until(lambda: trial.steps() >= trial.some_step())
+    os.kill(pid_of(stopped), signal.SIGSTOP)
+    other = next(process for process in launched.processes if process is not stopped)
+    other.join(120)
+    trial.struck = other.exitcode == USER_ERROR
+    assert other.exitcode in (0, USER_ERROR), f"exit code {other.exitcode}\n{launched.said()}"
+    stopped.kill()
+    stopped.join()
+
+
+def one_of_two_paused(trial: Trial) -> None:
+    """For less than the other one waits: nothing happens."""
+    launched = trial.start()
+    paused = pid_of(launched.processes[trial.random.randrange(2)])
+    launched.wait_until(lambda: trial.steps() >= trial.some_step())
+    os.kill(paused, signal.SIGSTOP)
+    time.sleep(trial.random.uniform(0.5, 2))
+    os.kill(paused, signal.SIGCONT)
+    code = launched.finish()
+    assert code == 0, f"exit code {code}\n{launched.said()}"
+
+
+def pid_of(process: BaseProcess) -> int:
+    assert process.pid is not None
+    return process.pid
+
+
+def two_runs_at_once(trial: Trial) -> None:
+    """The second is refused; the first does not notice."""
+    first = trial.start()
+    first.wait_until(lambda: trial.steps() >= trial.some_step())
+    second = trial.start()
+    code = second.finish()
+    trial.struck = code == USER_ERROR
+    assert code in (USER_ERROR, 0) and ("is in use by process" in second.said() or not code), second.said()
+    assert first.finish() == 0, first.said()
+
+
+def folder_deleted(trial: Trial) -> None:
+    launched = trial.start()
+    launched.wait_until(lambda: trial.steps() >= trial.some_step())
+    with suppress(OSError):
+        os.rename(trial.output, trial.output.with_suffix(".deleted"))
+    shutil.rmtree(trial.output.with_suffix(".deleted"), ignore_errors=True)
+    trial.expect(launched, USER_ERROR)
+
+
+def folder_read_only(trial: Trial) -> None:
+    trial.plant(partial(sabotage.read_only, trial.output, trial.random.randint(1, STEPS - SAVES_EVERY)), USER_ERROR)
+
+
+def clock_jumps(trial: Trial) -> None:
+    """The run does not notice."""
+    seconds = trial.random.choice((-1, 1)) * trial.random.uniform(1, 10) * 86400
+    trial.plant(partial(sabotage.clock_jump, trial.some_step(), seconds), 0)
+
+
 def damaged(harm: Callable[[Trial, Path], Any]) -> Callable[[Trial], None]:
     """Killed, and then something happens to the newest checkpoint."""
 
@@ -211,11 +275,21 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "newest checkpoint deleted": damaged(lambda trial, checkpoint: shutil.rmtree(checkpoint)),
     "last, best: deleted or dangling": damaged(mislead),
     "one of two processes killed": one_of_two_killed,
+    "one of two processes stopped (SIGSTOP)": one_of_two_stopped,
+    "one of two processes paused": one_of_two_paused,
+    "two runs at once": two_runs_at_once,
+    "output folder deleted": folder_deleted,
+    "output folder made read-only": folder_read_only,
+    "clock jumps by days": clock_jumps,
+    "/dev/shm filled": planted(sabotage.full_shared_memory, USER_ERROR, last=STEPS - SAVES_EVERY),
+    "/dev/shm of 64 KiB": lambda trial: trial.plant(partial(sabotage.small_shared_memory, 64), USER_ERROR),
+    "no further open files": planted(sabotage.no_more_files, USER_ERROR, last=STEPS - SAVES_EVERY),
+    "ulimit -n 100": lambda trial: trial.plant(partial(sabotage.few_open_files, 100), USER_ERROR),
 }
 
 
 def processes_of(name: str) -> int:
-    return 2 if "two processes" in name else 1
+    return 2 if "of two processes" in name else 1
 
 
 @dataclass
@@ -228,6 +302,18 @@ class Outcome:
     equal: int = 0
     lost: list[int] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+
+
+def difference(reference: Path, output: Path) -> str | None:
+    """What differs in the weights or the logs of two runs; None if nothing does."""
+    if not runs.same_weights(reference, output):
+        return "the weights differ"
+    wanted, found = runs.logged(reference), runs.logged(output)
+    if wanted == found:
+        return None
+    pairs = zip(wanted, found, strict=False)
+    first = next(((a, b) for a, b in pairs if a != b), (len(wanted), len(found)))
+    return f"the logs differ: {first[1]} instead of {first[0]}"
 
 
 def draw_scenes(folder: Path) -> Path:
@@ -256,9 +342,9 @@ def try_faults(
             trial.finish()
         except AssertionError as error:
             wrong = str(error)[-2000:]
-        equal = not wrong and runs.same_weights(reference, output) and runs.losses(reference) == runs.losses(output)
+        wrong = wrong or difference(reference, output)
         shutil.rmtree(output)
-        return trial, equal, wrong
+        return trial, not wrong, wrong
 
     tries = [(number, name) for number in range(rounds) for name in names]
     with ThreadPoolExecutor(jobs) as pool:

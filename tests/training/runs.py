@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
+from amltrain.training.meter import MEASURED
 from amltrain.training.trainer import train
 
 SHORT_RUN = Path(__file__).with_name("short_run.yaml")
@@ -172,6 +173,11 @@ def _main(argv: Sequence[str], log: Path, environment: dict[str, str], before: C
 
 def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in log(output) if "loss" in entry]
+
+
+def logged(output: Path) -> list[dict[str, Any]]:
+    """Every row of the log, without what is measured and so differs between two runs."""
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in log(output)]
 
 
 def log(output: Path) -> list[dict[str, Any]]:

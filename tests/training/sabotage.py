@@ -3,11 +3,15 @@
 Every function changes the code of the process that it is called in, so that the fault strikes at one certain moment.
 """
 
+import ctypes
 import multiprocessing
 import os
 import resource
 import signal
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +113,84 @@ def full_disk(number: int, size: int = 200_000) -> None:
     """From the `number`-th save on no file can grow over `size` bytes; the system says so, as a full disk would."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _on_call(checkpoints, "_make_room", number, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+def read_only(output: Path, step: int) -> None:
+    """The output folder is on a disk that the system makes read-only in this optimizer step."""
+
+    def remount() -> None:
+        _mount(str(output), str(output), MS_BIND)
+        _mount(None, str(output), MS_BIND | MS_REMOUNT | MS_RDONLY)
+
+    _own_mounts()
+    _on_call(Trainer, "_optimizer_step", step, remount)
+
+
+def small_shared_memory(kilobytes: int) -> None:
+    """The process and its loaders have a /dev/shm of this size, as docker gives it."""
+    _own_mounts()
+    _mount("tmpfs", "/dev/shm", 0, "tmpfs", f"size={kilobytes}k")
+
+
+def full_shared_memory(step: int) -> None:
+    """Another program fills /dev/shm in this optimizer step."""
+
+    def fill() -> None:
+        with suppress(OSError), open("/dev/shm/fill", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    small_shared_memory(64 * 1024)
+    _on_call(Trainer, "_optimizer_step", step, fill)
+
+
+def no_more_files(step: int) -> None:
+    """From this optimizer step on the process may open no further file."""
+
+    def limit() -> None:
+        with open(os.devnull) as next_file:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (next_file.fileno(), next_file.fileno()))
+
+    _on_call(Trainer, "_optimizer_step", step, limit)
+
+
+def few_open_files(limit: int) -> None:
+    """The process is started where `ulimit -n` is this."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+def clock_jump(step: int, seconds: float) -> None:
+    """The clock is set to another time in this optimizer step; the monotonic one goes on, as it does on Linux."""
+    sound = time.time
+
+    def jump() -> None:
+        time.time = lambda: sound() + seconds
+
+    _on_call(Trainer, "_optimizer_step", step, jump)
+
+
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, CLONE_NEWNS = 1, 32, 4096, 16384, 1 << 18, 0x20000
+
+
+def _own_mounts() -> None:
+    """What is mounted from here on, this process and its children alone see. Needs the rights of root."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    _mount(None, "/", MS_REC | MS_PRIVATE)
+
+
+def _mount(source: str | None, target: str, flags: int, kind: str | None = None, options: str | None = None) -> None:
+    texts = [None if text is None else text.encode() for text in (source, target, kind, options)]
+    if ctypes.CDLL(None, use_errno=True).mount(texts[0], texts[1], texts[2], flags, texts[3]):
+        raise OSError(ctypes.get_errno(), f"mount {target}")
+
+
+def may_mount() -> bool:
+    """Whether the faults that mount something can be planted here."""
+    process = multiprocessing.get_context("fork").Process(target=_own_mounts)
+    process.start()
+    process.join()
+    return process.exitcode == 0
 
 
 def kill_a_loader(step: int) -> None:

@@ -92,7 +92,8 @@ def test_code_is_found_wherever_it_hides(name: str, make: Callable[[Any], bytes]
     try:
         check_harmless(tmp_path / "state")
     except UserError as error:
-        assert "would run posix.mkdir" in str(error) or "is damaged" in str(error)
+        refused = str(error)
+        assert any(why in refused for why in ("would run posix.mkdir", "is damaged"))
     else:  # torch reads the other entry
         assert make is entry_twice and torch.load(path, weights_only=False) == {"a": 1}
     assert not marker.exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, fits
 from amltrain.evaluation.analysis.figures import COLOURS, saved_figure
 from amltrain.evaluation.tables import markdown
 
@@ -36,11 +36,14 @@ def _read_lines(place: str | Path) -> list[dict[str, Any]]:
     if folder is None:
         raise UserError(f"{place} has no {LOG}; convergence needs the folder of a run")
     rows = []
-    for line in (folder / LOG).read_text(encoding="utf-8").splitlines():
+    for line in (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a run that was killed leaves half a line
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # a run that was killed leaves half a line
             continue
+        numbers = [row.get(key) for key in ("loss", "epoch_loss")] if isinstance(row, dict) else []
+        if numbers and fits(row.get("step"), int) and all(n is None or fits(n, float) for n in numbers):
+            rows.append(row)
     return rows
 
 
@@ -55,7 +58,7 @@ def steps_per_epoch(place: str | Path, data: Mapping[str, Any], global_batch_siz
         path = Path(data.get("prepared", "")) / name / "manifest.json"
         try:
             samples += json.loads(path.read_text(encoding="utf-8"))["splits"][data["train_split"]][unit]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"the length of an epoch of {place} is unknown: {path} is gone; prepare it again"
             ) from error

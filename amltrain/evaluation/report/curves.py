@@ -45,7 +45,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
             row = json.loads(line)
             rows.append({k: float(v) for k, v in row.items() if isinstance(v, (int, float))})
             rows[-1]["step"]
-        except (ValueError, AttributeError, KeyError) as error:
+        except (ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
             if number == len(lines):
                 rows = [r for r in rows if "step" in r]
                 break  # the run was killed while it wrote this line
