@@ -26,8 +26,9 @@ def load_pickle(path: Path) -> Any:
     try:
         return _ContainerUnpickler(io.BytesIO(content), encoding="utf-8", errors="replace").load()
     except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} is no plain annotation pickle ({error}); download it again from a source you trust"
+            f"{path} is no plain annotation pickle ({reason}); download it again from a source you trust"
         ) from error
     except Exception as error:  # a damaged pickle can raise almost anything
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error

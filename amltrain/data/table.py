@@ -96,7 +96,7 @@ def read_rows(table: Path) -> Iterator[dict[str, Any]]:
         try:
             read = _read_parquet if kind == ".parquet" else _read_csv
             yield from read(table).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"{table} cannot be read as {kind[1:]} ({first_line(error)})") from error
     else:
         raise UserError(f"{table}: the table should be .jsonl, .json, .csv, .tsv or .parquet")

@@ -175,8 +175,11 @@ READERS: dict[str, Callable[[Place, bytes], Any]] = {
     "image": _alone("image.jpg", read_image),
     "state of an engine": _state,
 }
-HARMLESS = {("official checkpoint", "object array"), ("annotation pickle", "tar")}
-"""Read without the object; read as null, which the reader of refs refuses."""
+HARMLESS = {
+    ("official checkpoint", "object array"),  # read without the object
+    ("annotation pickle", "tar"),  # read up to its first number, which the reader of refs refuses
+    ("annotation pickle", "torch.save of old"),
+}
 
 
 def cases() -> Iterator[Case]:

@@ -1,3 +1,4 @@
+
 """Model folders from strangers: every value of every JSON file, damaged files, links."""
 
 import os

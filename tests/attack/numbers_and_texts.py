@@ -1,3 +1,4 @@
+
 """Configs, flags and sentences."""
 
 import os

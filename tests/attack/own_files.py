@@ -1,3 +1,4 @@
+
 """Tables of own data, predictions, and files of a run."""
 
 import csv

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a case a line
 """Images that are bombs, damaged, odd or not images, and paths that lead outside."""
 
 import io

@@ -1,3 +1,4 @@
+
 """Prepared Parquet files: nulls, wrong types, masks that do not fit, flipped bits, hostile manifests."""
 
 import hashlib
