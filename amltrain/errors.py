@@ -34,7 +34,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}."
-    return UserError(f"unknown {kind} {name!r}; {hint}")
+    shown = name if len(name) <= 100 else f"{name[:100]}..."
+    return UserError(f"unknown {kind} {shown!r}; {hint}")
 
 
 def first_line(error: Exception) -> str:

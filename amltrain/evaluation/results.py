@@ -197,4 +197,6 @@ def _from_dict(entry: dict[str, Any]) -> Results:
         wanted = str if name in ("dataset", "split") else dict
         if not isinstance(value, wanted):
             raise TypeError(f"{name} is no {'text' if wanted is str else 'object'}")
+    if not all(isinstance(count, int) for count in named["counts"].values()) or "samples" not in named["counts"]:
+        raise TypeError("its counts have no samples, or are not numbers")
     return Results(metrics=metrics, files=entry.get("files", {}), **named)

@@ -3,7 +3,6 @@
 Everything in it is read from the model folder; facts that the folder does not record are shown as unknown.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from amltrain import __version__
+from amltrain.errors import UserError
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
-from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, read_training
+from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE, read_object, read_training
 from amltrain.methods.registry import list_methods, method_info
 from amltrain.models.registry import ModelInfo, model_info
 
@@ -30,8 +30,10 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
     results: what the model scored, maybe nothing. Metrics are in the card's model-index too, in percent, each with its
     protocol and counts.
     """
-    model = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model"]
+    model = str(read_object(folder / CONFIG_FILE).get("model"))
     training = read_training(folder)
+    if training is not None:
+        _check_training(training, folder / TRAINING_FILE)
     info = model_info(model)
     recipe = training["recipe"] if training is not None else {}
     data_sets = list(recipe.get("data", {}).get("datasets", []))
@@ -56,6 +58,22 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
         f"## Citation\n{_citation(info.paper, recipe)}",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _check_training(training: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless the record has what a card shows of it."""
+    recipe = training.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    right = (
+        isinstance(data, dict)
+        and isinstance(data.get("datasets"), list)
+        and all(isinstance(name, str) for name in data["datasets"])
+        and isinstance(data.get("train_split"), str)
+        and isinstance(training.get("versions"), dict)
+        and {"hardware", "commit"} <= training.keys()
+    )
+    if not right:
+        raise UserError(f"{path} is no record of a training by amltrain; remove it, or take the folder of the run")
 
 
 def _licence(info: ModelInfo) -> dict[str, Any]:
@@ -96,7 +114,7 @@ def _origin(folder: Path, training: dict[str, Any] | None) -> str:
     if training is None:
         if not conversion.is_file():
             return ""
-        file = json.loads(conversion.read_text(encoding="utf-8")).get("file", "a file")
+        file = read_object(conversion).get("file", "a file")
         return (
             f"; its weights are those of the official checkpoint `{file}`, converted by amltrain and not trained by it"
         )

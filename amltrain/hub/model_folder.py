@@ -129,11 +129,11 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     file or key, for a folder that is not there, misses a file, or does not fit the model that its config.json names.
     """
     folder = find_model_folder(source, revision)
-    config = _read_json(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE)
     for key, kind, what in (("model", str, "name"), ("kwargs", dict, "object"), ("protocol", dict, "object")):
         if not isinstance(config.get(key), kind):
             raise UserError(f"{folder / CONFIG_FILE} has no {key!r} {what}; was it written by save_pretrained?")
-    preprocess = _from_dict(Preprocess, _read_json(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
+    preprocess = _from_dict(Preprocess, read_object(folder / PREPROCESS_FILE), folder / PREPROCESS_FILE)
     protocol = _from_dict(Protocol, _completed(config["protocol"], folder, config["model"]), folder / CONFIG_FILE)
     for key, value, low, high in (
         ("size", preprocess.size, 1, MAX_SIZE),
@@ -143,7 +143,7 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     check_number(f"{folder / CONFIG_FILE}: threshold", protocol.threshold, 0, 1)
     model = _build(config["model"], config["kwargs"], folder / CONFIG_FILE)
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, preprocess.max_tokens)
     return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
 
 
@@ -170,12 +170,12 @@ def _completed(protocol: dict[str, Any], folder: Path, name: str) -> dict[str, A
     return {**given, "mask_parts": trained_on}
 
 
-def _tokenizer(folder: Path) -> "SentenceTokenizer | None":
+def _tokenizer(folder: Path, max_tokens: int) -> "SentenceTokenizer | None":
     if not any(folder.glob("tokenizer*.json")):
         return None
     from amltrain.data.text import SentenceTokenizer  # a model alone loads without the text stack
 
-    return SentenceTokenizer.load(folder)
+    return SentenceTokenizer.load(folder, max_tokens)
 
 
 def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -210,7 +210,7 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
 def read_training(folder: Path) -> dict[str, Any] | None:
     """Return how a folder's model was trained (recipe, commit, hardware, versions); None if unknown."""
     path = folder / TRAINING_FILE
-    return _read_json(path) if path.is_file() else None
+    return read_object(path) if path.is_file() else None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -251,7 +251,8 @@ def _more(keys: list[str]) -> str:
     return f" (and {len(keys) - 1} more keys like it)" if len(keys) > 1 else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model folder. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path} is missing; the model folder is incomplete")
     if not path.is_file():  # a named pipe would be waited for

@@ -1,4 +1,3 @@
-
 """Model folders from strangers: every value of every JSON file, damaged files, links."""
 
 import os

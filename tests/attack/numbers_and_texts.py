@@ -1,4 +1,3 @@
-
 """Configs, flags and sentences."""
 
 import os

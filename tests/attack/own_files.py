@@ -1,4 +1,3 @@
-
 """Tables of own data, predictions, and files of a run."""
 
 import csv

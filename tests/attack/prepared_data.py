@@ -1,4 +1,3 @@
-
 """Prepared Parquet files: nulls, wrong types, masks that do not fit, flipped bits, hostile manifests."""
 
 import hashlib
