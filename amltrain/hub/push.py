@@ -10,9 +10,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -60,7 +61,7 @@ def push_model(
     folder = _whole_model_folder(Path(source))
     scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
     found = read_results(scores) if results_file is not None or scores.is_file() else []
-    results = [row for row in found if row.is_score]  # never a perturbed, shuffled or partial row
+    results = [_public(row) for row in found if row.is_score]  # never a perturbed, shuffled or partial row
     if results_file is not None and not results:
         raise UserError(f"{results_file} holds no score: {_altered(found)}; evaluate the whole split as it is")
     card = build_model_card(folder, repo, results)
@@ -85,6 +86,19 @@ def push_model(
         return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
         raise UserError(f"could not push to {repo}: {failure_reason(error, repo)}") from error
+
+
+def _public(row: Results) -> Results:
+    """A row without paths of this machine: of a checkpoint outside the working folder, its last two names remain."""
+    provenance = {
+        key: "/".join(Path(value).parts[-2:]).lstrip("/") if _is_outside(value) else value
+        for key, value in row.provenance.items()
+    }
+    return replace(row, provenance=provenance, files={})
+
+
+def _is_outside(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(("/", "~", "../")) and "\n" not in value
 
 
 def check_access(repo: str, *, online: bool = True) -> None:

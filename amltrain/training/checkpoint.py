@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from amltrain.errors import UserError, first_line
 from amltrain.files import flush, replacing, sha256, write_text
-from amltrain.training.failures import free_space
+from amltrain.training.failures import way_out
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
@@ -148,10 +148,8 @@ def not_saved(output: Path, step: int, error: Exception) -> UserError:
     """The error of a checkpoint that could not be written, with the way out; a UserError stays as it is."""
     if isinstance(error, UserError) and not isinstance(error.__cause__, (OSError, SafetensorError)):
         return error
-    return UserError(
-        f"could not save {output / checkpoint_name(step)}: {first_line(error)} ({free_space(output)}); earlier "
-        f"checkpoints are intact, make room and run again"
-    )
+    fault = error if isinstance(error, OSError) else error.__cause__ if isinstance(error.__cause__, OSError) else None
+    return UserError(f"could not save {output / checkpoint_name(step)}: {first_line(error)} ({way_out(fault, output)})")
 
 
 def add_scores(checkpoint: Path, trainer_state: dict[str, Any], write_results: Callable[[Path], None]) -> None:
@@ -171,8 +169,7 @@ def add_scores(checkpoint: Path, trainer_state: dict[str, Any], write_results: C
         flush(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"could not add the scores to {checkpoint}: {first_line(error)} ({free_space(checkpoint.parent)}); the "
-            f"checkpoint itself is intact, make room and run again"
+            f"could not add the scores to {checkpoint}: {first_line(error)} ({way_out(error, checkpoint.parent)})"
         ) from error
 
 
