@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, first_line
 
 Decoder = Literal["pil", "torchvision"]
 DECODING_ERRORS = (OSError, SyntaxError, TypeError, Image.DecompressionBombError)
@@ -32,9 +32,11 @@ def decode_image(content: bytes, name: str, size: tuple[int, int], decoder: Deco
         if decoder == "torchvision" and not turned and _is_plain_jpeg(image, content):
             return _decode_jpeg(content)
         return to_rgb(ImageOps.exif_transpose(image) if turned else image, name)
-    except DECODING_ERRORS as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
         raise UserError(
-            f"{name} cannot be decoded ({error}); remove the prepared folder and prepare it again"
+            f"{name} cannot be decoded ({first_line(error)}); remove the prepared folder and prepare it again"
         ) from error
 
 
