@@ -11,8 +11,6 @@ from torch import Tensor
 from amltrain.errors import UserError, first_line
 
 Decoder = Literal["pil", "torchvision"]
-DECODING_ERRORS = (OSError, SyntaxError, TypeError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are not a whole image."""
 
 
 def decode_image(content: bytes, name: str, size: tuple[int, int], decoder: Decoder = "pil") -> Image.Image | Tensor:

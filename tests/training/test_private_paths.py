@@ -28,9 +28,8 @@ def test_published_files_hold_no_path_and_the_tokenizer_may_move(shapes: Path, t
     rows[0].provenance["checkpoint"] = str(folder)  # as `amltrain evaluate --checkpoint` writes it
     write_results(tmp_path / "scores.json", rows)
     assert _public(rows[0]).provenance["checkpoint"] == "step-000001/model"
-    assert str(tmp_path) not in push_model(
-        output / "last", "user/name", results_file=tmp_path / "scores.json", dry_run=True
-    )
+    scores = tmp_path / "scores.json"
+    assert str(tmp_path) not in push_model(output / "last", "user/name", results_file=scores, dry_run=True)
     shutil.copytree(first, second)
     shutil.rmtree(first)
     runs.run(shapes, output, "--train.max_steps", "2", *flags, str(second))
