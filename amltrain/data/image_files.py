@@ -43,7 +43,7 @@ def path_below(root: Path, name: str) -> Path:
     path = root / pure
     try:
         real = path.resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, half of a surrogate pair
         raise FileFault(f"the file cannot be reached ({first_line(error)})") from error
     if real != path and not real.is_relative_to(root):
         raise FileFault(f"it is a link that leads outside the folder {root.name}")
