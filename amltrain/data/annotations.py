@@ -312,7 +312,7 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
             known[split] = any(spec.has(split, own) for own in spec.splits)
         if not known[split]:
             raise UserError(
-                f"{place}: {what} has split {split!r}, and {name} has {', '.join(spec.splits)}; correct the file, or "
+                f"{place}: {what} has split {reprlib.repr(split)}, and {name} has {', '.join(spec.splits)}; correct the file, or "
                 f"choose the data set that the file belongs to"
             )
         _check_meaning(ref, foreign, what, name, place)
