@@ -312,8 +312,8 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
             known[split] = any(spec.has(split, own) for own in spec.splits)
         if not known[split]:
             raise UserError(
-                f"{place}: {what} has split {reprlib.repr(split)}, and {name} has {', '.join(spec.splits)}; correct the file, or "
-                f"choose the data set that the file belongs to"
+                f"{place}: {what} has split {reprlib.repr(split)}, and {name} has {', '.join(spec.splits)}; correct "
+                f"the file, or choose the data set that the file belongs to"
             )
         _check_meaning(ref, foreign, what, name, place)
         for sentence in ref["sentences"]:
@@ -322,7 +322,9 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
         if ref["ann_id"] == [] and ref.get("source") != "zero":
             raise UserError(f"{place}: {what} has an empty ann_id; write [-1] where the sentence refers to nothing")
         if ref.get("no_target") is not None and bool(ref["no_target"]) != (not _ann_ids(ref)):
-            raise UserError(f"{place}: {what} has no_target {ref['no_target']!r}, but ann_id {ref['ann_id']!r}")
+            raise UserError(
+                f"{place}: {what} has no_target {reprlib.repr(ref['no_target'])}, but ann_id {reprlib.repr(ref['ann_id'])}"
+            )
     if not any(ref["sentences"] for ref in refs):
         raise UserError(f"{place} holds no sentence at all; download the file again")
 

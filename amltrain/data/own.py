@@ -123,7 +123,9 @@ def _new_ref(row: TableRow, number: int, image_id: int) -> dict[str, Any]:
 def _check_same_ref(row: TableRow, ref: dict[str, Any], place: str) -> None:
     """Raise UserError for a further row of a ref that names another split or mask."""
     if ref["split"] != row.split:
-        raise UserError(f"{place}, {row.place}: ref {ref['ref_id']} is in split {row.split!r} and {ref['split']!r}")
+        raise UserError(
+            f"{place}, {row.place}: ref {ref['ref_id']} is in split {row.split!r:.60} and {ref['split']!r:.60}"
+        )
     if row.ref_id is not None and _mask_key(row.segmentation) != ref["mask_key"]:
         raise UserError(f"{place}, {row.place}: ref {row.ref_id} of image {row.image} has two masks; give it two ids")
 
@@ -171,7 +173,7 @@ def _own_spec(
         splits = tuple(dict.fromkeys(ref["split"] for ref in refs))
         bad = next((split for split in splits if not _SPLIT.fullmatch(split)), None)
         if bad is not None:
-            raise UserError(f"{place}: the split {bad!r} should be letters, digits and _ only")
+            raise UserError(f"{place}: the split {bad[:50]!r} should be letters, digits and _ only")
         by_image: dict[str, set[str]] = {}
         for ref in refs:
             by_image.setdefault(ref["image_name"], set()).add(ref["split"])
@@ -196,7 +198,7 @@ def _check_shares(shares: Mapping[str, float]) -> None:
         raise UserError(f"--split_shares {dict(shares)} should be above 0 and add up to 1")
     bad = next((split for split in shares if not _SPLIT.fullmatch(split)), None)
     if bad is not None:
-        raise UserError(f"--split_shares: the split {bad!r} should be letters, digits and _ only")
+        raise UserError(f"--split_shares: the split {bad[:50]!r} should be letters, digits and _ only")
 
 
 def assign_splits(images: Iterable[str], seed: int, shares: Mapping[str, float]) -> dict[str, str]:

@@ -9,6 +9,7 @@ Cells of a CSV file may hold JSON. docs/data.md shows each form.
 """
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def _parse(
     }
     image = cell["image"]
     if not isinstance(image, str) or not image:
-        raise UserError(f"{where}: the image is {image!r}, not a path")
+        raise UserError(f"{where}: the image is {reprlib.repr(image)}, not a path")
     value = _number(cell.get("mask_value"), "mask_value", where)
     box = _numbers(_json(cell.get("box")))
     mask = _json(cell.get("mask"))
