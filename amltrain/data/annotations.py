@@ -322,9 +322,8 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
         if ref["ann_id"] == [] and ref.get("source") != "zero":
             raise UserError(f"{place}: {what} has an empty ann_id; write [-1] where the sentence refers to nothing")
         if ref.get("no_target") is not None and bool(ref["no_target"]) != (not _ann_ids(ref)):
-            raise UserError(
-                f"{place}: {what} has no_target {reprlib.repr(ref['no_target'])}, but ann_id {reprlib.repr(ref['ann_id'])}"
-            )
+            given, ids = reprlib.repr(ref["no_target"]), reprlib.repr(ref["ann_id"])
+            raise UserError(f"{place}: {what} has no_target {given}, but ann_id {ids}")
     if not any(ref["sentences"] for ref in refs):
         raise UserError(f"{place} holds no sentence at all; download the file again")
 

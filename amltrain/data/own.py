@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -123,9 +124,8 @@ def _new_ref(row: TableRow, number: int, image_id: int) -> dict[str, Any]:
 def _check_same_ref(row: TableRow, ref: dict[str, Any], place: str) -> None:
     """Raise UserError for a further row of a ref that names another split or mask."""
     if ref["split"] != row.split:
-        raise UserError(
-            f"{place}, {row.place}: ref {ref['ref_id']} is in split {row.split!r:.60} and {ref['split']!r:.60}"
-        )
+        one, other = (reprlib.repr(split) for split in (row.split, ref["split"]))
+        raise UserError(f"{place}, {row.place}: ref {ref['ref_id']} is in split {one} and {other}")
     if row.ref_id is not None and _mask_key(row.segmentation) != ref["mask_key"]:
         raise UserError(f"{place}, {row.place}: ref {row.ref_id} of image {row.image} has two masks; give it two ids")
 
