@@ -237,7 +237,9 @@ def _annotations(ann_ids: list[int], job: ImageJob) -> list[dict[str, Any]]:
     annotations = [job.annotations[ann_id] for ann_id in ann_ids]
     foreign = [a for a in annotations if a.get("image_id", job.image_id) != job.image_id]
     if foreign:
-        raise BrokenSegmentationError(f"annotation {foreign[0]['id']} is of image {foreign[0]['image_id']}")
+        raise BrokenSegmentationError(
+            f"annotation {foreign[0]['id']} is of image {reprlib.repr(foreign[0]['image_id'])}"
+        )
     kept = [a for a in annotations if len(annotations) == 1 or not a.get("iscrowd", 0)]
     if not kept:
         raise BrokenSegmentationError("all its annotations are crowds")

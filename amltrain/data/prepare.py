@@ -211,7 +211,7 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> P
     else:
         folders = ("",) if spec.layout == "table" else ("", "images", spec.folder, f"{spec.folder}/images")
     for folder in (root / sub for sub in folders):
-        if any((folder / name).is_file() for name in some if "\0" not in name):
+        if any(os.path.isfile(folder / name) for name in some):  # False also for what cannot be a name
             return folder
     tried = ", ".join(sub or "." for sub in folders)
     kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"

@@ -378,11 +378,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="tries of every kind (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="tries at once (default: 1)")
-    parser.add_argument("--only", default="", help="kinds whose name contains this (default: all)")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="kinds whose name contains one of these texts, with commas between them (default: all)",
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds = [kind for kind in FAULTS if arguments.only in kind]
+        kinds = [kind for kind in FAULTS if any(text in kind for text in arguments.only.split(","))]
         outcomes = try_faults(
             kinds, arguments.rounds, draw_scenes(folder), folder, seed=arguments.seed, jobs=arguments.jobs
         )
