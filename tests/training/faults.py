@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument(
         "--only",
         default="",
-        help="kinds whose name contains one of these texts, with commas between them (default: all)",
+        help="kinds whose name has one of these texts: A,B,C (default: all)",
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
