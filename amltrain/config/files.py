@@ -107,7 +107,10 @@ def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
             continue
         for layer in _read(find_config(name, "--config"), groups, "--config", (), places):
             replaced += ["--config", layer]
-            values |= yaml.safe_load(layer)
+            try:
+                values |= yaml.safe_load(layer)
+            except yaml.YAMLError as error:  # a tag that is not plain YAML, or a key that is not one value
+                raise UserError(f"--config {name} is not plain YAML: {' '.join(str(error).split())}") from error
     return Layers(replaced, places, values)
 
 

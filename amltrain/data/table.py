@@ -9,6 +9,7 @@ Cells of a CSV file may hold JSON. docs/data.md shows each form.
 """
 
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -233,7 +234,7 @@ def _relative(name: str, folder: Path) -> str:
 def _segmentation(mask: Any, folders: Sequence[Path], value: int | None, threshold: int | None, where: str) -> Any:
     """A mask cell as polygons, an RLE or a MaskFile. Its values are checked where it is decoded."""
     if isinstance(mask, str):
-        found = (folder for folder in folders if "\0" not in mask and (folder / _relative(mask, folder)).is_file())
+        found = (folder for folder in folders if os.path.isfile(folder / _relative(mask, folder)))
         folder = next(found, folders[0])
         return MaskFile(folder.resolve(), _relative(mask, folder), value, threshold)
     if isinstance(mask, dict):

@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The owner; None for a lock that is truncated or missing."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return owner if isinstance(owner, dict) else None
 

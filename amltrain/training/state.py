@@ -93,6 +93,5 @@ class Progress:
 
 
 def _counts(saved: dict[str, Any]) -> list[Any]:
-    """The values that must be whole numbers from 0 on; `saved` is -1 in a branch that has not saved yet."""
-    found = [value for key, value in saved.items() if key not in ("spread", "best", "window")]
-    return [0 if value == -1 and type(value) is int else value for value in found]
+    """The values that must be whole numbers from 0 on."""
+    return [value for key, value in saved.items() if key not in ("spread", "best", "window")]
