@@ -56,6 +56,8 @@ def find_fault(checkpoint: Path) -> str | None:
     """Compare a checkpoint with its manifest; return the fault, or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if not manifest["files"]:
+            return f"its {MANIFEST} lists no file"
         for name, entry in manifest["files"].items():
             path = checkpoint / name
             if not path.is_file():
