@@ -141,6 +141,8 @@ def _names(value: yaml.Node, place: str) -> Iterable[str]:
 
 def _compose(path: Path, asked_by: str) -> yaml.MappingNode:
     """Parse a file to YAML nodes, which know their lines."""
+    if not path.is_file():  # a device has no end, and a named pipe may never begin
+        raise UserError(f"{asked_by}: {path} is not a regular file; give a YAML file")
     try:
         content = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         _check_size(content)

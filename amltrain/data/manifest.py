@@ -57,6 +57,9 @@ def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
     splits = kept.get("splits") if isinstance(kept, dict) else None
     if kept is None or not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
         raise UserError(f"{place} does not state the splits of the data set; prepare it again")
+    metrics = kept.get("metrics", [])
+    if not isinstance(metrics, list):
+        raise UserError(f"{place} does not state the metrics of the data set; prepare it again")
     return DatasetSpec(
         folder=str(manifest.get("dataset", "")),
         split_by=str(kept.get("split_by", "")),
@@ -64,7 +67,7 @@ def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
         generalised=bool(kept.get("generalised")),
         shares_images=bool(kept.get("shares_images")),
         layout="table",
-        metrics=tuple(map(str, kept.get("metrics", ()))),
+        metrics=tuple(map(str, metrics)),
         exact_splits=True,
     )
 
