@@ -86,17 +86,25 @@ class SentenceTokenizer:
         return input_ids, torch.arange(self.max_tokens) < len(ids)
 
     def _encode(self, sentence: str, special: bool = True) -> list[int]:
-        """Return all ids, not truncated."""
+        """Return all ids, not truncated. Raises UserError for half of a surrogate pair, which is not text."""
         text = clean(sentence) if self.keeps_end else sentence
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("a sentence holds half of a surrogate pair, which is not valid text") from error
         return self.tokenizer.encode(text, add_special_tokens=special, verbose=False)  # it warns about truncation
 
     def cut(self, sentence: str) -> str:
         """Return the words from the first truncated one on; empty if all are read."""
         words = sentence.split()
         room = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
-        read = len(words)
-        while read and len(self._encode(" ".join(words[:read]))) > room:
-            read -= 1
+        read, more = 0, len(words)  # of the first words, so many fit for certain, and at most so many
+        while read < more:
+            middle = (read + more + 1) // 2
+            if len(self._encode(" ".join(words[:middle]))) <= room:
+                read = middle
+            else:
+                more = middle - 1
         return " ".join(words[read:])
 
     def unknown(self, sentence: str) -> list[str]:
