@@ -76,7 +76,7 @@ class _Findings:
         self._lost += [entry for entry in new if entry.expressions]
         count = sum(entry.expressions for entry in self._lost)
         if count > self._max_skipped * self._total:
-            first = "; ".join(f"{entry.what}: {entry.why}" for entry in self._lost[:3])
+            first = "; ".join(f"{entry.what[:200]}: {entry.why[:200]}" for entry in self._lost[:3])
             raise UserError(
                 f"{self._name}: {count} of {self._total} expressions in {self._place} cannot be used so far, more than "
                 f"max_skipped = {self._max_skipped:g} allows ({first}{'; ...' if len(self._lost) > 3 else ''}); "
@@ -218,7 +218,8 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> P
     fix = (
         f"correct the table's paths or {option}" if spec.layout == "table" else f"set {option} to the folder of {kind}"
     )
-    raise UserError(f"found no image such as {some[0] if some else '?'} under {root} (looked in {tried}); {fix}")
+    example = some[0][:200] if some else "?"
+    raise UserError(f"found no image such as {example} under {root} (looked in {tried}); {fix}")
 
 
 class _Reader:
