@@ -75,6 +75,8 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
         UserError: nothing has this name; the message lists close matches.
     """
     path = folder / Path(name).expanduser()
+    if not path.name:
+        raise UserError(f"{asked_by}: {name!r} names no file; `amltrain configs` lists the shipped names")
     for candidate in (path, path.with_name(f"{path.name}.yaml")):
         if candidate.exists() and not candidate.is_dir():
             return candidate

@@ -112,7 +112,7 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
     if key is not None:
         keys = [action.dest for action in parser._actions if action.dest != "help"]
         close = find_option(key.split(".")[-1], sections) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
-        return f"unknown key {key}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
+        return f"unknown key {key[:100]}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
     value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
     if value:
         key, reasons, given = value.groups()

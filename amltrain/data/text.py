@@ -7,6 +7,7 @@ sentence keeps the end token in the last place. Both are padded with id 0.
 
 import html
 import os
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -145,10 +146,11 @@ class SentenceTokenizer:
             raise UserError(
                 f"tokenizer {str(name)!r} is not a folder and cannot be fetched from the Hub; {fix}"
             ) from error
-        length = max_tokens or tokenizer.model_max_length
-        if not isinstance(length, (int, float)) or not length >= 1:
-            raise UserError(f"the tokenizer of {name} has model_max_length {length!r}, not a number of tokens")
-        return cls(tokenizer, int(min(length, LONGEST)))  # transformers writes 1e30 for no limit
+        stated = tokenizer.model_max_length
+        if not isinstance(stated, (int, float)) or not stated >= 1:
+            shown = reprlib.repr(stated)
+            raise UserError(f"the tokenizer of {name} has model_max_length {shown}, not a number of tokens")
+        return cls(tokenizer, max_tokens or int(min(stated, LONGEST)))  # transformers writes 1e30 for no limit
 
     @classmethod
     def train_wordpiece(cls, sentences: Iterable[str], max_tokens: int, vocab_size: int = 8192) -> "SentenceTokenizer":

@@ -53,7 +53,8 @@ class OutputLock:
         """Give the lock back; does nothing if this run does not hold it."""
         self._released.set()
         if self._held and _read(self.path) == _identity():
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder became read-only, which the run has reported
+                self.path.unlink()
         self._held = False
 
     def _renew(self) -> None:

@@ -59,6 +59,7 @@ class Trial:
     processes: int = 1
     struck: bool = True
     restarts: int = 0
+    done: int = 0
     lost: list[int] = field(default_factory=list)
 
     def start(self, *extra: str, before: Callable[[], None] | None = None) -> runs.Launched:
@@ -94,13 +95,13 @@ class Trial:
     def finish(self) -> None:
         """Start again until the run ends by itself."""
         while True:
-            before, log = self.steps(), self.output.with_name(f"{self.output.name}.log.0")
+            before, log = max(self.steps(), self.done), self.output.with_name(f"{self.output.name}.log.0")
             already = len(log.read_text(errors="replace"))
             code = self.start().finish()
             said = log.read_text(errors="replace")[already:]
             resumed = re.search(r"resuming from \S+ at step (\d+)", said)
             self.lost.append(before - (int(resumed[1]) if resumed else 0))
-            self.restarts += 1
+            self.restarts, self.done = self.restarts + 1, 0
             if code == 0:
                 return
             assert self.restarts < 5, said
@@ -201,6 +202,7 @@ def two_runs_at_once(trial: Trial) -> None:
 def folder_deleted(trial: Trial) -> None:
     launched = trial.start()
     launched.wait_until(lambda: trial.steps() >= trial.some_step())
+    trial.done = trial.steps()  # its log goes, too
     with suppress(OSError):
         os.rename(trial.output, trial.output.with_suffix(".deleted"))
     shutil.rmtree(trial.output.with_suffix(".deleted"), ignore_errors=True)
