@@ -3,13 +3,12 @@
 `image_jobs` groups them by image; `read_job` reads one image and makes its referents, on any process.
 """
 
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from amltrain.data.image_files import FileFault, ImageFile, read_image_file, read_mask_file
 from amltrain.data.segmentation import BrokenSegmentationError, area, encode_mask, referent_mask
@@ -369,7 +368,7 @@ def _is_box(value: Any) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return False
     try:
-        return all(isinstance(v, (int, float)) for v in value) and bool(np.isfinite([float(v) for v in value]).all())
+        return all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
     except OverflowError:
         return False
 
