@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
         (folder / "state" / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"No space left on device.*earlier checkpoints are intact"):
+    with pytest.raises(UserError, match=r"No space left on device.*saved checkpoints are intact"):
         checkpoints.write_checkpoint(tmp_path, 2, full)
     assert checkpoints.checkpoints(tmp_path) == [good]
     assert checkpoints.find_fault(good) is None
