@@ -112,5 +112,5 @@ def decode_file(content: bytes) -> Image.Image:
     except FileFault:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
-        raise FileFault(f"the file is damaged ({first_line(error)})") from error
+        raise FileFault(f"the file is damaged ({first_line(error).split(' <')[0]})") from error
     return image

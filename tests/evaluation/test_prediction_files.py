@@ -116,7 +116,7 @@ FAULTS: list[tuple[Spoil, str]] = [
     (duplicate, r"1 of 13 samples are there twice \(ref 0 sentence 1\)"),
     (enlarge, r"1_3\.png is 24 x 30, not 24 x 24 \(height x width\)"),
     (soften, r"1_3\.png: it has the values 0, 1, 2, 3, \.\.\.; a mask has 0 and one other"),
-    (lambda f: (f / "1_3.png").write_bytes(b"no picture"), r"1_3\.png: cannot identify"),
+    (lambda f: (f / "1_3.png").write_bytes(b"no picture"), r"1_3\.png: the file is damaged \(cannot identify"),
     (lambda f: (f / "cat.png").write_bytes(b""), r"cat\.png is not named REF_SENT\.png"),
 ]
 
