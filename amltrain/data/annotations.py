@@ -377,10 +377,19 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _is_written(value: Any) -> bool:
+    """Whether it is a text that a file can hold: no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("id", "ref_id", "sent_id", "image_id", "category_id"), (_is_id, "a whole number of 64 bits")),
     **dict.fromkeys(("height", "width"), (_is_side, f"a whole number from 1 to {_LARGEST_SIDE}")),
-    **dict.fromkeys(("split", "file_name", "name"), (_is_text, "a text")),
+    **dict.fromkeys(("split", "file_name"), (_is_text, "a text")),
+    "name": (_is_written, "a text"),
     "ann_id": (_is_ann_id, "a whole number or a list of them"),
     "bbox": (_is_box, "four numbers"),
     "sentences": (lambda value: isinstance(value, list), "a list"),
