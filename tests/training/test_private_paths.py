@@ -27,7 +27,7 @@ def test_published_files_hold_no_path_and_the_tokenizer_may_move(shapes: Path, t
         assert str(tmp_path) not in text and "/private" not in text, name
     rows[0].provenance["checkpoint"] = str(folder)  # as `amltrain evaluate --checkpoint` writes it
     write_results(tmp_path / "scores.json", rows)
-    assert _public(rows[0]).provenance["checkpoint"] == "step-000001/model"
+    assert _public(rows[0]).provenance["checkpoint"] == "last/model"
     scores = tmp_path / "scores.json"
     assert str(tmp_path) not in push_model(output / "last", "user/name", results_file=scores, dry_run=True)
     shutil.copytree(first, second)
