@@ -51,8 +51,9 @@ class Progress:
             raise UserError(f"{name} was made by another version of amltrain; start a new run from its weights")
         if not all(type(value) is int and 0 <= value < 2**63 for value in (*spread, *_counts(saved))):
             raise UserError(f"{name} is damaged: a count in its progress is not one; resume from another checkpoint")
-        if not fits(saved.get("best", 0.0), float):
-            raise UserError(f"{name} is damaged: its best metric is no number; resume from another checkpoint")
+        losses = saved.get("losses", [0.0, 0])
+        if not isinstance(losses, list) or not all(fits(value, float) for value in (saved.get("best", 0.0), *losses)):
+            raise UserError(f"{name} is damaged: a metric in its progress is no number; resume from another checkpoint")
         before = Progress(**saved)
         for what, then, now in (
             ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
@@ -94,4 +95,4 @@ class Progress:
 
 def _counts(saved: dict[str, Any]) -> list[Any]:
     """The values that must be whole numbers from 0 on."""
-    return [value for key, value in saved.items() if key not in ("spread", "best", "window")]
+    return [value for key, value in saved.items() if key not in ("spread", "best", "window", "losses")]
