@@ -29,7 +29,9 @@ def test_published_files_hold_no_path_and_the_tokenizer_may_move(shapes: Path, t
     write_results(tmp_path / "scores.json", rows)
     assert _public(rows[0]).provenance["checkpoint"] == "last/model"
     scores = tmp_path / "scores.json"
-    assert str(tmp_path) not in push_model(output / "last", "user/name", results_file=scores, dry_run=True)
+    assert str(tmp_path) not in push_model(
+        output / "last", "user/name", private=True, results_file=scores, dry_run=True
+    )
     shutil.copytree(first, second)
     shutil.rmtree(first)
     runs.run(shapes, output, "--train.max_steps", "2", *flags, str(second))
