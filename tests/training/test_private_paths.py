@@ -36,6 +36,7 @@ def test_published_files_hold_no_path_and_the_tokenizer_may_move(shapes: Path, t
     shutil.rmtree(first)
     runs.run(shapes, output, "--train.max_steps", "2", *flags, str(second))
     assert (output / "last").resolve().name == "step-000002"
-    SentenceTokenizer.train_wordpiece(["other words"], 12).save(second)
+    other = tmp_path / "other"
+    SentenceTokenizer.train_wordpiece(["other words"], 12).save(other)
     with pytest.raises(UserError, match=r"preprocess\.tokenizer"):
-        runs.run(shapes, output, "--train.max_steps", "3", *flags, str(second))
+        runs.run(shapes, output, "--train.max_steps", "3", *flags, str(other))
