@@ -4,7 +4,7 @@ Stage 1 runs in evaluation mode: scores are a function of image, sentence and we
 statistics, and no random number is drawn, so dropout in stage 2 is what the baseline would draw.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amltrain.errors import UserError
 from amltrain.methods.aml.cache import ScoreCache, refuse_sharded
-from amltrain.methods.aml.masking import Selection, filtering_mask, relocate
+from amltrain.methods.aml.masking import Selection, filtering_mask, random_blocks, relocate
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
 from amltrain.methods.aml.scorers import EarlyScorer, LateScorer, PredictionScorer, Scorer, calibrate, shrunk
@@ -28,6 +28,8 @@ from amltrain.records import Batch, Features, ModelOutput
 class AlignmentMasker(Masker):
     """Hide image blocks with low alignment scores."""
 
+    random_shares: Tensor
+
     def __init__(
         self,
         scorer: Scorer,
@@ -37,15 +39,18 @@ class AlignmentMasker(Masker):
         block: int = 32,
         selection: Selection = "pixel",
         relocated: bool = False,
+        random_shares: Sequence[float] = (),
         stage1_size: int | None = None,
         cache_scores: bool = False,
     ) -> None:
-        """relocated: hide as many blocks at random places (the control). stage1_size: score a smaller copy of the
+        """relocated: hide as many blocks at random places (the control). random_shares: hide one of these shares of the
+        blocks instead, whatever the scores. stage1_size: score a smaller copy of the
         image. cache_scores: remember scores; only for a model whose scored encoders never change."""
         super().__init__()
         self.scorer = scorer
         self.tau, self.rho, self.block, self.selection = tau, rho, block, selection
         self.relocated = relocated
+        self.register_buffer("random_shares", torch.tensor(random_shares, dtype=torch.float32), persistent=False)
         self.stage1_size = stage1_size
         self.cache = ScoreCache() if cache_scores else None
 
@@ -73,9 +78,13 @@ class AlignmentMasker(Masker):
 
     def blocks(self, scores: Tensor, batch: Batch) -> Tensor:
         """AFM's decision [B, r, c] bool, True = hide this block."""
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        if len(self.random_shares):
+            grid = (-(-size[0] // self.block), -(-size[1] // self.block))
+            return random_blocks(grid, self.random_shares, batch.random_key)
         blocks = filtering_mask(
             scores.detach(),
-            (batch.image.shape[-2], batch.image.shape[-1]),
+            size,
             batch.random_key,
             tau=self.tau,
             rho=self.rho,
@@ -155,6 +164,7 @@ def build_alignment_masker(model: RISModel, settings: AMLSettings) -> AlignmentM
         block=settings.block,
         selection=settings.selection,
         relocated=settings.level == "random",
+        random_shares=settings.random_shares,
         stage1_size=settings.stage1_size,
         cache_scores=settings.cache_scores,
     )

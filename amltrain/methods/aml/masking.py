@@ -24,7 +24,8 @@ from torch import Tensor
 from amltrain.randomness import uniform
 
 Selection = Literal["pixel", "patch", "released"]
-SELECT, PLACE = 0, 1  # streams of random numbers: which weak spots are taken; where `relocate` puts them
+SELECT, PLACE, AMOUNT = 0, 1, 2
+"""Streams of random numbers: which weak spots are taken; where random blocks lie; how many `random_blocks` hides."""
 
 
 def weak_pixels(scores: Tensor, size: tuple[int, int], tau: float) -> Tensor:
@@ -124,5 +125,23 @@ def filtering_mask(
 def relocate(blocks: Tensor, keys: Tensor) -> Tensor:
     """Move each sample's blocks to random places (ablation `level: random`). [B, r, c] bool -> the same."""
     flat = blocks.flatten(1)
-    rank = uniform(keys, flat.shape[1], PLACE).argsort(dim=1).argsort(dim=1)
-    return (rank < flat.sum(dim=1, keepdim=True)).view_as(blocks)
+    return _at_random_places(flat.sum(dim=1), flat.shape[1], keys).view_as(blocks)
+
+
+def random_blocks(grid: tuple[int, int], shares: Tensor, keys: Tensor) -> Tensor:
+    """Hide a share of the blocks at random places, keys [B] int64 -> [B, r, c] bool.
+
+    shares [K] float32: one is drawn per sample, all equally likely. A share that is no whole number of blocks is rounded
+    up or down at random, so its mean is exact.
+    """
+    count = grid[0] * grid[1]
+    draws = uniform(keys, 2, AMOUNT)
+    drawn = shares[(draws[:, 0] * len(shares)).long().clamp(max=len(shares) - 1)]
+    wanted = (drawn * count + draws[:, 1]).floor()
+    return _at_random_places(wanted, count, keys).unflatten(1, grid)
+
+
+def _at_random_places(wanted: Tensor, count: int, keys: Tensor) -> Tensor:
+    """Choose `wanted` [B] of `count` blocks by each sample's key, [B, count] bool."""
+    rank = uniform(keys, count, PLACE).argsort(dim=1).argsort(dim=1)
+    return rank < wanted[:, None]

@@ -68,6 +68,9 @@ def check_ranges(config: AMLSettings) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"aml.{name}={value} must be at least 1")
+    for share in config.random_shares:
+        if not 0 <= share <= 1:
+            raise UserError(f"aml.random_shares: {share:g} is not a share of the image, 0 to 1")
     if config.temperature != "auto" and not float(config.temperature) > 0:
         raise UserError(f"aml.temperature={config.temperature} must be positive, or `auto`")
     if config.clean_loss_weight == 1.0:
@@ -88,6 +91,8 @@ def check_pairs(config: AMLSettings) -> None:
         raise UserError(
             "aml.calibrate_every solves the temperature repeatedly: set aml.temperature=auto and aml.cache_scores=false"
         )
+    if config.random_shares and config.level != "random":
+        raise UserError(f"aml.random_shares belongs to aml.level=random, not {config.level}")
     if config.explicit and config.projection != "random":
         raise UserError(f"aml.explicit belongs to aml.projection=random, not {config.projection}")
     if config.level == "feature" and config.clean_loss_weight:

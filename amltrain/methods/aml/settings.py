@@ -46,6 +46,10 @@ class AMLSettings:
     level: Literal["image", "feature", "random"]
     """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
     random places (random)."""
+    random_shares: tuple[float, ...] = ()
+    """Shares of the image's blocks that level random hides, one drawn per sample and epoch: a control whose amount does
+    not depend on the trained model. Scores are computed as always, and decide nothing. Empty = as many blocks as the
+    scores of the trained model select."""
     clean_loss_weight: float
     """Weight of the loss on the unmasked image, 0..1; the masked one gets the rest. Above 0 the unmasked image is
     encoded with gradient, its features are scored, and its text features serve the masked image too."""
