@@ -108,8 +108,8 @@ class Preprocess:
     normalization: Literal["imagenet", "clip", "half"]
     """Mean and standard deviation subtracted from and divided out of the image (0..1)."""
     tokenizer: str
-    """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences, `packaged` is the one
-    of the extra pretrained-lite."""
+    """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences; `packaged` is
+    MiniLM's, of the extra pretrained-lite."""
     max_tokens: int
     """Tokens per sentence, special tokens included; longer sentences are cut."""
     sentence_field: Literal["sent", "raw"]

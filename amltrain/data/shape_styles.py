@@ -1,7 +1,7 @@
 """What scenes of RefShapes may hold: forms, colours, how many objects, how big, and on what ground.
 
-    simple      4 forms, 6 colours, 3 to 6 objects on a grey ground
-    cluttered   9 forms, 9 colours, 4 to 8 smaller objects on a ground of coloured stains and small shards
+simple      4 forms, 6 colours, 3 to 6 objects on a grey ground
+cluttered   9 forms, 9 colours, 4 to 8 smaller objects on a ground of coloured stains and small shards
 """
 
 import math

@@ -167,7 +167,9 @@ def draw_scene(
         covered = decode_rle(referent_mask([[list(shape.polygon)]], size, size).union) > 0  # as the readers will
         mask = Image.fromarray(covered)
         box = mask.getbbox() or (0, 0, size, size)
-        canvas.paste(Image.fromarray(_surface(generator, shape, style.colours[shape.colour], box, size)), box, mask.crop(box))
+        canvas.paste(
+            Image.fromarray(_surface(generator, shape, style.colours[shape.colour], box, size)), box, mask.crop(box)
+        )
         masks = [earlier & ~covered for earlier in masks] + [covered]
     return Scene(shapes, np.asarray(canvas), masks, style)
 

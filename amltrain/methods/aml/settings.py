@@ -14,10 +14,11 @@ class AMLSettings:
     """paper: the equations; released: what the public code does."""
     features: Literal["early", "late", "pred"]
     """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
-    projection: Literal["random", "learnable", "identity", "linear"]
+    projection: Literal["random", "learnable", "identity", "linear", "grounded"]
     """How visual and text features are compared: two fixed Gaussian matrices (random), the same trained with the model
     by a straight-through gradient (learnable), none for encoders that share a space (identity), or the public code's
-    one fixed linear map of the text (linear)."""
+    one fixed linear map of the text (linear). Ours: two matrices trained to tell the referent's patches from the others
+    (grounded), detached from the model; the score is that probability, without a softmax over tokens."""
     dim: int
     """Width D that random and learnable projections project to; the paper's is 2048."""
     projection_seed: int
@@ -43,6 +44,15 @@ class AMLSettings:
     selection: Literal["pixel", "patch", "released"]
     """Which blocks are masked: any with a selected pixel (pixel), a share rho of the weak ones (patch), or those of the
     public code's indexing, which are nearly all (released)."""
+    start_after: int = 0
+    """Ours: steps at the start of training that mask nothing; scores are computed from the start."""
+    ramp_steps: int = 0
+    """Ours: steps after them over which `ramp` grows linearly from 0 to its value; 0 = at once."""
+    ramp: Literal["tau", "rho"] = "tau"
+    """Ours: what grows during ramp_steps."""
+    score_decay: float | None = None
+    """Ours, with features pred: score with an average of the model's weights over the steps, of this decay per step;
+    null = with the model as it is."""
     level: Literal["image", "feature", "random"]
     """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
     random places (random)."""
