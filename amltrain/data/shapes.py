@@ -80,7 +80,8 @@ def write_refshapes(
     """Write one flavour under a REFER root and return its annotation folder.
 
     split_sizes: scenes per split; splits that the flavour does not have are ignored. size: side in pixels. style: a
-    key of `shape_styles.STYLES`. testB scenes are more crowded than the others. Raises UserError, before anything is written.
+    key of `shape_styles.STYLES`. testB scenes are more crowded than the others. Raises UserError, before anything is
+    written.
     """
     spec = dataset_spec(flavour)
     root, sizes = Path(root), {**SPLIT_SIZES, **(split_sizes or {})}
@@ -167,9 +168,8 @@ def draw_scene(
         covered = decode_rle(referent_mask([[list(shape.polygon)]], size, size).union) > 0  # as the readers will
         mask = Image.fromarray(covered)
         box = mask.getbbox() or (0, 0, size, size)
-        canvas.paste(
-            Image.fromarray(_surface(generator, shape, style.colours[shape.colour], box, size)), box, mask.crop(box)
-        )
+        surface = _surface(generator, shape, style.colours[shape.colour], box, size)
+        canvas.paste(Image.fromarray(surface), box, mask.crop(box))
         masks = [earlier & ~covered for earlier in masks] + [covered]
     return Scene(shapes, np.asarray(canvas), masks, style)
 

@@ -135,8 +135,8 @@ def relocate(blocks: Tensor, keys: Tensor) -> Tensor:
 def random_blocks(grid: tuple[int, int], shares: Tensor, keys: Tensor) -> Tensor:
     """Hide a share of the blocks at random places, keys [B] int64 -> [B, r, c] bool.
 
-    shares [K] float32: one is drawn per sample, all equally likely. A share that is no whole number of blocks is rounded
-    up or down at random, so its mean is exact.
+    shares [K] float32: one is drawn per sample, all equally likely. A share that is no whole number of blocks is
+    rounded up or down at random, so its mean is exact.
     """
     count = grid[0] * grid[1]
     draws = uniform(keys, 2, AMOUNT)

@@ -138,7 +138,7 @@ class AML(Method):
         return masked - image * gate[:, None]
 
     def _with_extras(self, result: dict[str, Tensor], probe: Probe, blocks: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Add what is logged; a projection that learns from the ground truth adds a gradient, and nothing to the loss."""
+        """Add what is logged. A projection that learns from the ground truth adds its gradient, but no value."""
         scores = probe.scores
         extras = {"masked_share": blocks.float().mean(), "mean_score": scores.detach().mean()}
         loss = result["loss"]
@@ -166,8 +166,10 @@ class AML(Method):
         return describe_calibration(self.calibrate(first_batches, reduce))
 
     def before_step(self, step: int, batches: list[Batch], reduce: Reduce | None = None) -> list[str]:
-        """Follow the curriculum and the averaged weights. Solve the temperature again if the run is set to; keep the old
-        one if it cannot be solved."""
+        """Follow the curriculum and the averaged weights; solve the temperature again if the run is set to.
+
+        The old temperature stays if none can be solved.
+        """
         self.masker.set_step(step)
         if step and isinstance(self.scorer, PredictionScorer):
             self.scorer.follow(self.model)

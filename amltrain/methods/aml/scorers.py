@@ -1,7 +1,8 @@
 """What AML scores: encoder features (early), fused features (late), or the model's own prediction (pred).
 
-Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME, or a projection
-that is trained on the ground truth; the prediction is a score already. The model is an argument of every call, so a scorer holds no second reference to it.
+Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME, or through a
+projection that is trained on the ground truth; the prediction is a score already. The model is an argument of every
+call, so a scorer holds no second reference to it.
 """
 
 import copy
@@ -105,7 +106,7 @@ class PredictionScorer(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: RISModel) -> None:
-        """Move the average one step towards the model: `decay * average + (1 - decay) * weights`. Buffers are copied."""
+        """Move the average one step: `decay * average + (1 - decay) * weights` of the model. Buffers are copied."""
         if self.average is None or self.decay is None:
             return
         torch._foreach_lerp_(list(self.average.parameters()), list(model.parameters()), 1 - self.decay)
