@@ -3,8 +3,8 @@
     amltrain diagnose --models none=runs/none aml=runs/aml
     amltrain diagnose --models runs/aml --checkpoints --scorers paper late grounded
 
-Every score is computed on the same samples. A temperature is solved once, on the first model or checkpoint, and used for
-all (Tables 12 and 13, Fig. 6 of the AML paper). The table has, among others:
+Every score is computed on the same samples. A temperature is solved once, on the first model or checkpoint, and used
+for all (Tables 12 and 13, Fig. 6 of the AML paper). The table has, among others:
 
     auc            chance that a patch of the referent scores above a patch of the background; 0.5 = it knows nothing
     auc shuffled   the same with another sample's sentence; what remains is not knowledge of the sentence

@@ -1,4 +1,4 @@
-"""Alignment scores of finished models: histogram (Fig. 6), dynamics over checkpoints (Tables 12, 13), and what they know.
+"""Alignment scores of finished models: histogram (Fig. 6), dynamics (Tables 12, 13), and what they know.
 
 The paper's scorer is early features, two fixed Gaussian projections, softmax over tokens at a solved temperature.
 """
@@ -40,7 +40,7 @@ FIT_STEPS, FIT_RATE, FIT_BATCH = 500, 3e-3, 64
 
 class Collected(NamedTuple):
     """Scores of a batch, on the CPU: scores, shuffled and other [B, h, w] float32, blocks [B, r, c] bool, target
-    [B, H, W] uint8. shuffled: of the next sample's sentence; other: of projections of another seed; None = not known."""
+    [B, H, W] uint8. shuffled: of the next sample's sentence; other: of projections of another seed; or None."""
 
     scores: Tensor
     blocks: Tensor
