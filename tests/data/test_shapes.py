@@ -17,9 +17,9 @@ from amltrain.data.shapes import SIZES, TEXTURES, Scene, draw_scene, expressions
 from amltrain.errors import UserError
 
 FLAVOURS = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
-LARGEST = STYLES["cluttered"]
+ALL = STYLES["cluttered"]
 KINDS = {word: kind for kind, words in
-         {"size": SIZES, "colour": LARGEST.colours, "texture": TEXTURES, "form": LARGEST.forms}.items() for word in words}  # fmt: skip
+         {"size": SIZES, "colour": ALL.colours, "texture": TEXTURES, "form": ALL.forms}.items() for word in words}  # fmt: skip
 AXES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1), "above": (1, -1), "below": (1, 1)}
 
 
