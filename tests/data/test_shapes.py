@@ -18,8 +18,8 @@ from amltrain.errors import UserError
 
 FLAVOURS = ("refshapes", "refshapes+", "refshapesg", "grefshapes")
 ALL = STYLES["cluttered"]
-KINDS = {word: kind for kind, words in
-         {"size": SIZES, "colour": ALL.colours, "texture": TEXTURES, "form": ALL.forms}.items() for word in words}  # fmt: skip
+WORDS = {"size": SIZES, "colour": ALL.colours, "texture": TEXTURES, "form": ALL.forms}
+KINDS = {word: kind for kind, words in WORDS.items() for word in words}
 AXES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1), "above": (1, -1), "below": (1, 1)}
 
 
