@@ -171,8 +171,8 @@ class AML(Method):
         The old temperature stays if none can be solved.
         """
         self.masker.set_step(step)
-        if step and isinstance(self.scorer, PredictionScorer):
-            self.scorer.follow(self.model)
+        if isinstance(self.scorer, PredictionScorer):
+            self.scorer.follow(self.model, step)
         if not (self.calibrate_every and step and step % self.calibrate_every == 0):
             return []
         try:

@@ -95,6 +95,7 @@ class PredictionScorer(nn.Module):
     """The predicted probability of the referent (Table 6, "pred"); it has no temperature."""
 
     calibrated = True
+    followed: Tensor
 
     def __init__(self, model: RISModel | None = None, decay: float | None = None) -> None:
         """decay: predict with an average of the weights over the steps, which starts as a copy of `model` (ours)."""
@@ -103,13 +104,21 @@ class PredictionScorer(nn.Module):
         self.average: RISModel | None = None
         if model is not None and decay is not None:
             self.average = copy.deepcopy(model).requires_grad_(False)
+            self.register_buffer("followed", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def follow(self, model: RISModel) -> None:
-        """Move the average one step: `decay * average + (1 - decay) * weights` of the model. Buffers are copied."""
+    def follow(self, model: RISModel, step: int) -> None:
+        """Move the average one step: `decay * average + (1 - decay) * weights` of the model. Buffers are copied.
+
+        step: optimizer steps that the model has done. A step is followed once, also where a run stopped inside the next
+        one and does it again.
+        """
         if self.average is None or self.decay is None:
             return
-        torch._foreach_lerp_(list(self.average.parameters()), list(model.parameters()), 1 - self.decay)
+        weight = (1 - self.decay) * (self.followed < step).float()  # on the device: nothing waits for it
+        self.followed.fill_(step)
+        for ours, theirs in zip(self.average.parameters(), model.parameters(), strict=True):
+            ours.lerp_(theirs, weight.to(ours.dtype))
         for ours, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
 
