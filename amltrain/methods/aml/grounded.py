@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amltrain.methods.aml.similarity import gaussian_projections
 from amltrain.records import AlignmentFeatures
 
-GROUNDING_SCALE = 1e-3
+GROUNDING_SCALE = 1e-2
 """Of the maps' loss; see the file's head."""
 START_SCALE = 10.0
 """Factor of the similarity of unit vectors at the start; it is trained."""

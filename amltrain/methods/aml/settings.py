@@ -1,6 +1,6 @@
 """The complete settings of AML. `presets` fills them, `options` is what a run overrides."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from amltrain.config.schema import FREE_TO_CHANGE
@@ -76,3 +76,12 @@ class AMLSettings:
     diagnostics_every: int | None = field(default=None, metadata=FREE_TO_CHANGE)
     """Steps between rows of alignment statistics (scores, masked share, masked referents; alignment.csv, alignment.png
     and pictures of fixed samples in the output folder, curves in the trackers); null = off."""
+
+
+def of_finished_model(settings: AMLSettings) -> AMLSettings:
+    """The settings as they mask at the end of a run, for a model without its training state.
+
+    Trained projections and averaged weights are in that state alone: random projections and the model itself stand in.
+    """
+    projection = "random" if settings.projection in ("learnable", "grounded") else settings.projection
+    return replace(settings, projection=projection, cache_scores=False, start_after=0, ramp_steps=0, score_decay=None)
