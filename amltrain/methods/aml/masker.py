@@ -67,9 +67,8 @@ class AlignmentMasker(Masker):
         other_projection: nn.Module | None = None,
     ) -> None:
         """relocated: hide as many blocks at random places (the control). random_shares: hide one of these shares of the
-        blocks instead, whatever the scores. stage1_size: score a smaller copy of the
-        image. cache_scores: remember scores; only for a model whose scored encoders never change. other_projection:
-        a second one that `probe` compares with."""
+        blocks instead, whatever the scores. stage1_size: score a smaller copy of the image. cache_scores: remember
+        scores; only for a model whose scored encoders never change. other_projection: what `probe` compares with."""
         super().__init__()
         self.scorer = scorer
         self.tau, self.rho, self.block, self.selection = tau, rho, block, selection
@@ -122,9 +121,8 @@ class AlignmentMasker(Masker):
             return Probe(self.scores(model, batch, features, output))
         found = scorer.features(model, shrunk(batch, self.stage1_size), features, output)
         scores = scorer.score(found)
-        fused = isinstance(scorer, LateScorer)  # its image features have read their own sentence
         with torch.no_grad():
-            shuffled = None if fused or len(found.text) == 1 else scorer.score(with_next_sentence(found))
+            shuffled = None if scorer.fused or len(found.text) == 1 else scorer.score(with_next_sentence(found))
             other = None
             if self._other_projection and isinstance(scorer, EarlyScorer):
                 projection = self._other_projection[0].to(found.visual.device)

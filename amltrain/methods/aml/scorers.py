@@ -25,7 +25,12 @@ from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 
 class EarlyScorer(PatchScorer):
-    """PMME of the features before cross-modal fusion (the paper's choice)."""
+    """PMME of the features before cross-modal fusion (the paper's choice).
+
+    fused: whether the image features have read their own sentence, so that another one needs another pass.
+    """
+
+    fused = False
 
     def __init__(
         self, projection: nn.Module, *, text: str | None = None, visual: str | None = None, **pmme: Any
@@ -53,6 +58,8 @@ class EarlyScorer(PatchScorer):
 class LateScorer(EarlyScorer):
     """PMME of the features after cross-modal fusion (Table 6)."""
 
+    fused = True
+
     def features(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> AlignmentFeatures:
@@ -73,6 +80,7 @@ class GroundedScorer(nn.Module):
         super().__init__()
         self.projection = projection
         self._source = [source]  # in a list: its projection is not a part of this module
+        self.fused = source.fused
 
     def features(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None

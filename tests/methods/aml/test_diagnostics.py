@@ -65,6 +65,7 @@ def test_a_probe_compares_with_other_sentences_and_projections() -> None:
     assert task.state_dict().keys() == make_task().state_dict().keys()  # diagnostics may be switched in a resumed run
     late = make_task(diagnostics_every=1, features="late", temperature=0.02).probe(batch)
     assert late.shuffled is None and late.other is not None
+    assert make_task(diagnostics_every=1, features="late", projection="grounded").probe(batch)[1:] == (None, None)
     assert make_task(diagnostics_every=1, features="pred").probe(batch)[1:] == (None, None)
 
 
