@@ -14,6 +14,7 @@ COMMANDS = {
     "compare": ("amltrain.commands.compare", "compare models over seeds, with error bars"),
     "reproduce": ("amltrain.commands.reproduce", "make the AML paper's tables and figures"),
     "analyse": ("amltrain.commands.analyse", "robustness, occlusion, activation, histogram, dynamics, errors, ..."),
+    "diagnose": ("amltrain.commands.diagnose", "what alignment scores know of the referent and the sentence"),
     "predict": ("amltrain.commands.predict", "segment the object that a sentence refers to"),
     "report": ("amltrain.commands.report", "one HTML page about a run: curves, scores, predictions"),
     "demo": ("amltrain.commands.demo", "try one or two models in the browser"),

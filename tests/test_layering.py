@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "amltrain"
 LAYERS = [
-    {"errors", "commit", "records", "randomness", "files", "config"},
+    {"errors", "commit", "records", "randomness", "files", "packages", "config"},
     {"data", "models", "losses"},
     {"methods"},
     {"evaluation", "hub", "predictor", "export"},

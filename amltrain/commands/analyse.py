@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
             continue
         sub.add_argument("--models", required=True, nargs="+", metavar="[NAME=]PLACE", help="models to compare")
         if name in DATA:
-            _add_data(sub)
+            add_data(sub)
     commands.choices["occlusion"].add_argument(
         "--shares", type=float, nargs="+", default=[0, 0.3, 0.5], help="covered shares of the image (default: 0 .3 .5)"
     )
@@ -65,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_data(sub: argparse.ArgumentParser) -> None:
+def add_data(sub: argparse.ArgumentParser) -> None:
+    """Add the flags that choose the data which models are run on."""
     sub.add_argument("--datasets", nargs="+", default=[], help="data sets (default: the first model's)")
     sub.add_argument("--split", default="val", help="split of every data set (default: val)")
     sub.add_argument("--prepared", help="folder of the prepared data (default: the first model's)")

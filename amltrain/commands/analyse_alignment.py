@@ -26,7 +26,7 @@ from amltrain.errors import UserError
 from amltrain.evaluation.analysis.alignment import draw_dynamics, draw_histogram, histogram_table, statistics_table
 from amltrain.evaluation.protocols import run_protocol
 from amltrain.evaluation.results import write_text
-from amltrain.methods.aml.scores import collect_scores, paper_scorer, score_histogram, score_statistics
+from amltrain.methods.aml.scores import candidate_masker, collect_scores, score_histogram, score_statistics
 
 NOTE = "Scores of the paper's PMME on early features; temperature solved on the first batches of {}."
 
@@ -40,7 +40,8 @@ def histogram(args: argparse.Namespace) -> str:
     for model in models:
         batches = _batches(args, accelerator, data, model)
         network = moved(accelerator, model)
-        collected = collect_scores(network, paper_scorer(network, batches[: args.calibration]), batches)
+        masker = candidate_masker(network, "paper", batches[: args.calibration])
+        collected = collect_scores(network, masker, batches)
         shares[model.name], statistics[model.name] = score_histogram(collected), score_statistics(collected)
     text = histogram_table(shares, statistics) + "\n\n" + NOTE.format("each model")
     _write_json(args, "histogram", {"models": statistics, "pairs": sum(len(b.image) for b in batches)})
@@ -57,13 +58,13 @@ def dynamics(args: argparse.Namespace) -> str:
     checkpoints = run_checkpoints(Path(places[0]))
     data = data_of(args, str(checkpoints[0][1]))
     accelerator = single_process(data)
-    scorer, statistics = None, {}
+    masker, statistics = None, {}
     for step, folder in checkpoints:
         [model] = load_models([f"model={folder}"])
         batches = _batches(args, accelerator, data, model)
         network = moved(accelerator, model)
-        scorer = scorer or paper_scorer(network, batches[: args.calibration])
-        statistics[step] = score_statistics(collect_scores(network, scorer, batches))
+        masker = masker or candidate_masker(network, "paper", batches[: args.calibration])
+        statistics[step] = score_statistics(collect_scores(network, masker, batches))
     rows = {f"{step:,}": values for step, values in statistics.items()}
     text = statistics_table(rows, "step") + "\n\n" + NOTE.format(f"step {checkpoints[0][0]:,}")
     _write_json(args, "dynamics", {"steps": statistics, "pairs": sum(len(b.image) for b in batches)})

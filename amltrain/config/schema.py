@@ -31,6 +31,9 @@ class ShapesConfig:
     """Side of a scene, pixels."""
     seed: int = 0
     """Seed of the scenes."""
+    style: Literal["simple", "cluttered"] = "simple"
+    """simple: 3 to 6 objects of 4 forms on a grey ground. cluttered: 4 to 8 smaller objects of 9 forms and 9 colours on
+    a ground of coloured stains and shards."""
 
 
 @dataclass
@@ -105,7 +108,8 @@ class Preprocess:
     normalization: Literal["imagenet", "clip", "half"]
     """Mean and standard deviation subtracted from and divided out of the image (0..1)."""
     tokenizer: str
-    """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences."""
+    """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences; `packaged` is
+    MiniLM's, of the extra pretrained-lite."""
     max_tokens: int
     """Tokens per sentence, special tokens included; longer sentences are cut."""
     sentence_field: Literal["sent", "raw"]

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from amltrain.config.schema import DataConfig
+from amltrain.config.schema import DataConfig, ShapesConfig
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import leaks
 from amltrain.data.manifest import check_split, describe, find_spec, read_manifest
@@ -84,10 +84,10 @@ def ensure_training_data(data: DataConfig, log: Callable[[str], None]) -> None:
 def _draw_scenes(name: str, data: DataConfig) -> Path:
     """Draw a data set of the refshapes family; returns its folder in the original layout."""
     scenes = data.shapes
-    source = Path(data.prepared) / "source" / f"{name}-{scenes.size}px-seed{scenes.seed}"
+    source = Path(data.prepared) / "source" / f"{name}-{_named(scenes)}"
     sizes = dict.fromkeys(SPLIT_SIZES, scenes.evaluation) | {"train": scenes.train}
     try:
-        write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed)
+        write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed, style=scenes.style)
     except OSError as error:
         raise UserError(
             f"could not draw scenes into {source} ({error.strerror or error}); make room, or choose another "
@@ -96,11 +96,16 @@ def _draw_scenes(name: str, data: DataConfig) -> Path:
     return source
 
 
+def _named(scenes: ShapesConfig) -> str:
+    style = "" if scenes.style == ShapesConfig.style else f"{scenes.style}-"
+    return f"{style}{scenes.size}px-seed{scenes.seed}"
+
+
 def check_scenes(data: DataConfig) -> None:
     """Raise UserError if an earlier run drew synthetic scenes with other settings than data.shapes."""
     for name in data.datasets:
         drawn = (read_manifest(Path(data.prepared) / name) or {}).get("drawn")
-        if drawn is not None and drawn != asdict(data.shapes):
+        if drawn is not None and asdict(ShapesConfig(**drawn)) != asdict(data.shapes):
             raise UserError(
                 f"{Path(data.prepared) / name} holds scenes drawn with {drawn}, data.shapes asks for "
                 f"{asdict(data.shapes)}; remove the folder or choose another data.prepared"

@@ -16,6 +16,7 @@ run lengths for partly hidden ones. Everything is a function of the seed and the
 import json
 import math
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from amltrain.data.segmentation import decode_rle, referent_mask
+from amltrain.data.shape_styles import OUTLINES, SIMPLE, STYLES, SceneStyle
 from amltrain.data.specs import dataset_spec
 from amltrain.errors import UserError
 
-COLOURS = {
-    "red": (208, 48, 44),
-    "green": (40, 180, 60),
-    "blue": (50, 84, 200),
-    "yellow": (226, 196, 48),
-    "purple": (140, 62, 168),
-    "white": (238, 238, 238),
-}
-FORMS = ("square", "circle", "triangle", "star")
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "big")
 PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
@@ -71,6 +64,7 @@ class Scene:
     shapes: list[Shape]
     image: np.ndarray
     masks: list[np.ndarray]
+    style: SceneStyle = SIMPLE
 
 
 def write_refshapes(
@@ -80,23 +74,26 @@ def write_refshapes(
     split_sizes: dict[str, int] | None = None,
     size: int = 96,
     seed: int = 0,
+    style: str = "simple",
     progress: bool = True,
 ) -> Path:
     """Write one flavour under a REFER root and return its annotation folder.
 
-    split_sizes: scenes per split; splits that the flavour does not have are ignored. size: side in pixels.
-    testB scenes are more crowded than the others. Raises UserError, before anything is written.
+    split_sizes: scenes per split; splits that the flavour does not have are ignored. size: side in pixels. style: a
+    key of `shape_styles.STYLES`. testB scenes are more crowded than the others. Raises UserError, before anything is
+    written.
     """
     spec = dataset_spec(flavour)
     root, sizes = Path(root), {**SPLIT_SIZES, **(split_sizes or {})}
     _check_request({split: sizes[split] for split in spec.splits}, size, seed)
+    looks = STYLES[style]
     image_folder = root / IMAGE_FOLDER
     image_folder.mkdir(parents=True, exist_ok=True)
     scenes = [(split, number) for split in spec.splits for number in range(sizes[split])]
     instances: dict[str, list[dict[str, Any]]] = {
         "images": [],
         "annotations": [],
-        "categories": [{"id": i + 1, "name": form} for i, form in enumerate(FORMS)],
+        "categories": [{"id": i + 1, "name": form} for i, form in enumerate(looks.forms)],
     }
     refs: list[dict[str, Any]] = []
     sent_id = 0
@@ -104,7 +101,7 @@ def write_refshapes(
         tqdm(scenes, desc=f"draw {flavour}", unit="scene", disable=None if progress else True), 1
     ):
         generator = np.random.default_rng([seed, list(SPLIT_SIZES).index(split), number])
-        scene = draw_scene(generator, size, crowded=split == "testB", twins=flavour == "refshapes")
+        scene = draw_scene(generator, size, crowded=split == "testB", twins=flavour == "refshapes", style=looks)
         file_name = f"COCO_train2014_{image_id:012d}.jpg"
         Image.fromarray(scene.image).save(image_folder / file_name, quality=92)
         instances["images"].append({"id": image_id, "file_name": file_name, "height": size, "width": size})
@@ -114,7 +111,7 @@ def write_refshapes(
         ]
         for targets, sentences in expressions(generator, scene, flavour):
             named = {"ref_id": len(refs) + 1, "image_id": image_id, "split": split, "file_name": file_name}
-            categories = [FORMS.index(scene.shapes[target].form) + 1 for target in targets]
+            categories = [looks.forms.index(scene.shapes[target].form) + 1 for target in targets]
             ann_ids = [first_annotation + target for target in targets]
             if spec.generalised:
                 named |= {"ann_id": ann_ids or [-1], "category_id": categories}
@@ -152,25 +149,29 @@ def _sentences(sentences: list[str], first: int) -> dict[str, Any]:
     return {"sent_ids": [sentence["sent_id"] for sentence in numbered], "sentences": numbered}
 
 
-def draw_scene(generator: np.random.Generator, size: int, *, crowded: bool, twins: bool) -> Scene:
-    """Three or four shapes (five or six when crowded) on a textured ground, later ones over earlier ones."""
-    count = int(generator.integers(5, 7) if crowded else generator.integers(3, 5))
-    attributes = _attributes(generator, count, twins)
-    places = _place(generator, size, [_radius(generator, size, words["size"]) for words in attributes])
+def draw_scene(
+    generator: np.random.Generator, size: int, *, crowded: bool, twins: bool, style: SceneStyle = SIMPLE
+) -> Scene:
+    """A few shapes on a textured ground, later ones over earlier ones."""
+    low, high = style.crowded if crowded else style.objects
+    count = int(generator.integers(low, high + 1))
+    attributes = _attributes(generator, count, twins, style)
+    places = _place(generator, size, [_radius(generator, size, words["size"], style) for words in attributes])
     shapes = [
         Shape(**words, centre=centre, radius=radius, polygon=_polygon(generator, words["form"], centre, radius))
         for words, (centre, radius) in ((attributes[i], place) for i, place in places.items())
     ]
-    ground = _ground(generator, size)
+    ground = style.ground(generator, size)
     canvas = Image.fromarray(ground)
     masks: list[np.ndarray] = []
     for shape in shapes:
         covered = decode_rle(referent_mask([[list(shape.polygon)]], size, size).union) > 0  # as the readers will
         mask = Image.fromarray(covered)
         box = mask.getbbox() or (0, 0, size, size)
-        canvas.paste(Image.fromarray(_surface(generator, shape, box, size)), box, mask.crop(box))
+        surface = _surface(generator, shape, style.colours[shape.colour], box, size)
+        canvas.paste(Image.fromarray(surface), box, mask.crop(box))
         masks = [earlier & ~covered for earlier in masks] + [covered]
-    return Scene(shapes, np.asarray(canvas), masks)
+    return Scene(shapes, np.asarray(canvas), masks, style)
 
 
 def expressions(generator: np.random.Generator, scene: Scene, flavour: str) -> list[tuple[list[int], list[str]]]:
@@ -201,7 +202,7 @@ def annotation(scene: Scene, index: int, annotation_id: int, image_id: int) -> d
     return {
         "id": annotation_id,
         "image_id": image_id,
-        "category_id": FORMS.index(shape.form) + 1,
+        "category_id": scene.style.forms.index(shape.form) + 1,
         "bbox": box,
         "area": int(mask.sum()),
         "iscrowd": 0,
@@ -217,7 +218,7 @@ def run_lengths(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": ([0] if flat[0] else []) + counts}
 
 
-def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list[dict[str, str]]:
+def _attributes(generator: np.random.Generator, count: int, twins: bool, style: SceneStyle) -> list[dict[str, str]]:
     """Looks of the shapes: the second shares the first's form, the third its colour, and a twin everything."""
 
     def pick(options: Any) -> str:
@@ -225,13 +226,13 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
 
     def random_look() -> dict[str, str]:
         texture = pick(TEXTURES) if generator.random() < 0.3 else "plain"
-        return {"size": pick(SIZES), "colour": pick(COLOURS), "texture": texture, "form": pick(FORMS)}
+        return {"size": pick(SIZES), "colour": pick(style.colours), "texture": texture, "form": pick(style.forms)}
 
     first = random_look()
     looks = [
         first,
-        {**random_look(), "form": first["form"], "colour": pick(c for c in COLOURS if c != first["colour"])},
-        {**random_look(), "colour": first["colour"], "form": pick(f for f in FORMS if f != first["form"])},
+        {**random_look(), "form": first["form"], "colour": pick(c for c in style.colours if c != first["colour"])},
+        {**random_look(), "colour": first["colour"], "form": pick(f for f in style.forms if f != first["form"])},
     ]
     while len(looks) < count:
         if twins and len(looks) == 3 and generator.random() < 0.5:
@@ -241,8 +242,8 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool) -> list
     return [looks[i] for i in generator.permutation(count)]
 
 
-def _radius(generator: np.random.Generator, size: int, kind: str) -> float:
-    low, high = (0.155, 0.175) if kind == "small" else (0.2, 0.24)
+def _radius(generator: np.random.Generator, size: int, kind: str, style: SceneStyle) -> float:
+    low, high = style.small if kind == "small" else style.big
     return float(generator.uniform(low, high) * size)
 
 
@@ -262,13 +263,11 @@ def _place(generator: np.random.Generator, size: int, radii: list[float]) -> dic
 
 
 def _polygon(generator: np.random.Generator, form: str, centre: Point, radius: float) -> tuple[float, ...]:
-    corners = {"square": 4, "circle": 24, "triangle": 3, "star": 10}[form]
-    turn = {"square": math.pi / 4, "triangle": -math.pi / 2, "star": -math.pi / 2}.get(form, 0.0)
-    turn += float(generator.uniform(-0.25, 0.25))
+    """The form's outline, turned by up to 14 degrees."""
+    turn = float(generator.uniform(-0.25, 0.25))
     points: list[float] = []
-    for corner in range(corners):
-        reach = radius * (0.5 if form == "star" and corner % 2 else 1.0)
-        angle = turn + 2 * math.pi * corner / corners
+    for x, y in OUTLINES[form]:
+        angle, reach = math.atan2(y, x) + turn, radius * math.hypot(x, y)
         points += [round(centre[0] + reach * math.cos(angle), 2), round(centre[1] + reach * math.sin(angle), 2)]
     return tuple(points)
 
@@ -278,20 +277,13 @@ def _whole_area(shape: Shape) -> float:
     return 0.5 * abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1)))
 
 
-def _ground(generator: np.random.Generator, size: int) -> np.ndarray:
-    """A grey ground with a slope and grain, [S, S, 3] uint8."""
-    slope = np.linspace(-1, 1, size)
-    level = generator.uniform(80, 140)
-    ground = level + generator.uniform(-25, 25) * slope[:, None] + generator.uniform(-25, 25) * slope[None]
-    ground = ground[..., None] + generator.normal(0, 9, (size, size, 3))
-    return ground.clip(0, 255).astype(np.uint8)
-
-
-def _surface(generator: np.random.Generator, shape: Shape, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+def _surface(
+    generator: np.random.Generator, shape: Shape, colour: Sequence[int], box: tuple[int, int, int, int], size: int
+) -> np.ndarray:
     """Draw a shape's surface for its box, uint8 RGB: its colour, dark stripes or dots, and some grain."""
     left, top, right, bottom = box
     rows, columns = np.mgrid[top:bottom, left:right]
-    surface = np.array(COLOURS[shape.colour], np.float64) + generator.normal(0, 6, (*rows.shape, 3))
+    surface = np.array(colour, np.float64) + generator.normal(0, 6, (*rows.shape, 3))
     period = max(4, round(size / 16))
     if shape.texture == "striped":
         surface[(rows + columns) % period < period / 2] *= 0.35
@@ -373,8 +365,8 @@ def _generalised(generator: np.random.Generator, scene: Scene) -> list[tuple[lis
         found.append((alike, [f"all {form}s", f"every {form}"]))
     absent = [
         f"{colour} {form}"
-        for colour in COLOURS
-        for form in FORMS
+        for colour in scene.style.colours
+        for form in scene.style.forms
         if not any(shape.fits({"colour": colour, "form": form}) for shape in scene.shapes)
     ]
     phrase = absent[int(generator.integers(len(absent)))]

@@ -8,7 +8,9 @@ sentence keeps the end token in the last place. Both are padded with id 0.
 import html
 import os
 import reprlib
+import tempfile
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from amltrain.data.json_files import load_json
 from amltrain.errors import UserError, first_line
+from amltrain.packages import PACKAGED, TEXT, package_folder
 from amltrain.records import Vocabulary
 
 # loader processes are forked after the tokenizer was used; its own threads would then only warn
@@ -130,10 +133,13 @@ class SentenceTokenizer:
 
     @classmethod
     def load(cls, name: str | Path, max_tokens: int | None = None, fix: str = TRAIN_WORDPIECE) -> "SentenceTokenizer":
-        """From a folder or a Hub id; without `max_tokens`, the length that `save` kept.
+        """From a folder, a Hub id, or `packaged` (MiniLM's); without `max_tokens`, the length that `save` kept.
 
         fix: advice if there is none. Raises UserError for an unavailable tokenizer or damaged files.
         """
+        if name == PACKAGED:
+            with tempfile.TemporaryDirectory() as folder:
+                return cls.load(packaged_tokenizer(Path(folder)), max_tokens)
         _check_replacements(Path(name) / "tokenizer.json")
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
@@ -178,3 +184,11 @@ class SentenceTokenizer:
             mask_token="[MASK]",
         )
         return cls(tokenizer, max_tokens)
+
+
+def packaged_tokenizer(folder: Path) -> Path:
+    """Write the tokenizer files of the package with MiniLM into a folder; returns the folder."""
+    with zipfile.ZipFile(package_folder(TEXT) / "model.zip") as archive:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            archive.extract(name, folder)
+    return folder

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from amltrain.errors import UserError
 from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
+from amltrain.evaluation.paired import PairedTest, paired_t
 from amltrain.evaluation.results import Results, read_results
 from amltrain.evaluation.samples import read_samples, scored_samples
 from amltrain.evaluation.tables import cell, latex, markdown
@@ -35,7 +36,7 @@ class Run(NamedTuple):
 class Difference(NamedTuple):
     """`model` minus `reference` in percentage points, with a 95 % interval; NaN without samples.
 
-    unequal: the interval leaves out 0.
+    seeds: paired t-test over seeds; None without as many of both. unequal: the interval leaves out 0.
     """
 
     reference: str
@@ -45,6 +46,7 @@ class Difference(NamedTuple):
     value: float
     low: float
     high: float
+    seeds: PairedTest | None = None
 
     @property
     def unequal(self) -> bool:
@@ -175,25 +177,30 @@ def _differences(
     one, two = runs[reference], runs[model]
     names = list(one[0].results.metrics)
     means = {n: _mean(two, n) - _mean(one, n) for n in names}
+    tests = {n: paired_t(_values(one, n), _values(two, n)) for n in names}
     if any(run.samples is None for run in (*one, *two)):
         note = f"{split[0]} {split[1]}: no interval for {model}, because not every result has samples; evaluate again"
-        return [Difference(reference, model, split, n, v, np.nan, np.nan) for n, v in means.items()], [note]
+        return [Difference(reference, model, split, n, v, np.nan, np.nan, tests[n]) for n, v in means.items()], [note]
     _check_same_samples(split, [*one, *two])
     images = _images(one[0])
     if len(set(images)) < 2:
         note = f"{split[0]} {split[1]}: no interval for {model}, because the split has a single image to draw from"
-        return [Difference(reference, model, split, n, v, np.nan, np.nan) for n, v in means.items()], [note]
+        return [Difference(reference, model, split, n, v, np.nan, np.nan, tests[n]) for n, v in means.items()], [note]
     weights = image_draws(images, draws, seed)
     found = []
     for name in names:
         drawn = _drawn(two, name, weights) - _drawn(one, name, weights)
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
-        found.append(Difference(reference, model, split, name, means[name], float(low), float(high)))
+        found.append(Difference(reference, model, split, name, means[name], float(low), float(high), tests[name]))
     return found, []
 
 
 def _mean(runs: Sequence[Run], metric: str) -> float:
-    return float(np.mean([run.results.metrics[metric] for run in runs]))
+    return float(np.mean(_values(runs, metric)))
+
+
+def _values(runs: Sequence[Run], metric: str) -> list[float]:
+    return [run.results.metrics[metric] for run in runs]
 
 
 def _check_same_samples(split: SplitKey, runs: Sequence[Run]) -> None:
@@ -241,10 +248,23 @@ def comparison_markdown(comparison: Comparison) -> str:
         if rows:
             lines += [*markdown([("model", "data set", "split", "seeds", *_names(comparison, kind)), *rows], 3), ""]
     if comparison.differences:
-        header = ("model - reference", "data set", "split", "metric", "difference", "95 % interval", "")
+        header = (
+            "model - reference",
+            "data set",
+            "split",
+            "metric",
+            "difference",
+            "95 % interval",
+            "",
+            "t over seeds",
+            "p",
+        )
         lines += [*markdown([header, *(_difference_row(d) for d in comparison.differences)], 4), ""]
         lines.append("Intervals: paired bootstrap over images. `*`: the interval leaves out 0.")
         lines.append("They cover the choice of images, not of seeds; the deviations above show the seeds.")
+        lines.append(
+            "t, p: paired t-test over seeds, where results in the same place of both lists have the same seed."
+        )
     return "\n".join([*lines, *comparison.notes])
 
 
@@ -288,7 +308,9 @@ def _mean_cell(values: Sequence[float]) -> str:
 
 def _difference_row(d: Difference) -> tuple[str, ...]:
     interval = "-" if np.isnan(d.low) else f"{d.low:+.2f} to {d.high:+.2f}"
-    return f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval, "*" if d.unequal else ""
+    seeds = ("-", "-") if d.seeds is None else (f"{d.seeds.t:+.2f}", f"{d.seeds.p:.3f}")
+    mark = "*" if d.unequal else ""
+    return f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval, mark, *seeds
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, object]:
@@ -299,8 +321,10 @@ def comparison_dict(comparison: Comparison) -> dict[str, object]:
         for split, metrics in splits.items()
         for metric, seeds in metrics.items()
     ]
-    differences = [
-        {name: None if isinstance(v, float) and np.isnan(v) else v for name, v in d._asdict().items()}
-        for d in comparison.differences
-    ]
+    differences = []
+    for d in comparison.differences:
+        seeds = {"seeds_t": None, "seeds_p": None} if d.seeds is None else {"seeds_t": d.seeds.t, "seeds_p": d.seeds.p}
+        row = {**d._asdict(), **seeds}
+        del row["seeds"]
+        differences.append({n: None if isinstance(v, float) and np.isnan(v) else v for n, v in row.items()})
     return {"values": values, "differences": differences, "notes": comparison.notes}

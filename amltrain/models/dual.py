@@ -31,6 +31,7 @@ from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import at_image_size
 from amltrain.models.registry import ModelInfo, register_model
+from amltrain.packages import PACKAGED
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 Alignment = Literal["features", "shared"]
@@ -187,9 +188,6 @@ def _build(
     elif text_weights is not None:
         load_text_model(text_encoder, text_weights)
     return Dual(vision=image_encoder, text=text_encoder, alignment=alignment, **model)
-
-
-PACKAGED = "packaged"
 
 
 def _info(
@@ -350,13 +348,16 @@ def caris_lite(
     vision_tuning: Tuning = "full",
     text_tuning: Tuning = "full",
     lora_rank: int = 16,
+    dim: int = 128,
+    layers: int = 3,
+    heads: int = 8,
 ) -> Dual:
     """EfficientNet-Lite0, MiniLM and a small CARIS decoder: pretrained, yet trainable on a CPU.
 
     vision_weights, text_weights: `packaged` takes those that the extra `pretrained-lite` installs, without the Hub;
-    else as in `dual_dinov3_base`.
+    else as in `dual_dinov3_base`. dim, layers, heads: of the decoder.
     """
-    return _build(**locals(), dim=128, layers=3)
+    return _build(**locals())
 
 
 @register_model(

@@ -1,5 +1,7 @@
 """A run prepares what is missing before it trains, and refuses before that what cannot be trained on."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,20 @@ def test_scenes_are_drawn_once_and_not_taken_for_others(tmp_path: Path) -> None:
     assert "refshapes (split by unc)" in said(data)
     assert said(data) == ""
     check_scenes(data)
-    assert read_manifest(tmp_path / "refshapes")["drawn"] == {"train": 3, "evaluation": 1, "size": 48, "seed": 0}
+    assert read_manifest(tmp_path / "refshapes")["drawn"] == asdict(scenes)
     with pytest.raises(UserError, match=r"refshapes holds scenes drawn with .*'train': 3.* asks for .*'train': 9"):
         check_scenes(DataConfig(prepared=str(tmp_path), shapes=ShapesConfig(train=9, evaluation=1, size=48)))
+
+
+def test_scenes_of_a_version_without_styles_are_simple(tmp_path: Path) -> None:
+    (tmp_path / "refshapes").mkdir()
+    drawn = {"train": 3, "evaluation": 1, "size": 48, "seed": 0}
+    (tmp_path / "refshapes" / "manifest.json").write_text(
+        json.dumps({"drawn": drawn, "format": 1, "splits": {}, "sources": {}, "skipped": []})
+    )
+    check_scenes(DataConfig(prepared=str(tmp_path), shapes=ShapesConfig(**drawn)))
+    with pytest.raises(UserError, match=r"asks for .*'style': 'cluttered'"):
+        check_scenes(DataConfig(prepared=str(tmp_path), shapes=ShapesConfig(**drawn, style="cluttered")))
 
 
 def test_original_files_and_the_counts_of_combined_training(tmp_path: Path) -> None:

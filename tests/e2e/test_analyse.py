@@ -1,11 +1,13 @@
-"""`amltrain analyse` and `amltrain compare` on an untrained model and a few scenes: a table and a picture each."""
+"""`amltrain analyse` and `amltrain diagnose` on an untrained model and a few scenes: a table and a picture each."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from amltrain.commands import diagnose
 from amltrain.commands.analyse import main
 from amltrain.config.schema import DataConfig
 from amltrain.data.loaders import build_tokenizer
@@ -53,6 +55,34 @@ def test_histogram(run: Path, shapes: Path, tmp_path: Path):
     assert len(bins) == 20
     assert sum(float(b[2]) for b in bins) == pytest.approx(100, abs=0.2)
     assert (tmp_path / "histogram.png").exists()
+
+
+def test_diagnose(run: Path, shapes: Path, tmp_path: Path):
+    data = ["--datasets", "refshapes", "--prepared", str(shapes), "--workers", "0", "--output", str(tmp_path)]
+    sizes = ["--batches", "2", "--calibration", "1", "--fit_batches", "1", "--batch_size", "4"]
+    scorers = ["--scorers", "paper", "late_identity", "prediction", "grounded"]
+    diagnose.main(["--models", str(run), "--checkpoints", *scorers, *sizes, *data])
+    with (tmp_path / "diagnose.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["scorer"], r["model"]) for r in rows] == [
+        (scorer, step)
+        for step in ("step 1", "step 2")
+        for scorer in ("paper", "late_identity", "prediction", "grounded")
+    ]
+    paper = [r for r in rows if r["scorer"] == "paper"]
+    assert paper[0]["temperature"] == paper[1]["temperature"] != ""  # one temperature, of the first checkpoint
+    assert float(paper[0]["score_mean"]) == pytest.approx(0.75, abs=0.1)
+    assert all(0 <= float(r[name]) <= 1 for r in rows for name in ("auc", "auc_shuffled"))
+    assert abs(float(paper[0]["agreement"])) < 0.9 and rows[2]["agreement"] == "nan"
+    assert "Temperatures, solved on step 1 and used for all: paper" in (tmp_path / "diagnose.md").read_text()
+    assert (tmp_path / "histogram_paper.png").exists() and (tmp_path / "dynamics_paper.png").exists()
+
+
+def test_an_unknown_score_is_refused(run: Path, shapes: Path, tmp_path: Path, capsys):
+    data = ["--datasets", "refshapes", "--prepared", str(shapes), "--output", str(tmp_path), "--workers", "0"]
+    with pytest.raises(SystemExit):
+        diagnose.main(["--models", f"one={run}/step-000001", "--scorers", "papr", *data])
+    assert "did you mean paper" in capsys.readouterr().err
 
 
 def test_activation(run: Path, shapes: Path, tmp_path: Path):

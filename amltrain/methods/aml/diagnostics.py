@@ -20,7 +20,7 @@ from amltrain.data.dataset import ReferDataset
 from amltrain.data.transforms import normalise_batch
 from amltrain.files import write_text
 from amltrain.methods.aml.pictures import FixedSamples, draw_alignment, plot_rows
-from amltrain.methods.aml.statistics import summarise
+from amltrain.methods.aml.statistics import STATISTICS, summarise
 from amltrain.models.eval_mode import eval_mode
 from amltrain.records import Batch
 
@@ -52,6 +52,8 @@ class AlignmentDiagnostics:
 
     def restore(self, window: list[list[float]] | None, device: torch.device) -> None:
         """Continue with the sums that `window` returned."""
+        if window is not None and len(window) != len(STATISTICS):
+            window = None  # of another version, which counted other statistics
         self.sums = None if window is None else torch.tensor(window, device=device)
 
     def after_step(

@@ -5,7 +5,7 @@ batches.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from amltrain.errors import UserError
 from amltrain.methods.aml.masker import build_alignment_masker
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.settings import of_finished_model
 from amltrain.methods.maskers import Masking
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
@@ -28,9 +29,7 @@ class Aligner:
 
     def __init__(self, model: RISModel, options: AMLOptions | None = None, trained: bool = False) -> None:
         """options: of the run; None = the paper's. Raises UserError for options that the model cannot have."""
-        settings = replace(resolve(options or AMLOptions()), cache_scores=False)
-        if settings.projection == "learnable":  # its matrices are in the training state only; these are their start
-            settings = replace(settings, projection="random")
+        settings = of_finished_model(resolve(options or AMLOptions()))
         self.model, self.settings, self.trained = model, settings, trained
         self.masker = build_alignment_masker(model, settings).to(next(model.parameters()).device)
 

@@ -4,29 +4,52 @@ Stage 1 runs in evaluation mode: scores are a function of image, sentence and we
 statistics, and no random number is drawn, so dropout in stage 2 is what the baseline would draw.
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amltrain.errors import UserError
 from amltrain.methods.aml.cache import ScoreCache, refuse_sharded
-from amltrain.methods.aml.masking import Selection, filtering_mask, relocate
+from amltrain.methods.aml.curriculum import Curriculum
+from amltrain.methods.aml.grounded import GroundedProjection
+from amltrain.methods.aml.masking import Selection, filtering_mask, random_blocks, relocate
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
-from amltrain.methods.aml.scorers import EarlyScorer, LateScorer, PredictionScorer, Scorer, calibrate, shrunk
+from amltrain.methods.aml.scorers import (
+    EarlyScorer,
+    GroundedScorer,
+    LateScorer,
+    PredictionScorer,
+    Scorer,
+    calibrate,
+    shrunk,
+)
 from amltrain.methods.aml.settings import AMLSettings
 from amltrain.methods.aml.similarity import create_projection
 from amltrain.methods.aml.temperature import Calibration, warn_if_literal
 from amltrain.methods.base import Reduce
 from amltrain.methods.maskers import Masker, Masking, register_masker
 from amltrain.models.base import RISModel
-from amltrain.records import Batch, Features, ModelOutput
+from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+
+class Probe(NamedTuple):
+    """Scores [B, h, w] of a batch, and what they are compared with to tell what they know; None where that costs
+    another pass of the model. shuffled: with the next sample's sentence. other: of projections of another seed."""
+
+    scores: Tensor
+    shuffled: Tensor | None = None
+    other: Tensor | None = None
 
 
 class AlignmentMasker(Masker):
     """Hide image blocks with low alignment scores."""
+
+    random_shares: Tensor
+    now: Tensor
 
     def __init__(
         self,
@@ -37,17 +60,35 @@ class AlignmentMasker(Masker):
         block: int = 32,
         selection: Selection = "pixel",
         relocated: bool = False,
+        random_shares: Sequence[float] = (),
         stage1_size: int | None = None,
         cache_scores: bool = False,
+        curriculum: Curriculum | None = None,
+        other_projection: nn.Module | None = None,
     ) -> None:
-        """relocated: hide as many blocks at random places (the control). stage1_size: score a smaller copy of the
-        image. cache_scores: remember scores; only for a model whose scored encoders never change."""
+        """relocated: hide as many blocks at random places (the control). random_shares: hide one of these shares of the
+        blocks instead, whatever the scores. stage1_size: score a smaller copy of the image. cache_scores: remember
+        scores; only for a model whose scored encoders never change. other_projection: what `probe` compares with."""
         super().__init__()
         self.scorer = scorer
         self.tau, self.rho, self.block, self.selection = tau, rho, block, selection
         self.relocated = relocated
+        self.register_buffer("random_shares", torch.tensor(random_shares, dtype=torch.float32), persistent=False)
         self.stage1_size = stage1_size
         self.cache = ScoreCache() if cache_scores else None
+        self.curriculum = curriculum or Curriculum()
+        self.register_buffer("now", torch.tensor([tau, rho, 1.0]), persistent=False)
+        self.set_step(0)
+        self._other_projection = [] if other_projection is None else [other_projection]  # not in the training state
+
+    def set_step(self, step: int) -> None:
+        """Set tau, rho and the random control's factor to what the curriculum gives optimizer step `step`."""
+        if not self.curriculum.changes:
+            return
+        factor = self.curriculum.factor(step)
+        for index, (name, value) in enumerate((("tau", self.tau), ("rho", self.rho))):
+            self.now[index] = value * factor if self.curriculum.ramp == name else value
+        self.now[2] = factor
 
     def forward(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
@@ -71,14 +112,37 @@ class AlignmentMasker(Masker):
         """Compute `scores` without the cache."""
         return self.scorer(model, shrunk(batch, self.stage1_size), features, output)
 
+    def probe(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Probe:
+        """`scores`, and what the same features score with other sentences and with other projections."""
+        scorer = self.scorer
+        if self.cache is not None or isinstance(scorer, PredictionScorer):
+            return Probe(self.scores(model, batch, features, output))
+        found = scorer.features(model, shrunk(batch, self.stage1_size), features, output)
+        scores = scorer.score(found)
+        with torch.no_grad():
+            shuffled = None if scorer.fused or len(found.text) == 1 else scorer.score(with_next_sentence(found))
+            other = None
+            if self._other_projection and isinstance(scorer, EarlyScorer):
+                projection = self._other_projection[0].to(found.visual.device)
+                other = scorer.score(found, projection)
+        return Probe(scores, shuffled, other)
+
     def blocks(self, scores: Tensor, batch: Batch) -> Tensor:
         """AFM's decision [B, r, c] bool, True = hide this block."""
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        if len(self.random_shares):
+            grid = (-(-size[0] // self.block), -(-size[1] // self.block))
+            shares = self.random_shares * self.now[2] if self.curriculum.changes else self.random_shares
+            return random_blocks(grid, shares, batch.random_key)
+        tau, rho = (self.now[0], self.now[1]) if self.curriculum.changes else (self.tau, self.rho)
         blocks = filtering_mask(
             scores.detach(),
-            (batch.image.shape[-2], batch.image.shape[-1]),
+            size,
             batch.random_key,
-            tau=self.tau,
-            rho=self.rho,
+            tau=tau,
+            rho=rho,
             block=self.block,
             selection=self.selection,
         )
@@ -96,7 +160,7 @@ class AlignmentMasker(Masker):
         Raises UserError if no temperature gives the wanted mean score. Call it before the method is wrapped for FSDP or
         ZeRO-3, which hide weights outside forward.
         """
-        if isinstance(self.scorer, PredictionScorer):
+        if not isinstance(self.scorer, EarlyScorer):
             return None
         scored = (self.scorer.features(model, shrunk(batch, self.stage1_size)) for batch in batches)
         return calibrate(self.scorer, scored, reduce)
@@ -105,9 +169,14 @@ class AlignmentMasker(Masker):
         return describe_calibration(self.calibrate(model, batches, reduce)) if self.needs_calibration else []
 
     def describe(self) -> dict[str, Any]:
-        if isinstance(self.scorer, PredictionScorer):
+        if not isinstance(self.scorer, EarlyScorer):
             return {"tau": self.tau, "rho": self.rho}
         return {"tau": self.tau, "rho": self.rho, "temperature": float(self.scorer.temperature)}
+
+
+def with_next_sentence(features: AlignmentFeatures) -> AlignmentFeatures:
+    """Every image with the token features of the batch's next sample."""
+    return features._replace(text=features.text.roll(-1, 0), text_mask=features.text_mask.roll(-1, 0))
 
 
 def describe_calibration(calibration: Calibration | None) -> list[str]:
@@ -120,10 +189,14 @@ def describe_calibration(calibration: Calibration | None) -> list[str]:
 def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
     """Build the scorer that the settings name, at the width of this model's features."""
     if settings.features == "pred":
-        return PredictionScorer()
+        return PredictionScorer(model, settings.score_decay)
     widths = model.alignment_dims if settings.features == "early" else model.fused_dims
     if widths is None:
         raise _cannot(model, "features=late", "features after fusion, which {} does not give; use early or pred")
+    kind = EarlyScorer if settings.features == "early" else LateScorer
+    if settings.projection == "grounded":
+        grounded = GroundedProjection(*widths, dim=settings.dim, seed=settings.projection_seed)
+        return GroundedScorer(grounded, kind(nn.Identity(), text=settings.text, visual=settings.visual))
     temperature = None if settings.temperature == "auto" else float(settings.temperature)
     if temperature is not None:
         warn_if_literal(temperature, settings.normalize)
@@ -134,7 +207,6 @@ def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
         seed=settings.projection_seed,
         explicit=settings.explicit,
     )
-    kind = EarlyScorer if settings.features == "early" else LateScorer
     return kind(
         projection,
         text=settings.text,
@@ -148,15 +220,22 @@ def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
 def build_alignment_masker(model: RISModel, settings: AMLSettings) -> AlignmentMasker:
     """AML's masker for a model. Raises UserError for settings that this model cannot have."""
     check_model(model, settings)
+    scorer = build_scorer(model, settings)
+    other = None
+    if settings.diagnostics_every is not None and settings.projection == "random" and isinstance(scorer, EarlyScorer):
+        other = build_scorer(model, replace(settings, projection_seed=settings.projection_seed + 1)).projection
     return AlignmentMasker(
-        build_scorer(model, settings),
+        scorer,
         tau=settings.tau,
         rho=settings.rho,
         block=settings.block,
         selection=settings.selection,
         relocated=settings.level == "random",
+        random_shares=settings.random_shares,
         stage1_size=settings.stage1_size,
         cache_scores=settings.cache_scores,
+        curriculum=Curriculum(settings.start_after, settings.ramp_steps, settings.ramp),
+        other_projection=other,
     )
 
 
@@ -164,10 +243,12 @@ def build_alignment_masker(model: RISModel, settings: AMLSettings) -> AlignmentM
 def alignment_masker(model: RISModel, options: AMLOptions) -> AlignmentMasker:
     """AML's masker for another method. Raises UserError for options that only AML itself can use."""
     settings = resolve(options)
-    if settings.level == "feature" or settings.clean_loss_weight or settings.projection == "learnable":
+    trained = settings.projection in ("learnable", "grounded")
+    follows = settings.score_decay is not None or settings.start_after or settings.ramp_steps
+    if settings.level == "feature" or settings.clean_loss_weight or trained or follows:
         raise UserError(
-            "a masker hides blocks of the image; level: feature, clean_loss_weight and projection: learnable belong to "
-            "method aml: leave them out"
+            "a masker hides blocks of the image; level: feature, clean_loss_weight, projection: learnable and "
+            "grounded, score_decay, start_after and ramp_steps belong to method aml: leave them out"
         )
     return build_alignment_masker(model, settings)
 

@@ -23,11 +23,14 @@ from torch import Tensor
 
 from amltrain.randomness import uniform
 
+Number = float | Tensor
+"""A number, or a tensor [] on the scores' device where it changes during training."""
 Selection = Literal["pixel", "patch", "released"]
-SELECT, PLACE = 0, 1  # streams of random numbers: which weak spots are taken; where `relocate` puts them
+SELECT, PLACE, AMOUNT = 0, 1, 2
+"""Streams of random numbers: which weak spots are taken; where random blocks lie; how many `random_blocks` hides."""
 
 
-def weak_pixels(scores: Tensor, size: tuple[int, int], tau: float) -> Tensor:
+def weak_pixels(scores: Tensor, size: tuple[int, int], tau: Number) -> Tensor:
     """scores [B, h, w] -> [B, H, W] bool: the score, upsampled bilinearly, is below tau. NaN is not weak."""
     return F.interpolate(scores[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0] < tau
 
@@ -39,7 +42,7 @@ def split_blocks(pixels: Tensor, block: int) -> Tensor:
     return padded.unflatten(2, (-1, block)).unflatten(1, (-1, block)).transpose(2, 3)
 
 
-def select_by_pixel(weak: Tensor, rho: float, keys: Tensor) -> Tensor:
+def select_by_pixel(weak: Tensor, rho: Number, keys: Tensor) -> Tensor:
     """Blocks with a selected pixel, every weak pixel being selected with probability rho on its own.
 
     weak [B, r, c, p, p] bool, keys [B] int64 -> [B, r, c] bool. A block with k weak pixels is hit with probability
@@ -50,19 +53,21 @@ def select_by_pixel(weak: Tensor, rho: float, keys: Tensor) -> Tensor:
     return uniform(keys, count[0].numel(), SELECT).view_as(hit) < hit
 
 
-def take_share(candidates: Tensor, share: float, order: Tensor) -> Tensor:
+def take_share(candidates: Tensor, share: Number, order: Tensor) -> Tensor:
     """Select the first `max(1, floor(share * K))` of each row's K candidates in `order`; none if K or share is 0.
 
     candidates [B, M] bool, order [B, M] float (ties go to the lower index) -> [B, M] bool.
     """
     count = candidates.sum(dim=1, keepdim=True)
     # 1e-4 keeps products such as 0.29 * 100 from falling to 28
-    wanted = (share * count + 1e-4).floor().clamp(min=1 if share else 0)
+    wanted = (share * count + 1e-4).floor()
+    least = (share > 0).to(wanted.dtype) if isinstance(share, Tensor) else float(share > 0)
+    wanted = wanted.clamp(min=least)  # type: ignore[arg-type]  # a number or a tensor
     rank = order.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return candidates & (rank < wanted)
 
 
-def select_by_patch(scores: Tensor, grid: tuple[int, int], tau: float, rho: float, keys: Tensor) -> Tensor:
+def select_by_patch(scores: Tensor, grid: tuple[int, int], tau: Number, rho: Number, keys: Tensor) -> Tensor:
     """A share rho of the weak blocks, scores [B, h, w] -> [B, r, c] bool; a block's score is its patches' mean."""
     if scores.shape[-2:] != grid:
         scores = F.adaptive_avg_pool2d(scores[:, None], grid)[:, 0]
@@ -71,7 +76,7 @@ def select_by_patch(scores: Tensor, grid: tuple[int, int], tau: float, rho: floa
 
 
 def select_as_released(
-    weak: Tensor, rho: float, keys: Tensor | None, permutations: Sequence[Tensor] | None = None
+    weak: Tensor, rho: Number, keys: Tensor | None, permutations: Sequence[Tensor] | None = None
 ) -> Tensor:
     """The public code's blocks. weak [B, r, c, p, p] bool, keys [B] int64 -> [B, r, c] bool.
 
@@ -106,8 +111,8 @@ def filtering_mask(
     size: tuple[int, int],
     keys: Tensor,
     *,
-    tau: float = 0.4,
-    rho: float = 0.25,
+    tau: Number = 0.4,
+    rho: Number = 0.25,
     block: int = 32,
     selection: Selection = "pixel",
 ) -> Tensor:
@@ -124,5 +129,23 @@ def filtering_mask(
 def relocate(blocks: Tensor, keys: Tensor) -> Tensor:
     """Move each sample's blocks to random places (ablation `level: random`). [B, r, c] bool -> the same."""
     flat = blocks.flatten(1)
-    rank = uniform(keys, flat.shape[1], PLACE).argsort(dim=1).argsort(dim=1)
-    return (rank < flat.sum(dim=1, keepdim=True)).view_as(blocks)
+    return _at_random_places(flat.sum(dim=1), flat.shape[1], keys).view_as(blocks)
+
+
+def random_blocks(grid: tuple[int, int], shares: Tensor, keys: Tensor) -> Tensor:
+    """Hide a share of the blocks at random places, keys [B] int64 -> [B, r, c] bool.
+
+    shares [K] float32: one is drawn per sample, all equally likely. A share that is no whole number of blocks is
+    rounded up or down at random, so its mean is exact.
+    """
+    count = grid[0] * grid[1]
+    draws = uniform(keys, 2, AMOUNT)
+    drawn = shares[(draws[:, 0] * len(shares)).long().clamp(max=len(shares) - 1)]
+    wanted = (drawn * count + draws[:, 1]).floor()
+    return _at_random_places(wanted, count, keys).unflatten(1, grid)
+
+
+def _at_random_places(wanted: Tensor, count: int, keys: Tensor) -> Tensor:
+    """Choose `wanted` [B] of `count` blocks by each sample's key, [B, count] bool."""
+    rank = uniform(keys, count, PLACE).argsort(dim=1).argsort(dim=1)
+    return rank < wanted[:, None]

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from amltrain.data.dataset import ReferDataset
 from amltrain.errors import UserError
 from amltrain.methods.aml.diagnostics import AlignmentDiagnostics, build_alignment_diagnostics
-from amltrain.methods.aml.masker import AlignmentMasker, build_alignment_masker, describe_calibration
+from amltrain.methods.aml.grounded import GROUNDING_SCALE, grounding_loss
+from amltrain.methods.aml.masker import AlignmentMasker, Probe, build_alignment_masker, describe_calibration
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
-from amltrain.methods.aml.scorers import EarlyScorer, Scorer, calibrate
+from amltrain.methods.aml.scorers import EarlyScorer, GroundedScorer, PredictionScorer, Scorer, calibrate
 from amltrain.methods.aml.statistics import alignment_sums
 from amltrain.methods.aml.temperature import Calibration
 from amltrain.methods.base import Method, Reduce
@@ -62,7 +63,8 @@ class AML(Method):
         self.clean_loss_weight = clean_loss_weight
         self.calibrate_every = calibrate_every
         self.diagnostics_every = diagnostics_every
-        self.before_step_needs_weights = calibrate_every is not None
+        averages = isinstance(masker.scorer, PredictionScorer) and masker.scorer.decay is not None
+        self.before_step_needs_weights = calibrate_every is not None or averages
 
     @property
     def scorer(self) -> Scorer:
@@ -74,37 +76,43 @@ class AML(Method):
             return self._suppress_features(batch)
         if self.clean_loss_weight:
             return self._train_on_both(batch)
-        scores = self.score(batch)
-        blocks = self.blocks(scores, batch)
-        masked = batch._replace(image=self.masked_image(batch.image, blocks, scores))
-        return {**self.loss(self.model(masked), masked), **self._extras(scores, blocks, batch)}
+        probe = self.probe(batch)
+        blocks = self.blocks(probe.scores, batch)
+        masked = batch._replace(image=self.masked_image(batch.image, blocks, probe.scores))
+        return self._with_extras(self.loss(self.model(masked), masked), probe, blocks, batch)
 
     def _train_on_both(self, batch: Batch) -> dict[str, Tensor]:
         """Both losses over one shared pass over the unmasked image, whose text features serve the masked one too."""
         features = self.model.encode(batch)
         output = self.model.decode(features, batch)
-        scores = self.score(batch, features, output)
-        blocks = self.blocks(scores, batch)
-        masked = batch._replace(image=self.masked_image(batch.image, blocks, scores))
+        probe = self.probe(batch, features, output)
+        blocks = self.blocks(probe.scores, batch)
+        masked = batch._replace(image=self.masked_image(batch.image, blocks, probe.scores))
         clean = self.loss(output, batch)
         result = self.loss(self.model.decode(self.model.reencode_image(masked, features), masked), masked)
         total = self.clean_loss_weight * clean["loss"] + (1 - self.clean_loss_weight) * result["loss"]
         values = {f"clean_{name}": value.detach() for name, value in clean.items()}
         masked_loss = {"masked_loss": result["loss"].detach()}
-        return {**result, **values, **masked_loss, **self._extras(scores, blocks, batch), "loss": total}
+        return self._with_extras({**result, **values, **masked_loss, "loss": total}, probe, blocks, batch)
 
     def _suppress_features(self, batch: Batch) -> dict[str, Tensor]:
         """Hide the weak positions from the decoder's attention; the image stays whole, so one encoding serves both."""
         features = self.model.encode(batch)
-        scores = self.score(batch, features)
-        blocks = self.blocks(scores, batch)
+        probe = self.probe(batch, features)
+        blocks = self.blocks(probe.scores, batch)
         size = features.visual[-1].shape[-2:]
         suppressed = F.interpolate(blocks[:, None].float(), size)[:, 0] > 0.5
         output = self.model.decode(features._replace(suppressed=suppressed), batch)
-        return {**self.loss(output, batch), **self._extras(scores, blocks, batch)}
+        return self._with_extras(self.loss(output, batch), probe, blocks, batch)
+
+    def probe(self, batch: Batch, features: Features | None = None, output: ModelOutput | None = None) -> Probe:
+        """`score`; with diagnostics, also what the scores are compared with."""
+        if self.diagnostics_every is None:
+            return Probe(self.score(batch, features, output))
+        return self.masker.probe(self.model, batch, features, output)
 
     def score(self, batch: Batch, features: Features | None = None, output: ModelOutput | None = None) -> Tensor:
-        """Stage 1: alignment scores [B, h, w] float32; without gradient except with a learnable projection.
+        """Stage 1: alignment scores [B, h, w] float32; without gradient except with a trained projection.
 
         features, output: of the unmasked image, where the caller has them already (in training mode).
         """
@@ -122,19 +130,31 @@ class AML(Method):
         """
         block = self.masker.block
         masked = mask_image(image, blocks, block)
-        if not scores.requires_grad:
+        if not scores.requires_grad or self.learns_from_truth:
             return masked
         below = ((self.masker.tau - scores) / SOFT_GATE_WIDTH).sigmoid()
         soft = F.adaptive_avg_pool2d(below[:, None], (blocks.shape[-2], blocks.shape[-1]))[:, 0]
         gate = spread_blocks(soft - soft.detach(), (image.shape[-2], image.shape[-1]), block)
         return masked - image * gate[:, None]
 
-    def _extras(self, scores: Tensor, blocks: Tensor, batch: Batch) -> dict[str, Tensor]:
+    def _with_extras(self, result: dict[str, Tensor], probe: Probe, blocks: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Add what is logged. A projection that learns from the ground truth adds its gradient, but no value."""
+        scores = probe.scores
         extras = {"masked_share": blocks.float().mean(), "mean_score": scores.detach().mean()}
+        loss = result["loss"]
+        if self.learns_from_truth:
+            grounding = grounding_loss(scores, batch.target)
+            loss = loss + GROUNDING_SCALE * (grounding - grounding.detach())
+            extras["grounding_loss"] = grounding.detach()
         if self.diagnostics_every is not None:
-            sums = alignment_sums(scores, blocks, batch.target, self.masker.block)
+            sums = alignment_sums(scores, blocks, batch.target, self.masker.block, probe.shuffled, probe.other)
             extras.update(alignment=sums, scores=scores.detach(), blocks=blocks)
-        return extras
+        return {**result, **extras, "loss": loss}
+
+    @property
+    def learns_from_truth(self) -> bool:
+        """Whether the score has a projection that learns from the ground truth."""
+        return isinstance(self.scorer, GroundedScorer)
 
     @property
     def needs_calibration(self) -> bool:
@@ -146,7 +166,13 @@ class AML(Method):
         return describe_calibration(self.calibrate(first_batches, reduce))
 
     def before_step(self, step: int, batches: list[Batch], reduce: Reduce | None = None) -> list[str]:
-        """Solve the temperature again if the run is set to; keep the old one if it cannot be solved."""
+        """Follow the curriculum and the averaged weights; solve the temperature again if the run is set to.
+
+        The old temperature stays if none can be solved.
+        """
+        self.masker.set_step(step)
+        if isinstance(self.scorer, PredictionScorer):
+            self.scorer.follow(self.model, step)
         if not (self.calibrate_every and step and step % self.calibrate_every == 0):
             return []
         try:
@@ -184,9 +210,9 @@ class AML(Method):
             yield scorer.features(self.model, batch, features, output)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups of everything this method trains: the model's own, and a learnable projection's."""
+        """Optimizer groups of everything this method trains: the model's own, and a trained projection's."""
         groups = super().param_groups(lr, weight_decay)
-        own = list(self.masker.parameters())
+        own = [parameter for parameter in self.masker.parameters() if parameter.requires_grad]
         if own:
             groups = [*groups, {"name": "aml_projection", "params": own, "lr": lr, "weight_decay": weight_decay}]
         return groups

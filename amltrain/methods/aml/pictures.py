@@ -19,7 +19,9 @@ PANELS = (
     ("alignment scores", ("score_mean", "score_std", "above_0.5", "above_0.9")),
     ("share of patches below", tuple(f"below_{tau}" for tau in TAUS)),
     ("share of the referents below", tuple(f"referent_below_{tau}" for tau in TAUS)),
-    ("share masked", ("masked_image", "masked_referent")),
+    ("share masked", ("masked_image", "masked_referent", "masked_background")),
+    ("does the score find the referent (0.5 = no)", ("auc", "auc_shuffled")),
+    ("agreement of two projections", ("agreement",)),
 )
 
 
@@ -32,11 +34,11 @@ class FixedSamples(NamedTuple):
 
 
 def plot_rows(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Statistics over steps, four panels, as a PNG."""
+    """Statistics over steps, six panels, as a PNG."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(11, 7)
-    for axes, (title, names) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    figure = _figure(15, 7)
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for name in names:
             axes.plot([r["step"] for r in rows], [r[name] for r in rows], marker=".", label=name.replace("_", " "))
         axes.set_title(title)

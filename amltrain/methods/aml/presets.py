@@ -68,6 +68,14 @@ def check_ranges(config: AMLSettings) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"aml.{name}={value} must be at least 1")
+    for name in ("start_after", "ramp_steps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"aml.{name}={getattr(config, name)} must be at least 0")
+    if config.score_decay is not None and not 0 <= config.score_decay < 1:
+        raise UserError(f"aml.score_decay={config.score_decay} must be at least 0 and below 1")
+    for share in config.random_shares:
+        if not 0 <= share <= 1:
+            raise UserError(f"aml.random_shares: {share:g} is not a share of the image, 0 to 1")
     if config.temperature != "auto" and not float(config.temperature) > 0:
         raise UserError(f"aml.temperature={config.temperature} must be positive, or `auto`")
     if config.clean_loss_weight == 1.0:
@@ -76,7 +84,16 @@ def check_ranges(config: AMLSettings) -> None:
 
 def check_pairs(config: AMLSettings) -> None:
     """Raise UserError for two values that contradict each other."""
+    if config.projection == "grounded" and config.features == "pred":
+        raise UserError("aml.projection=grounded has nothing to learn where aml.features=pred projects nothing")
+    if config.score_decay is not None and config.features != "pred":
+        raise UserError(f"aml.score_decay belongs to aml.features=pred, not {config.features}")
     if config.projection == "learnable":
+        if config.start_after or config.ramp_steps:
+            raise UserError(
+                "aml.projection=learnable learns through the masked pixels from the first step: set aml.start_after=0 "
+                "and aml.ramp_steps=0, or use aml.projection=grounded"
+            )
         if config.level != "image":
             raise UserError(
                 f"aml.projection=learnable learns through the masked pixels, and aml.level={config.level} gives it "
@@ -88,6 +105,8 @@ def check_pairs(config: AMLSettings) -> None:
         raise UserError(
             "aml.calibrate_every solves the temperature repeatedly: set aml.temperature=auto and aml.cache_scores=false"
         )
+    if config.random_shares and config.level != "random":
+        raise UserError(f"aml.random_shares belongs to aml.level=random, not {config.level}")
     if config.explicit and config.projection != "random":
         raise UserError(f"aml.explicit belongs to aml.projection=random, not {config.projection}")
     if config.level == "feature" and config.clean_loss_weight:
@@ -104,5 +123,7 @@ def check_pairs(config: AMLSettings) -> None:
             "aml.cache_scores skips stage 1, which needs aml.features=early, aml.clean_loss_weight=0 and an aml.level "
             "other than feature"
         )
-    if config.cache_scores and config.projection == "learnable":
-        raise UserError("aml.cache_scores needs scores that stay the same; aml.projection=learnable changes them")
+    if config.cache_scores and config.projection in ("learnable", "grounded"):
+        raise UserError(
+            f"aml.cache_scores needs scores that stay the same; aml.projection={config.projection} changes them"
+        )

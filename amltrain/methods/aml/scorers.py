@@ -1,9 +1,11 @@
 """What AML scores: encoder features (early), fused features (late), or the model's own prediction (pred).
 
-Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME; the prediction
-is a score already. The model is an argument of every call, so a scorer holds no second reference to it.
+Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME, or through a
+projection that is trained on the ground truth; the prediction is a score already. The model is an argument of every
+call, so a scorer holds no second reference to it.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.errors import UserError
+from amltrain.methods.aml.grounded import GroundedProjection
 from amltrain.methods.aml.similarity import PatchScorer
 from amltrain.methods.aml.temperature import Calibration, solve_temperature
 from amltrain.methods.base import Reduce
@@ -22,7 +25,12 @@ from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 
 class EarlyScorer(PatchScorer):
-    """PMME of the features before cross-modal fusion (the paper's choice)."""
+    """PMME of the features before cross-modal fusion (the paper's choice).
+
+    fused: whether the image features have read their own sentence, so that another one needs another pass.
+    """
+
+    fused = False
 
     def __init__(
         self, projection: nn.Module, *, text: str | None = None, visual: str | None = None, **pmme: Any
@@ -50,6 +58,8 @@ class EarlyScorer(PatchScorer):
 class LateScorer(EarlyScorer):
     """PMME of the features after cross-modal fusion (Table 6)."""
 
+    fused = True
+
     def features(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> AlignmentFeatures:
@@ -60,21 +70,78 @@ class LateScorer(EarlyScorer):
         )
 
 
+class GroundedScorer(nn.Module):
+    """The probability that a projection trained on the ground truth gives (ours); it has no temperature."""
+
+    calibrated = True
+
+    def __init__(self, projection: GroundedProjection, source: EarlyScorer) -> None:
+        """source: a scorer whose features are scored."""
+        super().__init__()
+        self.projection = projection
+        self._source = [source]  # in a list: its projection is not a part of this module
+        self.fused = source.fused
+
+    def features(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> AlignmentFeatures:
+        """Return the features to score, computed as in stage 1."""
+        return self._source[0].features(model, batch, features, output)
+
+    def score(self, features: AlignmentFeatures) -> Tensor:
+        """Probabilities [B, h, w] float32, with gradient for the projection alone."""
+        return self.projection(features)
+
+    def forward(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor:
+        """As `score`, of this model's features."""
+        return self.score(self.features(model, batch, features, output))
+
+
 class PredictionScorer(nn.Module):
     """The predicted probability of the referent (Table 6, "pred"); it has no temperature."""
 
     calibrated = True
+    followed: Tensor
+
+    def __init__(self, model: RISModel | None = None, decay: float | None = None) -> None:
+        """decay: predict with an average of the weights over the steps, which starts as a copy of `model` (ours)."""
+        super().__init__()
+        self.decay = decay
+        self.average: RISModel | None = None
+        if model is not None and decay is not None:
+            self.average = copy.deepcopy(model).requires_grad_(False)
+            self.register_buffer("followed", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def follow(self, model: RISModel, step: int) -> None:
+        """Move the average one step: `decay * average + (1 - decay) * weights` of the model. Buffers are copied.
+
+        step: optimizer steps that the model has done. A step is followed once, also where a run stopped inside the next
+        one and does it again.
+        """
+        if self.average is None or self.decay is None:
+            return
+        weight = (1 - self.decay) * (self.followed < step).float()  # on the device: nothing waits for it
+        self.followed.fill_(step)
+        for ours, theirs in zip(self.average.parameters(), model.parameters(), strict=True):
+            ours.lerp_(theirs, weight.to(ours.dtype))
+        for ours, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
 
     def forward(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> Tensor:
         """Probabilities [B, h, w] float32 in 0..1 at the size of the model's logits, without gradient."""
+        if self.average is not None:
+            model, features, output = self.average, None, None
         with stage1(model, batch.image.device.type):
             logits = _decoded(model, batch, features, output).logits.detach().float()
         return logits.softmax(1)[:, 1] if logits.shape[1] == 2 else logits.sigmoid()[:, 0]
 
 
-Scorer = EarlyScorer | PredictionScorer
+Scorer = EarlyScorer | GroundedScorer | PredictionScorer
 
 
 def _decoded(model: RISModel, batch: Batch, features: Features | None, output: ModelOutput | None) -> ModelOutput:

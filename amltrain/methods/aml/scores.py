@@ -1,55 +1,137 @@
-"""Alignment scores of finished models, for the histogram (Fig. 6) and the dynamics over checkpoints (Tables 12, 13).
+"""Alignment scores of finished models: histogram (Fig. 6), dynamics (Tables 12, 13), and what they know.
 
-The scorer is the paper's: early features, two fixed Gaussian projections, softmax over tokens at a solved temperature.
+The paper's scorer is early features, two fixed Gaussian projections, softmax over tokens at a solved temperature.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amltrain.methods.aml.masker import build_alignment_masker
+from amltrain.errors import UserError
+from amltrain.methods.aml.grounded import GroundedProjection, grounding_loss
+from amltrain.methods.aml.masker import AlignmentMasker, build_alignment_masker
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
-from amltrain.methods.aml.scorers import Scorer
+from amltrain.methods.aml.scorers import EarlyScorer, GroundedScorer, Scorer
 from amltrain.methods.aml.statistics import alignment_sums, summarise
 from amltrain.models.base import RISModel
-from amltrain.records import Batch
+from amltrain.records import AlignmentFeatures, Batch
 
 BINS = 20
 """Bins of a histogram over 0..1."""
+CANDIDATES: dict[str, AMLOptions] = {
+    "paper": AMLOptions(),
+    "late": AMLOptions(features="late"),
+    "late_identity": AMLOptions(features="late", projection="identity"),
+    "identity": AMLOptions(projection="identity"),
+    "prediction": AMLOptions(features="pred"),
+    "grounded": AMLOptions(projection="grounded", dim=256),
+    "grounded_late": AMLOptions(features="late", projection="grounded", dim=256),
+}
+"""Scores by name that `amltrain diagnose` compares."""
+FIT_STEPS, FIT_RATE, FIT_BATCH = 500, 3e-3, 64
+"""How `fit_grounded` trains a projection on features of a finished model."""
 
 
-def paper_scorer(model: RISModel, batches: Sequence[Batch]) -> Scorer:
-    """A scorer for the model's early features, its temperature solved on these batches (mean score 0.75).
+class Collected(NamedTuple):
+    """Scores of a batch, on the CPU: scores, shuffled and other [B, h, w] float32, blocks [B, r, c] bool, target
+    [B, H, W] uint8. shuffled: of the next sample's sentence; other: of projections of another seed; or None."""
 
-    Raises UserError when no temperature reaches that mean.
+    scores: Tensor
+    blocks: Tensor
+    target: Tensor
+    shuffled: Tensor | None = None
+    other: Tensor | None = None
+
+
+def candidate_masker(
+    model: RISModel, name: str, batches: Sequence[Batch], *, temperature: float | None = None, seed: int = 0
+) -> AlignmentMasker:
+    """The masker of a candidate. temperature: None = solved on `batches`. seed: of its projections.
+
+    Raises UserError for a candidate that this model's features cannot have, and where no temperature can be solved.
     """
-    masker = build_alignment_masker(model, resolve(AMLOptions())).to(batches[0].image.device)
-    masker.calibrate(model, batches)
-    return masker.scorer
+    settings = resolve(replace(CANDIDATES[name], projection_seed=seed, diagnostics_every=1))
+    if temperature is not None:
+        settings = replace(settings, temperature=temperature)
+    masker = build_alignment_masker(model, settings).to(batches[0].image.device)
+    if masker.needs_calibration:
+        masker.calibrate(model, batches)
+    return masker
 
 
-def collect_scores(model: RISModel, scorer: Scorer, batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """(scores [B, h, w] float32, target [B, H, W] uint8) of every batch, on the CPU; the model must be in eval mode."""
+def fits_model(model: RISModel, name: str) -> str | None:
+    """Why this model cannot have a candidate, in one line; None = it can."""
+    try:
+        build_alignment_masker(model, resolve(CANDIDATES[name]))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def collect_scores(model: RISModel, masker: AlignmentMasker, batches: Iterable[Batch]) -> list[Collected]:
+    """Scores of every batch with its own sentences, and with those of the next sample, for which the model runs again.
+
+    The model must be in eval mode.
+    """
+    found = []
     with torch.no_grad():
-        return [(scorer(model, b).float().cpu(), b.target.cpu()) for b in batches]
+        for batch in batches:
+            probe = masker.probe(model, batch)
+            shuffled = masker.scorer(model, with_next_sentence(batch)) if len(batch.image) > 1 else None
+            parts = (probe.scores, masker.blocks(probe.scores, batch), batch.target, shuffled, probe.other)
+            found.append(Collected(*(None if part is None else part.detach().cpu() for part in parts)))  # type: ignore[arg-type]
+    return found
 
 
-def score_histogram(collected: Sequence[tuple[Tensor, Tensor]]) -> NDArray[np.float64]:
+def with_next_sentence(batch: Batch) -> Batch:
+    """The batch's images, each with the next sample's sentence."""
+    return batch._replace(input_ids=batch.input_ids.roll(-1, 0), text_mask=batch.text_mask.roll(-1, 0))
+
+
+def fit_grounded(model: RISModel, scorer: GroundedScorer, batches: Iterable[Batch], *, steps: int = FIT_STEPS) -> float:
+    """Train a grounded projection on features of these batches, as a run trains it beside the model.
+
+    The model must be in eval mode and keeps its weights; its features are computed once. Returns the last loss. The
+    order of the samples is a function of the step.
+    """
+    with torch.no_grad():
+        parts = [(*scorer.features(model, batch), batch.target) for batch in batches]
+    visual, text, mask, target = (torch.cat(rows) for rows in zip(*parts, strict=True))
+    projection: GroundedProjection = scorer.projection
+    optimizer = torch.optim.AdamW(projection.parameters(), lr=FIT_RATE, weight_decay=0.01)
+    order = torch.Generator().manual_seed(0)
+    loss = torch.zeros(())
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = FIT_RATE * (1 - step / steps)
+        rows = torch.randperm(len(target), generator=order)[:FIT_BATCH].to(target.device)
+        scores = projection(AlignmentFeatures(visual[rows], text[rows], mask[rows]))
+        loss = grounding_loss(scores, target[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def score_histogram(collected: Sequence[Collected]) -> NDArray[np.float64]:
     """Share of the patches in every bin of 0..1, [BINS], summing to 1."""
-    values = torch.cat([scores.flatten() for scores, _ in collected]).numpy()
+    values = torch.cat([part.scores.flatten() for part in collected]).numpy()
     counts, _ = np.histogram(np.clip(values, 0, 1), bins=BINS, range=(0, 1))
     return counts / max(1, len(values))
 
 
-def score_statistics(collected: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Mean, deviation and shares of the scores by name (see `STATISTICS`), without those of a mask."""
-    sums = [
-        alignment_sums(scores, torch.zeros(len(scores), 1, 1, dtype=torch.bool), target, max(target.shape[-2:]))
-        for scores, target in collected
-    ]
-    values = summarise(torch.stack(sums).double().sum(0))
-    return {name: value for name, value in values.items() if not name.startswith("masked")}
+def score_statistics(collected: Sequence[Collected], block: int = 32) -> dict[str, float]:
+    """Every statistic of `STATISTICS` by name, over all batches. block: side of a masked block, pixels."""
+    sums = [alignment_sums(c.scores, c.blocks, c.target, block, c.shuffled, c.other) for c in collected]
+    return summarise(torch.stack(sums).double().sum(0))
+
+
+def has_temperature(scorer: Scorer) -> bool:
+    """Whether a scorer has a temperature."""
+    return isinstance(scorer, EarlyScorer)

@@ -1,6 +1,6 @@
 """The complete settings of AML. `presets` fills them, `options` is what a run overrides."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from amltrain.config.schema import FREE_TO_CHANGE
@@ -14,10 +14,11 @@ class AMLSettings:
     """paper: the equations; released: what the public code does."""
     features: Literal["early", "late", "pred"]
     """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
-    projection: Literal["random", "learnable", "identity", "linear"]
+    projection: Literal["random", "learnable", "identity", "linear", "grounded"]
     """How visual and text features are compared: two fixed Gaussian matrices (random), the same trained with the model
     by a straight-through gradient (learnable), none for encoders that share a space (identity), or the public code's
-    one fixed linear map of the text (linear)."""
+    one fixed linear map of the text (linear). Ours: two matrices trained to tell the referent's patches from the others
+    (grounded), detached from the model; the score is that probability, without a softmax over tokens."""
     dim: int
     """Width D that random and learnable projections project to; the paper's is 2048."""
     projection_seed: int
@@ -43,9 +44,22 @@ class AMLSettings:
     selection: Literal["pixel", "patch", "released"]
     """Which blocks are masked: any with a selected pixel (pixel), a share rho of the weak ones (patch), or those of the
     public code's indexing, which are nearly all (released)."""
+    start_after: int = 0
+    """Ours: steps at the start of training that mask nothing; scores are computed from the start."""
+    ramp_steps: int = 0
+    """Ours: steps after them over which `ramp` grows linearly from 0 to its value; 0 = at once."""
+    ramp: Literal["tau", "rho"] = "tau"
+    """Ours: what grows during ramp_steps."""
+    score_decay: float | None = None
+    """Ours, with features pred: score with an average of the model's weights over the steps, of this decay per step;
+    null = with the model as it is."""
     level: Literal["image", "feature", "random"]
     """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
     random places (random)."""
+    random_shares: tuple[float, ...] = ()
+    """Shares of the image's blocks that level random hides, one drawn per sample and epoch: a control whose amount does
+    not depend on the trained model. Scores are computed as always, and decide nothing. Empty = as many blocks as the
+    scores of the trained model select."""
     clean_loss_weight: float
     """Weight of the loss on the unmasked image, 0..1; the masked one gets the rest. Above 0 the unmasked image is
     encoded with gradient, its features are scored, and its text features serve the masked image too."""
@@ -62,3 +76,12 @@ class AMLSettings:
     diagnostics_every: int | None = field(default=None, metadata=FREE_TO_CHANGE)
     """Steps between rows of alignment statistics (scores, masked share, masked referents; alignment.csv, alignment.png
     and pictures of fixed samples in the output folder, curves in the trackers); null = off."""
+
+
+def of_finished_model(settings: AMLSettings) -> AMLSettings:
+    """The settings as they mask at the end of a run, for a model without its training state.
+
+    Trained projections and averaged weights are in that state alone: random projections and the model itself stand in.
+    """
+    projection = "random" if settings.projection in ("learnable", "grounded") else settings.projection
+    return replace(settings, projection=projection, cache_scores=False, start_after=0, ramp_steps=0, score_decay=None)

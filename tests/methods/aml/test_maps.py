@@ -35,6 +35,8 @@ def test_scores_have_the_papers_mean_and_masks_follow_tau() -> None:
     assert maps.blocks.shape == (3, 3, 3)
     assert not Aligner(model, AMLOptions(tau=0.0))(batch()).blocks.any()
     assert Aligner(model, AMLOptions(tau=1.0, rho=1.0))(batch()).blocks.all()
+    waiting = Aligner(model, AMLOptions(tau=1.0, rho=1.0, start_after=100, projection="grounded"))
+    assert waiting(batch()).blocks.all()  # as at the end of its run
 
 
 def test_settings_come_from_the_run() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from amltrain.methods.aml.masking import (
     filtering_mask,
+    random_blocks,
     relocate,
     select_by_pixel,
     split_blocks,
@@ -136,11 +137,29 @@ def test_relocation_keeps_the_amount() -> None:
     torch.testing.assert_close(hits, expected, atol=0.17, rtol=0)
 
 
+def test_the_random_control_hides_its_shares_exactly_on_average() -> None:
+    shares = torch.tensor([0.0, 0.1, 0.35])  # of 36 blocks: 0, 3.6 and 12.6
+    blocks = random_blocks((6, 6), shares, keys(6000))
+    counts = blocks.sum(dim=(1, 2))
+    assert sorted(set(counts.tolist())) == [0, 3, 4, 12, 13]
+    assert abs(blocks.float().mean() - shares.mean()) < 0.004
+    for low, high, share in ((0, 0, 0.0), (3, 4, 0.1), (12, 13, 0.35)):
+        drawn = counts[(counts >= low) & (counts <= high)].float()
+        assert abs(len(drawn) / 6000 - 1 / 3) < 0.03
+        assert abs(drawn.mean() / 36 - share) < 0.002
+    places = blocks.float().mean(0)
+    torch.testing.assert_close(places, places.mean().expand_as(places), atol=0.025, rtol=0)
+    assert torch.equal(blocks[:5], random_blocks((6, 6), shares, keys(5)))  # of the sample's key alone
+    assert not torch.equal(blocks[:9], random_blocks((6, 6), shares, keys(9, step=1)))
+    assert random_blocks((2, 2), torch.tensor([1.0]), keys(3)).all()
+
+
 def test_nothing_waits_for_the_device() -> None:
     scores, image = torch.rand(2, 7, 7), torch.rand(2, 3, 224, 224)
     for selection in SELECTIONS:
         # the meta device has no values: anything that reads one raises
         blocks = filtering_mask(scores.to("meta"), (224, 224), keys(2).to("meta"), selection=selection)
+        random_blocks((7, 7), torch.tensor([0.1, 0.2], device="meta"), keys(2).to("meta"))
         assert mask_image(image.to("meta"), relocate(blocks, keys(2).to("meta")), 32).shape == image.shape
 
 
