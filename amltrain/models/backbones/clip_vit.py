@@ -98,7 +98,7 @@ class CLIPViT(nn.Module):
         """Class token and patches as they enter the first block [B, 1 + N, C], and the grid (h, w)."""
         patches = self.patch_embed(image)
         grid = (patches.shape[-2], patches.shape[-1])
-        first = self.class_embedding.expand(len(image), 1, -1)
+        first = self.class_embedding.expand(image.shape[0], 1, -1)
         x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
         return self.ln_pre(x + resample(self.positional_embedding, grid)), grid
 
