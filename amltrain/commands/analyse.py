@@ -1,7 +1,7 @@
 """The analyses of the AML paper and an error analysis, one command each; every one writes a table and a picture.
 
     amltrain analyse robustness --models none=runs/none aml=runs/aml --datasets refcoco refcocog     (Table 15)
-    amltrain analyse occlusion --models none=runs/none aml=runs/aml --shares 0 0.3 0.5               (Fig. 4b)
+    amltrain analyse occlusion --models none=runs/n1,runs/n2 aml=runs/a1,runs/a2 --shares 0 0.3 0.5  (Fig. 4b)
     amltrain analyse activation --models none=runs/none aml=runs/aml --count 4                       (Figs. 4a, 5)
     amltrain analyse convergence --models none=runs/none aml=runs/aml                                (Table 14)
     amltrain analyse losses --models none=runs/none aml=runs/aml --split train --pairs 2048          (Table 14)
@@ -10,6 +10,7 @@
     amltrain analyse dynamics --models runs/aml                                                      (Tables 12, 13)
 
 Models are runs, model folders or Hub repositories, as NAME=PLACE or PLACE; differences are to the first one.
+Robustness and occlusion take several seeds of a model, NAME=PLACE,PLACE: mean and standard deviation.
 `amltrain analyse NAME --help` lists the options of one analysis.
 """
 
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--split", help="DATASET:SPLIT (default: every split)")
             sub.add_argument("--worst", type=int, default=20, help="worst cases listed (default: 20)")
             continue
-        sub.add_argument("--models", required=True, nargs="+", metavar="[NAME=]PLACE", help="models to compare")
+        sub.add_argument("--models", required=True, nargs="+", metavar="[NAME=]PLACE[,PLACE]", help="models to compare")
         if name in DATA:
             _add_data(sub)
     commands.choices["occlusion"].add_argument(

@@ -9,7 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from amltrain.commands.analysed import Analysed, data_of, load_models, loaders_of, moved, parse_models, single_process
+from amltrain.commands.analysed import (
+    Analysed,
+    data_of,
+    load_model,
+    load_models,
+    loaders_of,
+    moved,
+    parse_models,
+    parse_seeds,
+    single_process,
+)
 from amltrain.commands.trained import trained_data
 from amltrain.config.schema import ProtocolOverrides
 from amltrain.data.collate import collate
@@ -61,16 +71,22 @@ def occlusion(args: argparse.Namespace) -> str:
 
 
 def _grid(args: argparse.Namespace, perturbations: dict[str, Perturbation | None]) -> tuple[Grid, list[Results]]:
-    """Score every model on every data set under every perturbation; rows go to OUTPUT/results.json as they come."""
+    """Score every seed of every model on every data set under every perturbation.
+
+    Rows go to OUTPUT/results.json as they come. One model is in memory at a time.
+    """
     if args.metric not in list_metrics():
         raise unknown_name("--metric", args.metric, list_metrics())
-    models = load_models(args.models)
-    data = data_of(args, models[0].place)
+    places = [(name, place) for name, seeds in parse_seeds(args.models).items() for place in seeds]
+    for _, place in places:
+        find_model_folder(place)  # a wrong name is refused before the first model is scored
+    data = data_of(args, places[0][1])
     accelerator = single_process(data)
     values: Grid = {}
     scored: list[Results] = []
-    for name, perturbation in perturbations.items():
-        for model in models:
+    for model_name, place_of_seed in places:
+        model = load_model(model_name, place_of_seed)
+        for name, perturbation in perturbations.items():
             protocol = run_protocol(model.pretrained.protocol, data, ProtocolOverrides())
             for loader in loaders_of(args, data, model, protocol, perturbation).values():
                 provenance = {
@@ -83,7 +99,8 @@ def _grid(args: argparse.Namespace, perturbations: dict[str, Perturbation | None
                 scored.append(result)
                 merge_results(args.output / "results.json", [result])
                 place = f"{result.dataset} {result.split}"
-                values.setdefault(place, {}).setdefault(name, {})[model.name] = result.score(args.metric)
+                of_model = values.setdefault(place, {}).setdefault(name, {})
+                of_model.setdefault(model.name, []).append(result.score(args.metric))
     return values, scored
 
 

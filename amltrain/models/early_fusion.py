@@ -41,7 +41,7 @@ class EarlyFusionModel(RISModel):
         return self._encode_image(batch, self._encode_text(batch))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Encode the part of the backbone that comes before the first fusion: Swin's first stage, or all of a ResNet."""
+        """Encode what comes before the first fusion: a Swin's first stage, or all of a ResNet."""
         return self.backbone.before_words(self.prepare_image(image))
 
     def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:

@@ -288,7 +288,7 @@ class MagNet(RISModel):
         return features._replace(visual=self.encode(batch).visual)
 
     def _stages(self, batch: Batch, x: Tensor, maps: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Run the rest of both encoders, given the first Swin stage; collect every stage's mixed map in `maps`, if given.
+        """Run the rest of both encoders, given the first Swin stage; collect the mixed map of every stage in `maps`.
 
         Returns the last stages' outputs before their own fusion, [B, h, w, C] and [B, L, D].
         """

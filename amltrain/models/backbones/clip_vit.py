@@ -72,7 +72,7 @@ class CLIPViT(nn.Module):
         return self.encode_rest(self.encode_start(image), between)
 
     def encode_start(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The first third of the blocks, which `between` does not reach: patches [B, C, h, w], class token [B, 1, C]."""
+        """The first third of the blocks, before `between`: patches [B, C, h, w], class token [B, 1, C]."""
         x, grid = self.embed(image)
         for block in self.blocks[: len(self.blocks) // 3]:
             x = self._run(block, x)
