@@ -52,7 +52,7 @@ def robustness(args: argparse.Namespace) -> str:
     grid, scored = _grid(args, perturbations)
     text = robustness_table(grid, args.metric) + "\n" + _protocols(scored)
     write_text(args.output / "robustness.md", text + "\n")
-    draw_rows(grid, args.metric, args.output / "robustness.png")
+    draw_rows(grid, args.metric, args.output / f"robustness.{args.format}")
     return text
 
 
@@ -66,7 +66,7 @@ def occlusion(args: argparse.Namespace) -> str:
     grid, scored = _grid(args, named)
     text = level_table(grid, args.metric) + "\n" + _protocols(scored)
     write_text(args.output / "occlusion.md", text + "\n")
-    draw_levels(grid, [100 * s for s in shares], args.metric, args.output / "occlusion.png")
+    draw_levels(grid, [100 * s for s in shares], args.metric, args.output / f"occlusion.{args.format}")
     return text
 
 
@@ -129,7 +129,7 @@ def activation(args: argparse.Namespace) -> str:
         maps = {m.name: _evidence(accelerator, m, sets[m.name][name].dataset, chosen) for m in models}
         truths = [dataset[i].target > 127 for i in chosen]
         infos = [dataset.info(i) for i in chosen]
-        path = args.output / f"activation-{infos[0].dataset}-{infos[0].split}.png"
+        path = args.output / f"activation-{infos[0].dataset}-{infos[0].split}.{args.format}"
         draw_activation([dataset.picture(i) for i in chosen], [i.sentence for i in infos], truths, maps, path)
         for k, (sample, info) in enumerate(zip(chosen, infos, strict=True)):
             for m in models:
@@ -161,7 +161,7 @@ def convergence(args: argparse.Namespace) -> str:
         losses[name] = losses[name] or epoch_losses(read_log(place), steps_per_epoch(place, trained_data(place), batch))
     text = convergence_table(losses)
     write_text(args.output / "convergence.md", text + "\n")
-    draw_convergence(losses, args.output / "convergence.png")
+    draw_convergence(losses, args.output / f"convergence.{args.format}")
     return text
 
 
@@ -181,6 +181,6 @@ def errors(args: argparse.Namespace) -> str:
         groups = break_down(run.samples, run.results.protocol["ties"], run.results.kind)
         text = f"{dataset} {split}\n\n" + breakdown_markdown(groups, worst_cases(run.samples, args.worst))
         write_text(args.output / f"errors-{dataset}-{split}.md", text + "\n")
-        draw_breakdown(groups, args.output / f"errors-{dataset}-{split}.png")
+        draw_breakdown(groups, args.output / f"errors-{dataset}-{split}.{args.format}")
         texts.append(text)
     return "\n\n".join(texts)

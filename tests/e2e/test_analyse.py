@@ -77,6 +77,15 @@ def test_activation(run: Path, shapes: Path, tmp_path: Path):
     assert (tmp_path / "activation-refshapes-val.png").exists()
 
 
+def test_pictures_for_a_paper(run: Path, shapes: Path, tmp_path: Path):
+    text = analyse(run, shapes, tmp_path, "pictures", "--count", "2", "--format", "pdf")
+    samples = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| refshapes")]
+    assert len(set(samples)) == 2
+    assert (tmp_path / "pictures-refshapes-val.pdf").read_bytes().startswith(b"%PDF")
+    analyse(run, shapes, tmp_path, "pictures", "--samples", "3")
+    assert (tmp_path / "pictures-refshapes-val.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -85,6 +94,7 @@ def test_activation(run: Path, shapes: Path, tmp_path: Path):
         (["robustness", "--datasets", "refcocoo"], "refcocoo"),
         (["activation", "--count", "0"], "--count is 0"),
         (["dynamics"], "follows one run"),
+        (["pictures", "--samples", "99999"], "not a sample id"),
         (["occlusion", "--models", "a=x,x"], "given twice"),
         (["histogram", "--models", "a=x,y"], "takes one place"),
         (["convergence"], "has no log.jsonl"),

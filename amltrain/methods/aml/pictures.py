@@ -80,7 +80,8 @@ def draw_alignment(samples: FixedSamples, scores: Tensor, blocks: Tensor, block:
         row[1].imshow(image.mean(-1), cmap="gray", vmin=0, vmax=255)
         extent = (-0.5, size[1] - 0.5, size[0] - 0.5, -0.5)
         heat = row[1].imshow(scores[i].numpy(), extent=extent, cmap="viridis", vmin=0, vmax=1, alpha=0.8)
-        row[1].set_title(f"scores, mean {scores[i].mean():.2f}", fontsize=9)
+        share = "" if weak is None else f", {weak[i].float().mean():.0%} weak"
+        row[1].set_title(f"scores, mean {scores[i].mean():.2f}{share}", fontsize=9)
         _outline(row[1], None if weak is None else weak[i], WEAK)
         row[2].imshow(image * ~masked[i][..., None].numpy())
         row[2].set_title(f"stage 2: {masked[i].float().mean():.0%} masked", fontsize=9)
@@ -100,3 +101,13 @@ def _outline(axes: "Axes", mask: Tensor | None, colour: str) -> None:
     """Outline a mask [H, W] bool; nothing where it is empty, full or None."""
     if mask is not None and mask.any() and not mask.all():
         axes.contour(mask.float().numpy(), levels=[0.5], colors=colour, linewidths=1.3)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches, without display or global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second, which no run without pictures needs
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
