@@ -50,9 +50,10 @@ def test_a_run_becomes_a_page(run: Path) -> None:
 
 
 def test_scores_of_an_evaluation_are_shown_and_not_scored_again(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ["--splits", "val", "--pictures", "0", "--data.workers", "0"]
+    data = ["--data.datasets", "[refshapes]", "--data.prepared", str(shapes), "--data.workers", "0"]
+    flags = ["--splits", "val", "--pictures", "0", *data]
     evaluate(["--checkpoint", str(run / "last"), "--output", str(tmp_path / "scored"), *flags])
     [row] = json.loads((tmp_path / "scored" / "results.json").read_text())["results"]
     monkeypatch.setattr("amltrain.commands.report_page.evaluate_model", None)
