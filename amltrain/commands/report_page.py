@@ -40,6 +40,7 @@ def report(args: argparse.Namespace) -> Path:
         raise UserError("--results holds scores of whole splits; leave --max_samples out")
     source = find_source(args.run, args.checkpoint)
     output = Path(args.output) if args.output else (source.run or Path(".")) / "report.html"
+    find_model_folder(source.model)  # a name that is nothing at all is refused as such
     if source.run is None and not args.output:
         raise UserError(
             f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
