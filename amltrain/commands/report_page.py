@@ -19,7 +19,7 @@ from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.report.collect import choose, predict_cards, sample_rows
 from amltrain.evaluation.report.curves import by_length, histogram, read_log, training_charts
 from amltrain.evaluation.report.evaluated import read_evaluation
-from amltrain.evaluation.report.page import SplitPart, render, write_page
+from amltrain.evaluation.report.page import SplitPart, check_writable, render, write_page
 from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
 from amltrain.methods.aml.maps import Aligner, build_aligner
 
@@ -46,6 +46,7 @@ def report(args: argparse.Namespace) -> Path:
             f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
             "about a model alone"
         )
+    check_writable(output)
     pretrained = load_pretrained(source.model)
     training = read_training(find_model_folder(source.model))
     accelerator = Accelerator(mixed_precision=args.mixed_precision)

@@ -74,6 +74,7 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         ([str(run), "--pictures", "-1"], "--pictures"),
         ([str(run / "last")], "give --output"),
         ([str(run / "nothing")], "neither a folder here nor"),
+        ([str(run), "--output", str(run)], "it is a folder; choose another --output"),
     ):
         with pytest.raises(UserError, match=message):
             report(build_parser().parse_args([*flags, "--max_samples", "4"]))
