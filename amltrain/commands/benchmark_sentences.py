@@ -131,7 +131,7 @@ def count(name: str, sentences: int) -> tuple[float, float]:
         model = create_model(name).eval()
     counted = []
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model = model.to_empty(device="cpu")
+        model = model.to_empty(device="cpu").requires_grad_(False)  # the counter hooks what has a gradient
         batch = one_image(name, sentences, torch.device("cpu"))
         for whole in (True, False):
             with FlopCounterMode(display=False) as counter:
