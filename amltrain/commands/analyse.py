@@ -1,8 +1,9 @@
 """The analyses of the AML paper and an error analysis, one command each; every one writes a table and a picture.
 
     amltrain analyse robustness --models none=runs/none aml=runs/aml --datasets refcoco refcocog     (Table 15)
-    amltrain analyse occlusion --models none=runs/none aml=runs/aml --shares 0 0.3 0.5               (Fig. 4b)
+    amltrain analyse occlusion --models none=runs/n1,runs/n2 aml=runs/a1,runs/a2 --shares 0 0.3 0.5  (Fig. 4b)
     amltrain analyse activation --models none=runs/none aml=runs/aml --count 4                       (Figs. 4a, 5)
+    amltrain analyse pictures --models none=runs/none aml=runs/aml --samples 17 42 --format pdf
     amltrain analyse convergence --models none=runs/none aml=runs/aml                                (Table 14)
     amltrain analyse losses --models none=runs/none aml=runs/aml --split train --pairs 2048          (Table 14)
     amltrain analyse errors --results evaluation/aml-best
@@ -10,6 +11,7 @@
     amltrain analyse dynamics --models runs/aml                                                      (Tables 12, 13)
 
 Models are runs, model folders or Hub repositories, as NAME=PLACE or PLACE; differences are to the first one.
+Robustness and occlusion take several seeds of a model, NAME=PLACE,PLACE: mean and standard deviation.
 `amltrain analyse NAME --help` lists the options of one analysis.
 """
 
@@ -19,12 +21,13 @@ from pathlib import Path
 
 from amltrain.errors import UserError, one_line_errors
 
-DATA = ("robustness", "occlusion", "activation", "histogram", "dynamics", "losses")
+DATA = ("robustness", "occlusion", "activation", "pictures", "histogram", "dynamics", "losses")
 """Analyses that run models on data."""
 ABOUT = {
     "robustness": "seven perturbations, with the clean row, averages and differences",
     "occlusion": "a share of the image covered, with the drops",
     "activation": "maps of the decoder's positive and negative evidence for the referent",
+    "pictures": "predictions of chosen samples side by side, as a figure for a paper",
     "convergence": "mean training loss of every epoch, from the runs' logs",
     "losses": "mean loss on whole images over the checkpoints of runs, on the same pairs",
     "errors": "scores by length and kind of expression, object size, distractors, category; worst cases",
@@ -41,12 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name, about in ABOUT.items():
         sub = commands.add_parser(name, help=about, description=about)
         sub.add_argument("--output", type=Path, default=Path("analysis") / name, help="folder (default: %(default)s)")
+        sub.add_argument("--format", choices=("png", "pdf"), default="png", help="of the picture (default: png)")
         if name == "errors":
             sub.add_argument("--results", required=True, type=Path, help="evaluation folder, results.json or run")
             sub.add_argument("--split", help="DATASET:SPLIT (default: every split)")
             sub.add_argument("--worst", type=int, default=20, help="worst cases listed (default: 20)")
             continue
-        sub.add_argument("--models", required=True, nargs="+", metavar="[NAME=]PLACE", help="models to compare")
+        sub.add_argument("--models", required=True, nargs="+", metavar="[NAME=]PLACE[,PLACE]", help="models to compare")
         if name in DATA:
             add_data(sub)
     commands.choices["occlusion"].add_argument(
@@ -54,7 +58,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for name in ("robustness", "occlusion"):
         commands.choices[name].add_argument("--metric", default="oIoU", help="metric shown (default: oIoU)")
-    commands.choices["activation"].add_argument("--count", type=int, default=4, help="samples drawn (default: 4)")
+    for name in ("activation", "pictures"):
+        commands.choices[name].add_argument("--count", type=int, default=4, help="samples drawn (default: 4)")
+    commands.choices["pictures"].add_argument(
+        "--samples", type=int, nargs="+", default=[], metavar="ID", help="sample ids, of samples/*.parquet or a report"
+    )
     for name in ("histogram", "dynamics"):
         sub = commands.choices[name]
         sub.add_argument("--batches", type=int, default=10, help="batches scored (default: 10)")
@@ -96,6 +104,10 @@ def _analysis(name: str) -> Callable[[argparse.Namespace], str]:
         from amltrain.commands import analyse_losses
 
         return analyse_losses.losses
+    if name == "pictures":
+        from amltrain.commands import analyse_pictures
+
+        return analyse_pictures.pictures
     from amltrain.commands import analyse_models
 
     return getattr(analyse_models, name)

@@ -46,7 +46,7 @@ def histogram(args: argparse.Namespace) -> str:
     text = histogram_table(shares, statistics) + "\n\n" + NOTE.format("each model")
     _write_json(args, "histogram", {"models": statistics, "pairs": sum(len(b.image) for b in batches)})
     write_text(args.output / "histogram.md", text + "\n")
-    draw_histogram(shares, args.output / "histogram.png")
+    draw_histogram(shares, args.output / f"histogram.{args.format}")
     return text
 
 
@@ -69,7 +69,7 @@ def dynamics(args: argparse.Namespace) -> str:
     text = statistics_table(rows, "step") + "\n\n" + NOTE.format(f"step {checkpoints[0][0]:,}")
     _write_json(args, "dynamics", {"steps": statistics, "pairs": sum(len(b.image) for b in batches)})
     write_text(args.output / "dynamics.md", text + "\n")
-    draw_dynamics(list(statistics), list(statistics.values()), args.output / "dynamics.png")
+    draw_dynamics(list(statistics), list(statistics.values()), args.output / f"dynamics.{args.format}")
     return text
 
 

@@ -55,7 +55,7 @@ def losses(args: argparse.Namespace) -> str:
     steps = next(iter(models.values())) if len(models) == 1 else {}
     write_text(args.output / "losses.json", json.dumps({"models": models, "steps": steps, "pairs": count}, indent=2))
     write_text(args.output / "losses.md", text + "\n")
-    draw_losses(found, args.output / "losses.png")
+    draw_losses(found, args.output / f"losses.{args.format}")
     return text
 
 

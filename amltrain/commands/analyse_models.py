@@ -9,7 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
-from amltrain.commands.analysed import Analysed, data_of, load_models, loaders_of, moved, parse_models, single_process
+from amltrain.commands.analysed import (
+    Analysed,
+    data_of,
+    load_model,
+    load_models,
+    loaders_of,
+    moved,
+    parse_models,
+    parse_seeds,
+    single_process,
+)
 from amltrain.commands.trained import trained_data
 from amltrain.config.schema import ProtocolOverrides
 from amltrain.data.collate import collate
@@ -42,7 +52,7 @@ def robustness(args: argparse.Namespace) -> str:
     grid, scored = _grid(args, perturbations)
     text = robustness_table(grid, args.metric) + "\n" + _protocols(scored)
     write_text(args.output / "robustness.md", text + "\n")
-    draw_rows(grid, args.metric, args.output / "robustness.png")
+    draw_rows(grid, args.metric, args.output / f"robustness.{args.format}")
     return text
 
 
@@ -56,21 +66,27 @@ def occlusion(args: argparse.Namespace) -> str:
     grid, scored = _grid(args, named)
     text = level_table(grid, args.metric) + "\n" + _protocols(scored)
     write_text(args.output / "occlusion.md", text + "\n")
-    draw_levels(grid, [100 * s for s in shares], args.metric, args.output / "occlusion.png")
+    draw_levels(grid, [100 * s for s in shares], args.metric, args.output / f"occlusion.{args.format}")
     return text
 
 
 def _grid(args: argparse.Namespace, perturbations: dict[str, Perturbation | None]) -> tuple[Grid, list[Results]]:
-    """Score every model on every data set under every perturbation; rows go to OUTPUT/results.json as they come."""
+    """Score every seed of every model on every data set under every perturbation.
+
+    Rows go to OUTPUT/results.json as they come. One model is in memory at a time.
+    """
     if args.metric not in list_metrics():
         raise unknown_name("--metric", args.metric, list_metrics())
-    models = load_models(args.models)
-    data = data_of(args, models[0].place)
+    places = [(name, place) for name, seeds in parse_seeds(args.models).items() for place in seeds]
+    for _, place in places:
+        find_model_folder(place)  # a wrong name is refused before the first model is scored
+    data = data_of(args, places[0][1])
     accelerator = single_process(data)
     values: Grid = {}
     scored: list[Results] = []
-    for name, perturbation in perturbations.items():
-        for model in models:
+    for model_name, place_of_seed in places:
+        model = load_model(model_name, place_of_seed)
+        for name, perturbation in perturbations.items():
             protocol = run_protocol(model.pretrained.protocol, data, ProtocolOverrides())
             for loader in loaders_of(args, data, model, protocol, perturbation).values():
                 provenance = {
@@ -83,7 +99,8 @@ def _grid(args: argparse.Namespace, perturbations: dict[str, Perturbation | None
                 scored.append(result)
                 merge_results(args.output / "results.json", [result])
                 place = f"{result.dataset} {result.split}"
-                values.setdefault(place, {}).setdefault(name, {})[model.name] = result.score(args.metric)
+                of_model = values.setdefault(place, {}).setdefault(name, {})
+                of_model.setdefault(model.name, []).append(result.score(args.metric))
     return values, scored
 
 
@@ -112,7 +129,7 @@ def activation(args: argparse.Namespace) -> str:
         maps = {m.name: _evidence(accelerator, m, sets[m.name][name].dataset, chosen) for m in models}
         truths = [dataset[i].target > 127 for i in chosen]
         infos = [dataset.info(i) for i in chosen]
-        path = args.output / f"activation-{infos[0].dataset}-{infos[0].split}.png"
+        path = args.output / f"activation-{infos[0].dataset}-{infos[0].split}.{args.format}"
         draw_activation([dataset.picture(i) for i in chosen], [i.sentence for i in infos], truths, maps, path)
         for k, (sample, info) in enumerate(zip(chosen, infos, strict=True)):
             for m in models:
@@ -144,7 +161,7 @@ def convergence(args: argparse.Namespace) -> str:
         losses[name] = losses[name] or epoch_losses(read_log(place), steps_per_epoch(place, trained_data(place), batch))
     text = convergence_table(losses)
     write_text(args.output / "convergence.md", text + "\n")
-    draw_convergence(losses, args.output / "convergence.png")
+    draw_convergence(losses, args.output / f"convergence.{args.format}")
     return text
 
 
@@ -164,6 +181,6 @@ def errors(args: argparse.Namespace) -> str:
         groups = break_down(run.samples, run.results.protocol["ties"], run.results.kind)
         text = f"{dataset} {split}\n\n" + breakdown_markdown(groups, worst_cases(run.samples, args.worst))
         write_text(args.output / f"errors-{dataset}-{split}.md", text + "\n")
-        draw_breakdown(groups, args.output / f"errors-{dataset}-{split}.png")
+        draw_breakdown(groups, args.output / f"errors-{dataset}-{split}.{args.format}")
         texts.append(text)
     return "\n\n".join(texts)

@@ -33,28 +33,41 @@ class Analysed(NamedTuple):
     tokenizer: SentenceTokenizer
 
 
-def parse_models(models: Sequence[str]) -> dict[str, str]:
-    """NAME=PLACE or PLACE -> name and place. Raises UserError for a name given twice."""
-    named: dict[str, str] = {}
+def parse_seeds(models: Sequence[str]) -> dict[str, list[str]]:
+    """NAME=PLACE,PLACE or PLACE -> name and places of its seeds. Raises UserError for a name or place given twice."""
+    named: dict[str, list[str]] = {}
     for text in models:
-        name, equals, place = text.partition("=")
+        name, equals, places = text.partition("=")
         if not equals:
-            place, name = text, Path(text.rstrip("/")).name
-        if not name or not place or name in named:
+            places, name = text, Path(text.split(",")[0].rstrip("/")).name
+        if not name or name in named:
             raise UserError(f"--models {text}: the name {name!r} is missing or taken; write NAME=PLACE")
-        named[name] = place
+        named[name] = places.split(",")
+        if "" in named[name] or len(set(named[name])) < len(named[name]):
+            raise UserError(f"--models {text}: a place is missing or given twice; write NAME=SEED1,SEED2,SEED3")
     return named
+
+
+def parse_models(models: Sequence[str]) -> dict[str, str]:
+    """NAME=PLACE or PLACE -> name and place. Raises UserError for a name given twice, or several places."""
+    named = parse_seeds(models)
+    for name, places in named.items():
+        if len(places) > 1:
+            raise UserError(f"--models {name}={','.join(places)}: this analysis takes one place of each model")
+    return {name: places[0] for name, places in named.items()}
 
 
 def load_models(models: Sequence[str]) -> list[Analysed]:
     """Load every model. Raises UserError for one without a tokenizer."""
-    found = []
-    for name, place in parse_models(models).items():
-        pretrained = load_pretrained(place)
-        if pretrained.tokenizer is None:
-            raise UserError(f"{place} has no tokenizer files; save or convert it again with a tokenizer")
-        found.append(Analysed(name, place, pretrained, pretrained.tokenizer))
-    return found
+    return [load_model(name, place) for name, place in parse_models(models).items()]
+
+
+def load_model(name: str, place: str) -> Analysed:
+    """Load one model. Raises UserError if it has no tokenizer."""
+    pretrained = load_pretrained(place)
+    if pretrained.tokenizer is None:
+        raise UserError(f"{place} has no tokenizer files; save or convert it again with a tokenizer")
+    return Analysed(name, place, pretrained, pretrained.tokenizer)
 
 
 def data_of(args: argparse.Namespace, place: str) -> DataConfig:

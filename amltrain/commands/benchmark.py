@@ -3,6 +3,7 @@
     amltrain benchmark --model caris_tiny --size 96 --batch 8
     amltrain benchmark suite --help               # everything on one machine, e.g. on a GPU in ten minutes
     amltrain benchmark loader --help              # loading data
+    amltrain benchmark sentences --help           # sentences that share an image
     amltrain benchmark scale --help               # large data
     amltrain benchmark --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
     amltrain benchmark --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 OTHERS = {
     "loader": "amltrain.commands.benchmark_loader",
+    "sentences": "amltrain.commands.benchmark_sentences",
     "scale": "amltrain.commands.benchmark_scale",
     "suite": "amltrain.commands.suite.command",
 }

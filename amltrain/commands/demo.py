@@ -9,6 +9,7 @@ Two checkpoints are shown side by side. The page runs on this machine; --host 0.
 import argparse
 from collections.abc import Sequence
 
+from amltrain.config.ranges import check_number
 from amltrain.errors import one_line_errors
 
 
@@ -35,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
+        if args.port is not None:
+            check_number("--port", args.port, 1, 65535)
         from amltrain.commands import demo_page  # imports torch
 
         demo_page.import_gradio()  # before minutes of loading

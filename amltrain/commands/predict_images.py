@@ -110,6 +110,8 @@ def read_sentences(sentences: Sequence[str], file: str | None) -> list[str]:
             raise UserError(f"--sentences_file {file} cannot be read ({error}); give a UTF-8 text file") from error
     found = list(dict.fromkeys([*sentences, *lines]))
     if not found:
+        if file is not None:
+            raise UserError(f"--sentences_file {file} has no sentence; write one on each line")
         raise UserError("there is no sentence; give --sentence or --sentences_file")
     if not all(sentence.strip() for sentence in found):
         raise UserError("a sentence is empty; say what to look for")

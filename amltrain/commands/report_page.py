@@ -18,7 +18,8 @@ from amltrain.errors import UserError, first_line
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.report.collect import choose, predict_cards, sample_rows
 from amltrain.evaluation.report.curves import by_length, histogram, read_log, training_charts
-from amltrain.evaluation.report.page import SplitPart, render, write_page
+from amltrain.evaluation.report.evaluated import read_evaluation
+from amltrain.evaluation.report.page import SplitPart, check_writable, render, write_page
 from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
 from amltrain.methods.aml.maps import Aligner, build_aligner
 
@@ -35,13 +36,17 @@ def report(args: argparse.Namespace) -> Path:
     """Write the page and return its path."""
     for flag, low in (("pictures", 0), ("side", 32), ("batch_size", 1), ("max_samples", 1)):
         check_number(f"--{flag}", getattr(args, flag), low, ANY)
+    if args.results and args.max_samples:
+        raise UserError("--results holds scores of whole splits; leave --max_samples out")
     source = find_source(args.run, args.checkpoint)
     output = Path(args.output) if args.output else (source.run or Path(".")) / "report.html"
+    find_model_folder(source.model)  # a name that is nothing at all is refused as such
     if source.run is None and not args.output:
         raise UserError(
             f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
             "about a model alone"
         )
+    check_writable(output)
     pretrained = load_pretrained(source.model)
     training = read_training(find_model_folder(source.model))
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -52,7 +57,7 @@ def report(args: argparse.Namespace) -> Path:
     options = (data, pretrained, splits, args)
     scored, shown = _loaders(*options, pretrained.protocol.frame), _loaders(*options, "original")
     parts = [
-        _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, args, first=i == 0)
+        _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, args, source, first=i == 0)
         for i, name in enumerate(scored)
     ]
     curves = training_charts(read_log(source.run / "log.jsonl")) if source.run else []
@@ -114,10 +119,15 @@ def _split_part(
     shown: DataLoader,
     aligner: Aligner | None,
     args: argparse.Namespace,
+    source: Source,
     *,
     first: bool,
 ) -> SplitPart:
-    results = evaluate_model(accelerator, model, scored, pretrained.protocol, provenance={"checkpoint": str(args.run)})
+    rule = pretrained.protocol
+    if args.results:
+        results = read_evaluation(args.results, source.model, rule, scored.dataset)
+    else:
+        results = evaluate_model(accelerator, model, scored, rule, provenance={"checkpoint": str(args.run)})
     rows = sample_rows(results, scored.dataset)
     chosen = list(dict.fromkeys(args.samples)) if first else []
     unknown = set(chosen) - set(rows.sample_id.tolist())
@@ -125,7 +135,7 @@ def _split_part(
         raise UserError(f"--samples {min(unknown)} is not a sample id of {results.dataset} {results.split}")
     picked = choose(rows, args.pictures, args.seed, chosen)
     cards = predict_cards(
-        accelerator, model, shown, pretrained.protocol, rows, picked, aligner,
+        accelerator, model, shown, rule, rows, picked, aligner,
         batch_size=args.batch_size, side=args.side,
     )  # fmt: skip
     lengths = by_length("IoU by length of the sentence", rows.iou, rows.words)

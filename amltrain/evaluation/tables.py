@@ -62,7 +62,7 @@ def write_tables(folder: Path, results: Sequence[Results]) -> None:
 
 def markdown(rows: Sequence[Row], text_columns: int = 2) -> list[str]:
     """Lines of a Markdown table whose first row is the header; the first columns are left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(2, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]  # a rule of ":" alone is no table
     pad = [str.ljust] * text_columns + [str.rjust] * (len(widths) - text_columns)
     lines = ["| " + " | ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True)) + " |" for row in rows]
     rule = ["-" * w if i < text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

@@ -41,8 +41,9 @@ class RISModel(nn.Module):
     alignment_texts       values of its argument `text` that this model offers, the default first
     alignment_visuals     the same of its argument `visual`
 
-    encodes_image_alone   the image encoder does not read the sentence, so an evaluation may run it once for all
-                          sentences of an image. Such a model overrides `encode_image` and `encode_with_image`.
+    encodes_image_alone   the image encoder, or its first part, does not read the sentence, so an evaluation may run it
+                          once for all sentences of an image. Such a model overrides `encode_image` and
+                          `encode_with_image`.
     """
 
     mask_channels: int | None = None
@@ -59,7 +60,7 @@ class RISModel(nn.Module):
         raise NotImplementedError
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Encode images [B, 3, H, W] without their sentences; every tensor returned has B rows.
+        """Encode images [B, 3, H, W] as far as no sentence is needed; every tensor returned has B rows.
 
         Only where `encodes_image_alone`; then `encode(batch)` is `encode_with_image(batch, encode_image(batch.image))`.
         """

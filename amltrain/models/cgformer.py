@@ -98,14 +98,15 @@ class TokenLoading(nn.Module):
         mask_token = tokens[:, -1:]
         words, real = self.normk(text), text_mask[..., None]
         query = self.q_proj(self.normq(mask_token))
-        bias = (text_mask.to(query.dtype) - 1)[:, None] * 1e4  # [B, 1, L]
+        bias = (text_mask.to(query.dtype) - 1)[:, None, None] * 1e4  # [B, 1, 1, L]
+        # one head, written as a dimension: ONNX converts attention of four dimensions only
         read = F.scaled_dot_product_attention(
-            query,
-            self.k_proj(words) * real,
-            self.v_proj(words) * real,
+            query[:, None],
+            (self.k_proj(words) * real)[:, None],
+            (self.v_proj(words) * real)[:, None],
             attn_mask=bias,
             dropout_p=self.dropout if self.training else 0.0,
-        )
+        ).squeeze(1)
         mask_token = mask_token + F.dropout(self.proj(read), self.dropout, self.training)
         return self.mlp(self.norm(torch.cat([tokens[:, :-1], mask_token], dim=1)))
 
@@ -180,7 +181,7 @@ class GroupingDecoder(nn.Module):
         """Encoded maps and words, random keys [B] int64 or None for no noise -> logits [B, 1, h, w], the mask token's
         assignments [B, h_i, w_i] from coarse to fine, the coarsest fused map [B, D, h_0, w_0]."""
         maps = features.visual
-        tokens = self.tokens.expand(len(features.text), -1, -1)
+        tokens = self.tokens.expand(features.text.shape[0], -1, -1)
         visual = maps[3]
         fused, assigned = [], []
         for level, other in enumerate((maps[2], maps[1], maps[0])):

@@ -152,6 +152,7 @@ class DETRIS(PixelTextModel):
     """DINOv2 with dense aligners, CLIP text with adapters, CRIS' decoder; one-channel logits, four per patch side."""
 
     vision: DINOv2
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -178,6 +179,7 @@ class DETRIS(PixelTextModel):
         """
         super().__init__()
         self.vision, self.text, self.taps = vision, text, taps
+        self.blocks_alone = min(*vision_adapters, *taps)
         if not train_encoders:
             vision.requires_grad_(False)
             text.requires_grad_(False)
@@ -200,8 +202,22 @@ class DETRIS(PixelTextModel):
         tokens, sentence = self.text(batch.input_ids, batch.text_mask, adapters)
         return Features(self._see(batch.image, tokens), tokens, batch.text_mask, {"sentence": sentence})
 
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Encode the blocks before the first aligner and the first tap: tokens [B, N, C]."""
+        return (self.vision.encode_start(image, self.blocks_alone),)
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        adapters = {int(i): adapter for i, adapter in self.text_adapters.items()}
+        tokens, sentence = self.text(batch.input_ids, batch.text_mask, adapters)
+        maps = self._see_rest(image[0], self.vision.grid(batch.image), tokens)
+        return Features(maps, tokens, batch.text_mask, {"sentence": sentence})
+
     def _see(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-        return self.vision(image, self.taps, {int(i): partial(a, tokens) for i, a in self.aligners.items()})
+        return self._see_rest(self.encode_image(image)[0], self.vision.grid(image), tokens)
+
+    def _see_rest(self, x: Tensor, grid: tuple[int, int], tokens: Tensor) -> tuple[Tensor, ...]:
+        aligners = {int(i): partial(aligner, tokens) for i, aligner in self.aligners.items()}
+        return self.vision.encode_rest(x, grid, self.blocks_alone, self.taps, aligners)
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None

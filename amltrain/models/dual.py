@@ -62,6 +62,7 @@ class Dual(RISModel):
 
     mask_channels = 2
     supports_suppression = True
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -109,8 +110,13 @@ class Dual(RISModel):
         return self
 
     def encode(self, batch: Batch) -> Features:
-        text = self.text(batch.input_ids, batch.text_mask)
-        return Features(self.vision(batch.image), text, batch.text_mask)
+        return self.encode_with_image(batch, self.encode_image(batch.image))
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.vision(image))
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        return Features(image, self.text(batch.input_ids, batch.text_mask), batch.text_mask)
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         visual = features.visual if self.pyramid is None else self.pyramid(features.visual)

@@ -21,6 +21,7 @@ class EarlyFusionModel(RISModel):
 
     backbone: LanguageSwin | ResNet50
     text_encoder: BertModel
+    encodes_image_alone = True
 
     def __init__(
         self, *, backbone: LanguageSwin | ResNet50, text_encoder: BertModel, trained_text_layers: int | None
@@ -38,6 +39,14 @@ class EarlyFusionModel(RISModel):
 
     def encode(self, batch: Batch) -> Features:
         return self._encode_image(batch, self._encode_text(batch))
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Encode what comes before the first fusion: a Swin's first stage, or all of a ResNet."""
+        return self.backbone.before_words(self.prepare_image(image))
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        text = self._encode_text(batch)
+        return Features(self.backbone.read_words(image, text, batch.text_mask), text, batch.text_mask)
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return self._encode_image(batch, features.text)

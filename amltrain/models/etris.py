@@ -137,6 +137,7 @@ class ETRIS(PixelTextModel):
     """CLIP's two towers with bridges, the neck and CRIS' decoder; one-channel logits at stride 4."""
 
     vision: CLIPResNet | CLIPViT
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -189,6 +190,13 @@ class ETRIS(PixelTextModel):
 
     def encode(self, batch: Batch) -> Features:
         """Three maps of the image padded to multiples of the encoder's stride; `extra["sentence"]` is [B, E]."""
+        return self.encode_with_image(batch, self.encode_image(batch.image))
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Encode what comes before the first bridge: two stages of a ResNet, the first third of a ViT."""
+        return self.vision.encode_start(self.padded(image))
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         words = self.text.embed(batch.input_ids, batch.text_mask)
         third = len(self.text.blocks) // BRIDGES
         before = None
@@ -199,7 +207,7 @@ class ETRIS(PixelTextModel):
             seen, words, before = self.bridges[level](seen, words, before)
             return seen
 
-        maps = self.vision(self.padded(batch.image), bridge)
+        maps = self.vision.encode_rest(image, bridge)
         tokens, sentence = self.text.finish(words, batch.text_mask)
         return Features(maps, tokens, batch.text_mask, {"sentence": sentence})
 

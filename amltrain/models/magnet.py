@@ -207,6 +207,7 @@ class MagNet(RISModel):
     mask_channels = 1
     supports_suppression = True
     alignment_visuals = ("unimodal", "conditioned")
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -248,8 +249,15 @@ class MagNet(RISModel):
 
     def encode(self, batch: Batch) -> Features:
         """Four mixed maps; `text` is BERT's output with the image in it."""
+        return self.encode_with_image(batch, self.encode_image(batch.image))
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Encode the first Swin stage's blocks, before the words and the image read each other: [B, h, w, C]."""
+        return (self.swin.layers[0](self.swin.patch_embed(image)),)
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         maps: list[Tensor] = []
-        _, text = self._stages(batch, maps)
+        _, text = self._stages(batch, image[0], maps)
         return Features(tuple(maps), text, batch.text_mask)
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
@@ -270,7 +278,7 @@ class MagNet(RISModel):
         visual="conditioned": both as the trained network has them, before the last stage's own fusion.
         """
         if visual == "conditioned":
-            x, tokens = self._stages(batch, None)
+            x, tokens = self._stages(batch, self.encode_image(batch.image)[0], None)
         else:
             x, tokens = self._image_alone(batch), self._text_alone(batch)
         return AlignmentFeatures(x.permute(0, 3, 1, 2), tokens, batch.text_mask)
@@ -279,16 +287,16 @@ class MagNet(RISModel):
         """The words are conditioned on the image; the text features given are kept."""
         return features._replace(visual=self.encode(batch).visual)
 
-    def _stages(self, batch: Batch, maps: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Run both encoders; collect the mixed map of every stage in `maps`, if given.
+    def _stages(self, batch: Batch, x: Tensor, maps: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Run the rest of both encoders, given the first Swin stage; collect the mixed map of every stage in `maps`.
 
         Returns the last stages' outputs before their own fusion, [B, h, w, C] and [B, L, D].
         """
         mask = batch.text_mask
-        x, text = self.swin.patch_embed(batch.image), self.text_encoder.embeddings(input_ids=batch.input_ids)
+        text = self.text_encoder.embeddings(input_ids=batch.input_ids)
         last = len(self.swin.layers) - 1
         for i, stage in enumerate(self.swin.layers):
-            x, text = stage(x), self._text_stage(i, text, mask)
+            x, text = stage(x) if i else x, self._text_stage(i, text, mask)
             if i < last or maps is not None:
                 mixed, whole = self.image_fusion[i](x, text, mask)
                 if maps is not None:

@@ -125,6 +125,7 @@ class ReMamber(RISModel):
     """VMamba, CLIP's text tower, a twister after every stage and a head; one-channel logits at the image's size."""
 
     mask_channels = 1
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -160,6 +161,14 @@ class ReMamber(RISModel):
         text, sentence = self._encode_text(batch)
         return self._encode_image(batch, text, sentence)
 
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Encode the first stage, before its twister reads the words: [B, H, W, C]."""
+        return (self.vision.layers[0](self.vision.patch_embed(self._padded(image))),)
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
+        text, sentence = self._encode_text(batch)
+        return self._twist(batch, image[0], text, sentence)
+
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return self._encode_image(batch, features.text, features.extra["sentence"])
 
@@ -189,10 +198,13 @@ class ReMamber(RISModel):
         return self.text_encoder(batch.input_ids, batch.text_mask)
 
     def _encode_image(self, batch: Batch, text: Tensor, sentence: Tensor) -> Features:
-        x = self.vision.patch_embed(self._padded(batch.image))
+        return self._twist(batch, self.encode_image(batch.image)[0], text, sentence)
+
+    def _twist(self, batch: Batch, x: Tensor, text: Tensor, sentence: Tensor) -> Features:
+        """The twisters and the later stages, given the first stage's map x [B, H, W, C]."""
         maps = []
-        for stage, twister in zip(self.vision.layers, self.twisters, strict=True):
-            x = stage(x)
+        for i, (stage, twister) in enumerate(zip(self.vision.layers, self.twisters, strict=True)):
+            x = stage(x) if i else x
             if self.gradient_checkpointing and self.training:
                 x = recompute(twister, x, text, sentence)
             else:

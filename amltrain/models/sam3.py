@@ -58,6 +58,7 @@ class SAM3(RISModel):
     """SAM 3 with one-channel logits at a quarter of a patch (stride 3.5 in the official code) and a no-target head."""
 
     mask_channels = 1
+    encodes_image_alone = True
 
     def __init__(
         self,
@@ -97,13 +98,16 @@ class SAM3(RISModel):
         return self
 
     def encode(self, batch: Batch) -> Features:
+        return self.encode_with_image(batch, self.encode_image(batch.image))
+
+    def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         length = batch.input_ids.shape[1]
         causal = batch.text_mask[:, None, None, :].expand(-1, 1, length, length).tril()
         words = self.sam3.text_encoder.text_model(input_ids=batch.input_ids, attention_mask=causal)
         text = self.sam3.text_projection(words.last_hidden_state)
-        return Features(self._encode_image(batch.image), text, batch.text_mask)
+        return Features(image, text, batch.text_mask)
 
-    def _encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
+    def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
         """image [B, 3, H, W] -> the pyramid's maps [B, C, h_i, w_i] at 4x, 2x and 1x the grid of patches."""
         size = (self.image_size, self.image_size)
         if image.shape[-2:] != size:
@@ -167,7 +171,7 @@ class SAM3(RISModel):
         return head.semantic_projection(pixels), fused
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
-        return features._replace(visual=self._encode_image(batch.image))
+        return features._replace(visual=self.encode_image(batch.image))
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The transformers of image and text at their own rate when trained whole; vectors and embeddings no decay."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from amltrain.commands import benchmark_sentences
 from amltrain.commands.benchmark import main
 from amltrain.commands.benchmark_steps import (
     Contender,
@@ -91,3 +92,15 @@ def test_bad_options_are_one_line(capsys: pytest.CaptureFixture, flag: str, valu
     with pytest.raises(SystemExit):
         main([flag, value])
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_sentences_that_share_an_image(capsys: pytest.CaptureFixture) -> None:
+    benchmark_sentences.main(["--models", "cris_tiny", "beit3_tiny", "--sentences", "3", "--rounds", "1"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "_tiny" in line]
+    cris, beit3 = ([cell.strip() for cell in row] for row in rows)
+    assert float(cris[4]) > 1.1  # of the FLOPs
+    assert float(beit3[4]) == 1  # it reads the words from the first block on
+    assert float(cris[8]) < 1e-5
+    with pytest.raises(SystemExit):
+        benchmark_sentences.main(["--models", "cris_tinny"])
+    assert "did you mean cris_tiny" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from amltrain.commands.demo import main
 from amltrain.commands.demo_page import Contender, build_page, launch, load_contenders
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
@@ -36,6 +37,12 @@ def test_what_is_shown(contenders: list[Contender]) -> None:
     assert contenders[1](image, "x").alignment is None
     with pytest.raises(UserError, match="names 3 models"):
         load_contenders(["a", "b", "c"], None)
+
+
+def test_a_port_that_cannot_be_is_refused_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--checkpoint", "nothing", "--port", "70000"])
+    assert "--port is 70000 and must lie between 1 and 65535" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -77,7 +77,14 @@ def test_a_broken_image_among_many_is_named_and_the_rest_goes_on(tmp_path: Path,
 def test_sentences_come_from_flags_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "s.txt").write_text("the dog\n\n the cat \nred\n")
     assert read_sentences(["red", "red"], str(tmp_path / "s.txt")) == ["red", "the dog", "the cat"]
-    for given, file, message in (([], None, "no sentence"), ([" "], None, "empty"), (["x"], "none", "none cannot be")):
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    for given, file, message in (
+        ([], None, "no sentence"),
+        ([], str(blank), r"blank\.txt has no sentence"),
+        ([" "], None, "empty"),
+        (["x"], "none", "none cannot be"),
+    ):
         with pytest.raises(UserError, match=message):
             read_sentences(given, file)
 

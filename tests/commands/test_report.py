@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from amltrain.commands.evaluate import main as evaluate
 from amltrain.commands.report import build_parser
 from amltrain.commands.report_page import find_source, report
 from amltrain.data.text import SentenceTokenizer
@@ -48,12 +49,32 @@ def test_a_run_becomes_a_page(run: Path) -> None:
         assert part in text
 
 
+def test_scores_of_an_evaluation_are_shown_and_not_scored_again(
+    run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--data.datasets", "[refshapes]", "--data.prepared", str(shapes), "--data.workers", "0"]
+    flags = ["--splits", "val", "--pictures", "0", *data]
+    evaluate(["--checkpoint", str(run / "last"), "--output", str(tmp_path / "scored"), *flags])
+    [row] = json.loads((tmp_path / "scored" / "results.json").read_text())["results"]
+    monkeypatch.setattr("amltrain.commands.report_page.evaluate_model", None)
+    args = [str(run), "--results", str(tmp_path / "scored"), "--pictures", "3"]
+    text = report(build_parser().parse_args(args)).read_text(encoding="utf-8")
+    assert f"{row['metrics_percent']['oIoU']:.2f}" in text
+    assert text.count("<article") == 3
+    with pytest.raises(UserError, match=r"has no scores of .* on refshapes testA"):
+        report(build_parser().parse_args([*args, "--splits", "testA"]))
+    with pytest.raises(UserError, match="leave --max_samples out"):
+        report(build_parser().parse_args([*args, "--max_samples", "4"]))
+
+
 def test_bad_input(run: Path, tmp_path: Path) -> None:
     for flags, message in (
         ([str(run), "--checkpoint", "step-7"], "has no checkpoint step-7"),
         ([str(run), "--samples", "9999"], "9999 is not a sample id"),
         ([str(run), "--pictures", "-1"], "--pictures"),
         ([str(run / "last")], "give --output"),
+        ([str(run / "nothing")], "neither a folder here nor"),
+        ([str(run), "--output", str(run)], "it is a folder; choose another --output"),
     ):
         with pytest.raises(UserError, match=message):
             report(build_parser().parse_args([*flags, "--max_samples", "4"]))

@@ -45,7 +45,23 @@ def test_occlusion_with_drops(run: Path, shapes: Path, tmp_path: Path):
     assert (tmp_path / "occlusion.png").stat().st_size > 5000
     rows = json.loads((tmp_path / "results.json").read_text())["results"]
     shares = [r["provenance"]["perturbation"] and r["provenance"]["perturbation"]["severity"] for r in rows]
-    assert shares == [None, None, 0.5, 0.5]
+    assert shares == [None, 0.5, None, 0.5]
+
+
+def test_seeds_get_mean_and_deviation(run: Path, shapes: Path, tmp_path: Path):
+    first, second = (f"{run}/step-{step:06d}" for step in (1, 2))
+    data = ["--datasets", "refshapes", "--prepared", str(shapes), "--workers", "0", "--output", str(tmp_path)]
+    more = ["--shares", "0", "0.5", "--max_samples", "3"]
+    main(["occlusion", "--models", f"one={first}", f"both={first},{second}", *data, *more])
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]
+    clean = {
+        r["provenance"]["checkpoint"]: r["metrics_percent"]["oIoU"] for r in rows if not r["provenance"]["perturbation"]
+    }
+    one, two = clean[first], clean[second]
+    line = next(line for line in (tmp_path / "occlusion.md").read_text().splitlines() if line.startswith("| 0 %"))
+    cells = [text.strip() for text in line.split("|")[2:-1]]
+    assert cells == [f"{one:.2f}", "+0.00", f"{(one + two) / 2:.2f} ± {abs(one - two) / 2**0.5:.2f}", "+0.00 ± 0.00"]
+    assert (tmp_path / "occlusion.png").exists()
 
 
 def test_histogram(run: Path, shapes: Path, tmp_path: Path):
@@ -91,6 +107,15 @@ def test_activation(run: Path, shapes: Path, tmp_path: Path):
     assert (tmp_path / "activation-refshapes-val.png").exists()
 
 
+def test_pictures_for_a_paper(run: Path, shapes: Path, tmp_path: Path):
+    text = analyse(run, shapes, tmp_path, "pictures", "--count", "2", "--format", "pdf")
+    samples = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| refshapes")]
+    assert len(set(samples)) == 2
+    assert (tmp_path / "pictures-refshapes-val.pdf").read_bytes().startswith(b"%PDF")
+    analyse(run, shapes, tmp_path, "pictures", "--samples", "3")
+    assert (tmp_path / "pictures-refshapes-val.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -99,6 +124,9 @@ def test_activation(run: Path, shapes: Path, tmp_path: Path):
         (["robustness", "--datasets", "refcocoo"], "refcocoo"),
         (["activation", "--count", "0"], "--count is 0"),
         (["dynamics"], "follows one run"),
+        (["pictures", "--samples", "99999"], "not a sample id"),
+        (["occlusion", "--models", "a=x,x"], "given twice"),
+        (["histogram", "--models", "a=x,y"], "takes one place"),
         (["convergence"], "has no log.jsonl"),
     ],
 )

@@ -18,6 +18,7 @@ from amltrain.evaluation.metrics import scored_columns
 from amltrain.evaluation.protocols import named_protocol
 from amltrain.evaluation.results import Results, merge_results
 from amltrain.evaluation.samples import read_samples, sample_table, write_samples
+from amltrain.evaluation.tables import markdown
 from tests.evaluation.stand_in import Scenes, SeesBright, loader
 
 
@@ -110,6 +111,11 @@ def test_groups():
     assert parse_groups(["none=a,b", "runs/aml"]) == {"none": ["a", "b"], "aml": ["runs/aml"]}
     with pytest.raises(UserError, match="taken"):
         parse_groups(["x/a", "y/a"])
+
+
+def test_every_column_of_a_table_has_a_rule_that_markdown_reads():
+    rule = markdown([("model", "", "x"), ("a", "*", "1")], text_columns=1)[1]
+    assert all(len(cell.strip()) > 1 for cell in rule.strip("|").split("|")), rule
 
 
 def test_breakdown(scored: Results, tmp_path: Path):

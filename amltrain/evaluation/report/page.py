@@ -56,6 +56,19 @@ def render(
     )
 
 
+def check_writable(path: Path) -> None:
+    """Raise UserError if a page cannot be written here; called before minutes of scoring."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
+
+
 def write_page(path: Path, page: str) -> None:
     """Write the page atomically. Raises UserError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

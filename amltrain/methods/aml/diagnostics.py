@@ -86,14 +86,21 @@ class AlignmentDiagnostics:
 
 
 def build_alignment_diagnostics(
-    dataset: ReferDataset, folder: Path, device: torch.device, every_steps: int, *, block: int, count: int = 4
+    dataset: ReferDataset,
+    folder: Path,
+    device: torch.device,
+    every_steps: int,
+    *,
+    block: int,
+    tau: float | None = None,
+    count: int = 4,
 ) -> AlignmentDiagnostics:
-    """Diagnostics with `count` samples spread over the data set, on the device."""
+    """Diagnostics with `count` samples spread over the data set, on the device. tau: see `FixedSamples`."""
     indices = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
     batch = collate([dataset[i] for i in indices])
     images = [dataset.transform.denormalise(image) for image in batch.image]
     moved = normalise_batch(batch.mapped(lambda part: part.to(device)), dataset.transform.normalization)
-    samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices])
+    samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices], tau)
     return AlignmentDiagnostics(folder, every_steps, samples, block=block)
 
 

@@ -227,7 +227,10 @@ class AML(Method):
         """Alignment statistics and pictures of fixed samples; see `diagnostics`."""
         if self.diagnostics_every is None:
             return None
-        return build_alignment_diagnostics(dataset, folder, device, self.diagnostics_every, block=self.masker.block)
+        masker = self.masker
+        return build_alignment_diagnostics(
+            dataset, folder, device, self.diagnostics_every, block=masker.block, tau=masker.tau
+        )
 
 
 @register_method(

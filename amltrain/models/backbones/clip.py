@@ -172,7 +172,7 @@ class CLIPText(nn.Module):
         """Map the last block's output to normed tokens [B, L, W] and the sentence's vector [B, E]."""
         tokens = self.ln_final(x)
         last = (text_mask.sum(dim=1) - 1).clamp(min=0)
-        sentence = tokens[torch.arange(len(last), device=x.device), last]
+        sentence = tokens[torch.arange(last.shape[0], device=x.device), last]
         return tokens, self.project(sentence)
 
     def project(self, features: Tensor) -> Tensor:

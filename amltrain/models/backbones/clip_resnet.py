@@ -107,22 +107,35 @@ class CLIPResNet(nn.Module):
 
         between: what works on the maps of the last three stages, `stream_channels` wide, before anything reads them.
         """
-        fine, middle, coarse = self._stages(image, between)
+        return self.encode_rest(self.encode_start(image), between)
+
+    def encode_start(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Stem and two stages, which `between` does not reach: ([B, C, H / 8, W / 8],)."""
+        x = self.stem(image)
+        for stage in self.stages[:2]:
+            x = self._run(stage, x)
+        return (x,)
+
+    def encode_rest(self, start: tuple[Tensor, ...], between: Between | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The rest of `forward`, given what `encode_start` returned."""
+        fine, middle, coarse = self._later_stages(start, between)
         return fine, middle, self.pool(coarse)
 
     def shared(self, image: Tensor) -> Tensor:
         """CLIP's own answer at every cell, in the space that it shares with the text: [B, E, H / 32, W / 32]."""
-        return self.pool.attend(self._stages(image)[2])
+        return self.pool.attend(self._later_stages(self.encode_start(image))[2])
 
-    def _stages(self, image: Tensor, between: Between | None = None) -> list[Tensor]:
-        x = self.stem(image)
+    def _later_stages(self, start: tuple[Tensor, ...], between: Between | None = None) -> list[Tensor]:
+        [x] = start
         maps = []
-        for i, stage in enumerate(self.stages, -1):
-            x = recompute(stage, x) if self.gradient_checkpointing and self.training else stage(x)
-            if between is not None and i >= 0:
-                x = between(i, x)
+        for i, stage in enumerate(self.stages[1:]):
+            x = self._run(stage, x) if i else x
+            x = x if between is None else between(i, x)
             maps.append(x)
-        return maps[1:]
+        return maps
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return recompute(stage, x) if self.gradient_checkpointing and self.training else stage(x)
 
 
 def load_clip_resnet(vision: CLIPResNet, weights: str) -> None:

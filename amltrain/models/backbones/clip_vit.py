@@ -69,24 +69,36 @@ class CLIPViT(nn.Module):
         between: what works on the patches after every third of the blocks, before anything reads them; the class
         token is not shown to it.
         """
+        return self.encode_rest(self.encode_start(image), between)
+
+    def encode_start(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The first third of the blocks, before `between`: patches [B, C, h, w], class token [B, 1, C]."""
         x, grid = self.embed(image)
-        third = len(self.blocks) // 3
-        maps = []
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks[: len(self.blocks) // 3]:
             x = self._run(block, x)
-            if (i + 1) % third == 0:
-                seen = x[:, 1:].transpose(1, 2).unflatten(2, grid)
-                if between is not None:
-                    seen = between(i // third, seen)
-                    x = torch.cat([x[:, :1], seen.flatten(2).transpose(1, 2)], dim=1)
-                maps.append(seen)
-        return maps[0], maps[1], self.finish(x[:, 1:]).transpose(1, 2).unflatten(2, grid)
+        return x[:, 1:].transpose(1, 2).unflatten(2, grid), x[:, :1]
+
+    def encode_rest(self, start: tuple[Tensor, ...], between: Between | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The rest of `forward`, given what `encode_start` returned."""
+        seen, first = start
+        grid, third = seen.shape[-2:], len(self.blocks) // 3
+        maps = []
+        for level in range(3):
+            if level:
+                x = torch.cat([first, seen.flatten(2).transpose(1, 2)], dim=1)
+                for block in self.blocks[level * third : (level + 1) * third]:
+                    x = self._run(block, x)
+                first, seen = x[:, :1], x[:, 1:].transpose(1, 2).unflatten(2, grid)
+            seen = seen if between is None else between(level, seen)
+            maps.append(seen)
+        patches = seen.flatten(2).transpose(1, 2)
+        return maps[0], maps[1], self.finish(patches).transpose(1, 2).unflatten(2, grid)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Class token and patches as they enter the first block [B, 1 + N, C], and the grid (h, w)."""
         patches = self.patch_embed(image)
         grid = (patches.shape[-2], patches.shape[-1])
-        first = self.class_embedding.expand(len(image), 1, -1)
+        first = self.class_embedding.expand(image.shape[0], 1, -1)
         x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
         return self.ln_pre(x + resample(self.positional_embedding, grid)), grid
 

@@ -85,15 +85,31 @@ class DINOv2(nn.Module):
         taps: blocks (from 0) whose output is given as it is, in rising order; the last map is the normed end.
         adapters: modules parallel to the MLP of a block (from 0).
         """
-        adapters = adapters or {}
+        return self.encode_rest(self.encode_start(image, 0), self.grid(image), 0, taps, adapters or {})
+
+    def encode_start(self, image: Tensor, blocks: int) -> Tensor:
+        """The first blocks, without adapters: tokens [B, N, C]. blocks: how many."""
         x, grid = self.embed(image)
+        for block in self.blocks[:blocks]:
+            x = self._run_block(block, x, grid, None)
+        return x
+
+    def encode_rest(
+        self, x: Tensor, grid: tuple[int, int], done: int, taps: Sequence[int], adapters: Mapping[int, Adapter]
+    ) -> tuple[Tensor, ...]:
+        """The rest of `forward`, given what `encode_start(image, done)` returned for images of this grid."""
         maps = []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks[done:], done):
             x = self._run_block(block, x, grid, adapters.get(i))
             if i in taps:
                 maps.append(self._as_map(x, grid))
         maps.append(self._as_map(self.norm(x), grid))
         return tuple(maps)
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of an image [B, 3, H, W]."""
+        height, width = image.shape[-2:]
+        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens that enter the first block, [B, N, C], and the grid (h, w)."""

@@ -79,7 +79,7 @@ class EvaCLIPViT(nn.Module):
         assert cls_token is not None and pos_embed is not None  # Eva was built with both
         patches = self.eva.patch_embed.proj(image)
         grid = (patches.shape[-2], patches.shape[-1])
-        first = cls_token.expand(len(image), -1, -1)
+        first = cls_token.expand(image.shape[0], -1, -1)
         x = torch.cat([first, patches.flatten(2).transpose(1, 2).to(first.dtype)], dim=1)
         return x + resample(pos_embed[0], grid), grid
 

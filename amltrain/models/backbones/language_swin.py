@@ -55,10 +55,18 @@ class LanguageSwin(nn.Module):
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
         """image [B, 3, H, W], text [B, L, D], text_mask [B, L] bool -> fused [B, C_i, h_i, w_i], fine to coarse."""
-        x = self.swin.patch_embed(image)
+        return self.read_words(self.before_words(image), text, text_mask)
+
+    def before_words(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The first stage's blocks, before anything reads the words: [B, h, w, C] at stride 4."""
+        return (self.swin.layers[0](self.swin.patch_embed(image)),)
+
+    def read_words(self, start: tuple[Tensor, ...], text: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
+        """The rest of `forward`, given what `before_words` returned."""
+        [x] = start
         maps = []
         for i, stage in enumerate(self.swin.layers):
-            x = stage(x)
+            x = stage(x) if i else x
             fused = self._fuse(i, x, text, text_mask)
             maps.append(self.swin.normed(i, fused))
             if stage.downsample is not None:

@@ -41,6 +41,14 @@ class ResNet50(nn.Module):
         """The last map, [B, 2048, H / 32, W / 32]."""
         return self(image)[-1]
 
+    def before_words(self, image: Tensor) -> tuple[Tensor, ...]:
+        """All maps: nothing here reads the words."""
+        return self(image)
+
+    def read_words(self, start: tuple[Tensor, ...], text: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
+        """The maps as they are."""
+        return start
+
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.gradient_checkpointing = enabled
 

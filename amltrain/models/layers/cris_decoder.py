@@ -128,12 +128,21 @@ class SentenceKernel(nn.Module):
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
         """x [B, C, h, w], sentence [B, E] -> logits [B, 1, 4h, 4w]."""
-        x = self.visual(x)
-        batch, dim = x.shape[:2]
         parameters = self.kernel(sentence)
-        weight, bias = parameters[:, :-1].reshape(batch, dim, 3, 3), parameters[:, -1]
-        # every sample has its own kernel: the samples become groups of one convolution
-        return F.conv2d(x.flatten(0, 1)[None], weight, bias, padding=1, groups=batch).transpose(0, 1)
+        return own_convolution(self.visual(x), parameters[:, :-1], parameters[:, -1])
+
+
+def own_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve every sample with its own 3 x 3 kernel, zeros around the map.
+
+    x [B, C, h, w], weight [B, C * 9], bias [B] -> [B, 1, h, w]. One product per cell of the kernel, shifted and added:
+    a convolution with a group per sample gives the same at a tenth of the speed, and fixes the size of the batch.
+    """
+    height, width = x.shape[-2:]
+    cells = weight.unflatten(1, (-1, 9)).transpose(1, 2) @ x.flatten(2)  # [B, 9, h w]
+    cells = F.pad(cells.unflatten(2, (height, width)), (1, 1, 1, 1))
+    shifted = [cells[:, i, i // 3 : i // 3 + height, i % 3 : i % 3 + width] for i in range(9)]
+    return (torch.stack(shifted).sum(dim=0) + bias[:, None, None])[:, None]
 
 
 def suppressed_at(suppressed: Tensor | None, size: tuple[int, int]) -> Tensor | None:

@@ -165,7 +165,7 @@ class QueryDecoder(nn.Module):
         suppressed [B, h_0, w_0] bool, positions of the coarsest scale that no query may read.
         """
         levels = [self.level(i, scale, mask_features, suppressed) for i, scale in enumerate(scales)]
-        x = self.query_feat.expand(len(text), -1, -1)
+        x = self.query_feat.expand(text.shape[0], -1, -1)
         for i, layer in enumerate(self.layers):
             level = levels[i % len(levels)]
             x = layer(x, self.query_embed, level, self.outside(x, level.mask_features), text)

@@ -127,7 +127,7 @@ class SideNetwork(nn.Module):
         words = self.words(text)
         start = torch.cat(
             [
-                (self.query_embed + self.query_pos_embed).expand(len(image), -1, -1),
+                (self.query_embed + self.query_pos_embed).expand(image.shape[0], -1, -1),
                 words,
                 patches.flatten(2).transpose(1, 2) + self._positions(grid) + self.readings[0](tower[0]),
             ],
@@ -138,7 +138,7 @@ class SideNetwork(nn.Module):
             x = block(x)
         leads = self.lead(self.gate(x, words.mean(dim=1)))
         before = self.queries + words.shape[1]
-        x, error = start, start.new_zeros(len(image))
+        x, error = start, start.new_zeros(image.shape[0])
         for i, (block, lead) in enumerate(zip(self.blocks, leads, strict=True)):
             came = x
             x = block(x, lead)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from amltrain.methods.aml.diagnostics import AlignmentDiagnostics, FixedSamples, append_row, build_alignment_diagnostics
-from amltrain.methods.aml.pictures import draw_alignment
+from amltrain.methods.aml.pictures import WEAK, draw_alignment
 from amltrain.methods.aml.statistics import STATISTICS, alignment_sums, summarise
 from tests.data.stand_in import shapes_dataset
 from tests.methods.aml.test_method import calibrated, make_batch, make_task
@@ -147,6 +148,25 @@ def test_what_a_run_asks_for(shapes: Path, tmp_path: Path) -> None:
     hook = build_alignment_diagnostics(dataset, tmp_path, device, 5, block=32, count=2)
     assert (hook.every_steps, hook.block, len(hook.samples.sentences)) == (5, 32, 2)
     assert build_alignment_diagnostics(dataset, tmp_path, device, 5, block=16).block == 16
+    assert build_alignment_diagnostics(dataset, tmp_path, device, 5, block=16, tau=0.3).samples.tau == 0.3
+
+
+def test_weak_pixels_are_outlined_and_scores_share_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outlined, scales = [], []
+    monkeypatch.setattr(Axes, "contour", lambda axes, mask, **kw: outlined.append((kw["colors"], mask.mean())))
+    monkeypatch.setattr(Figure, "colorbar", lambda figure, *given, **kw: scales.append(kw["label"]) or Bar(figure))
+    samples = FixedSamples(make_batch(), IMAGES, ["a", "b"], tau=0.4)
+    scores = torch.full((2, 3, 3), 0.9)
+    scores[0, 0] = 0.1  # the second image has no weak patch
+    draw_alignment(samples, scores, torch.zeros(2, 3, 3, dtype=torch.bool), 32, tmp_path / "step.png")
+    weak = [share for colour, share in outlined if colour == WEAK]
+    assert len(weak) == 1 and 0.25 < weak[0] < 0.5
+    assert scales == ["alignment score"]
+
+
+class Bar:
+    def __init__(self, figure: Figure) -> None:
+        self.ax = figure.axes[0]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
