@@ -293,7 +293,7 @@ def _per_ref(samples: Scored, values: NDArray[Any]) -> NDArray[np.float64]:
     if samples.ref is None:
         raise UserError("r and rIoU need the ref of every sample; evaluate again with this version")
     _, number = np.unique(samples.ref, return_inverse=True)
-    return np.bincount(number, weights=values)[number]
+    return np.bincount(number, weights=values).astype(np.float64)[number]
 
 
 def _zero(samples: Scored) -> Ratio:
