@@ -262,7 +262,7 @@ def test_the_flag_to_correct_is_named(folder: Path, capsys: pytest.CaptureFixtur
     table = write(folder / "my.jsonl", [GOOD])
     with pytest.raises(SystemExit):
         run(folder, "--images", str(folder), table=table)
-    assert "set --images to the folder of the images" in capsys.readouterr().err
+    assert "correct the table's paths or --images" in capsys.readouterr().err
 
 
 def test_a_value_or_a_threshold_chooses_the_object(folder: Path) -> None:

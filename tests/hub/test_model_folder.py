@@ -209,7 +209,7 @@ def test_neither_folder_nor_repository(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="neither a folder here nor a Hub repository"):
         load_pretrained(tmp_path / "nowhere" / "model")
-    with pytest.raises(UserError, match="no folder nobody/nothing here, and the Hub repository"):
+    with pytest.raises(UserError, match="no folder nobody/nothing here, and no Hub repository"):
         load_pretrained("nobody/nothing")
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_pretrained(tmp_path)

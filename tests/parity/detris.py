@@ -64,6 +64,10 @@ def first_gated_map(inputs: tuple[Any, ...], output: Any) -> Tensor:
     return tokens_first((), inputs[0].chunk(3, dim=1)[0])
 
 
+def given_map(index: int) -> Read:
+    return lambda inputs, output: inputs[0][index]
+
+
 CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.text.block1_adapter": ("text_adapters.1.up", whole),
     "inter.text.tokens": ("text", item(0)),
@@ -74,7 +78,7 @@ CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.dino.block1_adapter": ("aligners.1.up", whole),
     "inter.dino.block1": ("vision.blocks.2.norm1", lambda inputs, output: inputs[0]),
     "inter.text.block1": ("text.blocks.2.norm1", lambda inputs, output: inputs[0].transpose(0, 1)),
-    **{f"inter.vis.v{i + 3}": ("vision", item(i)) for i in range(3)},
+    **{f"inter.vis.v{i + 3}": ("neck", given_map(i)) for i in range(3)},
     "inter.neck.fusion3": ("neck.aggregate", first_gated_map),
     "inter.neck.out": ("neck", whole),
     "inter.decoder.layer0": ("decoder.layers.0", lambda inputs, output: output.transpose(0, 1)),

@@ -10,7 +10,7 @@ from amltrain.models.backbones.clip_resnet import CLIPResNet
 from amltrain.models.backbones.clip_vit import CLIPViT
 from amltrain.models.etris import ETRIS
 from tests.parity.compare import Adapter, Read
-from tests.parity.detris import batch, first_gated_map, item, whole
+from tests.parity.detris import batch, first_gated_map, whole
 
 
 def build(config: Mapping[str, Any]) -> ETRIS:
@@ -57,12 +57,16 @@ def tokens_first(inputs: tuple[Any, ...], output: Any) -> Tensor:
     return output.transpose(0, 1)
 
 
+def given_map(index: int) -> Read:
+    return lambda inputs, output: inputs[0][index]
+
+
 CAPTURES: dict[str, tuple[str, Read]] = {
     "inter.bridger.fusion_v0": ("bridges.0.image_reads", tokens_first),
     "inter.bridger.fusion_t0": ("bridges.0.text_reads", tokens_first),
     "inter.bridger.zoom_out1": ("bridges.1.expand_image", whole),
     "inter.bridger.linear2_2": ("bridges.2.expand_text", tokens_first),
-    **{f"inter.vis.v{i + 3}": ("vision", item(i)) for i in range(3)},
+    **{f"inter.vis.v{i + 3}": ("neck", given_map(i)) for i in range(3)},
     "inter.text.tokens": ("text.ln_final", whole),
     "inter.text.state": ("head.kernel", lambda inputs, output: inputs[0]),
     "inter.neck.fusion3": ("neck.aggregate", first_gated_map),

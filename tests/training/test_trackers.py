@@ -30,6 +30,7 @@ def kill_and_resume(prepared: Path, output: Path, tracker: str, environment: dic
     return str(ids[tracker])
 
 
+@pytest.mark.slow
 def test_wandb_offline_continues_its_run(shapes: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     output = tmp_path / "run"
@@ -43,6 +44,7 @@ def test_wandb_offline_continues_its_run(shapes: Path, tmp_path: Path) -> None:
         assert any(file.suffix == ".html" and "IoU" in file.read_text() for file in files)
 
 
+@pytest.mark.slow
 def test_trackio_continues_its_run(shapes: Path, tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     database = tmp_path / "trackio"
