@@ -9,7 +9,7 @@ Matrices are computed once per image size and cached. An image is warped in stri
 processor's cache.
 """
 
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -115,8 +115,8 @@ def warp_mask(mask: NDArray[np.uint8], size: int) -> torch.Tensor:
     along_y = _reading(resampling(size, height, scale, shift_y, "y", "linear"), top, bottom)
     along_x = _reading(resampling(size, width, scale, shift_x, "x", "linear"), left, right)
     box = mask[top:bottom, left:right].astype(np.float32) * 255
-    rows = sum(box[read] * weight[:, None] for read, weight in along_y.taps)
-    covered = sum(rows.take(read, axis=1) * weight for read, weight in along_x.taps)
+    rows = reduce(np.add, (box[read] * weight[:, None] for read, weight in along_y.taps))
+    covered = reduce(np.add, (rows.take(read, axis=1) * weight for read, weight in along_x.taps))
     canvas[along_y.first : along_y.last, along_x.first : along_x.last] = (covered + np.float32(0.5)).astype(np.uint8)
     return torch.from_numpy(canvas)
 

@@ -3,7 +3,6 @@
 python -m amltrain.reproduce.page docs/paper.md     # rewrite them
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -34,8 +33,9 @@ def conflict_list() -> str:
 def updated(page: str) -> str:
     """The page with the text between its markers `<!-- NAME -->` and `<!-- end of NAME -->` made again."""
     for name, text in (("tables", recipe_table()), ("conflicts", conflict_list())):
-        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        page = marked.sub(lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page)
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, rest = page.split(start)
+        page = f"{before}{start}{text}\n{end}{rest.split(end)[1]}"
     return page
 
 

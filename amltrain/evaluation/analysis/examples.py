@@ -60,7 +60,9 @@ def draw_examples(examples: Sequence[PaperExample], path: Path) -> None:
                 axes.spines[:].set_visible(False)
         for axes, title in zip(grid[0][1:], ("ground truth", *models), strict=True):
             axes.set_title(title, fontsize=9)
-        handles = [Patch(color=np.divide(c, 255), label=t) for c, t in ((TRUTH, "truth"), (PREDICTION, "prediction"))]
+        handles = [
+            Patch(color=tuple(np.divide(c, 255)), label=t) for c, t in ((TRUTH, "truth"), (PREDICTION, "prediction"))
+        ]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
