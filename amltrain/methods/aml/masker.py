@@ -222,8 +222,9 @@ def build_alignment_masker(model: RISModel, settings: AMLSettings) -> AlignmentM
     check_model(model, settings)
     scorer = build_scorer(model, settings)
     other = None
-    if settings.diagnostics_every is not None and settings.projection == "random" and isinstance(scorer, EarlyScorer):
-        other = build_scorer(model, replace(settings, projection_seed=settings.projection_seed + 1)).projection
+    if settings.diagnostics_every is not None and settings.projection == "random":
+        second = build_scorer(model, replace(settings, projection_seed=settings.projection_seed + 1))
+        other = second.projection if isinstance(second, EarlyScorer) else None
     return AlignmentMasker(
         scorer,
         tau=settings.tau,

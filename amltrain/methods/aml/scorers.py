@@ -127,8 +127,8 @@ class PredictionScorer(nn.Module):
         self.followed.fill_(step)
         for ours, theirs in zip(self.average.parameters(), model.parameters(), strict=True):
             ours.lerp_(theirs, weight.to(ours.dtype))
-        for ours, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        for kept, given in zip(self.average.buffers(), model.buffers(), strict=True):
+            kept.copy_(given)
 
     def forward(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None

@@ -56,7 +56,7 @@ def candidate_masker(
 
     Raises UserError for a candidate that this model's features cannot have, and where no temperature can be solved.
     """
-    settings = resolve(replace(CANDIDATES[name], projection_seed=seed, diagnostics_every=1))
+    settings = replace(resolve(CANDIDATES[name]), projection_seed=seed, diagnostics_every=1)
     if temperature is not None:
         settings = replace(settings, temperature=temperature)
     masker = build_alignment_masker(model, settings).to(batches[0].image.device)
