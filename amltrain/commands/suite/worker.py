@@ -57,8 +57,8 @@ class Worker:
 
     def measure(self, case: Case, seconds: float) -> dict[str, Any]:
         """Return {"values": ...} or {"error": one line}. Ends the process after an error or too much time."""
-        self._connection.send((case.function, case.options))
         try:
+            self._connection.send((case.function, case.options))
             if not self._connection.poll(max(0.0, seconds)):
                 self.end()
                 return {"error": f"stopped after {seconds:.0f} s"}
