@@ -1,7 +1,6 @@
 """What a case of the attack is, and the shared files that cases spoil copies of."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -45,16 +44,6 @@ class Case(NamedTuple):
     name: str
     expected: Expected
     attack: Callable[[Place], Any]
-
-
-class Touch:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 ODD_VALUES: dict[str, Any] = {

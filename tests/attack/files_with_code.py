@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,33 +26,14 @@ from amltrain.models.backbones.torchscript import read_torchscript
 from amltrain.models.backbones.weights import from_pretrained, read_state_dict
 from amltrain.predictor import read_image
 from amltrain.training.harmless import check_harmless
-from tests.attack.cases import Case, Place, Touch
+from tests.attack.cases import Case, Place
+from tests.traps import Touch, old_format, saved, tar_that_starts_as_a_pickle
 
 WEIGHTS = {"a.weight": torch.zeros(2, 2)}
 
 
-def saved(content: Any, **options: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, **options)
-    return file.getvalue()
-
-
-def old_format(trap: Any) -> bytes:
-    return saved(trap, _use_new_zipfile_serialization=False)
-
-
 def beside_weights(trap: Any) -> bytes:
     return saved({"model": WEIGHTS, "args": trap})
-
-
-def tar(trap: Any) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, content in (("N.", b""), ("pickle", pickle.dumps(trap)), ("storages", pickle.dumps(trap))):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return file.getvalue()
 
 
 def torchscript(trap: Any) -> bytes:
@@ -90,7 +70,7 @@ PAYLOADS: dict[str, Callable[[Touch], bytes]] = {
     "torch.save": saved,
     "torch.save of old": old_format,
     "beside weights": beside_weights,
-    "tar": tar,
+    "tar": tar_that_starts_as_a_pickle,
     "TorchScript": torchscript,
     "nested": nested,
     "eval": evaluated,

@@ -74,24 +74,24 @@ def test_gradients_beyond_tolerance_are_judged_in_float64() -> None:
 
 @pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
 @pytest.mark.parametrize("model", ["lavt", "cris"])
-def test_a_case_recorded_anew(
+def test_a_case_recorded_from_our_code(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other weights and inputs, recorded from our code in float64: the command finds the sizes itself and agrees."""
-    recorded = record_anew(model)
-    save_file(recorded, tmp_path / "anew.safetensors")
+    recorded = record_own(model)
+    save_file(recorded, tmp_path / "own.safetensors")
     monkeypatch.setenv("AMLTRAIN_SHARED", str(SHARED))
-    monkeypatch.setattr(sys, "argv", ["compare.py", model, str(tmp_path / "anew.safetensors")])
+    monkeypatch.setattr(sys, "argv", ["compare.py", model, str(tmp_path / "own.safetensors")])
     assert compare.main() == 0
     printed = capsys.readouterr().out
     count = sum(name.startswith(("output.", "grad.")) for name in recorded)
     assert f"{count} compared, 0 beyond tolerance; 0 recorded but not compared" in printed
     recorded["output.logits"] += 1e-3
-    save_file(recorded, tmp_path / "anew.safetensors")
+    save_file(recorded, tmp_path / "own.safetensors")
     assert compare.main() == 1
 
 
-def record_anew(model: str) -> dict[str, Tensor]:
+def record_own(model: str) -> dict[str, Tensor]:
     """Record a case from our own code in float64: shuffled weights, new images and sentences."""
     adapter, case = compare.load_adapter(model), SHARED / "goldens" / model / "tiny.safetensors"
     old, generator = load_file(case), torch.Generator().manual_seed(1)

@@ -160,7 +160,7 @@ def few_open_files(limit: int) -> None:
 
 
 def clock_jump(step: int, seconds: float) -> None:
-    """The clock is set to another time in this optimizer step; the monotonic one goes on, as it does on Linux."""
+    """The clock is set to another time in this optimizer step; the monotonic one does not change, as on Linux."""
     sound = time.time
 
     def jump() -> None:

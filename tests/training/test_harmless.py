@@ -1,9 +1,7 @@
 """Files of FSDP and DeepSpeed that hold code, wherever it is hidden, are refused before anything unpickles them."""
 
 import io
-import os
 import pickle
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,24 +14,9 @@ import torch.distributed.checkpoint as dcp
 
 from amltrain.errors import UserError
 from amltrain.training.harmless import check_harmless
+from tests.traps import Touch, old_format, saved, tar_that_starts_as_a_pickle
 
 WEIGHTS = {"weights": torch.arange(3.0), "shape": torch.Size([2]), "type": torch.float32, "step": np.float64(2)}
-
-
-class Touch:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-def saved(content: Any, **options: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, **options)
-    return file.getvalue()
 
 
 def archive_before_archive(trap: Any) -> bytes:
@@ -42,20 +25,6 @@ def archive_before_archive(trap: Any) -> bytes:
 
 def pickle_before_archive(trap: Any) -> bytes:
     return pickle.dumps(trap) + saved(WEIGHTS)
-
-
-def old_format(trap: Any) -> bytes:
-    return saved(trap, _use_new_zipfile_serialization=False)
-
-
-def tar_that_starts_as_a_pickle(trap: Any) -> bytes:
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, content in (("N.", b""), ("pickle", pickle.dumps(trap))):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return file.getvalue()
 
 
 def entry_twice(trap: Any) -> bytes:

@@ -1,7 +1,6 @@
 """No file of a checkpoint can run code when a run resumes."""
 
 import json
-import os
 import pickle
 import shutil
 from contextlib import suppress
@@ -16,16 +15,7 @@ from amltrain.hub.model_folder import load_pretrained
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.harmless import check_harmless
 from tests.training import runs
-
-
-class Touch:
-    """A pickle that creates a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.path),)
+from tests.traps import Touch
 
 
 def reseal(checkpoint: Path) -> None:
