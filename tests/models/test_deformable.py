@@ -5,6 +5,7 @@ signature that compute by transformers' function.
 """
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -64,9 +65,11 @@ def test_a_kernel_is_used_only_if_it_is_equal() -> None:
 
 def test_without_a_kernel_the_plain_computation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_sampling(torch.device("cpu")) is sample_levels
-    monkeypatch.setattr(deformable_kernel, "find_spec", lambda name: None)
-    assert find_kernel.__wrapped__(torch.device("cuda"), sample_levels) is None
-    monkeypatch.setattr(deformable_kernel, "find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "kernels", None)
+    monkeypatch.delenv(deformable_kernel.ASKED, raising=False)
+    with warnings.catch_warnings():  # nothing is tried where nobody asked
+        warnings.simplefilter("error")
+        assert find_kernel.__wrapped__(torch.device("cuda"), sample_levels) is None
+    monkeypatch.setenv(deformable_kernel.ASKED, "1")
     with pytest.warns(UserWarning, match="deformable-detr is not used"):
         assert find_kernel.__wrapped__(torch.device("cuda"), sample_levels) is None

@@ -1,14 +1,15 @@
-"""The CUDA kernel of deformable attention from the Hub, where the `kernels` package is installed.
+"""The CUDA kernel of deformable attention from the Hub, if `AMLTRAIN_HUB_KERNELS=1` asks for it.
 
 `kernels-community/deformable-detr` (Apache 2.0) holds Deformable DETR's own operators, compiled. They are compared with
 `sample_levels` on the first use on a device, gradients included; where they cannot be loaded or differ, the plain
-computation stays and one warning says why. `pip uninstall kernels` turns them off.
+computation stays and one warning says why. They are off by default because this downloads and runs native code.
+The `kernels` package is needed.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from amltrain.errors import first_line
 
+ASKED = "AMLTRAIN_HUB_KERNELS"
+"""Environment variable that is 1 where the Hub's native code may be downloaded and run."""
 REPOSITORY = "kernels-community/deformable-detr"
 TOLERANCE = 1e-3
 """Largest difference from the plain computation, relative to the largest value: another order of float32 sums."""
@@ -26,8 +29,8 @@ Sample = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
 
 @cache
 def find_kernel(device: torch.device, plain: Sample) -> Sample | None:
-    """Return the kernel for a CUDA device; None where it is not installed, cannot be loaded or is not equal."""
-    if device.type != "cuda" or find_spec("kernels") is None:
+    """Return the kernel for a CUDA device; None where it is not asked for, cannot be loaded or is not equal."""
+    if device.type != "cuda" or os.environ.get(ASKED) != "1":
         return None
     try:
         from kernels import get_kernel
