@@ -12,6 +12,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start programs run first: they take longest, and at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.parent.name not in ("training", "e2e"))
+
+
 def find_shared() -> Path | None:
     """The folder with recorded tensors and real images, which the repository does not hold; None when it is absent."""
     folder = Path(os.environ.get("AMLTRAIN_SHARED", REPOSITORY.parent / "shared"))
