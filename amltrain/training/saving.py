@@ -20,6 +20,7 @@ from amltrain.errors import UserError, first_line
 from amltrain.training import checkpoint as checkpoints
 from amltrain.training.distributed import model_weights
 from amltrain.training.state_files import (
+    is_own_state,
     load_engine_state,
     load_state,
     take_snapshot,
@@ -106,8 +107,7 @@ class Saver:
 
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint into the method, the optimizer and the average. Raises UserError."""
-        has_plain_state = (checkpoint / "state" / "optimizer.bin").is_file()
-        if has_plain_state == self.writes_shards:
+        if is_own_state(checkpoint / "state") == self.writes_shards:
             here = self.accelerator.distributed_type.value.lower() if self.writes_shards else "one process or DDP"
             raise UserError(
                 f"{checkpoint} was saved by another engine and cannot resume under {here}; use the engine that it was "

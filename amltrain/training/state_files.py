@@ -96,6 +96,11 @@ def load_state(
             scaler.load_state_dict(content["scaler"])
 
 
+def is_own_state(folder: Path) -> bool:
+    """Whether `write_state` wrote this folder, and not FSDP or DeepSpeed; their files may share names with ours."""
+    return {METHOD_FILE, OPTIMIZER_FILE} == {path.name for path in folder.iterdir()}
+
+
 def load_engine_state(checkpoint: Path, accelerator: Accelerator, ema: AveragedModel | None) -> None:
     """Load what FSDP or DeepSpeed wrote; every process calls. Raises UserError for files that hold code."""
     folder = checkpoint / "state"
