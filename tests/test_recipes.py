@@ -78,7 +78,7 @@ REMAMBER = Official(
 )
 BARLERIA = ETRIS._replace(loss="barleria")
 OFFICIAL = {
-    **{f"magnet/{name}": MAGNET for name in CLASSIC},
+    **{f"magnet/{name}": MAGNET for name in [*CLASSIC, "refcoco_mask_grounding"]},
     **{f"remamber/{name}": REMAMBER for name in CLASSIC},
     **{f"barleria/{name}": BARLERIA for name in CLASSIC},
     **{f"paper/{name}": CARIS for name in [*CLASSIC, "combined"]},

@@ -6,6 +6,7 @@
     supervised.py   the plain baseline
     aml/            alignment-aware masked learning
     maskris.py      masked image and sentence with self-distillation
+    mask_grounding.py  hidden words recovered from the image and the referent's mask (MagNet)
 
 A new method is one file with a function under `@register_method`, and one line in `METHODS`.
 """
@@ -14,5 +15,6 @@ METHODS = {
     "supervised": "amltrain.methods.supervised",
     "aml": "amltrain.methods.aml.method",
     "maskris": "amltrain.methods.maskris",
+    "mask_grounding": "amltrain.methods.mask_grounding",
 }
 """The file of each method, imported on first use: the command line's help must not wait for torch."""

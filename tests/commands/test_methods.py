@@ -38,4 +38,4 @@ def test_an_unknown_method_suggests(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["maskriss"])
     assert stopped.value.code == 2
-    assert "did you mean maskris?" in capsys.readouterr().err
+    assert "did you mean maskris" in capsys.readouterr().err

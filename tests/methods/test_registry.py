@@ -14,7 +14,7 @@ from amltrain.models import create_model, model_info
 from amltrain.records import Vocabulary
 from tests.methods.aml.test_method import make_batch
 
-WORDS = Vocabulary(size=200, padding=0, mask=103, special=(0, 100, 101, 102, 103))
+WORDS = Vocabulary(size=500, padding=0, mask=103, special=(0, 100, 101, 102, 103))
 
 
 def build(name: str, model: str = "caris_tiny") -> Method:
