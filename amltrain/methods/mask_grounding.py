@@ -171,7 +171,7 @@ class MaskGrounding(Method):
 
 
 @register_method(
-    summary="hidden words are recovered from image and mask, the referent's pixels aligned (no public training code: ours)",
+    summary="hidden words are recovered from image and mask, and pixels aligned (training code not public: ours)",
     paper="MagNet: Mask Grounding for Referring Image Segmentation, arXiv 2312.12198",
     options=MaskGroundingOptions,
 )
