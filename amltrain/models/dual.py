@@ -26,10 +26,10 @@ from amltrain.models.backbones.packaged import load_packaged_minilm, load_packag
 from amltrain.models.backbones.text_models import TextModel, build_text_model, load_text_model
 from amltrain.models.backbones.timm_vision import Normalization, TimmVision, load_timm_vision
 from amltrain.models.base import Conversion, RISModel
-from amltrain.models.caris import FusionDecoder
 from amltrain.models.conventions import NETWORK_FRAME
 from amltrain.models.conversion import convert
 from amltrain.models.layers.cris_decoder import at_image_size
+from amltrain.models.layers.fusion_decoder import FusionDecoder
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.packages import PACKAGED
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput

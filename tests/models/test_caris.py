@@ -61,7 +61,7 @@ def test_param_groups_are_the_releases(full, shared_dir: Path) -> None:
 
 
 def test_suppressed_positions_change_the_answer_but_never_break_it() -> None:
-    from amltrain.models.caris import visible_positions
+    from amltrain.models.layers.fusion_decoder import visible_positions
 
     suppressed = torch.zeros(2, 2, 2, dtype=torch.bool)
     suppressed[0, 0, 0] = True
