@@ -17,8 +17,13 @@ from tests.methods.aml.test_method import make_batch
 WORDS = Vocabulary(size=500, padding=0, mask=103, special=(0, 100, 101, 102, 103))
 
 
-def build(name: str, model: str = "caris_tiny") -> Method:
+MODELS = {"contrastive": "dual_tiny"}
+"""Models of methods that do not train the usual one."""
+
+
+def build(name: str) -> Method:
     torch.manual_seed(0)
+    model = MODELS.get(name, "caris_tiny")
     info = model_info(model)
     return build_method(name, create_model(model), create_loss(info.loss, **info.loss_kwargs), None, WORDS)
 
@@ -44,7 +49,7 @@ def test_it_describes_itself_and_exports_only_the_model(name: str) -> None:
     method = build(name)
     assert method.summary().split(",")[0] == name
     assert method_info(name).summary
-    assert method.model.state_dict().keys() == create_model("caris_tiny").state_dict().keys()
+    assert method.model.state_dict().keys() == create_model(MODELS.get(name, "caris_tiny")).state_dict().keys()
 
 
 @pytest.mark.parametrize("name", list_methods())
