@@ -1,11 +1,15 @@
 """`amltrain COMMAND`: every command is found, and what is not understood is refused."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from amltrain import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
@@ -47,6 +51,35 @@ for name in cli.COMMANDS:
 def test_help_imports_no_heavy_library() -> None:
     """Each of them takes seconds to import; a command imports them after its arguments are parsed."""
     ended = subprocess.run([sys.executable, "-c", HELP_OF_EVERY_COMMAND], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+WRONG_MODELS = """
+import contextlib, io, sys
+from amltrain import cli
+for line in (
+    "demo --checkpoint nope",
+    "evaluate --checkpoint nope",
+    "export --checkpoint nope --output out",
+    "predict --checkpoint nope --image a.jpg --sentence x",
+    "report nope",
+):
+    sys.argv = ["amltrain", *line.split()]
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            assert stopped.code == 2, line
+    assert shown.getvalue().startswith("error: no folder nope here"), shown.getvalue()
+    assert shown.getvalue().count("\\n") == 1, shown.getvalue()
+    assert "torch" not in sys.modules, f"amltrain {line} imports torch before it looks for the model"
+"""
+
+
+def test_a_model_that_is_not_there_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRONG_MODELS]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert ended.returncode == 0, ended.stderr
 
 

@@ -23,7 +23,8 @@ from amltrain.config.schema import LossConfig, ProtocolOverrides, RunConfig
 from amltrain.evaluation.analysis.convergence import draw_losses, losses_table
 from amltrain.evaluation.protocols import run_protocol
 from amltrain.evaluation.results import write_text
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import read_training
 from amltrain.models import model_info
 from amltrain.records import Batch
 from amltrain.training.build import build_loss

@@ -43,7 +43,8 @@ from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturb
 from amltrain.evaluation.protocols import run_protocol
 from amltrain.evaluation.results import Results, merge_results, write_text
 from amltrain.evaluation.tables import describe
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import read_training
 
 
 def robustness(args: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from amltrain.config.ranges import check_number
 from amltrain.errors import one_line_errors
+from amltrain.hub.find import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if args.port is not None:
             check_number("--port", args.port, 1, 65535)
+        for checkpoint in args.checkpoint:
+            find_model_folder(checkpoint, args.revision)  # before the imports
         from amltrain.commands import demo_page  # imports torch
 
         demo_page.import_gradio()  # before minutes of loading

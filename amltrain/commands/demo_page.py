@@ -14,7 +14,8 @@ from amltrain.commands.predict_images import describe, unread
 from amltrain.errors import UserError
 from amltrain.evaluation.report.collect import onto_image
 from amltrain.evaluation.visualize import tint
-from amltrain.hub.model_folder import find_model_folder, load_pretrained, read_training
+from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import load_pretrained, read_training
 from amltrain.methods.aml.maps import Aligner, build_aligner
 from amltrain.predictor import Predictor, load_image
 

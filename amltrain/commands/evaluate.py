@@ -18,6 +18,7 @@ from amltrain.config.files import Groups, read_config_files
 from amltrain.config.parse import one_line
 from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.errors import UserError, one_line_errors
+from amltrain.hub.find import find_model_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = read_config_files(sys.argv[1:] if arguments is None else arguments, groups).arguments
         try:
             checkpoint = parser.parse_args(arguments).checkpoint
+            if checkpoint:
+                find_model_folder(checkpoint)  # before the imports
             from amltrain.commands import evaluate_splits  # imports torch, once the arguments are known to be good
 
             if checkpoint:

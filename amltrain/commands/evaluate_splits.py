@@ -26,7 +26,8 @@ from amltrain.evaluation.results import Results, merge_results, read_results
 from amltrain.evaluation.samples import sample_table, write_samples
 from amltrain.evaluation.tables import table, write_tables
 from amltrain.hub.eval_results import write_eval_results
-from amltrain.hub.model_folder import RESULTS_FILE, find_model_folder, load_pretrained, read_training
+from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import RESULTS_FILE, load_pretrained, read_training
 from amltrain.training.distributed import PREPARATION, on_main_process
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from amltrain.config.ranges import ANY, check_number
 from amltrain.errors import UserError, one_line_errors
 from amltrain.export import FORMATS
+from amltrain.hub.find import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(args.output)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder; choose another --output")
+        find_model_folder(args.checkpoint, args.revision)  # before the imports
         from amltrain.export.folder import export_folder, table  # imports torch
         from amltrain.hub.model_folder import load_pretrained
 

@@ -10,8 +10,10 @@ errors, alignment scores, and the blocks that AML masks. The file needs no netwo
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from amltrain.errors import one_line_errors
+from amltrain.hub.find import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
+        if not Path(args.run).exists():
+            find_model_folder(args.run)  # before the imports
         from amltrain.commands.report_page import report  # imports torch
 
         path = report(args)

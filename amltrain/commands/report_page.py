@@ -20,7 +20,8 @@ from amltrain.evaluation.report.collect import choose, predict_cards, sample_row
 from amltrain.evaluation.report.curves import by_length, histogram, read_log, training_charts
 from amltrain.evaluation.report.evaluated import read_evaluation
 from amltrain.evaluation.report.page import SplitPart, check_writable, render, write_page
-from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.maps import Aligner, build_aligner
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import read_training
 
 RUN_CONFIG = "config.yaml"
 

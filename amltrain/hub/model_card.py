@@ -16,7 +16,8 @@ from amltrain import __version__
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
-from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE, read_object, read_training
+from amltrain.hub.find import CONFIG_FILE
+from amltrain.hub.model_folder import CONVERSION_FILE, TRAINING_FILE, read_object, read_training
 from amltrain.methods.registry import list_methods, method_info
 from amltrain.models.registry import ModelInfo, model_info
 

@@ -17,8 +17,6 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,16 +26,15 @@ from amltrain.config.ranges import check_number
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.files import replacing
+from amltrain.hub.find import CONFIG_FILE, WEIGHTS_FILE, find_model_folder
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
 
 if TYPE_CHECKING:
     from amltrain.data.text import SentenceTokenizer
 
-WEIGHTS_FILE, CONFIG_FILE, PREPROCESS_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+PREPROCESS_FILE = "preprocessor_config.json"
 RESULTS_FILE, TRAINING_FILE, CONVERSION_FILE = "results.json", "training.json", "conversion.json"
-MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
-"""Patterns of a model folder's files: what goes to the Hub and comes from it."""
 INITIAL_WEIGHTS = ("vision_weights", "text_weights")
 """Builder arguments that name where training started from; the folder's own weights replace them."""
 
@@ -176,35 +173,6 @@ def _tokenizer(folder: Path, max_tokens: int) -> "SentenceTokenizer | None":
     from amltrain.data.text import SentenceTokenizer  # a model alone loads without the text stack
 
     return SentenceTokenizer.load(folder, max_tokens)
-
-
-def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
-    """Find a model's local folder: `source`, its `model/`, a run's `best/model/`, or a Hub repository in the cache.
-
-    A repository may carry its revision: "user/name@v1". An explicit `revision` wins.
-    """
-    local = Path(source)
-    for folder in (local, local / "model", local / "best" / "model"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    if local.exists():
-        raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
-    repo, _, named = str(source).partition("@")
-    revision = revision or named or None
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except HFValidationError as error:
-        raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"no folder {source} here, and no Hub repository of that name in the cache while the Hub is out of reach; "
-            "check the name, the network and HF_HUB_OFFLINE"
-        ) from error
-    except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        raise UserError(
-            f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
-            "check the name, the network and HF_HUB_OFFLINE"
-        ) from error
 
 
 def read_training(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from amltrain.config.schema import Protocol
 from amltrain.errors import UserError
 from amltrain.evaluation.compare import Run, read_runs
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
-from amltrain.hub.model_folder import find_model_folder
+from amltrain.hub.find import find_model_folder
 
 
 def read_evaluation(place: str | Path, model: str, rule: Protocol, dataset: Any) -> Results:
