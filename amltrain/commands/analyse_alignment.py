@@ -81,7 +81,11 @@ def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
         if number and (folder / "model").is_dir():
             found.append((int(number[1]), folder))
     if len(found) < 2:
-        raise UserError(f"{run} has {len(found)} checkpoints step-N; dynamics needs two (raise checkpoint.keep)")
+        kept = ", ".join(folder.name for _, folder in found) or "none"
+        raise UserError(
+            f"{run} keeps too few checkpoints for dynamics ({kept}), which needs two; train with a larger "
+            "checkpoint.keep and a smaller checkpoint.every_steps"
+        )
     return sorted(found)
 
 

@@ -90,10 +90,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def measure(name: str, sentences: int, rounds: int, device: torch.device) -> Sharing:
     """Count and time one model. rounds: 0 = only count."""
-    gflop = count(name, sentences)
     size = int(model_info(name).preprocess.size or 0)
     if not rounds:
-        return Sharing(name, size, gflop)
+        return Sharing(name, size, count(name, sentences))
     torch.manual_seed(0)
     model = create_model(name).to(device).eval()
     batch = one_image(name, sentences, device)
@@ -107,7 +106,8 @@ def measure(name: str, sentences: int, rounds: int, device: torch.device) -> Sha
                 seconds[shared].append(_clock(device) - start)
     alone, once = (sentences / statistics.median(values) for values in seconds)
     ratio = statistics.median(slow / fast for slow, fast in zip(*seconds, strict=True))
-    return Sharing(name, size, gflop, (alone, once), ratio, difference)
+    # last: SAM 3 in transformers keeps tensors between calls, and must not keep those without data
+    return Sharing(name, size, count(name, sentences), (alone, once), ratio, difference)
 
 
 def forward(model: RISModel, batch: Batch, shared: bool) -> torch.Tensor:

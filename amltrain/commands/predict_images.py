@@ -87,16 +87,16 @@ def unread(tokenizer: SentenceTokenizer, sentence: str) -> Iterator[str]:
     """Give a line for each reason why the model does not read a sentence as it was typed."""
     if cut := tokenizer.cut(sentence):
         yield f'"{sentence}" is cut after {tokenizer.max_tokens} tokens; not read: {cut}'
-    unknown = tokenizer.unknown(sentence)
-    if 2 * len(unknown) > len(sentence.split()):
-        yield f'"{sentence}": most of its words are not in the model\'s vocabulary: {" ".join(unknown)}'
+    if unknown := tokenizer.unknown(sentence):
+        yield f'"{sentence}": not in the model\'s vocabulary: {" ".join(unknown)}'
 
 
 def describe(segmentation: Segmentation) -> str:
     """Describe in one phrase what was found, its share of the image, and the meaning of the probability."""
     sure = f"{segmentation.confidence_of} {segmentation.confidence:.2f}"
     if segmentation.confidence_of == INSIDE:
-        return f"{100 * segmentation.mask.mean():.1f} % of the image, {sure}"
+        share = 100 * segmentation.mask.mean()
+        return f"{share:.1f} % of the image, {sure}" if share >= 0.05 else f"under 0.1 % of the image, {sure}"
     return f"nothing found, {sure}" if segmentation.nothing else f"no pixel passes the threshold, {sure}"
 
 
@@ -143,6 +143,8 @@ def run(args: argparse.Namespace) -> None:
     if len(failures) == len(images):
         raise UserError(f"none of the {len(images)} images could be read; the first: {failures[0]}")
     if len(images) > 1:
-        print(f"{len(images) - len(failures)} images, {len(sentences)} sentences -> {output.rows_file}")
+        print(
+            f"{len(images) - len(failures)} images, {len(sentences)} sentences -> {', '.join([str(output.rows_file), *args.write])}"
+        )
     if failures:
         print(f"{len(failures)} of {len(images)} images could not be read (named above)", file=sys.stderr)

@@ -112,9 +112,16 @@ class SentenceTokenizer:
         return " ".join(words[read:])
 
     def unknown(self, sentence: str) -> list[str]:
-        """The words that have a piece that is not in the vocabulary; the model does not know them apart."""
-        unknown = self.tokenizer.unk_token_id
-        return [w for w in sentence.split() if unknown in self._encode(w, special=False)]
+        """The words that the model has hardly seen: with a piece that is not in the vocabulary, or read as letters.
+
+        A small vocabulary spells a word of its own alphabet; a large one has whole words or long pieces.
+        """
+        return [word for word in sentence.split() if self._is_unknown(word)]
+
+    def _is_unknown(self, word: str) -> bool:
+        ids = self._encode(word, special=False)
+        pieces = [self.tokenizer.decode([i]).removeprefix("##").strip() for i in ids]
+        return self.tokenizer.unk_token_id in ids or (len(pieces) > 2 and all(len(p) == 1 for p in pieces))
 
     @property
     def vocab_size(self) -> int:

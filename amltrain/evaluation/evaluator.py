@@ -199,6 +199,9 @@ def _results(
     from amltrain.evaluation.hf_metric import ReferringSegmentation  # takes a second to import
 
     columns = dict(zip(SAMPLE_COLUMNS, samples.T, strict=True))
+    from_files = "predictions" in provenance
+    if from_files and not (columns["no_target"].any() or columns["predicted_no_target"].any()):
+        head = False  # files of a classic data set may say "no_target": false in every line
     generalized = head or bool(columns["no_target"].any())
     scores = ReferringSegmentation(keep_in_memory=True).compute(
         intersections=columns["intersection"],
@@ -220,7 +223,7 @@ def _results(
         "empty_masks": scores.pop("empty_masks"),
         "not_finite": int((columns["finite"] == 0).sum()),
     }
-    source = "the files" if "predictions" in provenance else "the model's head"
+    source = "the files" if from_files else "the model's head"
     by_pixels = (
         f"fewer than {protocol.no_target_pixels} pixels" if protocol.no_target_pixels else "nothing: never predicted"
     )

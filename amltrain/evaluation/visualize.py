@@ -155,21 +155,32 @@ def _captioned(
     small: ImageFont.FreeTypeFont,
     panel_width: int = 0,
 ) -> Image.Image:
-    """Panels side by side, each over its note, under a wrapped title. A panel takes at least panel_width."""
+    """Panels side by side, each over its wrapped note, under a wrapped title. A panel takes at least panel_width."""
     margin, gap, line = round(font.size), round(font.size / 2), round(1.35 * font.size)
     widths = [max(panel_width, picture.width) for picture, _ in panels]
     width = sum(widths) + gap * (len(panels) - 1)
     lines = textwrap.wrap(title, max(12, int(width / (0.58 * font.size)))) or [""]
+    notes = [_wrapped(note, taken, small) for (_, note), taken in zip(panels, widths, strict=True)]
+    under = round(1.35 * small.size) * max(note.count("\n") + 1 for note in notes)
     pictures = max(picture.height for picture, _ in panels)
-    page = Image.new("RGB", (width + 2 * margin, 3 * gap + line * len(lines) + pictures + 2 * round(small.size)), PAPER)
+    height = 3 * gap + line * len(lines) + pictures + under + round(0.65 * small.size)
+    page = Image.new("RGB", (width + 2 * margin, height), PAPER)
     draw = ImageDraw.Draw(page)
     draw.multiline_text((margin, gap), "\n".join(lines), fill=INK, font=font, spacing=line - round(font.size * 1.15))
     top, left = gap + line * len(lines) + gap, margin
-    for (picture, note), taken in zip(panels, widths, strict=True):
+    for (picture, _), note, taken in zip(panels, notes, widths, strict=True):
         page.paste(picture, (left, top))
-        draw.text((left, top + picture.height + gap // 2), note, fill=FAINT, font=small)
+        draw.multiline_text((left, top + picture.height + gap // 2), note, fill=FAINT, font=small)
         left += taken + gap
     return page
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """Break a text into lines of at most `width` pixels."""
+    letters = max(1, int(width * len(text) / max(1.0, font.getlength(text))))
+    while letters > 8 and any(font.getlength(line) > width for line in textwrap.wrap(text, letters)):
+        letters -= 1
+    return "\n".join(textwrap.wrap(text, letters))
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

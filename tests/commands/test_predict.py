@@ -31,10 +31,8 @@ def test_a_sentence_that_is_cut() -> None:
 
 
 def test_a_sentence_of_unknown_words() -> None:
-    assert list(unread(TOKENIZER, "红色 方块")) == [
-        '"红色 方块": most of its words are not in the model\'s vocabulary: 红色 方块'
-    ]
-    assert list(unread(TOKENIZER, "the 红色 square")) == []
+    for sentence, unknown in (("the 红色 方块", "红色 方块"), ("a suare", "suare")):
+        assert list(unread(TOKENIZER, sentence)) == [f'"{sentence}": not in the model\'s vocabulary: {unknown}']
 
 
 def test_what_a_probability_is_of_is_said() -> None:
@@ -44,6 +42,9 @@ def test_what_a_probability_is_of_is_said() -> None:
     assert describe(Segmentation(mask, values, 0.9, False, INSIDE)) == (
         "50.0 % of the image, mean probability inside the mask 0.90"
     )
+    dot = np.zeros((100, 100), bool)
+    dot[0, 0] = True
+    assert describe(Segmentation(dot, values, 0.9, False, INSIDE)).startswith("under 0.1 % of the image, ")
     assert describe(Segmentation(~mask & mask, values, 0.8, True, NO_PIXEL)) == (
         "nothing found, 1 - highest probability of any pixel 0.80"
     )

@@ -141,6 +141,7 @@ def test_lines_without_ref_ids_and_of_other_splits(accelerator: Accelerator, tmp
     foreign = rows[0] | {"split": "testA"}
     for row in rows:
         del row["ref_id"]
+        row["no_target"] = False
         row["segmentation"] = {"size": row.pop("size"), "counts": row.pop("counts")}
     path.write_text("\n".join(map(json.dumps, [foreign, *rows])))
     found = find_predictions(path, "scenes", "val")

@@ -72,6 +72,16 @@ def test_without_truth_or_examples():
     assert sheet([]).size == (220, 220)
 
 
+def test_a_note_is_not_cut_off_on_a_narrow_picture():
+    tower, note = Image.new("RGB", (60, 400), (0, 0, 255)), "0.2 % of the image, mean probability inside the mask 0.53"
+    picture = np.asarray(overlay(tower, np.zeros((400, 60), bool), "x", note))
+    blank = np.asarray(overlay(tower, np.zeros((400, 60), bool), "x"))
+    assert picture.shape[0] > blank.shape[0]
+    assert (picture[:, -3:] == 255).all()  # no letter reaches the border
+    ink = (picture[blank.shape[0] - 10 :] < 250).any(2)
+    assert ink.any() and not ink[-1].any()
+
+
 def test_overlay_of_an_empty_mask_with_a_long_sentence():
     picture = overlay(IMAGE, np.zeros_like(MASK), "wörter " * 80, "nothing in this image")
     assert picture.width >= 480

@@ -1,7 +1,8 @@
 """Positive and negative activation maps (Figs. 4a and 5): evidence of a model's logits for and against the referent.
 
 The activation of a pixel is the margin of the referent against the background (logit difference); its positive part is
-evidence for the referent, its negative part evidence against it. All maps of a picture share one scale.
+evidence for the referent, its negative part evidence against it. All positive maps of a picture share one scale, and
+all negative ones another: a model's margins on the background are often ten times as large as those on the referent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from amltrain.evaluation.analysis.figures import saved_figure
 from amltrain.evaluation.masks import referent_margin
+
+SIGNS = {"positive": 1, "negative": -1}
 
 
 class Evidence(NamedTuple):
@@ -46,7 +49,7 @@ def draw_activation(
 
     truths: [H, W] bool at network size; the images are stretched to it.
     """
-    largest = max(float(np.percentile(m.margin.abs().numpy(), 99)) for m in maps.values()) or 1.0
+    largest = {sign: max(_largest(m.margin, sign) for m in maps.values()) for sign in SIGNS}
     columns = 1 + 2 * len(maps)
     with saved_figure(path, (2.4 * columns, 2.7 * len(images))) as figure:
         grid = figure.subplots(len(images), columns, squeeze=False)
@@ -57,14 +60,14 @@ def draw_activation(
             grey = picture.mean(-1)
             grid[row][0].imshow(picture)
             grid[row][0].set_title(sentences[row], fontsize=9, loc="left", wrap=True)
-            cells = [(m, sign) for m in maps for sign in ("positive", "negative")]
+            cells = [(m, sign) for m in maps for sign in SIGNS]
             for axes, (model, sign) in zip(grid[row][1:], cells, strict=True):
                 margin = maps[model].margin[row].numpy()
-                part = np.clip(margin if sign == "positive" else -margin, 0, None)
+                part = np.clip(SIGNS[sign] * margin, 0, None)
                 axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
                 colours = "Reds" if sign == "positive" else "Blues"
-                alpha = np.clip(part / largest, 0, 1) * 0.85
-                drawn[sign] = axes.imshow(part, cmap=colours, vmin=0, vmax=largest, alpha=alpha)
+                alpha = np.clip(part / largest[sign], 0, 1) * 0.85
+                drawn[sign] = axes.imshow(part, cmap=colours, vmin=0, vmax=largest[sign], alpha=alpha)
                 if row == 0:
                     axes.set_title(f"{model}\n{sign}", fontsize=9)
             for axes in grid[row]:
@@ -73,3 +76,9 @@ def draw_activation(
                 axes.set_axis_off()
         for sign, mappable in drawn.items():
             figure.colorbar(mappable, ax=grid[:, -1], fraction=0.05, label=f"{sign} logit margin")
+
+
+def _largest(margin: Tensor, sign: str) -> float:
+    """The end of a sign's scale: its 99th percentile, or 1 where no pixel has that sign."""
+    part = SIGNS[sign] * margin[SIGNS[sign] * margin > 0].numpy()
+    return float(np.percentile(part, 99)) if part.size else 1.0

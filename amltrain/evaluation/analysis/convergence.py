@@ -109,7 +109,7 @@ def draw_convergence(losses: Mapping[str, Sequence[float]], path: Path) -> None:
             axes.plot(range(1, len(values) + 1), values, marker=".", label=model, color=COLOURS[i % len(COLOURS)])
         axes.set_xlabel("epoch")
         axes.set_ylabel("mean training loss")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

@@ -34,7 +34,7 @@ def iou(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
 
 
 def draw_examples(examples: Sequence[PaperExample], path: Path) -> None:
-    """Image, truth and every model's prediction with its IoU, one row per example, and a legend.
+    """Image, truth (outline alone) and every model's prediction with its IoU, one row per example, and a legend.
 
     path: PNG, or PDF with the images at their own resolution.
     """
@@ -50,7 +50,7 @@ def draw_examples(examples: Sequence[PaperExample], path: Path) -> None:
             plain = e.image.convert("RGB")
             row[0].imshow(plain, interpolation="none")
             row[0].set_title("\n".join(_lines(e.sentence)), fontsize=9, loc="left")
-            row[1].imshow(tint(plain, e.truth, TRUTH, side=side), interpolation="none")
+            row[1].imshow(tint(plain, e.truth, TRUTH, opacity=0, side=side), interpolation="none")
             for axes, prediction in zip(row[2:], e.predictions.values(), strict=True):
                 axes.imshow(tint(plain, prediction, PREDICTION, side=side), interpolation="none")
                 axes.set_xlabel(f"IoU {iou(prediction, e.truth):.1f}", fontsize=8, labelpad=2)
