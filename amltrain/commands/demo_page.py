@@ -1,5 +1,6 @@
 """Load models, build the page and serve it: what `amltrain demo` does after its arguments are read."""
 
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +21,11 @@ from amltrain.methods.aml.maps import Aligner, build_aligner
 from amltrain.predictor import Predictor, load_image
 
 SIDE = 800
+ALIGNMENT = "Alignment scores, dark 0 to bright 1 (temperature solved on this image)"
 
 
 class Shown(NamedTuple):
-    """Outputs of one model on the page: the mask over the image, the alignment map over it, and a text."""
+    """Outputs of one model on the page: the mask over the image, the alignment map over it, and a text below the mask."""
 
     mask: Image.Image
     alignment: Image.Image | None
@@ -91,7 +93,8 @@ def build_page(contenders: Sequence[Contender]) -> Any:
             raise gradio.Error("Type what to look for.")
         try:
             upright = load_image(image)
-            return [value for contender in contenders for value in contender(upright, sentence.strip())]
+            shown = [contender(upright, sentence.strip()) for contender in contenders]
+            return [value for found in shown for value in (found.mask, found.text, found.alignment)]
         except UserError as error:
             raise gradio.Error(str(error)) from error
 
@@ -107,14 +110,23 @@ def build_page(contenders: Sequence[Contender]) -> Any:
             for contender in contenders:
                 with gradio.Column():
                     gradio.Markdown(f"### {contender.label}")
-                    mask = gradio.Image(label="Mask", interactive=False, format="png")
-                    label = "Alignment scores, dark 0 to bright 1 (temperature solved on this image)"
-                    alignment = gradio.Image(
-                        label=label, interactive=False, format="png", visible=contender.aligner is not None
-                    )
-                    outputs += [mask, alignment, gradio.Markdown(elem_classes="answer")]
+                    mask = _picture(gradio, "Mask")
+                    answer = gradio.Markdown(elem_classes="answer")
+                    scored = contender.aligner is not None
+                    gradio.Markdown(ALIGNMENT, visible=scored)
+                    outputs += [mask, answer, _picture(gradio, "Alignment scores", visible=scored)]
         gradio.on([button.click, sentence.submit], segment, [image, sentence], outputs, api_name="segment")
     return page
+
+
+def _picture(gradio: Any, label: str, visible: bool = True) -> Any:
+    """A picture that the page fills, with nothing over it but the buttons to enlarge and to save it.
+
+    Gradio 6 adds a button that publishes the picture on the Hub; older versions show it only on Spaces.
+    """
+    newer = "buttons" in inspect.signature(gradio.Image).parameters
+    options = {"buttons": ["download", "fullscreen"]} if newer else {}
+    return gradio.Image(label=label, show_label=False, interactive=False, format="png", visible=visible, **options)
 
 
 def import_gradio() -> Any:

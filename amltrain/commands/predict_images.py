@@ -143,8 +143,7 @@ def run(args: argparse.Namespace) -> None:
     if len(failures) == len(images):
         raise UserError(f"none of the {len(images)} images could be read; the first: {failures[0]}")
     if len(images) > 1:
-        print(
-            f"{len(images) - len(failures)} images, {len(sentences)} sentences -> {', '.join([str(output.rows_file), *args.write])}"
-        )
+        read, written = len(images) - len(failures), ", ".join([str(output.rows_file), *args.write])
+        print(f"{read} images, {len(sentences)} sentences -> {written}")
     if failures:
         print(f"{len(failures)} of {len(images)} images could not be read (named above)", file=sys.stderr)

@@ -128,7 +128,8 @@ def _split_part(
     if args.results:
         results = read_evaluation(args.results, source.model, rule, scored.dataset)
     else:
-        results = evaluate_model(accelerator, model, scored, rule, provenance={"checkpoint": str(args.run)})
+        provenance = {"checkpoint": str(args.run), "max_samples": args.max_samples}
+        results = evaluate_model(accelerator, model, scored, rule, provenance=provenance)
     rows = sample_rows(results, scored.dataset)
     chosen = list(dict.fromkeys(args.samples)) if first else []
     unknown = set(chosen) - set(rows.sample_id.tolist())

@@ -84,7 +84,10 @@ def read_runs(place: str | Path) -> dict[SplitKey, list[Run]]:
         table = read_samples(path.parent / samples) if samples and (path.parent / samples).exists() else None
         found.setdefault((row.dataset, row.split), []).append(Run(str(path), row, table))
     if not found:
-        raise UserError(f"{path} holds no score of a whole split as it is; evaluate without changes to images or text")
+        raise UserError(
+            f"{path} holds no score of a whole split as it is; evaluate without --max_samples, --perturbations and "
+            "--shuffle_sentences"
+        )
     return found
 
 

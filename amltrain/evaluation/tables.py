@@ -20,7 +20,7 @@ def table(results: Sequence[Results]) -> str:
     for names, group in _groups(results).items():
         lines += [*markdown([("dataset", "split", "samples", *names), *_rows(group, names)]), ""]
     lines += dict.fromkeys(f"Scored {describe(r)}." for r in results)
-    lines += [f"{r.dataset} {_label(r)}: {warning}" for r in results for warning in _warnings(r)]
+    lines += [f"{r.dataset} {split_label(r)}: {warning}" for r in results for warning in _warnings(r)]
     return "\n".join(lines)
 
 
@@ -33,7 +33,7 @@ def latex_table(results: Sequence[Results]) -> str:
     tabulars = []
     for names, group in _groups(results).items():
         header = (*(["Model"] if several else []), "Data set", "Split", *names)
-        rows = [(*([_model(r)] if several else []), r.dataset, _label(r), *_cells(r, names)) for r in group]
+        rows = [(*([_model(r)] if several else []), r.dataset, split_label(r), *_cells(r, names)) for r in group]
         bold = _best(group, names, first=len(header) - len(names))
         tabulars.append(latex(header, rows, bold, text_columns=len(header) - len(names)))
     protocols = dict.fromkeys(f"% Scored {describe(r)}." for r in results)
@@ -118,12 +118,12 @@ def _cells(result: Results, names: Sequence[str]) -> list[str]:
 
 
 def _rows(group: Sequence[Results], names: Sequence[str]) -> list[Row]:
-    rows: list[Row] = [(r.dataset, _label(r), str(r.counts["samples"]), *_cells(r, names)) for r in group]
+    rows: list[Row] = [(r.dataset, split_label(r), str(r.counts["samples"]), *_cells(r, names)) for r in group]
     return rows + _means(group, names)
 
 
-def _label(result: Results) -> str:
-    """Return the split's name with its alterations."""
+def split_label(result: Results) -> str:
+    """Return the split's name with its alterations, e.g. `val (haze 1)`."""
     return f"{result.split} ({result.alteration})" if result.alteration else result.split
 
 
@@ -149,7 +149,7 @@ def _best(group: Sequence[Results], names: Sequence[str], first: int) -> list[tu
     """(row, column) of the best values among rows that differ in the model alone."""
     comparable: dict[tuple[str, str, str], list[int]] = {}
     for row, result in enumerate(group):
-        comparable.setdefault((result.dataset, _label(result), describe(result)), []).append(row)
+        comparable.setdefault((result.dataset, split_label(result), describe(result)), []).append(row)
     bold = []
     for rows in comparable.values():
         for column, name in enumerate(names):

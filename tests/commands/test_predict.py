@@ -31,7 +31,7 @@ def test_a_sentence_that_is_cut() -> None:
 
 
 def test_a_sentence_of_unknown_words() -> None:
-    for sentence, unknown in (("the 红色 方块", "红色 方块"), ("a suare", "suare")):
+    for sentence, unknown in (("the 红色 方块", "红色 方块"), ("a sea", "sea")):
         assert list(unread(TOKENIZER, sentence)) == [f'"{sentence}": not in the model\'s vocabulary: {unknown}']
 
 

@@ -45,7 +45,7 @@ def test_a_run_becomes_a_page(run: Path) -> None:
     text = report(args).read_text(encoding="utf-8")
     assert text.count("<article") in (3, 4)  # sample 5, and three others unless too few referents are left
     assert "sample 5," in text and "· chosen ·" in text
-    for part in ("Training loss", "Distribution of IoU", "AML mask", "refshapes", "oIoU"):
+    for part in ("Training loss", "Distribution of IoU", "AML mask", "refshapes", "oIoU", "first 12 samples"):
         assert part in text
 
 

@@ -88,6 +88,7 @@ def lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None
         label, marker = name.rpartition("/")[2].replace("_", " "), "o" if len(x) < 25 else None
         axes.plot(x, y, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3)
     axes.set_xlabel("step")
+    axes.set_xlim(left=0)  # one evaluation alone would get an axis around itself
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=min(3, len(series)))
     return Chart(title, _svg(figure, f"{title}, by step"))

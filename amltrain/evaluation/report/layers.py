@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from amltrain.evaluation.visualize import PREDICTION, TRUTH, Colour, shrink
+from amltrain.evaluation.visualize import PAPER, PREDICTION, TRUTH, Colour, shrink
 
 RIGHT: Colour = (0, 158, 96)
 MISSED: Colour = (0, 114, 178)
@@ -49,8 +49,8 @@ def draw_layers(
         error[mask] = (*colour, 190)
     return Layers(
         _uri(small, "JPEG", quality=88),
-        _png(_outlined(truth, TRUTH)),
-        _png(_outlined(prediction, PREDICTION)),
+        _png(_outlined(truth, TRUTH, fill=0)),
+        _png(_outlined(prediction, PREDICTION, fill=90)),
         _png(error),
         None if scores is None else _png(_heat(scores, size)),
         None if masked is None else _png(_blocked(masked, size)),
@@ -62,11 +62,14 @@ def _resized(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_
     return np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) > 127
 
 
-def _outlined(mask: NDArray[np.bool_], colour: Colour) -> NDArray[np.uint8]:
-    """RGBA: an outline on a faint fill."""
+def _outlined(mask: NDArray[np.bool_], colour: Colour, fill: int) -> NDArray[np.uint8]:
+    """RGBA: an outline with a white rim on a fill of this opacity, 0..255; 0 keeps the colours that sentences name."""
     layer = np.zeros((*mask.shape, 4), np.uint8)
-    layer[mask] = (*colour, 90)
-    layer[mask & ~shrink(mask, max(1, round(max(mask.shape) / 130)))] = (*colour, 255)
+    layer[mask] = (*colour, fill)
+    width = max(1, round(max(mask.shape) / 130))
+    within = shrink(mask, width)
+    layer[within & ~shrink(within, max(1, width // 2))] = (*PAPER, 255)
+    layer[mask & ~within] = (*colour, 255)
     return layer
 
 

@@ -14,7 +14,7 @@ from amltrain.errors import UserError
 from amltrain.evaluation.report.collect import Card
 from amltrain.evaluation.report.curves import Chart
 from amltrain.evaluation.results import Results
-from amltrain.evaluation.tables import describe
+from amltrain.evaluation.tables import describe, split_label
 
 GROUPS = ("chosen", "best", "worst", "random")
 
@@ -88,6 +88,7 @@ def _split(split: SplitPart) -> dict[str, Any]:
         "name": f"{results.dataset} {results.split}",
         "protocol": describe(results),
         "samples": results.counts["samples"],
+        "scored": results.alteration or f"all {results.counts['samples']} samples",
         "shown": len(split.cards),
         "charts": [(c.title, Markup(c.svg)) for c in split.charts],
     }
@@ -99,7 +100,7 @@ def _tables(results: Sequence[Results]) -> list[dict[str, Any]]:
     for result in results:
         groups.setdefault(tuple(result.metrics), []).append(result)
     return [
-        {"columns": names, "rows": [(r.dataset, r.split, r.counts["samples"], _cells(r)) for r in group]}
+        {"columns": names, "rows": [(r.dataset, split_label(r), r.counts["samples"], _cells(r)) for r in group]}
         for names, group in groups.items()
     ]
 

@@ -45,3 +45,10 @@ def test_a_large_image_is_scaled_down_and_a_method_may_give_less() -> None:
     layers = draw_layers(IMAGE, TRUTH, PREDICTION, side=30)
     assert pixels(layers.image).shape == pixels(layers.truth).shape == (20, 30, 4)
     assert layers.scores is layers.masked is None
+
+
+def test_the_truth_is_an_outline_so_that_colours_stay() -> None:
+    layers = draw_layers(IMAGE, TRUTH, PREDICTION)
+    truth, prediction = pixels(layers.truth), pixels(layers.prediction)
+    assert truth[10, 20, 3] == prediction[10, 30, 3] == 255
+    assert truth[20, 25, 3] == 0 < prediction[20, 35, 3] < 255
