@@ -25,7 +25,7 @@ ALIGNMENT = "Alignment scores, dark 0 to bright 1 (temperature solved on this im
 
 
 class Shown(NamedTuple):
-    """Outputs of one model on the page: the mask over the image, the alignment map over it, and a text below the mask."""
+    """Outputs of one model on the page: the mask over the image, the alignment map over it, a text below the mask."""
 
     mask: Image.Image
     alignment: Image.Image | None
