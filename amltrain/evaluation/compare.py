@@ -6,6 +6,7 @@ matrices. Everything is a function of the seed.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -251,28 +252,22 @@ def comparison_markdown(comparison: Comparison) -> str:
         if rows:
             lines += [*markdown([("model", "data set", "split", "seeds", *_names(comparison, kind)), *rows], 3), ""]
     if comparison.differences:
-        header = (
-            "model - reference",
-            "data set",
-            "split",
-            "metric",
-            "difference",
-            "95 % interval",
-            "",
-            "t over seeds",
-            "p",
-        )
-        lines += [*markdown([header, *(_difference_row(d) for d in comparison.differences)], 4), ""]
+        header, rows = _difference_rows(comparison)
+        lines += [*markdown([header, *rows], 4), ""]
         lines.append("Intervals: paired bootstrap over images. `*`: the interval leaves out 0.")
-        lines.append("They cover the choice of images, not of seeds; the deviations above show the seeds.")
-        lines.append(
-            "t, p: paired t-test over seeds, where results in the same place of both lists have the same seed."
-        )
+        if any(d.seeds for d in comparison.differences):
+            lines.append("They cover the choice of images, not of seeds; the deviations above show the seeds.")
+            lines.append("t, p: paired t-test over seeds; results in the same place of both lists have the same seed.")
+        else:
+            lines.append("They cover the choice of images, not of seeds: compare several seeds of each model.")
     return "\n".join([*lines, *comparison.notes])
 
 
 def comparison_latex(comparison: Comparison) -> str:
-    """Return a booktabs tabular per kind of metric; the best mean of every split and metric is bold."""
+    """Return a booktabs tabular per kind of metric, then one of the differences with their intervals.
+
+    The best mean of every split and metric is bold.
+    """
     tabulars = []
     for kind in METRICS:
         names = _names(comparison, kind)
@@ -286,6 +281,11 @@ def comparison_latex(comparison: Comparison) -> str:
                 means = [float(rows[i][j].split(" ")[0].replace("-", "nan")) for i in own]
                 bold += [(i, j) for i, mean in zip(own, means, strict=True) if len(own) > 1 and mean == max(means)]
         tabulars.append(latex(("Model", "Data set", "Split", "Seeds", *names), rows, bold, text_columns=3))
+    if comparison.differences:
+        header, differences = _difference_rows(comparison)
+        signed = [(*row[:4], *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text) for text in row[4:])) for row in differences]
+        tabulars.append(latex([*map(str.capitalize, header[:5]), *header[5:]], signed, text_columns=4))
+        tabulars.append("% Intervals: paired bootstrap over images. *: the interval leaves out 0.")
     return "\n\n".join(tabulars) + "\n"
 
 
@@ -309,11 +309,20 @@ def _mean_cell(values: Sequence[float]) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
-def _difference_row(d: Difference) -> tuple[str, ...]:
-    interval = "-" if np.isnan(d.low) else f"{d.low:+.2f} to {d.high:+.2f}"
-    seeds = ("-", "-") if d.seeds is None else (f"{d.seeds.t:+.2f}", f"{d.seeds.p:.3f}")
-    mark = "*" if d.unequal else ""
-    return f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval, mark, *seeds
+def _difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the differences; the t-test's columns are there if a model has several seeds."""
+    over_seeds = any(d.seeds for d in comparison.differences)
+    header = ["model - reference", "data set", "split", "metric", "difference", "95 % interval"]
+    return header + (["t over seeds", "p"] if over_seeds else []), [
+        _difference_row(d, over_seeds) for d in comparison.differences
+    ]
+
+
+def _difference_row(d: Difference, over_seeds: bool) -> list[str]:
+    interval = "-" if np.isnan(d.low) else f"{d.low:+.2f} to {d.high:+.2f}{' *' if d.unequal else ''}"
+    seeds = ["-", "-"] if d.seeds is None else [f"{d.seeds.t:+.2f}", f"{d.seeds.p:.3f}"]
+    row = [f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval]
+    return row + (seeds if over_seeds else [])
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, object]:

@@ -84,7 +84,12 @@ def latex(header: Row, rows: Sequence[Row], bold: Sequence[tuple[int, int]] = ()
 def _escape(text: str) -> str:
     for character in "\\&%$#_{}":
         text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
-    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
+    return (
+        text.replace("±", r"$\pm$")
+        .replace("\N{MINUS SIGN}", "$-$")
+        .replace("~", r"\textasciitilde ")
+        .replace("^", r"\textasciicircum ")
+    )
 
 
 def cell(value: float | None) -> str:

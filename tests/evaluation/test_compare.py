@@ -59,7 +59,13 @@ def test_means_deviations_and_paired_intervals(scored: Results, tmp_path: Path):
     assert gain.value == pytest.approx(expected)
     assert gain.low < gain.value < gain.high and gain.unequal
     assert found.differences == compare({"none": none, "aml": aml}, draws=500).differences
-    assert "\\textbf{" in comparison_latex(found) and "$\\pm$" in comparison_latex(found)
+    table = comparison_latex(found)
+    assert "\\textbf{" in table and "$\\pm$" in table
+    assert f"aml - none & scenes & val & mIoU & {gain.value:+.2f} & ".replace("& -", "& $-$") in table
+    assert "t over seeds" in text and "t over seeds" in table
+    alone = compare({"none": none[:1], "aml": aml[:1]}, draws=20)
+    assert "t over seeds" not in comparison_markdown(alone) + comparison_latex(alone)
+    assert "compare several seeds" in comparison_markdown(alone)
 
 
 def test_the_same_model_differs_by_nothing(scored: Results, tmp_path: Path):
