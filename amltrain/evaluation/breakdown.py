@@ -116,8 +116,10 @@ def breakdown_markdown(groups: dict[str, list[Group]], worst: Sequence[dict[str,
         lines += [*markdown([(aspect, "samples", *names), *rows], text_columns=1), ""]
     lines.append("Kinds overlap. Same-class objects: those in the image that this split refers to, a lower bound.")
     if worst:
-        rows = [(c["sentence"], str(c["image_id"]), str(c["ref_id"]), cell(100 * c["iou"])) for c in worst]
-        lines += ["", *markdown([("worst", "image_id", "ref_id", "IoU"), *rows], text_columns=1)]
+        ids = ("sample_id", "image_id", "ref_id")
+        rows = [(c["sentence"], *(str(c[name]) for name in ids), cell(100 * c["iou"])) for c in worst]
+        lines += ["", *markdown([("worst", *ids, "IoU"), *rows], text_columns=1), ""]
+        lines.append("To see them: amltrain analyse pictures --samples SAMPLE_ID ..., or amltrain report --samples.")
     return "\n".join(lines)
 
 

@@ -84,12 +84,10 @@ def latex(header: Row, rows: Sequence[Row], bold: Sequence[tuple[int, int]] = ()
 def _escape(text: str) -> str:
     for character in "\\&%$#_{}":
         text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
-    return (
-        text.replace("±", r"$\pm$")
-        .replace("\N{MINUS SIGN}", "$-$")
-        .replace("~", r"\textasciitilde ")
-        .replace("^", r"\textasciicircum ")
-    )
+    signs = {"±": r"$\pm$", "\N{MINUS SIGN}": "$-$", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
+    for character, command in signs.items():
+        text = text.replace(character, command)
+    return text
 
 
 def cell(value: float | None) -> str:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from amltrain.commands.compare import main, parse_groups
 from amltrain.errors import UserError
-from amltrain.evaluation.breakdown import break_down, kinds_of, worst_cases
+from amltrain.evaluation.breakdown import break_down, breakdown_markdown, kinds_of, worst_cases
 from amltrain.evaluation.compare import compare, comparison_latex, comparison_markdown, image_draws
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.metrics import scored_columns
@@ -134,6 +134,8 @@ def test_breakdown(scored: Results, tmp_path: Path):
     worst = worst_cases(table, 3)
     assert [case["ref_id"] for case in worst] == [0, 1, 2] or worst[0]["iou"] <= worst[1]["iou"] <= worst[2]["iou"]
     assert len({case["ref_id"] for case in worst}) == 3
+    shown = breakdown_markdown({}, worst)
+    assert "sample_id" in shown and f"| {worst[0]['sample_id']} |" in shown.replace("  ", "")
 
 
 @pytest.mark.parametrize(
