@@ -135,7 +135,7 @@ def test_breakdown(scored: Results, tmp_path: Path):
     assert [case["ref_id"] for case in worst] == [0, 1, 2] or worst[0]["iou"] <= worst[1]["iou"] <= worst[2]["iou"]
     assert len({case["ref_id"] for case in worst}) == 3
     shown = breakdown_markdown({}, worst)
-    assert "sample_id" in shown and f"| {worst[0]['sample_id']} |" in shown.replace("  ", "")
+    assert {"sample_id", str(worst[0]["sample_id"])} <= set(shown.split())
 
 
 @pytest.mark.parametrize(
