@@ -110,10 +110,10 @@ def draw_levels(grid: Grid, levels: Sequence[float], metric: str, path: Path) ->
                 scores, spread = _means(conditions, model)
                 colour = COLOURS[i % len(COLOURS)]
                 axes.errorbar(levels, scores, spread, marker="o", capsize=3, label=model, color=colour)
+                # scores fall from left to right: above right and below left no line passes
+                offset, side = ((-4, -10), "right") if i % 2 else ((4, 5), "left")
                 for level, score in zip(levels, scores, strict=True):
-                    axes.annotate(
-                        f"{score:.1f}", (level, score), (4, 5 - 14 * (i % 2)), textcoords="offset points", fontsize=8
-                    )
+                    axes.annotate(f"{score:.1f}", (level, score), offset, textcoords="offset points", ha=side, size=8)
             axes.set_xlabel("share of the image covered (%)")
             axes.set_xticks(levels)
             axes.margins(x=0.12, y=0.15)
