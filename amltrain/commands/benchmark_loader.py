@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco
 from torch import Tensor
 
 from amltrain.commands.benchmark_steps import hardware
@@ -160,7 +161,8 @@ def _original(dataset: ReferDataset, index: int) -> Original:
     png = io.BytesIO()
     Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).save(png, "PNG")
     image = dataset.splits[number].rows.image_bytes(row)
-    return Original(image, referent["mask"], png.getvalue(), dataset.info(index).sentence)
+    rle = referent["mask"]
+    return Original(image, {**rle, "counts": rle["counts"].encode()}, png.getvalue(), dataset.info(index).sentence)
 
 
 def _official_batch(
@@ -179,7 +181,7 @@ def _official_square(transform: ImageTransform) -> Callable[[Original], tuple[Te
 
     def load(file: Original) -> tuple[Tensor, Tensor]:
         image = Image.open(io.BytesIO(file.image)).convert("RGB")
-        mask = Image.fromarray(decode_rle(file.mask), mode="P")
+        mask = Image.fromarray(coco.decode(file.mask), mode="P")
         image, mask = image.resize(side, Image.Resampling.BILINEAR), mask.resize(side, Image.Resampling.NEAREST)
         tensor = functional.normalize(functional.to_tensor(image), list(mean), list(std))
         return tensor, torch.as_tensor(np.asarray(mask).copy(), dtype=torch.int64)

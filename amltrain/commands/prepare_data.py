@@ -66,6 +66,9 @@ def _prepare_own(args: argparse.Namespace) -> None:
     )
     print(describe(manifest))
     _show_next(args.output, args.name)
+    where = "" if args.output == Path("prepared") else f" --data.prepared {args.output}"
+    command = f"amltrain train --config quickstart --data.datasets '[{args.name}]'{where}"
+    print(f"then train on it, a tiny model first: {command}")
 
 
 def _show_next(output: Path, name: str) -> None:

@@ -115,8 +115,7 @@ def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> Ima
         file = read_image_file(image_root, name)
         _check_size(job.image, file.height, file.width)
     except FileFault as fault:
-        shown = Path(name).name if Path(name).is_absolute() else name
-        skipped = [Skipped(f"image {shown} with {len(job.refs)} refs", str(fault), lost)]
+        skipped = [Skipped(f"image {_shown(name)} with {len(job.refs)} refs", str(fault), lost)]
         return ImageGroup(job.image_id, name, 0, 0, [], None, skipped, [])
     return job_group(job, file, categories)
 
@@ -136,7 +135,7 @@ def job_group(job: ImageJob, file: ImageFile, categories: dict[int, str]) -> Ima
         found, reasons = _referents(ref, job, (file.height, file.width), categories)
         referents += found
         skipped += reasons
-    noticed = _notice(name, referents, file.height * file.width)
+    noticed = _notice(name, referents, file.height, file.width)
     if file.rotated:
         noticed.append(("images whose EXIF data asks to turn them; they are used as stored", name))
     content = file.content if referents else None
@@ -163,7 +162,9 @@ def _referents(
         try:
             annotations = _annotations(ann_ids, job)
             masks = referent_mask([_segmentation(a, size) for a in annotations], *size)
-        except (BrokenSegmentationError, FileFault) as error:
+        except FileFault as fault:
+            skipped.append(Skipped(name, str(fault), len(real)))
+        except BrokenSegmentationError as error:
             skipped.append(Skipped(name, f"broken segmentation: {error}", len(real)))
         else:
             skipped += [Skipped(f"a polygon of {name}", why, 0) for why in masks.dropped]
@@ -250,12 +251,16 @@ def _segmentation(annotation: dict[str, Any], size: tuple[int, int]) -> Any:
     segmentation = annotation["segmentation"]
     if not isinstance(segmentation, MaskFile):
         return segmentation
-    mask = read_mask_file(segmentation.root, segmentation.name, segmentation.value, segmentation.threshold)
-    if mask.shape != size:
-        raise BrokenSegmentationError(
-            f"mask {segmentation.name} is {mask.shape[0]} x {mask.shape[1]} pixels, its image {size[0]} x {size[1]}"
-        )
-    return encode_mask(mask)
+    root, name, value, threshold = segmentation
+    try:
+        return encode_mask(read_mask_file(root, name, value, threshold, size))
+    except FileFault as fault:
+        raise FileFault(f"mask {_shown(name)}: {fault}") from fault
+
+
+def _shown(name: str) -> str:
+    """A path for messages that are published with the data: an absolute one without its folders."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _joint_box(boxes: list[list[float]]) -> list[float]:
@@ -267,7 +272,7 @@ def _joint_box(boxes: list[list[float]]) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _notice(image: str, referents: list[dict[str, Any]], pixels: int) -> list[tuple[str, str]]:
+def _notice(image: str, referents: list[dict[str, Any]], height: int, width: int) -> list[tuple[str, str]]:
     """Count values that are legal but often a mistake."""
     noticed = []
     pairs = Counter[tuple[str, str]]()
@@ -279,8 +284,11 @@ def _notice(image: str, referents: list[dict[str, Any]], pixels: int) -> list[tu
         pairs.update((text, referent["mask"]["counts"]) for text in dict.fromkeys(folded))
         if len(set(texts)) < len(texts):
             noticed.append(("referents with the same sentence twice", f"ref {referent['ref_id']}"))
-        if not referent["no_target"] and area(referent["mask"]) > LARGE_SHARE * pixels:
+        if not referent["no_target"] and area(referent["mask"]) > LARGE_SHARE * height * width:
             what = f"masks cover more than {LARGE_SHARE:.0%} of the image; are they inverted?"
+            noticed.append((what, f"ref {referent['ref_id']} of {image}"))
+        if (box := referent["bbox"]) and (box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1):
+            what = "boxes reach beyond their image; are they x1, y1, x2, y2 instead of x, y, width, height?"
             noticed.append((what, f"ref {referent['ref_id']} of {image}"))
     noticed += [
         ("pairs of the same sentence and mask occur again in other refs", f"{text[0][:60]!r} in {image}")

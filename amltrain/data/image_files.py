@@ -80,15 +80,23 @@ def read_image_file(root: Path, name: str) -> ImageFile:
     return ImageFile(content, image.height, image.width, image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1))
 
 
-def read_mask_file(root: Path, name: str, value: int | None = None, threshold: int | None = None) -> np.ndarray:
+def read_mask_file(
+    root: Path,
+    name: str,
+    value: int | None = None,
+    threshold: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """A mask file as [height, width] uint8, 0 or 1.
 
     value: the pixel value that marks the object. threshold: pixels of at least this value are the object. With neither,
-    the file must hold one value besides 0. Raises FileFault.
+    the file must hold one value besides 0. size: the image's height and width. Raises FileFault.
     """
     image = decode_file(read_file_below(root, name))
+    if size is not None and (image.height, image.width) != size:
+        raise FileFault(f"it is {image.height} x {image.width} pixels, its image {size[0]} x {size[1]}")
     if image.format == "JPEG" and value is None and threshold is None:
-        raise FileFault("it is a JPEG, whose pixel values are not exact; save masks as PNG, or give a threshold")
+        raise FileFault("it is a JPEG, whose pixel values are not exact; save masks as PNG, or give --mask_threshold")
     pixels = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "I;16B") else image.convert("L"))
     pixels = pixels.astype(np.int64)
     if value is not None:
@@ -98,7 +106,7 @@ def read_mask_file(root: Path, name: str, value: int | None = None, threshold: i
     levels = np.unique(pixels[pixels != 0])
     if len(levels) > 1:
         listed = ", ".join(map(str, levels[:5].tolist())) + (", ..." if len(levels) > 5 else "")
-        raise FileFault(f"its pixels have the values {listed} beside 0; state mask_value, or give a threshold")
+        raise FileFault(f"its pixels have the values {listed} beside 0; give --mask_threshold, or a column mask_value")
     return (pixels != 0).astype(np.uint8)
 
 

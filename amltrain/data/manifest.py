@@ -74,10 +74,11 @@ def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
 
 def check_split(name: str, split: str, prepared: str | None = None) -> None:
     """Raise UserError unless the data set has that split."""
-    splits = find_spec(name, prepared).splits
-    if split not in splits:
-        few = "; give its table a split column, or more images" if splits and "train" not in splits else ""
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(splits)}{few}")
+    spec = find_spec(name, prepared)
+    if split not in spec.splits:
+        drawn = spec.split_by == "own" and split in ("train", "val", "test")
+        few = "; give its table a split column, or more images" if drawn else ""
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(spec.splits)}{few}")
 
 
 @functools.lru_cache
@@ -108,7 +109,8 @@ def compare_with_published(spec: DatasetSpec, counts: dict[str, Counts]) -> dict
 
 def describe(manifest: dict[str, Any]) -> str:
     """Format the manifest for people: a line per split, then warnings and skipped entries."""
-    lines = [f"{manifest['dataset']} (split by {manifest['split_by']})"]
+    by = "own data" if manifest["split_by"] == "own" else f"split by {manifest['split_by']}"
+    lines = [f"{manifest['dataset']} ({by})"]
     for split, count in manifest["splits"].items():
         verdict = manifest["published"].get(split)
         lines.append(

@@ -187,10 +187,22 @@ def _own_spec(
         for ref in refs:
             ref["split"] = split_of[ref["image_name"]]
         splits = tuple(split for split in shares if split in split_of.values())
-        listed = ", ".join(f"{split} {share:g}" for split, share in shares.items())
-        notes.append(f"splits were drawn by a hash of the image names and seed {seed} ({listed})")
+        notes += _splits_noted(split_of, seed, shares)
     generalised = any(ref["ann_id"] == -1 for ref in refs)
     return DatasetSpec(name, "own", splits, generalised=generalised, layout="table", exact_splits=True), notes
+
+
+def _splits_noted(split_of: Mapping[str, str], seed: int, shares: Mapping[str, float]) -> list[str]:
+    """What to tell about splits that were drawn; with few images also how to choose them."""
+    listed = ", ".join(f"{split} {share:g}" for split, share in shares.items())
+    notes = [f"splits were drawn by a hash of the image names and seed {seed} ({listed})"]
+    if len(split_of) * min(shares.values()) < 1:
+        largest = max(shares, key=lambda split: shares[split])
+        used = list(split_of.values()).count(largest)
+        notes.append(
+            f"the table has few images ({len(split_of)}), {used} of them in {largest}; a column `split` lets you choose"
+        )
+    return notes
 
 
 def _check_shares(shares: Mapping[str, float]) -> None:
@@ -204,7 +216,8 @@ def _check_shares(shares: Mapping[str, float]) -> None:
 def assign_splits(images: Iterable[str], seed: int, shares: Mapping[str, float]) -> dict[str, str]:
     """A split for every image, by a hash of its name and the seed: further images change nobody else's split.
 
-    A split that stays empty takes an image of the largest one, as long as that has two.
+    A split that stays empty takes an image of the fullest one, as long as that has two. With fewer images than splits,
+    those of the largest shares get one: an image alone is in train.
     """
     place = {
         image: int.from_bytes(hashlib.sha256(f"{seed} {image}".encode(errors="replace")).digest()[:8], "big") / 2**64
@@ -219,9 +232,11 @@ def assign_splits(images: Iterable[str], seed: int, shares: Mapping[str, float])
             if value < total or split == splits[-1]:
                 found[image] = split
                 break
-    for split in splits:
+    order = sorted(splits, key=lambda split: -shares[split])
+    for number, split in enumerate(order):
         sizes = Counter(found.values())
-        largest = max(splits, key=lambda other: sizes[other])
-        if not sizes[split] and sizes[largest] > 1:
-            found[max((i for i, s in found.items() if s == largest), key=lambda image: place[image])] = split
+        givers = [other for other in order if sizes[other] > (other in order[:number])]
+        if not sizes[split] and givers:
+            fullest = max(givers, key=lambda other: sizes[other])
+            found[max((i for i, s in found.items() if s == fullest), key=lambda image: place[image])] = split
     return found

@@ -82,14 +82,21 @@ def decode_mask(mask: Rle) -> np.ndarray:
     """
     try:
         height, width = (int(side) for side in mask["size"])
-        return decode_rle(_text(_run_lengths(mask, height, width)))
+        return _pixels(_checked_runs(mask, height, width), height, width)
     except (KeyError, TypeError, ValueError) as error:  # BrokenSegmentationError is a ValueError
         raise UserError(f"the mask cannot be decoded: {error}") from error
 
 
 def decode_rle(rle: Rle) -> np.ndarray:
     """Run lengths that this module wrote, as [height, width] uint8, 0 or 1. Foreign ones go to `decode_mask`."""
-    return coco.decode({"size": rle["size"], "counts": rle["counts"].encode()})
+    height, width = rle["size"]
+    return _pixels(_runs_of_text(rle["counts"]), height, width)
+
+
+def _pixels(runs: NDArray[np.int64], height: int, width: int) -> np.ndarray:
+    """Runs of 0, 1, 0, ... down the columns, as [height, width] uint8."""
+    values = (np.arange(len(runs)) & 1).astype(np.uint8)
+    return np.repeat(values, runs).reshape(width, height).T
 
 
 def encode_mask(mask: np.ndarray) -> Rle:
@@ -150,6 +157,18 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
 
 
 def _run_lengths(rle: Any, height: int, width: int) -> Rle:
+    runs = _checked_runs(rle, height, width)
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
+    return coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+
+
+def _checked_runs(rle: Any, height: int, width: int) -> NDArray[np.int64]:
+    """Run lengths of an image, [runs]; pycocotools would read outside its memory where they do not fit.
+
+    Raises BrokenSegmentationError.
+    """
     if not isinstance(rle, dict):
         raise BrokenSegmentationError("it mixes run lengths and polygons")
     size = rle.get("size")
@@ -160,21 +179,20 @@ def _run_lengths(rle: Any, height: int, width: int) -> Rle:
     counts = rle.get("counts")
     if isinstance(counts, bytes):
         counts = counts.decode("ascii", errors="replace")
+    unfit = BrokenSegmentationError("its run lengths do not add up to the image")
     if min(height, width) < 1 or height * width > MAX_PIXELS:
-        raise BrokenSegmentationError("its run lengths do not add up to the image")
-    # pycocotools reads outside its memory where counts do not fit
+        raise unfit
     if isinstance(counts, str):
-        text = _runs_of_text(counts)
-        if text.min() < 0 or text.max() > height * width or text.sum() != height * width:
-            raise BrokenSegmentationError("its run lengths do not add up to the image")
-        return {"size": [height, width], "counts": counts.encode()}
-    if not isinstance(counts, list):
+        runs = _runs_of_text(counts)
+    elif not isinstance(counts, list):
         raise BrokenSegmentationError("its run lengths have no counts")
-    if len(counts) > height * width + 1 or not all(isinstance(run, int) and run >= 0 for run in counts):
-        raise BrokenSegmentationError("its run lengths do not add up to the image")
-    if sum(counts) != height * width:
-        raise BrokenSegmentationError("its run lengths do not add up to the image")
-    return coco.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    elif len(counts) > height * width + 1 or not all(isinstance(r, int) and 0 <= r <= height * width for r in counts):
+        raise unfit
+    else:
+        runs = np.array(counts, np.int64)
+    if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
+        raise unfit
+    return runs
 
 
 _LONGEST_NUMBER = 30

@@ -8,6 +8,7 @@
 Cells of a CSV file may hold JSON. docs/data.md shows each form.
 """
 
+import codecs
 import json
 import os
 import reprlib
@@ -39,6 +40,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """The names under which a column is found, first match first."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_CSV_FIXES = {
+    "invalid UTF8": "save it as UTF-8",
+    "Expected": "put cells that hold commas in double quotes",
+}
+"""What to do about the messages of the CSV reader."""
 _YES, _NO = {"1", "true", "yes"}, {"0", "false", "no", ""}
 
 
@@ -99,7 +105,9 @@ def read_rows(table: Path) -> Iterator[dict[str, Any]]:
             read = _read_parquet if kind == ".parquet" else _read_csv
             yield from read(table).to_pylist()
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{table} cannot be read as {kind[1:]} ({first_line(error)})") from error
+            why = first_line(error)
+            hint = next((f"; {fix}" for sign, fix in _CSV_FIXES.items() if kind == ".csv" and sign in why), "")
+            raise UserError(f"{table} cannot be read as {kind[1:]} ({why}){hint}") from error
     else:
         raise UserError(f"{table}: the table should be .jsonl, .json, .csv, .tsv or .parquet")
 
@@ -125,6 +133,9 @@ def _list_rows(content: Any, table: Path) -> Iterator[dict[str, Any]]:
 
 def _read_csv(table: Path) -> pa.Table:
     """Read all columns as text, so that `007` stays a name."""
+    with table.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError("it is UTF-16; save it as UTF-8")
     parse = pyarrow.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",", newlines_in_values=True)
     with pyarrow.csv.open_csv(table, parse_options=parse) as reader:
         names = reader.schema.names
@@ -172,6 +183,8 @@ def _find_columns(there: Sequence[str], renamed: Mapping[str, str], place: str) 
         if matches:
             found[column] = matches
     for column in ("image", "sentence"):
+        if column not in found and len(there) == 1 and ";" in has:
+            raise UserError(f"{place} has the one column {has!r}; separate the columns by commas")
         if column not in found:
             raise UserError(f"{place} has no column {column!r}; it has {has} (rename with --columns {column}=NAME)")
     if not found.keys() & {"mask", "box", "no_target"}:
@@ -202,9 +215,12 @@ def _parse(
     mask = _json(cell.get("mask"))
     no_target = _truth(cell.get("no_target"), where)
     segmentation = None if _empty(mask) else _segmentation(mask, folders, value, threshold, where)
-    is_box = isinstance(segmentation, list) and len(_numbers(mask)) == 4
+    is_box = len(_numbers(mask)) == 4
+    box = _numbers(mask) if is_box else box
     if segmentation is None and len(box) == 4:
         segmentation, is_box = box_polygon(box), True
+    if is_box and min(box[2:]) <= 0:
+        raise UserError(f"{where}: the box {box} has no width or no height; a box is x, y, width, height")
     if no_target and segmentation is not None:
         raise UserError(f"{where}: no_target is true, but there is a mask; leave one of them out")
     if segmentation is None and not no_target:
@@ -298,7 +314,9 @@ def _truth(cell: Any, where: str) -> bool:
 
 
 def _texts(cell: Any, where: str) -> tuple[str, ...]:
-    texts = cell if isinstance(cell, list) else [cell]
+    texts = (
+        cell if isinstance(cell, list) else ["" if cell is None else cell]
+    )  # an empty one is counted where it is read
     texts = [entry.get("raw", entry.get("sent")) if isinstance(entry, dict) else entry for entry in texts]
     if not all(isinstance(text, str) for text in texts) or not texts:
         raise UserError(f"{where}: the sentence is {str(cell)[:50]!r}, not a text or a list of texts")

@@ -75,8 +75,9 @@ class ImageTransform:
         """Resize a mask [h, w] of 0 and 1 to [S, S] uint8, the share of each pixel that is covered in 1/255."""
         if self.resize == "letterbox":
             return warp_mask(mask, self.size)
-        side = (self.size, self.size)
-        return torch.from_numpy(np.array(Image.fromarray(mask * np.uint8(255)).resize(side, Image.Resampling.NEAREST)))
+        rows, columns = (_nearest(count, self.size) for count in mask.shape)
+        chosen = np.ascontiguousarray(mask.T[columns].T)[rows]  # masks are stored by columns
+        return torch.from_numpy(chosen * np.uint8(255))
 
     def geometry(self, height: int, width: int) -> Tensor:
         """Geometry of an image of height x width pixels, [6] float64 as in `records.Batch`."""
@@ -94,6 +95,13 @@ class ImageTransform:
             mean, std = _mean_std(self.normalization, torch.device("cpu"))
             image = (image.float().cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
         return image.permute(1, 2, 0).cpu().numpy()
+
+
+@lru_cache(maxsize=1024)
+def _nearest(count: int, size: int) -> NDArray[np.int32]:
+    """Which of `count` pixels each of `size` pixels takes, [size], as Pillow's nearest neighbour chooses them."""
+    ramp = Image.fromarray(np.arange(count, dtype=np.int32)[None])
+    return np.asarray(ramp.resize((size, 1), Image.Resampling.NEAREST))[0]
 
 
 def normalise(pixels: Tensor, normalization: Normalization) -> Tensor:

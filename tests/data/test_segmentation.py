@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
-from amltrain.data.segmentation import BrokenSegmentationError, decode_rle, referent_mask
+from amltrain.data.segmentation import BrokenSegmentationError, decode_mask, decode_rle, referent_mask
 
 HEIGHT, WIDTH = 30, 40
 SQUARE = [5, 5, 25, 5, 25, 25, 5, 25]
@@ -49,6 +49,8 @@ def test_compressed_counts_of_any_mask() -> None:
                 rle = coco.encode(np.asfortranarray(mask))
                 text = {"size": list(mask.shape), "counts": rle["counts"].decode()}
                 assert referent_mask([text], *mask.shape).union["counts"] == rle["counts"].decode()
+                for decoded in (decode_rle(text), decode_mask(text), decode_mask(text | {"counts": runs(mask)})):
+                    assert np.array_equal(decoded, coco.decode(rle)) and decoded.dtype == np.uint8
 
 
 def test_parts_are_joined_and_pixels_of_two_parts_told_apart() -> None:

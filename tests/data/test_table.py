@@ -178,6 +178,7 @@ def test_a_data_set_that_datasets_reads(folder: Path) -> None:
     found = [referents(prepared, split)[0] for split in ("train", "val", "test")]
     assert {r["sentences"][0]["raw"] for r in found} == {"one", "two", "three"}
     assert all(np.array_equal(decode_mask(r["mask"]), square()) for r in found)
+    assert "few images (3), 1 of them in train" in read_manifest(prepared / "mine")["notes"][-1]
 
 
 def test_splits_are_a_function_of_name_and_seed() -> None:
@@ -188,8 +189,9 @@ def test_splits_are_a_function_of_name_and_seed() -> None:
     more = assign_splits([*names, "further.jpg"], 0, shares)
     assert {name: more[name] for name in names} == first
     assert 750 < sum(split == "train" for split in first.values()) < 850
-    for few in range(3, 8):
-        assert set(assign_splits(names[:few], few, shares).values()) == {"train", "val", "test"}
+    for few in range(1, 8):
+        for seed in range(20):
+            assert set(assign_splits(names[:few], seed, shares).values()) == set(list(shares)[:few])
 
 
 GOOD = {"image": "0.jpg", "sentence": "x", "mask": "masks/0.png"}
@@ -208,6 +210,9 @@ GOOD = {"image": "0.jpg", "sentence": "x", "mask": "masks/0.png"}
         ([GOOD | {"no_target": True}], (), "row 1: no_target is true, but there is a mask"),
         ([GOOD | {"no_target": "maybe"}], (), "row 1: no_target is 'maybe', not true or false"),
         ([GOOD | {"sentence": 3}], (), "row 1: the sentence is '3', not a text"),
+        ([GOOD | {"sentence": ""}], (), "row 1 of image 0.jpg: it is empty"),
+        ([GOOD | {"sentence": None}, GOOD], (), "row 1 of image 0.jpg: it is empty"),
+        ([GOOD | {"mask": [5, 6, -3, 10]}], (), r"row 1: the box \[5, 6, -3, 10\] has no width or no height"),
         ([GOOD | {"ref_id": "seven"}], (), "row 1: ref_id is 'seven', not a whole number"),
         ([GOOD | {"ref_id": 2**70}], (), "row 1: ref_id needs more than 64 bits"),
         ([GOOD | {"image": None}], (), "row 1: the image is None, not a path"),
@@ -221,10 +226,10 @@ GOOD = {"image": "0.jpg", "sentence": "x", "mask": "masks/0.png"}
         ([GOOD | {"image": "../my.jsonl"}], (), "leads outside"),
         ([GOOD | {"image": "/etc/passwd"}], (), "leads outside"),
         ([GOOD | {"image": "9.jpg"}], (), "image 9.jpg with 1 refs: the file is missing in"),
-        ([GOOD | {"mask": "masks/9.png"}], (), "row 1 of image 0.jpg: broken segmentation: the file is missing"),
+        ([GOOD | {"mask": "masks/9.png"}], (), "row 1 of image 0.jpg: mask masks/9.png: the file is missing in photos"),
         ([GOOD | {"mask": "0.jpg"}], (), "it is a JPEG, whose pixel values are not exact"),
-        ([GOOD | {"mask": "masks/grey.png"}], (), "its pixels have the values 1, 2 beside 0; state mask_value"),
-        ([GOOD | {"mask": "masks/small.png"}], (), "mask masks/small.png is 3 x 4 pixels, its image 30 x 40"),
+        ([GOOD | {"mask": "masks/grey.png"}], (), "values 1, 2 beside 0; give --mask_threshold, or"),
+        ([GOOD | {"mask": "masks/small.png"}], (), "mask masks/small.png: it is 3 x 4 pixels, its image 30 x 40"),
         ([GOOD | {"mask": {"size": [3, 4], "counts": "abc"}}], (), r"its run lengths are for size \[3, 4\]"),
     ],
 )  # fmt: skip
@@ -247,6 +252,27 @@ def test_what_is_wrong_is_named(
     (said,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert re.search(message, said), said
     assert not list((folder / "prepared").glob("mine*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"image;sentence;mask\n0.jpg;x;masks/0.png\n",
+            "has the one column 'image;sentence;mask'; separate the columns",
+        ),
+        (b"image,sentence,mask\n0.jpg,x,[5,6,20,10]\n", "Expected 3 columns, got 6.*; put cells that hold commas in"),
+        ("image,sentence,mask\n0.jpg,caf\xe9,masks/0.png\n".encode("latin-1"), "invalid UTF8 data.*; save it as UTF-8"),
+        ("image,sentence,mask\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+    ],
+)
+def test_what_spreadsheets_write(
+    content: bytes, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "my.csv").write_bytes(content)
+    with pytest.raises(SystemExit):
+        run(folder, table=folder / "my.csv")
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_manifest_names_no_folder_of_this_disk(folder: Path) -> None:
@@ -282,6 +308,7 @@ def test_what_looks_wrong_is_counted(folder: Path, capsys: pytest.CaptureFixture
         {"image": "0.jpg", "sentences": ["Red", "red"], "mask": "masks/full.png", "ref_id": 1, "split": "train"},
         {"image": "0.jpg", "sentences": ["red"], "mask": "masks/full.png", "ref_id": 2, "split": "train"},
         {"image": "0.jpg", "sentences": ["b"], "mask": "masks/1.png", "ref_id": 3, "split": "val"},
+        {"image": "1.jpg", "sentences": ["c"], "mask": [10, 10, 35, 25], "ref_id": 4, "split": "val"},
     ]
     manifest = read_manifest(run(folder, table=write(folder / "my.jsonl", rows)) / "mine")
     counts = {kind: noticed["count"] for kind, noticed in manifest["noticed"].items()}
@@ -289,6 +316,7 @@ def test_what_looks_wrong_is_counted(folder: Path, capsys: pytest.CaptureFixture
         "referents with sentences that differ only in case": 1,
         "masks cover more than 95% of the image; are they inverted?": 2,
         "pairs of the same sentence and mask occur again in other refs": 1,
+        "boxes reach beyond their image; are they x1, y1, x2, y2 instead of x, y, width, height?": 1,
     }
     said = capsys.readouterr().out
     assert "2 masks cover more than 95% of the image; are they inverted? (e.g. ref 1 of 0.jpg)" in said

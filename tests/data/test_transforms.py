@@ -52,6 +52,15 @@ def test_square_is_pils_bilinear_and_nearest() -> None:
     assert result.geometry.tolist() == [90, 130, 64 / 90, 64 / 130, 0, 0]
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_nearest_is_pillows_at_any_size(order: str) -> None:
+    generator = np.random.default_rng(0)
+    for height, width, size in generator.integers(1, 700, (60, 3)).tolist():
+        mask = np.array(generator.random((height, width)) < 0.5, np.uint8, order=order)
+        expected = Image.fromarray(mask * np.uint8(255)).resize((size, size), Image.Resampling.NEAREST)
+        assert np.array_equal(ImageTransform(size).target(mask).numpy(), np.asarray(expected)), (height, width, size)
+
+
 @pytest.mark.parametrize("resize", ["square", "letterbox"])
 @pytest.mark.parametrize("shape", [(90, 130), (130, 90), (20, 31), (64, 64)])
 def test_the_geometry_maps_the_original_mask_onto_the_target(resize: str, shape: tuple[int, int]) -> None:
