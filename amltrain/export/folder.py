@@ -139,6 +139,7 @@ def _write_files(pretrained: Pretrained, folder: Path, rows: Sequence[Exported],
         "max_tokens": preprocess.max_tokens,
         "keeps_end_token": pretrained.tokenizer.keeps_end,
         "threshold": rule.threshold,
+        "interpolation": rule.interpolation,
         "files": [row._asdict() for row in rows],
     }
     try:

@@ -5,34 +5,92 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-from PIL import Image
-from tokenizers import Tokenizer
+from PIL import Image, ImageOps
 
-if len(sys.argv) != 4:
-    sys.exit(__doc__)
-here, (image_file, sentence, mask_file) = Path(__file__).parent, sys.argv[1:]
-settings = json.loads((here / "export.json").read_text())
-size, length, mean, std = (settings[name] for name in ("size", "max_tokens", "mean", "std"))
-image = Image.open(image_file).convert("RGB")
-if settings["resize"] == "square":
-    box, fitted = (0, 0, size, size), image.resize((size, size), Image.Resampling.BILINEAR)
-else:  # letterbox: keep the aspect ratio, pad with the mean colour
-    scale = size / max(image.size)
-    inner = [max(1, round(n * scale)) for n in image.size]
-    left, top = ((size - n) // 2 for n in inner)
-    box, fitted = (left, top, left + inner[0], top + inner[1]), Image.new("RGB", (size, size), tuple(map(round, mean)))
-    fitted.paste(image.resize(inner, Image.Resampling.BICUBIC, reducing_gap=None), box)
-pixels = ((np.asarray(fitted, np.float32) - np.float32(mean)) / np.float32(std)).transpose(2, 0, 1)[None]
-ids = Tokenizer.from_file(str(here / "tokenizer.json")).encode(sentence).ids
-if len(ids) > length:
-    ids = ids[: length - 1] + ids[-1:] if settings["keeps_end_token"] else ids[:length]
-tokens = np.array([ids + [0] * (length - len(ids))], np.int64)
-inputs = {"image": pixels, "input_ids": tokens, "text_mask": np.arange(length)[None] < len(ids)}
-session = onnxruntime.InferenceSession(here / "model.onnx", providers=["CPUExecutionProvider"])
-logits = session.run(["logits"], {entry.name: inputs[entry.name] for entry in session.get_inputs()})[0][0]
-margin = Image.fromarray(logits[1] - logits[0] if len(logits) == 2 else logits[0])
-margin = margin.resize((size, size), Image.Resampling.BILINEAR).crop(box).resize(image.size, Image.Resampling.BILINEAR)
-mask = 1 / (1 + np.exp(-np.asarray(margin))) > settings["threshold"]
-Image.fromarray(mask).convert("L").save(mask_file)
-print(f"{100 * mask.mean():.1f} % of the image -> {mask_file}")
+
+def taps(position, count, *, cubic, clamp):
+    """[outputs, count]: how much of each of `count` pixels an output at `position` reads. clamp: repeat the border."""
+    first = np.floor(position).astype(int)[:, None]
+    steps = np.arange(-1, 3) if cubic else np.arange(2)
+    d = np.abs(position[:, None] - first - steps)
+    kernel = np.where(d <= 1, (1.25 * d - 2.25) * d * d + 1, ((-0.75 * d + 3.75) * d - 6) * d + 3)
+    index = first + steps
+    weight = (kernel if cubic else 1 - d) * (clamp | ((index >= 0) & (index < count)))
+    matrix = np.zeros((len(position), count))
+    np.add.at(matrix, (np.arange(len(position))[:, None], index.clip(0, count - 1)), weight)
+    return matrix
+
+
+def grid(position):
+    """Pixel positions on OpenCV's grid of 1/32 pixel."""
+    return np.floor((np.rint(position * 1024) + 16) / 32) / 32
+
+
+def prepare(image, settings):
+    """[h, w, 3] uint8 -> [1, 3, S, S] float32, and matrices along y and x that lead back to the image's pixels."""
+    size, cubic, sides = settings["size"], settings["interpolation"] == "bicubic", image.shape[:2]
+    if settings["resize"] == "square":
+        pixels = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        back = [np.linspace(0, size - 1, n) for n in sides]
+        if settings["interpolation"] == "nearest":
+            back = [np.arange(n) * size // n for n in sides]
+        return normalised(pixels, settings), [taps(p, size, cubic=cubic, clamp=True) for p in back]
+    scale, border = size / max(sides), np.rint(settings["mean"])[:, None, None]
+    shifts = [(size - scale * n) / 2 for n in sides]
+    along = [
+        taps(grid((np.arange(size) - shift) / scale), n, cubic=True, clamp=False)
+        for n, shift in zip(sides, shifts, strict=True)
+    ]
+    warped = along[0] @ (image.transpose(2, 0, 1) - border) @ along[1].T + border
+    back = [grid(np.arange(n) * scale + shift) for n, shift in zip(sides, shifts, strict=True)]
+    return normalised(np.floor(warped + 0.5).clip(0, 255), settings), [
+        taps(p, size, cubic=cubic, clamp=not cubic) for p in back
+    ]
+
+
+def normalised(pixels, settings):
+    mean, std = (np.float32(settings[name])[:, None, None] for name in ("mean", "std"))
+    return ((pixels.astype(np.float32) - mean) / std)[None]
+
+
+def tokens(sentence, settings, folder):
+    """input_ids [1, L] int64 and text_mask [1, L] bool."""
+    from tokenizers import Tokenizer
+
+    ids, length = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(sentence).ids, settings["max_tokens"]
+    if len(ids) > length:
+        ids = ids[: length - 1] + ids[-1:] if settings["keeps_end_token"] else ids[:length]
+    return np.array([ids + [0] * (length - len(ids))], np.int64), np.arange(length)[None] < len(ids)
+
+
+def probability(logits, back, settings):
+    """[K, h, w] float32 -> [H, W] at the image's own size."""
+    size, cubic = settings["size"], settings["interpolation"] == "bicubic"
+    values = logits[1] - logits[0] if len(logits) == 2 else logits[0]
+    if cubic:
+        values = 1 / (1 + np.exp(-values))
+    to = [taps(np.linspace(0, n - 1, size), n, cubic=cubic, clamp=True) for n in values.shape]
+    values = back[0] @ (to[0] @ values @ to[1].T) @ back[1].T
+    return values if cubic else 1 / (1 + np.exp(-values))
+
+
+def main():
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    import onnxruntime
+
+    folder, (image_file, sentence, mask_file) = Path(__file__).parent, sys.argv[1:]
+    settings = json.loads((folder / "export.json").read_text())
+    image = np.asarray(ImageOps.exif_transpose(Image.open(image_file)).convert("RGB"))
+    pixels, back = prepare(image, settings)
+    ids, text_mask = tokens(sentence, settings, folder)
+    given = {"image": pixels, "input_ids": ids, "text_mask": text_mask}
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    logits = session.run(["logits"], {entry.name: given[entry.name] for entry in session.get_inputs()})[0][0]
+    mask = probability(logits, back, settings) > settings["threshold"]
+    Image.fromarray(mask).convert("L").save(mask_file)
+    print(f"{100 * mask.mean():.1f} % of the image -> {mask_file}")
+
+
+if __name__ == "__main__":
+    main()
