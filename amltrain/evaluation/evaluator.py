@@ -136,7 +136,7 @@ def _score_split(
     rows: list[Tensor] = []
     kept: list[Prediction] = []
     head, size = False, (0, 0)
-    quiet = not (progress and accelerator.is_main_process)
+    quiet = None if progress and accelerator.is_main_process else True  # None: no bar unless on a terminal
     about = dataset.info(0) if expected else None
     split = f" {about.dataset} {about.split}" if about is not None else ""
     with torch.no_grad():
