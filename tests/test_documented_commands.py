@@ -15,6 +15,7 @@ from amltrain.commands.benchmark import choose_benchmark
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.distributed import plan_batches
+from amltrain.training.launcher import take_launch_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md", "launch/slurm/train.sbatch"]
@@ -68,19 +69,22 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
     if name == "benchmark":
         module, arguments = choose_benchmark(arguments)
         parse = importlib.import_module(module).build_parser().parse_args
+    processes = None
+    if name == "train":
+        arguments, processes, _ = take_launch_options(arguments)
     parsed = parse(arguments)
     if isinstance(parsed, RunConfig):
-        can_be_launched(parsed, " ".join(words[:program]))
+        can_be_launched(parsed, " ".join(words[:program]), processes)
 
 
-def can_be_launched(run: RunConfig, launcher: str) -> None:
+def can_be_launched(run: RunConfig, launcher: str, processes: int | None) -> None:
     """The processes that a launcher starts can share the batch, and its engine has the run's precision."""
     engine = re.search(r"(?:ENGINE=|--config_file )(\S+)", launcher)
     settings = yaml.safe_load((ROOT / engine[1]).read_text()) if engine else {}
     count, nodes = re.search(r"--num_processes (\d+)", launcher), re.search(r"--nodes=(\d+)", launcher)
     if "sbatch" in launcher:
         processes = 8 * int(nodes[1] if nodes else 1)  # train.sbatch asks for 8 GPUs a node
-    else:
+    elif processes is None:
         processes = int(count[1]) if count else settings.get("num_processes", 1)
     plan_batches(run.train, processes)
     assert settings.get("distributed_type") != "DEEPSPEED" or run.train.mixed_precision != "fp16"

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "amltrain"
 LAYERS = [
-    {"errors", "commit", "records", "randomness", "files", "packages", "config"},
+    {"errors", "commit", "records", "randomness", "files", "packages", "quiet", "config"},
     {"data", "models", "losses"},
     {"methods"},
     {"evaluation", "hub", "predictor", "export"},

@@ -102,7 +102,7 @@ class Bench:
         timings: dict[str, list[Timing]] = {name: [] for name in self.tasks}
         memory = {}
         steps = (warmup + rounds + 1) * len(self.tasks)
-        with tqdm(total=steps, unit="step", desc="benchmark", leave=False) as progress:
+        with tqdm(total=steps, unit="step", desc="benchmark", leave=False, disable=None) as progress:
             for number in range(warmup + rounds):
                 for name, task in self.tasks.items():
                     timing = self.step(task)

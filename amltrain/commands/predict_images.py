@@ -33,7 +33,7 @@ def predict(
 ) -> list[str]:
     """Segment every sentence in every image and write the results; return one message for each unreadable image."""
     failures: list[str] = []
-    bar = tqdm(images, desc="predict", unit="image", leave=False, disable=len(images) < 2)
+    bar = tqdm(images, desc="predict", unit="image", leave=False, disable=True if len(images) < 2 else None)
     for path in bar:
         try:
             image = read_image(path)

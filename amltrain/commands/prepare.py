@@ -19,7 +19,7 @@ from pathlib import Path
 
 from amltrain.config.schema import COMBINED
 from amltrain.data.specs import DATASETS
-from amltrain.errors import one_line_errors
+from amltrain.errors import UserError, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     with one_line_errors():
+        for name in ("table", "folder", "images", "masks", "refer_root", "image_root"):
+            path = getattr(args, name)
+            if path is not None and not path.exists():
+                raise UserError(f"--{name}: there is no {path}")
         from amltrain.commands import prepare_data  # imports torch and datasets
 
         prepare_data.run(args)

@@ -142,7 +142,7 @@ def _image_embeddings(model: Any, processor: Any, rows: Any, options: argparse.N
     from amltrain.data.images import decode_image
 
     columns = rows.columns
-    for start in tqdm(range(0, len(rows), options.batch), desc="images", unit="batch", leave=False):
+    for start in tqdm(range(0, len(rows), options.batch), desc="images", unit="batch", leave=False, disable=None):
         pictures = []
         for row in range(start, min(start + options.batch, len(rows))):
             name = f"image {columns.column('file_name')[row]} (row {row}) of {options.dataset}/{options.split}"
@@ -155,7 +155,7 @@ def _image_embeddings(model: Any, processor: Any, rows: Any, options: argparse.N
 def _text_embeddings(model: Any, processor: Any, texts: list[str], batch: int, device: Any) -> Iterator[Any]:
     from tqdm import tqdm
 
-    for start in tqdm(range(0, len(texts), batch), desc="sentences", unit="batch", leave=False):
+    for start in tqdm(range(0, len(texts), batch), desc="sentences", unit="batch", leave=False, disable=None):
         chunk = texts[start : start + batch]
         inputs = processor(text=chunk, return_tensors="pt", padding="max_length", truncation=True).to(device)
         yield _unit(model.get_text_features(**inputs))

@@ -142,7 +142,7 @@ def _split_part(
     )  # fmt: skip
     lengths = by_length("IoU by length of the sentence", rows.iou, rows.words)
     charts = [histogram("Distribution of IoU", rows.iou), lengths]
-    return SplitPart(results, charts, list(tqdm(cards, desc="pictures", total=len(picked), leave=False)))
+    return SplitPart(results, charts, list(tqdm(cards, desc="pictures", total=len(picked), leave=False, disable=None)))
 
 
 def _title(source: Source) -> str:

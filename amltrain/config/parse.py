@@ -109,9 +109,13 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
         key = ".".join(nested.groups())
     elif unknown:
         key = next(k for k in unknown.groups() if k)
+    stray = re.search(r"unrecognized arguments: (?!--)(\S+)", message)
+    keys = [action.dest for action in parser._actions if action.dest != "help"]
+    if stray:
+        option = "--config" if "train.epochs" in keys else "--checkpoint"
+        return f"unexpected argument {stray[1][:100]}; did you mean {option} {stray[1][:100]}?"
     if key is not None:
-        keys = [action.dest for action in parser._actions if action.dest != "help"]
-        close = find_option(key.split(".")[-1], sections) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
+        close = nearest_keys(key, keys, sections)
         return f"unknown key {key[:100]}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
     value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
     if value:
@@ -123,8 +127,21 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
         return sentence + (f", e.g. '[{given}]'" if "list" in types and given[:1] != "[" else "")
     group = re.search(r'key "([^"]+)":\s+Unable to load config \'([^\']+)\'', message)
     if group:
-        return f"{group[1]}: {group[2]} is not a group of keys; set single keys, or give the file with --config"
+        name = f"{group[1]}.name"
+        single = f"did you mean --{name} {group[2]}?" if name in keys else "set single keys"
+        return f"{group[1]}: {group[2]} is not a group of keys; {single.rstrip('?')}, or give the file with --config"
     return " ".join(message.split())
+
+
+def nearest_keys(key: str, keys: Sequence[str], sections: Sequence[Sections]) -> list[str]:
+    """Keys that may be meant: the same name in a group, a typo, an option of an unused method, something like it.
+
+    The methods' options are looked at only after the first two, because some import torch.
+    """
+    last = key.split(".")[-1]
+    typos = difflib.get_close_matches(key, keys, n=2, cutoff=0.85)
+    grouped = [known for known in keys if known.split(".")[-1] == last and "." not in key]
+    return grouped[:3] or typos or find_option(last, sections) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
 
 
 def _plain(value: Any) -> Any:

@@ -105,10 +105,15 @@ def check_scenes(data: DataConfig) -> None:
     """Raise UserError if an earlier run drew synthetic scenes with other settings than data.shapes."""
     for name in data.datasets:
         drawn = (read_manifest(Path(data.prepared) / name) or {}).get("drawn")
-        if drawn is not None and asdict(ShapesConfig(**drawn)) != asdict(data.shapes):
+        if drawn is None:
+            continue
+        asked, there = asdict(data.shapes), asdict(ShapesConfig(**drawn))
+        other = [key for key in asked if asked[key] != there[key]]
+        if other:
+            differs = ", ".join(f"data.shapes.{key} {there[key]}, not {asked[key]}" for key in other)
             raise UserError(
-                f"{Path(data.prepared) / name} holds scenes drawn with {drawn}, data.shapes asks for "
-                f"{asdict(data.shapes)}; remove the folder or choose another data.prepared"
+                f"{Path(data.prepared) / name} holds scenes drawn with {differs}; set it back, remove the folder, or "
+                "choose another data.prepared"
             )
 
 

@@ -77,7 +77,9 @@ class StreamedRows:
         self.urls = list(urls)
         self._metadata: list[pq.FileMetaData] = []
         tables = []
-        for url in tqdm(self.urls, desc="read index", unit="file", leave=False, disable=len(self.urls) < 2):
+        for url in tqdm(
+            self.urls, desc="read index", unit="file", leave=False, disable=True if len(self.urls) < 2 else None
+        ):
             with _Reading(url):
                 check_footer(url, (hashes or {}).get(url.rpartition("/")[2]))
                 with _open(url) as file:

@@ -33,6 +33,7 @@ from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.evaluation.scoring import Masks, count_pixels, network_size, output_masks
 from amltrain.models.eval_mode import eval_mode
+from amltrain.quiet import hush_deepspeed
 from amltrain.records import Batch, ModelOutput
 
 MaskSource = Callable[[Batch, Batch], tuple[Masks, ModelOutput | None]]
@@ -67,6 +68,7 @@ def evaluate_model(
     The classic metrics are computed, or the generalized ones where the split has no-target sentences or the model has a
     no-target head. Raises UserError for an empty split, RuntimeError if samples were lost.
     """
+    hush_deepspeed()
     cache = None
     if encode_once and isinstance(model, nn.Module) and shares_images(accelerator.unwrap_model(model), loader.dataset):
         cache = ImageCache(accelerator.unwrap_model(model), loader.dataset)
@@ -134,7 +136,7 @@ def _score_split(
     rows: list[Tensor] = []
     kept: list[Prediction] = []
     head, size = False, (0, 0)
-    quiet = not (progress and accelerator.is_main_process)
+    quiet = None if progress and accelerator.is_main_process else True  # None: no bar unless on a terminal
     about = dataset.info(0) if expected else None
     split = f" {about.dataset} {about.split}" if about is not None else ""
     with torch.no_grad():

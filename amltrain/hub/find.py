@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a command can refuse a wrong name before it imports what it needs for a right one.
 """
 
+import re
 from pathlib import Path
 
 from amltrain.errors import UserError, first_line
@@ -23,6 +24,7 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
             return folder
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
+    _refuse_checkpoint(local)
     import huggingface_hub  # only where a name is no folder
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -42,3 +44,12 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
             f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
+
+
+def _refuse_checkpoint(place: Path) -> None:
+    """Raise UserError for a checkpoint that its run does not have, with the names of those that are there."""
+    models = (path.parent.name for path in place.parent.glob("*/model"))
+    present = sorted(name for name in models if re.fullmatch(r"best|last|step-\d+", name))
+    if present:
+        why = "; the first evaluation makes it" if place.name == "best" else ""
+        raise UserError(f"{place.parent} has no checkpoint {place.name}{why}; it has {', '.join(present)}")

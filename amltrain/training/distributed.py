@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.errors import UserError, unknown_name
+from amltrain.quiet import hush_deepspeed
 
 PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait
 
@@ -88,6 +89,8 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
     if deepspeed and told_cpu:
         raise UserError("ACCELERATE_USE_CPU turns DeepSpeed off; leave it out: without a GPU the CPU is used anyway")
+    if not deepspeed:
+        hush_deepspeed()
     precision = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if deepspeed and precision == "fp16":
         raise UserError(

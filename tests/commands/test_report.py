@@ -73,7 +73,7 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         ([str(run), "--samples", "9999"], "9999 is not a sample id"),
         ([str(run), "--pictures", "-1"], "--pictures"),
         ([str(run / "last")], "give --output"),
-        ([str(run / "nothing")], "neither a folder here nor"),
+        ([str(run / "nothing")], "has no checkpoint nothing; it has last"),
         ([str(run), "--output", str(run)], "it is a folder; choose another --output"),
     ):
         with pytest.raises(UserError, match=message):

@@ -64,6 +64,11 @@ def test_an_augmentation_by_its_name_alone_gets_its_defaults(tmp_path: Path) -> 
     [
         (["--trian.epochs", "3"], "train.epochs"),
         (["--train.epochs", "many"], "train.epochs: many"),
+        (["--lr", "1e-3"], "unknown key lr; did you mean optim.lr?"),
+        (["--train.max_step", "3"], "unknown key train.max_step; did you mean train.max_steps"),
+        (["--text_ratio", "0.1"], "unknown key text_ratio; did you mean maskris.text_ratio?"),
+        (["recipes/refer_mini"], "unexpected argument recipes/refer_mini; did you mean --config recipes/refer_mini?"),
+        (["--model", "lavt_tiny"], "model: lavt_tiny is not a group of keys; did you mean --model.name lavt_tiny, or"),
         (["--aml.preset", "papr"], "'paper', 'released'"),
         (["--hub.push", "best"], "--hub.repo"),
         (["--config", "nowhere.yaml"], "--config: there is no file and no shipped config nowhere.yaml"),

@@ -213,6 +213,9 @@ def test_neither_folder_nor_repository(tmp_path: Path, monkeypatch: pytest.Monke
         load_pretrained("nobody/nothing")
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_pretrained(tmp_path)
+    (tmp_path / "step-000017" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint best; the first evaluation makes it; it has step-000017"):
+        load_pretrained(tmp_path / "best")
 
 
 def test_config_is_for_people(tmp_path: Path):
