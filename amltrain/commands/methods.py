@@ -36,9 +36,9 @@ def list_lines() -> Iterator[str]:
     """Yield the name, summary and paper of every method."""
     for name in list_methods():
         info = method_info(name)
-        yield f"{name:12} {info.summary}"
+        yield f"{name:14} {info.summary}"
         if info.paper:
-            yield f"{'':12} {info.paper}"
+            yield f"{'':14} {info.paper}"
     yield "\nTrain with one: amltrain train --method NAME. Its options: amltrain methods NAME"
 
 

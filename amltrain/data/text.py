@@ -120,7 +120,7 @@ class SentenceTokenizer:
 
     def _is_unknown(self, word: str) -> bool:
         ids = self._encode(word, special=False)
-        pieces = [self.tokenizer.decode([i]).removeprefix("##").strip() for i in ids]
+        pieces = [str(self.tokenizer.decode([i])).removeprefix("##").strip() for i in ids]
         return self.tokenizer.unk_token_id in ids or (len(pieces) > 2 and all(len(p) == 1 for p in pieces))
 
     @property

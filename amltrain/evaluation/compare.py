@@ -252,8 +252,8 @@ def comparison_markdown(comparison: Comparison) -> str:
         if rows:
             lines += [*markdown([("model", "data set", "split", "seeds", *_names(comparison, kind)), *rows], 3), ""]
     if comparison.differences:
-        header, rows = _difference_rows(comparison)
-        lines += [*markdown([header, *rows], 4), ""]
+        header, differences = _difference_rows(comparison)
+        lines += [*markdown([header, *differences], 4), ""]
         lines.append("Intervals: paired bootstrap over images. `*`: the interval leaves out 0.")
         if any(d.seeds for d in comparison.differences):
             lines.append("They cover the choice of images, not of seeds; the deviations above show the seeds.")

@@ -49,7 +49,7 @@ def prepare(image, settings):
 
 
 def normalised(pixels, settings):
-    mean, std = (np.float32(settings[name])[:, None, None] for name in ("mean", "std"))
+    mean, std = (np.array(settings[name], np.float32)[:, None, None] for name in ("mean", "std"))
     return ((pixels.astype(np.float32) - mean) / std)[None]
 
 
