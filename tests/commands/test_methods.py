@@ -14,7 +14,7 @@ def test_every_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr().out
     for name in list_methods():
-        assert f"{name:12} {method_info(name).summary}" in shown
+        assert f"{name:14} {method_info(name).summary}" in shown
         assert method_info(name).paper in shown
 
 
