@@ -115,7 +115,10 @@ class OnnxModel:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
-        self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises many kinds
+            raise UserError(f"onnxruntime cannot run this model ({_cause(error)})") from error
         self.names = [entry.name for entry in self.session.get_inputs()]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[NDArray[np.float32]]:

@@ -57,7 +57,8 @@ def open_empty_rows(blocked: Tensor, suppressed: Tensor | None) -> Tensor:
     hidden = torch.zeros_like(blocked[:, :1]) if suppressed is None else suppressed[:, None]
     hidden = hidden & ~hidden.all(dim=-1, keepdim=True)
     blocked = blocked | hidden
-    return torch.where(blocked.all(dim=-1, keepdim=True), hidden, blocked)
+    nothing_left = blocked.all(dim=-1, keepdim=True)
+    return (blocked & ~nothing_left) | hidden  # onnxruntime has no `where` of two bool tensors
 
 
 class ResidualAttention(nn.Module):
