@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from amltrain.errors import UserError, first_line
 from amltrain.hub.model_folder import read_weights
+from amltrain.training.checkpoint import EVALUATED_FILE, TRAINER_FILE
 from amltrain.training.harmless import check_harmless
 
 METHOD_FILE, OPTIMIZER_FILE = "method.safetensors", "optimizer.bin"
@@ -97,8 +98,9 @@ def load_state(
 
 
 def is_own_state(folder: Path) -> bool:
-    """Whether `write_state` wrote this folder, and not FSDP or DeepSpeed; their files may share names with ours."""
-    return {METHOD_FILE, OPTIMIZER_FILE} == {path.name for path in folder.iterdir()}
+    """Whether one process or DDP wrote this folder: FSDP and DeepSpeed write more files, some under the same names."""
+    ours = {METHOD_FILE, OPTIMIZER_FILE, Path(TRAINER_FILE).name, Path(EVALUATED_FILE).name}
+    return {path.name for path in folder.iterdir()} <= ours
 
 
 def load_engine_state(checkpoint: Path, accelerator: Accelerator, ema: AveragedModel | None) -> None:
