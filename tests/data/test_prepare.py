@@ -132,7 +132,7 @@ def test_a_dropped_polygon_is_reported_though_nothing_is_lost(tmp_path: Path) ->
         (["--dataset", "refcoco+-umd"], r"refcoco+ has no split by 'umd'; it has refcoco+ (unc)"),
         (["--dataset", "refcoc"], "unknown data set 'refcoc'; did you mean refcoco"),
         (["--dataset", "refcoco+"], "refcoco+ has no refs(unc).p; put refcoco+'s original files there"),
-        (["--image_root", "/nowhere"], "found no image such as COCO_train2014_000000000001.jpg under /nowhere"),
+        (["--image_root", "/nowhere"], "--image_root: there is no /nowhere"),
         (["--hub", "jxu124/refcoco"], "--hub stands for --refer_root; leave one of them out"),
         (["--max_skipped", "nan"], "--max_skipped is nan; it is a share"),
         (["--max_skipped", "-1"], "--max_skipped is -1.0; it is a share"),
