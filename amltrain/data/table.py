@@ -314,9 +314,8 @@ def _truth(cell: Any, where: str) -> bool:
 
 
 def _texts(cell: Any, where: str) -> tuple[str, ...]:
-    texts = (
-        cell if isinstance(cell, list) else ["" if cell is None else cell]
-    )  # an empty one is counted where it is read
+    cell = "" if cell is None else cell  # counted as empty where sentences are read
+    texts = cell if isinstance(cell, list) else [cell]
     texts = [entry.get("raw", entry.get("sent")) if isinstance(entry, dict) else entry for entry in texts]
     if not all(isinstance(text, str) for text in texts) or not texts:
         raise UserError(f"{where}: the sentence is {str(cell)[:50]!r}, not a text or a list of texts")
