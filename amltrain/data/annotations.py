@@ -3,10 +3,10 @@
 `image_jobs` groups them by image; `read_job` reads one image and makes its referents, on any process.
 """
 
-import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ LONGEST_SENTENCE = 10_000
 """Characters; a longer sentence is a fault of the file."""
 _IDS = 2**63
 _LARGEST_SIDE = 2**20
+_OF_A_REF = ("ref_id", "image_id", "ann_id", "split", "sentences")
+_OF_A_SENTENCE = ("sent_id",)
 
 
 class Skipped(NamedTuple):
@@ -301,7 +303,8 @@ def _notice(image: str, referents: list[dict[str, Any]], height: int, width: int
 def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
     """Return entries by their `id`. Raises UserError for a missing key or an unusable value."""
     for number, entry in enumerate(entries):
-        check_entry(entry, ("id", *keys), f"{kind} number {number}", place)
+        if fault := _fault(entry, ("id", *keys)):
+            raise UserError(f"{place}: {kind} number {number} {fault}")
     return {entry["id"]: entry for entry in entries}
 
 
@@ -315,7 +318,7 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
     foreign = [key for key in SPECIAL_KEYS if key not in spec.special_keys]
     for number, ref in enumerate(refs):
         what = f"ref number {number}"
-        check_entry(ref, ("ref_id", "image_id", "ann_id", "split", "sentences"), what, place)
+        check_entry(ref, _OF_A_REF, what, place)
         split = ref["split"]
         if split not in known:
             known[split] = any(spec.has(split, own) for own in spec.splits)
@@ -325,9 +328,10 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
                 f"the file, or choose the data set that the file belongs to"
             )
         _check_meaning(ref, foreign, what, name, place)
+        of_ref = f"a sentence of ref {ref['ref_id']}"
         for sentence in ref["sentences"]:
-            check_entry(sentence, ("sent_id",), f"a sentence of ref {ref['ref_id']}", place)
-            _check_meaning(sentence, foreign, f"a sentence of ref {ref['ref_id']}", name, place)
+            check_entry(sentence, _OF_A_SENTENCE, of_ref, place)
+            _check_meaning(sentence, foreign, of_ref, name, place)
         if ref["ann_id"] == [] and ref.get("source") != "zero":
             raise UserError(f"{place}: {what} has an empty ann_id; write [-1] where the sentence refers to nothing")
         if ref.get("no_target") is not None and bool(ref["no_target"]) != (not _ann_ids(ref)):
@@ -350,18 +354,26 @@ def _check_meaning(entry: dict[str, Any], foreign: Sequence[str], what: str, nam
 
 def check_entry(entry: Any, keys: Sequence[str], what: str, place: str) -> None:
     """Raise UserError unless the entry has the keys, with values that can be used."""
+    if fault := _fault(entry, keys):
+        raise UserError(f"{place}: {what} {fault}")
+
+
+def _fault(entry: Any, keys: Sequence[str]) -> str | None:
+    """What keeps an entry from being used, and the fix; None if nothing does."""
     if not isinstance(entry, dict):
-        raise UserError(f"{place}: {what} has no {keys[0]!r}; download the file again")
+        return f"has no {keys[0]!r}; download the file again"
     for key in keys:
         if key not in entry:
-            raise UserError(f"{place}: {what} has no {key!r}; download the file again")
-        check = _VALUES.get(key)
-        if check is not None and not check[0](entry[key]):
-            raise UserError(f"{place}: {what} has {key!r} {reprlib.repr(entry[key])}, not {check[1]}; correct the file")
+            return f"has no {key!r}; download the file again"
+        if key in _VALUES:
+            fits, wanted = _VALUES[key]
+            if not fits(entry[key]):
+                return f"has {key!r} {reprlib.repr(entry[key])}, not {wanted}; correct the file"
+    return None
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -_IDS <= value < _IDS
+    return type(value) is int and -_IDS <= value < _IDS  # True is an int, too
 
 
 def _is_side(value: Any) -> bool:
@@ -375,9 +387,10 @@ def _is_ann_id(value: Any) -> bool:
 def _is_box(value: Any) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return False
+    left, top, width, height = value
     try:
-        return all(isinstance(v, (int, float)) and math.isfinite(v) for v in value)
-    except OverflowError:
+        return isfinite(left) and isfinite(top) and isfinite(width) and isfinite(height)
+    except (TypeError, OverflowError):
         return False
 
 

@@ -17,6 +17,8 @@ from amltrain.data.segmentation import decode_rle
 ROWS = 8
 COLUMNS = 4
 SIDE, TEXT = 260, 78
+LINE = 60
+"""Letters of a line; Pillow would draw all of a longer one, most of it outside the picture."""
 SHADE = 0.45
 """Brightness of the pixels outside the mask."""
 
@@ -69,7 +71,7 @@ def _tile(shown: _Shown) -> Image.Image:
     tile.paste(image, (0, 0))
     about = "nothing in this image" if referent["no_target"] else f"{referent['category'] or 'object'}"
     text = f"{shown.split}, ref {referent['ref_id']}, {about}, {len(referent['sentences'])} sentence(s)"
-    lines = [text, *textwrap.wrap(referent["sentences"][0]["raw"], 40)[:4]]
+    lines = [text[:LINE], *textwrap.wrap(referent["sentences"][0]["raw"][: 8 * LINE], LINE * 2 // 3)[:4]]
     ImageDraw.Draw(tile).multiline_text((2, SIDE + 2), "\n".join(lines), fill="black", font=ImageFont.load_default(12))
     return tile
 

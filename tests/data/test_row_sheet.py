@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from amltrain.data.annotations import ImageGroup
-from amltrain.data.row_sheet import ROWS, SIDE, RowSheet
+from amltrain.data.row_sheet import LINE, ROWS, SIDE, RowSheet
 from amltrain.data.segmentation import encode_mask
 
 
@@ -46,3 +46,13 @@ def test_nothing_is_outlined_where_there_is_nothing(tmp_path: Path) -> None:
 def test_the_rows_are_chosen_by_their_names_alone(tmp_path: Path) -> None:
     many = [group(number, ("red", "blue", "green")[number % 3]) for number in range(3 * ROWS)]
     assert np.array_equal(pixels(tmp_path, *many), pixels(tmp_path, *many[::-1]))
+
+
+def test_a_name_of_any_length_is_drawn_in_a_short_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", lambda self, place, text, **_: drawn.append(text))
+    long = group(0, "red")
+    long.referents[0]["category"] = "x" * 100_000
+    long.referents[0]["sentences"] = [{"sent_id": 0, "sent": "it", "raw": "y" * 10_000}]
+    pixels(tmp_path, long)
+    assert drawn and max(map(len, drawn[0].splitlines())) <= LINE
