@@ -1,4 +1,4 @@
-"""List the registered models by paper, or describe some: parameters, licence, arguments, what AML scores.
+"""List the registered models by paper, or describe some: parameters, licence, input, what AML scores.
 
 amltrain models               # every model, by paper
 amltrain models caris         # those whose name contains this, with their parameters
@@ -9,7 +9,9 @@ import argparse
 import inspect
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
+from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import one_line_errors, unknown_name
 
 WIDTH = 110
@@ -67,6 +69,8 @@ def description_lines(names: Sequence[str]) -> Iterator[str]:
             "official code": info.official_code,
             "licence": info.licence,
             "AML scores": info.aml_scores,
+            "preprocess": _set(info.preprocess),
+            "protocol": _set(info.protocol),
             "model.kwargs": "  ".join(f"{argument.name}={argument.default!r}" for argument in arguments),
         }
         for fact, text in facts.items():
@@ -83,6 +87,10 @@ def table(names: Sequence[str]) -> Iterator[str]:
     for name in names:
         info = model_info(name)
         yield f"| {name} | {_size(name)} | {info.paper} | {info.licence} | {info.aml_scores} |"
+
+
+def _set(values: Preprocess | Protocol) -> str:
+    return "  ".join(f"{name}={value!r}" for name, value in asdict(values).items())
 
 
 def _size(name: str) -> str:

@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from amltrain.errors import UserError, unknown_name
 
 DERIVED = ("method_options", "augment_options")
 """Fields of a run that are read from sections."""
+PRINT = "--print_config"
 
 
 def parse_config(
@@ -30,9 +31,10 @@ def parse_config(
     """Read a run from a command line: `--config` files and their bases (later ones win), then flags.
 
     methods, augmentations: where the sections of options come from. Raises UserError for a key or a value that does not
-    fit, naming it. `--help` and `--print_config` print and exit.
+    fit, naming it. `--help` and `--print_config` print and exit; the latter prints a preset's values, not nulls.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    argv = [argument for argument in given if argument != PRINT]
     methods, augmentations = methods or Sections("method"), augmentations or Sections("augmentation")
     kinds = (methods, augmentations)
     sections = {name: NoGroups for kind in kinds for name in kind.names}
@@ -63,9 +65,14 @@ def parse_config(
         name: _section(parsed, name, options) if name in options else augmentations.options(name)() for name in augment
     }
     try:
-        return RunConfig(**values, method_options=own, augment_options=augment_options)
+        config = RunConfig(**values, method_options=own, augment_options=augment_options)
+        if PRINT in given:
+            complete = own.complete() if hasattr(own, "complete") else own
+            print(as_yaml(replace(config, method_options=complete)), end="")
+            sys.exit(0)
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
+    return config
 
 
 def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:
@@ -76,7 +83,12 @@ def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Write a run so that `--config PATH` repeats it."""
-    path.write_text(yaml.safe_dump(_plain(sectioned(config)), sort_keys=False))
+    path.write_text(as_yaml(config))
+
+
+def as_yaml(config: RunConfig) -> str:
+    """A run as a config file."""
+    return yaml.safe_dump(_plain(sectioned(config)), sort_keys=False)
 
 
 def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:

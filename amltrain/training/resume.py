@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLock) -> Path | None:
     """Make the folder ready and lock it, on the main process; the checkpoint to resume from. Raises UserError."""
     output = config.folder
+    made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -157,6 +159,13 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
         (output / FINISHED_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(output, error) from error
+    except UserError:
+        if made:  # a refused start leaves no empty folder
+            (output / PROBE).unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):
+                output.rmdir()
+        raise
     return resume_from
 
 

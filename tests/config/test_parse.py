@@ -52,6 +52,22 @@ def test_a_saved_run_repeats(tmp_path: Path) -> None:
     assert read_run(["--config", str(tmp_path / "config.yaml")]) == config
 
 
+def test_a_printed_run_repeats_and_shows_what_its_preset_stands_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--model.name", "rela_tiny", "--aml.preset", "released", "--aml.tau", "0.3"]
+    with pytest.raises(SystemExit) as ended:
+        read_run([*flags, "--print_config"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    shown = yaml.safe_load(printed)["aml"]
+    assert (shown["tau"], shown["rho"], shown["projection"], shown["selection"]) == (0.3, 0.25, "linear", "released")
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = read_run(["--config", str(tmp_path / "printed.yaml")])
+    assert again.model == read_run(flags).model
+    assert again.method_options.complete() == read_run(flags).method_options.complete()
+
+
 def test_an_augmentation_by_its_name_alone_gets_its_defaults(tmp_path: Path) -> None:
     config = read_run(["--data.augment", "[mosaic]"])
     assert config.augment_options["mosaic"].probability == 0.5

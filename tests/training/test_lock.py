@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from amltrain.commands.train import read_run
 from amltrain.errors import UserError
 from amltrain.training import lock as locks
 from amltrain.training.lock import LOCK_FILE, OutputLock
+from amltrain.training.resume import prepare_output
 
 
 def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> None:
@@ -49,3 +51,15 @@ def test_a_lock_that_was_cut_off_is_taken_over(tmp_path: Path) -> None:
     lock.acquire()
     lock.release()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_start_leaves_no_folder_but_an_older_one_as_it_was(tmp_path: Path) -> None:
+    for output in (tmp_path / "new", tmp_path / "old"):
+        config = read_run(["--output", str(output), "--resume", str(tmp_path / "nowhere")])
+        if output.name == "old":
+            output.mkdir()
+            (output / "notes.txt").write_text("mine")
+        with pytest.raises(UserError, match="not a checkpoint"):
+            prepare_output(config, print, OutputLock(output))
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old" / "notes.txt").read_text() == "mine"

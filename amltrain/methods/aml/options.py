@@ -16,6 +16,10 @@ class AMLOptions(Partial):
         """Return the complete settings that `preset` stands for, by name."""
         return PRESETS
 
+    def complete(self) -> AMLSettings:
+        """Return the preset with what the run sets itself. Raises UserError for values that cannot work."""
+        return resolve(self)
+
     def check(self) -> None:
         """Raise UserError for values that cannot work, alone or together."""
         resolve(self)
