@@ -106,8 +106,8 @@ class BinaryCrossEntropy(nn.Module):
 
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 1, h, w], batch.target [B, H, W] uint8."""
-        logits = output.logits.float()
-        target = F.interpolate(batch.target[:, None].float() / 255, size=logits.shape[-2:], mode="nearest")
+        logits = at_least_float32(output.logits)
+        target = F.interpolate(batch.target[:, None].to(logits.dtype) / 255, size=logits.shape[-2:], mode="nearest")
         return {"loss": F.binary_cross_entropy_with_logits(logits, target)}
 
 
@@ -125,7 +125,7 @@ class ReconstructionLoss(BinaryCrossEntropy):
         if "reconstruction" not in output.aux:
             raise UserError("loss barleria needs a model with a feedback chain (barleria_*); name another loss.name")
         cross_entropy = super().forward(output, batch)["loss"]
-        reconstruction = output.aux["reconstruction"].float().mean()
+        reconstruction = at_least_float32(output.aux["reconstruction"]).mean()
         return {
             "loss": cross_entropy + reconstruction,
             "cross_entropy": cross_entropy.detach(),
@@ -201,10 +201,10 @@ class RegionLoss(nn.Module):
         referent = batch.target >= 128
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         mask = F.cross_entropy(logits, referent.long(), self.weight)
-        minimap = F.cross_entropy(
-            output.aux["minimap"].float().transpose(1, 2), self.minimap_target(referent, output), self.weight
-        )
-        no_target = F.cross_entropy(output.aux["no_target"].float(), batch.no_target.long(), self.weight)
+        cells = at_least_float32(output.aux["minimap"]).transpose(1, 2)
+        minimap = F.cross_entropy(cells, self.minimap_target(referent, output), self.weight)
+        decision = at_least_float32(output.aux["no_target"])
+        no_target = F.cross_entropy(decision, batch.no_target.long(), self.weight)
         return {
             "loss": self.scale * (mask + self.minimap_weight * minimap + self.no_target_weight * no_target),
             "mask_loss": mask.detach(),

@@ -126,7 +126,8 @@ class ReLA(EarlyFusionModel):
         prediction = self.region_decoder(mask_features, scales, features.text, features.suppressed)
         height, width = batch.image.shape[-2:]
         padded = (height + -height % STRIDE, width + -width % STRIDE)
-        logits = F.interpolate(prediction.masks.float(), size=padded, mode="bilinear", align_corners=False)
+        masks = prediction.masks.to(torch.promote_types(prediction.masks.dtype, torch.float32))
+        logits = F.interpolate(masks, size=padded, mode="bilinear", align_corners=False)
         aux = {
             "no_target": prediction.no_target,
             "minimap": prediction.minimap,

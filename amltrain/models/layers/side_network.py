@@ -143,7 +143,8 @@ class SideNetwork(nn.Module):
             came = x
             x = block(x, lead)
             told = self.feedback[i].linear(x.detach())
-            error = error + (told - came.detach()).float().square().mean(dim=(1, 2))
+            wrong = told - came.detach()
+            error = error + wrong.to(torch.promote_types(wrong.dtype, torch.float32)).square().mean(dim=(1, 2))
             if i + 1 < len(self.readings):
                 x = torch.cat([x[:, :before], x[:, before:] + self.readings[i + 1](tower[i + 1])], dim=1)
         return x[:, before:].transpose(1, 2).unflatten(2, grid), error
