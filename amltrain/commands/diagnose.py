@@ -34,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--scorers",
         nargs="+",
         default=["paper"],
-        help="paper, late, late_identity, identity, prediction, grounded, grounded_late, or all (default: paper)",
+        help="paper, late, late_identity, identity, cosine, prediction, grounded, grounded_late, or all "
+        "(default: paper)",
     )
     parser.add_argument("--output", type=Path, default=Path("analysis/diagnose"), help="folder (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=20, help="batches scored (default: 20)")

@@ -6,6 +6,7 @@ statistics, and no random number is drawn, so dropout in stage 2 is what the bas
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from amltrain.methods.aml.masking import Selection, filtering_mask, random_block
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.aml.presets import resolve
 from amltrain.methods.aml.scorers import (
+    DirectScorer,
     EarlyScorer,
     GroundedScorer,
     LateScorer,
@@ -28,7 +30,7 @@ from amltrain.methods.aml.scorers import (
     shrunk,
 )
 from amltrain.methods.aml.settings import AMLSettings
-from amltrain.methods.aml.similarity import create_projection
+from amltrain.methods.aml.similarity import CosineSimilarity, check_widths, create_projection
 from amltrain.methods.aml.temperature import Calibration, warn_if_literal
 from amltrain.methods.base import Reduce
 from amltrain.methods.maskers import Masker, Masking, register_masker
@@ -194,9 +196,13 @@ def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
     if widths is None:
         raise _cannot(model, "features=late", "features after fusion, which {} does not give; use early or pred")
     kind = EarlyScorer if settings.features == "early" else LateScorer
+    source = partial(kind, nn.Identity(), text=settings.text, visual=settings.visual)
+    if settings.projection == "cosine":
+        check_widths("cosine", *widths)
+        return DirectScorer(CosineSimilarity(), source())
     if settings.projection == "grounded":
         grounded = GroundedProjection(*widths, dim=settings.dim, seed=settings.projection_seed)
-        return GroundedScorer(grounded, kind(nn.Identity(), text=settings.text, visual=settings.visual))
+        return GroundedScorer(grounded, source())
     temperature = None if settings.temperature == "auto" else float(settings.temperature)
     if temperature is not None:
         warn_if_literal(temperature, settings.normalize)

@@ -1,8 +1,8 @@
 """What AML scores: encoder features (early), fused features (late), or the model's own prediction (pred).
 
-Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME, or through a
-projection that is trained on the ground truth; the prediction is a score already. The model is an argument of every
-call, so a scorer holds no second reference to it.
+Every scorer returns alignment scores [B, h, w] float32 in 0..1. Early and late features go through PMME, or give a
+score themselves: their cosine, or a projection trained on the ground truth. The prediction is a score already. The
+model is an argument of every call, so a scorer holds no second reference to it.
 """
 
 import copy
@@ -70,13 +70,13 @@ class LateScorer(EarlyScorer):
         )
 
 
-class GroundedScorer(nn.Module):
-    """The probability that a projection trained on the ground truth gives (ours); it has no temperature."""
+class DirectScorer(nn.Module):
+    """Scores that a projection gives itself, such as cosines (ours): no softmax over tokens and no temperature."""
 
     calibrated = True
 
-    def __init__(self, projection: GroundedProjection, source: EarlyScorer) -> None:
-        """source: a scorer whose features are scored."""
+    def __init__(self, projection: nn.Module, source: EarlyScorer) -> None:
+        """projection: AlignmentFeatures -> scores [B, h, w] in 0..1. source: a scorer whose features are scored."""
         super().__init__()
         self.projection = projection
         self._source = [source]  # in a list: its projection is not a part of this module
@@ -89,7 +89,7 @@ class GroundedScorer(nn.Module):
         return self._source[0].features(model, batch, features, output)
 
     def score(self, features: AlignmentFeatures) -> Tensor:
-        """Probabilities [B, h, w] float32, with gradient for the projection alone."""
+        """Scores [B, h, w] float32, with gradient for the projection alone."""
         return self.projection(features)
 
     def forward(
@@ -97,6 +97,12 @@ class GroundedScorer(nn.Module):
     ) -> Tensor:
         """As `score`, of this model's features."""
         return self.score(self.features(model, batch, features, output))
+
+
+class GroundedScorer(DirectScorer):
+    """The probability that a projection trained on the ground truth gives (ours)."""
+
+    projection: GroundedProjection
 
 
 class PredictionScorer(nn.Module):
@@ -141,7 +147,7 @@ class PredictionScorer(nn.Module):
         return logits.softmax(1)[:, 1] if logits.shape[1] == 2 else logits.sigmoid()[:, 0]
 
 
-Scorer = EarlyScorer | GroundedScorer | PredictionScorer
+Scorer = EarlyScorer | DirectScorer | PredictionScorer
 
 
 def _decoded(model: RISModel, batch: Batch, features: Features | None, output: ModelOutput | None) -> ModelOutput:

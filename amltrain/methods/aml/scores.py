@@ -29,6 +29,7 @@ CANDIDATES: dict[str, AMLOptions] = {
     "late": AMLOptions(features="late"),
     "late_identity": AMLOptions(features="late", projection="identity"),
     "identity": AMLOptions(projection="identity"),
+    "cosine": AMLOptions(projection="cosine"),
     "prediction": AMLOptions(features="pred"),
     "grounded": AMLOptions(projection="grounded", dim=256),
     "grounded_late": AMLOptions(features="late", projection="grounded", dim=256),

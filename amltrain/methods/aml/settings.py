@@ -14,11 +14,12 @@ class AMLSettings:
     """paper: the equations; released: what the public code does."""
     features: Literal["early", "late", "pred"]
     """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
-    projection: Literal["random", "learnable", "identity", "linear", "grounded"]
+    projection: Literal["random", "learnable", "identity", "linear", "cosine", "grounded"]
     """How visual and text features are compared: two fixed Gaussian matrices (random), the same trained with the model
     by a straight-through gradient (learnable), none for encoders that share a space (identity), or the public code's
-    one fixed linear map of the text (linear). Ours: two matrices trained to tell the referent's patches from the others
-    (grounded), detached from the model; the score is that probability, without a softmax over tokens."""
+    one fixed linear map of the text (linear). Ours, without a softmax over tokens: for encoders that share a space, the
+    cosine of a patch and its most similar word, from 0 to 1 (cosine); or the probability that two matrices give, which
+    learn to tell the referent's patches from the others, detached from the model (grounded)."""
     dim: int
     """Width D that random and learnable projections project to; the paper's is 2048."""
     projection_seed: int

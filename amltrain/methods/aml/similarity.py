@@ -129,7 +129,7 @@ class IdentityProjection(nn.Module):
 
 
 Projection = Literal["random", "learnable", "identity", "linear"]
-"""Of two encoders' features; `grounded` has its own file."""
+"""Of two encoders' features; `cosine` and `grounded` give scores themselves."""
 
 
 def create_projection(
@@ -142,12 +142,32 @@ def create_projection(
         return LearnableProjection(visual_dim, text_dim, dim=dim, seed=seed)
     if kind == "linear":
         return LinearProjection(visual_dim, text_dim, seed=seed)
+    check_widths("identity", visual_dim, text_dim)
+    return IdentityProjection()
+
+
+def check_widths(projection: str, visual_dim: int, text_dim: int) -> None:
+    """Raise UserError unless patches and words are equally wide."""
     if visual_dim != text_dim:
         raise UserError(
-            f"aml.projection=identity compares features as they are, but this model's are {visual_dim} (visual) and "
-            f"{text_dim} (text) wide; use aml.projection=random"
+            f"aml.projection={projection} compares features as they are, but this model's are {visual_dim} (visual) "
+            f"and {text_dim} (text) wide; use aml.projection=random"
         )
-    return IdentityProjection()
+
+
+class CosineSimilarity(nn.Module):
+    """Cosine of a patch and its most similar word, for encoders that share a space (ours).
+
+    PMME's softmax compares the words of a patch with each other; this compares the patches.
+    """
+
+    def forward(self, features: AlignmentFeatures) -> Tensor:
+        """Scores [B, h, w] float32 in 0..1: (1 + cosine) / 2. Gradient flows to the features."""
+        with torch.autocast(features.visual.device.type, enabled=False):
+            visual = F.normalize(features.visual.float().flatten(2).transpose(1, 2), dim=-1)
+            cosines = patch_logits(visual, F.normalize(features.text.float(), dim=-1))
+            cosines = cosines.masked_fill(~features.text_mask[:, None, :], -1.0)
+            return ((1 + cosines.amax(dim=-1)) / 2).clamp(0, 1).unflatten(1, features.visual.shape[-2:])
 
 
 class PatchScorer(nn.Module):

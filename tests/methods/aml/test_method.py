@@ -103,6 +103,7 @@ def test_every_parameter_trains_under_every_level_and_preset() -> None:
 
 REFUSED = [
     ({"projection": "identity"}, r"256 \(visual\) and 128 \(text\)"),
+    ({"projection": "cosine"}, r"projection=cosine compares features as they are.*256 \(visual\) and 128 \(text\)"),
     ({"projection": "learnable", "level": "random"}, "masked pixels"),
     ({"projection": "learnable", "features": "pred"}, "nothing to learn"),
     ({"projection": "linear", "explicit": True}, r"aml\.explicit"),

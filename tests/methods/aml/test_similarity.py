@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from amltrain.errors import UserError
 from amltrain.methods.aml.similarity import (
+    CosineSimilarity,
+    IdentityProjection,
     PatchScorer,
     RandomProjection,
     create_projection,
@@ -115,6 +117,26 @@ def test_identity_compares_features_as_they_are() -> None:
 def test_identity_refuses_different_widths() -> None:
     with pytest.raises(UserError, match=r"24 \(visual\) and 16 \(text\)"):
         create_projection("identity", 24, 16)
+
+
+def test_cosine_finds_the_patch_that_is_most_like_a_word_where_pmme_does_not() -> None:
+    """Two words at right angles: a patch that is both, one that is the first alone, one that is neither."""
+    words = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, -1]]])
+    patches = torch.tensor([[1.0, 1, 0], [2, 0, 0], [0.1, 0, 1]]).T[None, :, :, None]
+    features = AlignmentFeatures(patches, words, torch.tensor([[True, True, False]]))
+    scores = CosineSimilarity()(features).flatten()
+    assert scores.tolist() == pytest.approx([(1 + 0.5**0.5) / 2, 1.0, (1 + 0.1 / 1.01**0.5) / 2])
+    pmme = PatchScorer(IdentityProjection(), temperature=0.1)(features).flatten()
+    assert pmme[0] < pmme[2]  # both words at once: no favourite
+
+
+def test_cosine_stays_between_zero_and_one_and_counts_no_padding() -> None:
+    torch.manual_seed(0)
+    visual, text, mask = torch.randn(3, 8, 4, 5), torch.randn(3, 6, 8), torch.arange(6) < torch.tensor([[2], [4], [6]])
+    scores = CosineSimilarity()(AlignmentFeatures(visual, text, mask))
+    cut = CosineSimilarity()(AlignmentFeatures(visual[:1], text[:1, :2], mask[:1, :2]))
+    assert scores.shape == (3, 4, 5) and scores.min() >= 0 and scores.max() <= 1
+    torch.testing.assert_close(scores[:1], cut)
 
 
 @pytest.mark.parametrize("kind", ["random", "learnable", "linear"])

@@ -27,6 +27,7 @@ VARIANTS = [
     {"level": "random"},
     {"level": "random", "random_shares": [0.2, 0.4]},
     {"projection": "grounded", "tau": 0.6},
+    {"projection": "cosine", "tau": 0.6},
     {"projection": "grounded", "features": "late", "preset": "released", "tau": 0.6},
     {"features": "pred", "score_decay": 0.9, "tau": 0.6},
     {"level": "feature"},
