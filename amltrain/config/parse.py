@@ -67,7 +67,7 @@ def parse_config(
     try:
         config = RunConfig(**values, method_options=own, augment_options=augment_options)
         if PRINT in given:
-            complete = own.complete() if hasattr(own, "complete") else own
+            complete = own.complete() if own is not None and hasattr(own, "complete") else own
             print(as_yaml(replace(config, method_options=complete)), end="")
             sys.exit(0)
     except UserError as error:
