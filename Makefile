@@ -16,7 +16,7 @@ quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic 
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain train
 
 test: $(VENV)/.dev  ## run every test (about 16 minutes on 2 CPU cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 quality: $(VENV)/.dev  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -72,10 +72,10 @@ class Trial:
     def some_step(self) -> int:
         return self.random.randint(1, STEPS - 1)
 
-    def cut_at(self, step: int, number: int, expected: int) -> None:
-        """Send a signal soon after a step."""
+    def cut_at(self, step: int, number: int, expected: int, *, saved: int = 0) -> None:
+        """Send a signal soon after a step. saved: checkpoints that the background must have written before."""
         launched = self.start()
-        launched.wait_until(lambda: self.steps() >= step)
+        launched.wait_until(lambda: self.steps() >= step and len(checkpoints.checkpoints(self.output)) >= saved)
         time.sleep(self.random.random() * 0.2)
         launched.send(number)
         self.expect(launched, expected)
@@ -220,10 +220,10 @@ def clock_jumps(trial: Trial) -> None:
 
 
 def damaged(harm: Callable[[Trial, Path], Any]) -> Callable[[Trial], None]:
-    """Killed, and then something happens to the newest checkpoint."""
+    """Killed, and then something happens to the newest of two checkpoints. Damage to the only one ends the run."""
 
     def kill_and_harm(trial: Trial) -> None:
-        trial.cut_at(trial.random.randint(2 * SAVES_EVERY, STEPS - 1), signal.SIGKILL, -signal.SIGKILL)
+        trial.cut_at(trial.random.randint(2 * SAVES_EVERY, STEPS - 1), signal.SIGKILL, -signal.SIGKILL, saved=2)
         harm(trial, trial.newest())
 
     return kill_and_harm
