@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.hub.model_folder import load_pretrained, save_pretrained
 from amltrain.models import create_model, model_info
 from amltrain.predictor import Predictor
+from tests.training.runs import FORKS, free_port
 
 
 @pytest.fixture(scope="module")
@@ -171,14 +170,25 @@ def test_a_converted_model_is_scored_on_its_releases_ground_truth(run: Path, tmp
 
 
 @pytest.mark.e2e
-def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path, repository: Path):
+def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path):
     alone = evaluate(run, tmp_path / "one", "--splits", "testB", "--batch_size", "4")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(repository / "launch" / "evaluate.py")]
-    command += options(run, tmp_path / "two", "--splits", "testB", "--batch_size", "4")
-    environment = os.environ | {"PYTHONPATH": str(repository)}
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True, timeout=300)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    given = options(run, tmp_path / "two", "--splits", "testB", "--batch_size", "4")
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]  # as torchrun gives them
+    processes = [FORKS.Process(target=evaluate_as, args=(rank, given)) for rank in ranks]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
     assert json.loads((tmp_path / "two" / "results.json").read_text())["results"] == alone
+
+
+def evaluate_as(rank: dict[str, str], given: list[str]) -> None:
+    """In a process of its own."""
+    os.environ.update(rank)
+    torch.set_num_threads(1)
+    main(given)
 
 
 def test_predictor_sees_what_the_evaluation_scored(run: Path):

@@ -93,7 +93,7 @@ def launch(
 
     before: called in each of them first; environment: on top.
     """
-    port, started = _free_port(), []
+    port, started = free_port(), []
     for rank in range(processes):
         given = dict(environment or {})
         if processes > 1:
@@ -109,7 +109,7 @@ def launch_nodes(
     prepared: Path, output: Path, *extra: str, nodes: int, before: Callable[[], None] | None = None
 ) -> Launched:
     """`torchrun --nnodes NODES --rdzv_backend c10d` on every node, all nodes being this machine, with a worker each."""
-    endpoint, argv = f"127.0.0.1:{_free_port()}", arguments(prepared, output, *extra)
+    endpoint, argv = f"127.0.0.1:{free_port()}", arguments(prepared, output, *extra)
     started = []
     for _ in range(nodes):
         started.append(
@@ -138,7 +138,7 @@ def _node(nodes: int, endpoint: str, argv: Sequence[str], log: Path, before: Cal
     elastic_launch(settings, _main)(argv, log, {}, before)
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
