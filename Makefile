@@ -15,7 +15,7 @@ help:  ## show this help
 quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (about 10 minutes on 2 CPU cores)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain train
 
-test: $(VENV)/.dev  ## run every test (about 16 minutes on 2 CPU cores)
+test: $(VENV)/.dev  ## run every test (about 15 minutes on 2 CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 quality: $(VENV)/.dev  ## lint, formatting, types
