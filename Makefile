@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (about 10 minutes on 2 CPU cores)
+quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (10 to 15 minutes on 2 CPU cores)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain train
 
 test: $(VENV)/.dev  ## run every test (about 15 minutes on 2 CPU cores)

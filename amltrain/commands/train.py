@@ -4,10 +4,11 @@ import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from jsonargparse import ArgumentParser
 
-from amltrain.config.parse import build_run_parser, parse_config
+from amltrain.config.parse import as_yaml, build_run_parser, parse_config
 from amltrain.config.schema import RunConfig
 from amltrain.data.augment import augmentation_sections
 from amltrain.errors import one_line_errors
@@ -15,6 +16,7 @@ from amltrain.methods.registry import check_options, method_sections
 from amltrain.training.preemption import exit_on_signals
 
 QUICKSTART = "quickstart"
+PRINT = "--print_config"
 
 
 def build_parser() -> ArgumentParser:
@@ -23,10 +25,20 @@ def build_parser() -> ArgumentParser:
 
 
 def read_run(argv: Sequence[str] | None = None) -> RunConfig:
-    """Read a run from a command line, and check all its values. Raises UserError."""
-    config = parse_config(argv, methods=method_sections(), augmentations=augmentation_sections())
+    """Read a run from a command line, and check all its values. Raises UserError.
+
+    `--print_config` prints the run with its method's preset filled in, and exits.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = [argument for argument in given if argument != PRINT]
+    config = parse_config(arguments, methods=method_sections(), augmentations=augmentation_sections())
     for options in (config.method_options, *config.augment_options.values()):
         check_options(options)
+    if PRINT in given:
+        options = config.method_options
+        complete = options.complete() if options is not None and hasattr(options, "complete") else options
+        print(as_yaml(replace(config, method_options=complete)), end="")
+        sys.exit(0)
     return config
 
 

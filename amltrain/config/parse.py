@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from amltrain.errors import UserError, unknown_name
 
 DERIVED = ("method_options", "augment_options")
 """Fields of a run that are read from sections."""
-PRINT = "--print_config"
 
 
 def parse_config(
@@ -31,10 +30,9 @@ def parse_config(
     """Read a run from a command line: `--config` files and their bases (later ones win), then flags.
 
     methods, augmentations: where the sections of options come from. Raises UserError for a key or a value that does not
-    fit, naming it. `--help` and `--print_config` print and exit; the latter prints a preset's values, not nulls.
+    fit, naming it. `--help` prints and exits.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    argv = [argument for argument in given if argument != PRINT]
+    argv = list(sys.argv[1:] if argv is None else argv)
     methods, augmentations = methods or Sections("method"), augmentations or Sections("augmentation")
     kinds = (methods, augmentations)
     sections = {name: NoGroups for kind in kinds for name in kind.names}
@@ -65,14 +63,9 @@ def parse_config(
         name: _section(parsed, name, options) if name in options else augmentations.options(name)() for name in augment
     }
     try:
-        config = RunConfig(**values, method_options=own, augment_options=augment_options)
-        if PRINT in given:
-            complete = own.complete() if own is not None and hasattr(own, "complete") else own
-            print(as_yaml(replace(config, method_options=complete)), end="")
-            sys.exit(0)
+        return RunConfig(**values, method_options=own, augment_options=augment_options)
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
-    return config
 
 
 def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:

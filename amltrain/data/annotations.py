@@ -302,9 +302,9 @@ def _notice(image: str, referents: list[dict[str, Any]], height: int, width: int
 
 def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
     """Return entries by their `id`. Raises UserError for a missing key or an unusable value."""
+    needed = ("id", *keys)
     for number, entry in enumerate(entries):
-        if fault := _fault(entry, ("id", *keys)):
-            raise UserError(f"{place}: {kind} number {number} {fault}")
+        check_entry(entry, needed, f"{kind} number {number}", place)
     return {entry["id"]: entry for entry in entries}
 
 
@@ -354,22 +354,16 @@ def _check_meaning(entry: dict[str, Any], foreign: Sequence[str], what: str, nam
 
 def check_entry(entry: Any, keys: Sequence[str], what: str, place: str) -> None:
     """Raise UserError unless the entry has the keys, with values that can be used."""
-    if fault := _fault(entry, keys):
-        raise UserError(f"{place}: {what} {fault}")
-
-
-def _fault(entry: Any, keys: Sequence[str]) -> str | None:
-    """What keeps an entry from being used, and the fix; None if nothing does."""
     if not isinstance(entry, dict):
-        return f"has no {keys[0]!r}; download the file again"
+        raise UserError(f"{place}: {what} has no {keys[0]!r}; download the file again")
     for key in keys:
         if key not in entry:
-            return f"has no {key!r}; download the file again"
+            raise UserError(f"{place}: {what} has no {key!r}; download the file again")
         if key in _VALUES:
             fits, wanted = _VALUES[key]
             if not fits(entry[key]):
-                return f"has {key!r} {reprlib.repr(entry[key])}, not {wanted}; correct the file"
-    return None
+                given = reprlib.repr(entry[key])
+                raise UserError(f"{place}: {what} has {key!r} {given}, not {wanted}; correct the file")
 
 
 def _is_id(value: Any) -> bool:

@@ -175,7 +175,7 @@ def test_two_processes_give_the_scores_of_one(run: Path, tmp_path: Path):
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     given = options(run, tmp_path / "two", "--splits", "testB", "--batch_size", "4")
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]  # as torchrun gives them
-    processes = [FORKS.Process(target=evaluate_as, args=(rank, given)) for rank in ranks]
+    processes = [FORKS.Process(target=evaluate_as, args=(rank, given), daemon=True) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:
