@@ -117,7 +117,9 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     if accelerator.state.deepspeed_plugin is not None:
         _fit_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, plan, config.optim.clip_norm, precision)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain configs accelerate/fsdp2`")
+        raise UserError(
+            "FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain list configs accelerate/fsdp2`"
+        )
     _save_states_unwrapped(accelerator)
     return accelerator, plan
 

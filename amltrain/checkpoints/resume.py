@@ -10,10 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.lock import OutputLock
 from amltrain.checkpoints.provenance import recipe
-from amltrain.checkpoints.run_folder import FINISHED_FILE, mark_requeue
 from amltrain.checkpoints.saver import Saver
 from amltrain.checkpoints.state import Progress
 from amltrain.config.parse import save_config
@@ -21,6 +20,7 @@ from amltrain.config.schema import RunConfig, free_options
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import read_training
+from amltrain.run_folder import FINISHED_FILE, mark_requeue
 
 PROBE, TOKENIZER = ".seen-by-all", "preprocess.tokenizer"
 FREE = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.state import (
     is_own_state,
     load_engine_state,

@@ -26,9 +26,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from amltrain.checkpoints.harmless import check_harmless
-from amltrain.checkpoints.run_folder import EVALUATED_FILE, TRAINER_FILE
 from amltrain.errors import UserError, first_line, fits
 from amltrain.hub.model_folder import read_weights
+from amltrain.run_folder import EVALUATED_FILE, TRAINER_FILE
 
 
 @dataclass

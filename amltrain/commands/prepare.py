@@ -1,10 +1,10 @@
 """Turn annotations and images into Parquet that `datasets` reads.
 
-    amltrain prepare --table my.csv --images photos --name mine
-    amltrain prepare --folder my_files --name mine
-    amltrain prepare --hf user/data --columns image=photo sentence=text mask=mask --name mine
-    amltrain prepare --dataset combined --refer_root data/refer --image_root data/train2014
-    amltrain prepare --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
+    amltrain data prepare --table my.csv --images photos --name mine
+    amltrain data prepare --folder my_files --name mine
+    amltrain data prepare --hf user/data --columns image=photo sentence=text mask=mask --name mine
+    amltrain data prepare --dataset combined --refer_root data/refer --image_root data/train2014
+    amltrain data prepare --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
 
 Own data comes from a table (image, sentence, mask), a COCO-style JSON, a folder of files, or a data set of the Hub.
 Published data sets come from their original files: `<refer_root>/refcoco/refs(unc).p` and `instances.json` (gRefCOCO:
@@ -25,7 +25,7 @@ from amltrain.errors import UserError, one_line_errors
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="amltrain prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own = parser.add_argument_group("own data")
     own.add_argument("--table", type=Path, help="JSONL, CSV, TSV, Parquet, or COCO-style JSON")
@@ -51,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(DATASETS)}; or combined = {' '.join(COMBINED)}, from whose training every image is dropped "
-        f"that any of them evaluates on; or combined-unfiltered, which keeps them",
+        help=f"{', '.join(DATASETS.names())}; or combined = {' '.join(COMBINED)}, from whose training every image is "
+        f"dropped that any of them evaluates on; or combined-unfiltered, which keeps them",
     )
     published.add_argument("--refer_root", type=Path, help="folder in the original layout")
     published.add_argument(

@@ -1,4 +1,4 @@
-"""Prepare own and published data: what `amltrain prepare` does after its arguments are read."""
+"""Prepare own and published data: what `amltrain data prepare` does after its arguments are read."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from amltrain.data.catalog import dataset_spec, describe, find_spec
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
 from amltrain.data.prepare import available_cores, prepare, prepare_files
 from amltrain.data.sources.own import SHARES
-from amltrain.data.sources.published import READERS
 from amltrain.data.sources.refer import refer_paths
 from amltrain.data.sources.table import read_folder, read_table
 from amltrain.errors import UserError
+from amltrain.registry import READERS
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
 """Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
@@ -160,7 +160,7 @@ def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[st
     if source is None and layout == "refer":
         return prepare(name, args.refer_root, args.output, image_root=args.image_root, **options)
     if source is None:
-        files = READERS[layout](args.refer_root, name)
+        files = READERS[layout].value(args.refer_root, name)
         return prepare_files(files, args.output, args.image_root or args.refer_root, **options)
     from amltrain.data.sources.refer import read_hub_schema  # imports torchvision
 

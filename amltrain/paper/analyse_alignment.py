@@ -20,7 +20,7 @@ from amltrain.config.schema import DataConfig, LossConfig, ProtocolOverrides, Ru
 from amltrain.data.transforms import normalise_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.results import run_protocol, write_text
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.model_folder import read_training
 from amltrain.models import model_info
 from amltrain.paper.alignment import (
     candidate_masker,
@@ -44,6 +44,7 @@ from amltrain.paper.analysed import (
 )
 from amltrain.paper.grids import draw_losses, losses_table
 from amltrain.records import Batch
+from amltrain.run_folder import find_model_folder
 from amltrain.training.build import build_loss
 
 NOTE = "Scores of the paper's PMME on early features; temperature solved on the first batches of {}."

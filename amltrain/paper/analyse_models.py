@@ -19,7 +19,8 @@ from amltrain.evaluation.metrics import list_metrics
 from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
 from amltrain.evaluation.results import Results, merge_results, run_protocol, write_text
 from amltrain.evaluation.tables import describe
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.model_folder import read_training
+from amltrain.inference.evaluate import trained_data
 from amltrain.paper.analysed import (
     Analysed,
     data_of,
@@ -30,7 +31,6 @@ from amltrain.paper.analysed import (
     parse_models,
     parse_seeds,
     single_process,
-    trained_data,
 )
 from amltrain.paper.breakdown import break_down, breakdown_markdown, draw_breakdown, worst_cases
 from amltrain.paper.figures import Evidence, draw_activation, evidence
@@ -47,6 +47,7 @@ from amltrain.paper.grids import (
     robustness_table,
     steps_per_epoch,
 )
+from amltrain.run_folder import find_model_folder
 
 
 def robustness(args: argparse.Namespace) -> str:

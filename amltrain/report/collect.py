@@ -30,10 +30,10 @@ from amltrain.evaluation.compare import Run, read_runs
 from amltrain.evaluation.draw import PAPER, PREDICTION, TRUTH, Colour, shrink
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
-from amltrain.hub.model_folder import find_model_folder
 from amltrain.methods.maskers import Masking, MaskingMaps
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
+from amltrain.run_folder import find_model_folder
 
 RIGHT: Colour = (0, 158, 96)
 MISSED: Colour = (0, 114, 178)

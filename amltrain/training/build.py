@@ -22,8 +22,7 @@ from amltrain.evaluation.results import run_protocol
 from amltrain.files import write_text
 from amltrain.hub.model_folder import TRAINING_FILE, load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
-from amltrain.methods.base import Method
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import Method, build_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
 
 

@@ -28,13 +28,13 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
 from amltrain import __version__
-from amltrain.checkpoints.run_folder import checkpoint_name
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.distributed import BatchPlan, precision_of
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
 from amltrain.files import write_text
+from amltrain.run_folder import checkpoint_name
 from amltrain.training.build import RunComponents
 from amltrain.training.checks import weights_origin
 

@@ -10,11 +10,11 @@ from tqdm.auto import tqdm
 
 from amltrain.checkpoints.lock import OutputLock
 from amltrain.checkpoints.resume import check_shared, prepare_output
-from amltrain.checkpoints.run_folder import step_of
 from amltrain.config.schema import RunConfig
 from amltrain.data.prepare import ensure_training_data
 from amltrain.distributed import PREPARATION, BatchPlan, build_accelerator, on_main_process
 from amltrain.hub.push import Publisher, build_publisher
+from amltrain.run_folder import step_of
 from amltrain.training.callbacks import start_trackers
 from amltrain.training.checks import check_before_data
 from amltrain.training.preemption import Preemption

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.resume import resume_progress, write_config
-from amltrain.checkpoints.run_folder import FINISHED_FILE
 from amltrain.checkpoints.saver import Saver
 from amltrain.checkpoints.state import Progress
 from amltrain.config.schema import RunConfig
@@ -29,6 +28,7 @@ from amltrain.evaluation.results import Results, write_results
 from amltrain.methods.base import Method
 from amltrain.randomness import random_key
 from amltrain.records import Batch
+from amltrain.run_folder import FINISHED_FILE
 from amltrain.training.batches import step_batches
 from amltrain.training.build import write_model_folder
 from amltrain.training.callbacks import History, Meter, banner, log_line, profiled, track_evaluation

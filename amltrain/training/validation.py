@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from amltrain.checkpoints.run_folder import checkpoint_name, find_resumable, step_of
 from amltrain.config.schema import CheckpointConfig, EvaluationConfig, HubConfig, RunConfig, TrackingConfig
 from amltrain.data.prepare import read_manifest
 from amltrain.errors import UserError, unknown_name
@@ -24,6 +23,7 @@ from amltrain.evaluation.results import Results, write_results
 from amltrain.evaluation.tables import table
 from amltrain.hub.model_folder import RESULTS_FILE
 from amltrain.hub.push import check_access
+from amltrain.run_folder import checkpoint_name, find_resumable, step_of
 from amltrain.training.build import RunComponents
 
 
@@ -107,7 +107,7 @@ def dry_run(config: RunConfig) -> Iterator[RunConfig]:
     if missing and (prepared.exists() or config.data.prepared.count("/") != 1 or config.data.refer_root):
         raise UserError(
             f"{', '.join(missing)}: not prepared in {prepared}, and train.dry_run writes nothing; prepare the data "
-            f"first (amltrain prepare, or a run without train.dry_run)"
+            f"first (amltrain data prepare, or a run without train.dry_run)"
         )
     if config.hub.push != "never":
         check_access(str(config.hub.repo))

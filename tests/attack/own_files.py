@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.lock import LOCK_FILE, OutputLock
 from amltrain.checkpoints.state import Progress
 from amltrain.data.prepare import prepare_files

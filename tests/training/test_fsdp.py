@@ -17,7 +17,7 @@ from amltrain.checkpoints.harmless import check_harmless
 from amltrain.checkpoints.state import is_own_state, write_averaged
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import create_model, model_info
 from benchmarks.steps import random_batch
 from tests.training.runs import FORKS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.harmless import check_harmless
 from amltrain.errors import UserError
 from amltrain.files import sha256

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.records import Batch

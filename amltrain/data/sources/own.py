@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from amltrain.data.catalog import DATASETS, DatasetSpec
+from amltrain.data.catalog import DatasetSpec
 from amltrain.data.sources.annotations import Annotations, MaskFile
 from amltrain.errors import UserError
+from amltrain.registry import DATASETS
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
