@@ -31,7 +31,7 @@ def read_run(argv: Sequence[str] | None = None) -> RunConfig:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != PRINT]
     config = parse_config(arguments)
-    for options in (config.method_options, *config.augment_options.values()):
+    for options in (config.method_options, *config.augment_options.values(), *config.callback_options.values()):
         check_options(options)
     if PRINT in given:
         options = config.method_options

@@ -16,11 +16,11 @@ from amltrain.config.fields import ANY, POSITIVE, RANGES
 from amltrain.config.files import BASE, groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.errors import UserError, unknown_name
-from amltrain.registry import AUGMENTATIONS, METHODS, MODELS, Registry
+from amltrain.registry import AUGMENTATIONS, CALLBACKS, METHODS, MODELS, Registry, imported_plugins
 
-DERIVED = ("method_options", "augment_options")
+DERIVED = ("method_options", "augment_options", "callback_options")
 """Fields of a run that are read from sections."""
-SECTIONED: tuple[Registry, ...] = (METHODS, AUGMENTATIONS)
+SECTIONED: tuple[Registry, ...] = (METHODS, AUGMENTATIONS, CALLBACKS)
 """Kinds whose options are sections of a run."""
 DIALECT = "$schema"
 
@@ -53,18 +53,22 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
         message = one_line(str(error), parser)
         raise UserError(f"{layers.place(message)}{message}") from error
     values = {f.name: parsed[f.name] for f in fields(RunConfig) if f.name not in DERIVED}
-    augment = values["data"].augment
+    values["imports"] = list(dict.fromkeys([*values["imports"], *imported_plugins()]))
     reject_unused(flags, [method], METHODS)
-    reject_unused(flags, augment, AUGMENTATIONS)
-    for name in augment:
-        if name not in AUGMENTATIONS:
-            raise unknown_name("augmentation (data.augment)", name, AUGMENTATIONS.names())
     own = _section(parsed, method, options) if method in options else None
-    augment_options = {
-        name: _section(parsed, name, options) if name in options else AUGMENTATIONS.options(name)() for name in augment
-    }
+    lists = {"augment_options": (AUGMENTATIONS, "data.augment"), "callback_options": (CALLBACKS, "train.callbacks")}
+    for field_name, (registry, key) in lists.items():
+        group, _, name_of_key = key.partition(".")
+        used = getattr(values[group], name_of_key)
+        reject_unused(flags, used, registry)
+        for name in used:
+            if name not in registry:
+                raise unknown_name(f"{registry.kind} ({key})", name, registry.names())
+        values[field_name] = {
+            name: _section(parsed, name, options) if name in options else registry.options(name)() for name in used
+        }
     try:
-        return RunConfig(**values, method_options=own, augment_options=augment_options)
+        return RunConfig(**values, method_options=own)
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
 

@@ -251,6 +251,9 @@ class TrainConfig:
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     collective_timeout: float = 10.0
     """Minutes that processes wait for one that does not answer before the run ends."""
+    callbacks: list[str] = field(default_factory=list)
+    """Callbacks of your own or of plugins, by name; `amltrain list callbacks` lists them. Options of each are in the
+    section of its name."""
     time_limit: float | None = None
     """Hours after which the run saves and stops with exit code 75 (requeue me); null = none."""
 
@@ -337,6 +340,10 @@ class RunConfig:
     """Options of the chosen method, read from its section; None = the method's defaults."""
     augment_options: dict[str, Any] = field(default_factory=dict)
     """Options of the augmentations that data.augment names, read from the sections of the same names."""
+    callback_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the callbacks that train.callbacks names, read from the sections of the same names."""
+    imports: list[str] = field(default_factory=list)
+    """Plugins that the run was started with (--import), for the record. A config never imports them by itself."""
     data: DataConfig = field(default_factory=DataConfig)
     preprocess: PreprocessOverrides = field(default_factory=PreprocessOverrides)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -366,7 +373,7 @@ def sectioned(config: RunConfig) -> dict[str, Any]:
     """A run as plain nested values, with the options of its method and augmentations in sections of their own names."""
     values = asdict(config)
     options, augmentations = values.pop("method_options"), values.pop("augment_options")
-    sections = {config.method: options, **augmentations}
+    sections = {config.method: options, **augmentations, **values.pop("callback_options")}
     return {**values, **{name: section for name, section in sections.items() if section}}
 
 

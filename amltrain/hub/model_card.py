@@ -23,10 +23,10 @@ from amltrain import __version__
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results, write_text
 from amltrain.evaluation.tables import describe, table
-from amltrain.hub.model_folder import CONVERSION_FILE, TRAINING_FILE, read_object, read_training
+from amltrain.hub.model_folder import read_object, read_training
 from amltrain.models.registry import ModelInfo, model_info
 from amltrain.registry import METHODS
-from amltrain.run_folder import CONFIG_FILE
+from amltrain.run_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE
 
 FOLDER = ".eval_results"
 

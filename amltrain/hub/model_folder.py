@@ -32,14 +32,12 @@ from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.files import replacing
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
-from amltrain.run_folder import CONFIG_FILE, WEIGHTS_FILE, find_model_folder
+from amltrain.run_folder import CONFIG_FILE, PREPROCESS_FILE, TRAINING_FILE, WEIGHTS_FILE, find_model_folder
 
 if TYPE_CHECKING:
     from amltrain.data.text import SentenceTokenizer
 
 
-PREPROCESS_FILE = "preprocessor_config.json"
-RESULTS_FILE, TRAINING_FILE, CONVERSION_FILE = "results.json", "training.json", "conversion.json"
 INITIAL_WEIGHTS = ("vision_weights", "text_weights")
 """Builder arguments that name where training started from; the folder's own weights replace them."""
 

@@ -34,8 +34,8 @@ from amltrain.evaluation.results import (
 from amltrain.evaluation.samples import sample_table, write_samples
 from amltrain.evaluation.tables import table, write_tables
 from amltrain.hub.model_card import write_eval_results
-from amltrain.hub.model_folder import RESULTS_FILE, load_pretrained, read_training
-from amltrain.run_folder import RUN_CONFIG, find_model_folder
+from amltrain.hub.model_folder import load_pretrained, read_training
+from amltrain.run_folder import BEST, MODEL, RESULTS_FILE, RUN_CONFIG, find_model_folder
 
 
 class Source(NamedTuple):
@@ -244,9 +244,9 @@ def _output(args: Namespace) -> Path:
 
 def _default_output(source: str) -> str:
     """evaluation/RUN-best for RUN and RUN/best/model, evaluation/user-name for a Hub repository."""
-    if (Path(source) / "best" / "model").is_dir():
-        source = str(Path(source) / "best")
-    parts = [part for part in Path(source).parts if part not in ("/", "..", "model")]
+    if (Path(source) / BEST / MODEL).is_dir():
+        source = str(Path(source) / BEST)
+    parts = [part for part in Path(source).parts if part not in ("/", "..", MODEL)]
     return str(Path("evaluation") / "-".join(parts[-2:]))
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -19,7 +18,7 @@ from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, Shape
 from amltrain.data.loaders import build_eval_loaders, collate, resolve_splits
 from amltrain.data.prepare import ensure_prepared
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import Pretrained, load_pretrained
 from amltrain.inference.evaluate import trained_data
@@ -107,7 +106,7 @@ def fixed_pairs(dataset: Any, count: int, batch_size: int, device: torch.device)
     places = [i * len(dataset) // count for i in range(count)]
     normalization = dataset.describe()["normalization"]
     collated = (collate([dataset[i] for i in places[s : s + batch_size]]) for s in range(0, count, batch_size))
-    return [normalise_batch(send_to_device(batch, device), normalization) for batch in collated]
+    return [prepare_batch(batch, normalization, device) for batch in collated]
 
 
 def single_process(data: DataConfig) -> Accelerator:

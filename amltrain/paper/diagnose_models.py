@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
 from amltrain.config.schema import DataConfig, ProtocolOverrides
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.results import run_protocol, write_text
 from amltrain.methods.aml.scorers import GroundedScorer
@@ -130,7 +129,7 @@ def _batches(
     loaders = loaders_of(argparse.Namespace(**{**vars(args), "split": split}), data, model, protocol)
     normalization = model.pretrained.preprocess.normalization
     batches = itertools.islice(itertools.chain.from_iterable(loaders.values()), count)
-    return [normalise_batch(send_to_device(batch, accelerator.device), normalization) for batch in batches]
+    return [prepare_batch(batch, normalization, accelerator.device) for batch in batches]
 
 
 def _table(found: list[Diagnosis], temperatures: Mapping[str, float], left_out: Mapping[str, str]) -> str:

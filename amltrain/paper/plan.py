@@ -25,7 +25,7 @@ from amltrain.config.schema import COMBINED
 from amltrain.data.catalog import read_manifest
 from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
-from amltrain.run_folder import FINISHED_FILE
+from amltrain.run_folder import FINISHED_FILE, RESULTS_FILE, RUN_CONFIG
 
 SHAPES = {
     "refcoco": "refshapes",
@@ -290,7 +290,7 @@ def _finished(folder: Path, arguments: Sequence[str], stop_after: int | None) ->
     stop = arguments.index("--train.stop_after") if "--train.stop_after" in arguments else None
     if stop is not None:
         stop_after = int(arguments[stop + 1])
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
     return config["train"].get("stop_after") == stop_after
 
 
@@ -345,7 +345,7 @@ def _evaluate(folder: Path, splits: Sequence[str], settings: Settings) -> list[C
     """Evaluate the splits that the run's results lack."""
     wanted = [shown_split(split, settings) for split in splits]
     output = folder / "reproduce"
-    results = output / "results.json"
+    results = output / RESULTS_FILE
     there = {f"{r.dataset}:{r.split}" for r in read_results(results)} if _newer(results, folder) else set()
     missing = [split for split in wanted if split not in there]
     arguments = ("--checkpoint", str(folder), "--splits", *(missing or wanted), "--output", str(output))

@@ -16,6 +16,7 @@ from typing import Any
 from amltrain.errors import UserError, one_line_errors
 from amltrain.paper.files import STATUS, write_table
 from amltrain.paper.plan import TINY_STEPS, Command, Settings, Table, check_data, plan
+from amltrain.run_folder import LAST
 from amltrain.training.preemption import REQUEUE_EXIT_CODE
 
 MODULES = {
@@ -127,7 +128,7 @@ def _check(module: str, arguments: Sequence[str]) -> None:
 
     with one_line_errors():
         config = read_run(without_launcher(arguments))
-        check_recipe((config.folder / "last").resolve(), config, refuse)
+        check_recipe((config.folder / LAST).resolve(), config, refuse)
 
 
 def without_launcher(arguments: Sequence[str]) -> list[str]:

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from amltrain.hub.model_card import HUB_LICENCES, _bibtex, build_model_card, has_paper
-from amltrain.hub.model_folder import TRAINING_FILE
 from amltrain.models import list_models, model_info
 from amltrain.registry import METHODS
-from amltrain.run_folder import CONFIG_FILE
+from amltrain.run_folder import CONFIG_FILE, TRAINING_FILE
 
 
 @pytest.mark.parametrize("name", list_models())
