@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from amltrain.run_folder.state import damage_named, plain_data_only
+from amltrain.checkpoints.state import damage_named, plain_data_only
 
 from amltrain import run_folder
 from amltrain.errors import UserError

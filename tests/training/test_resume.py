@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output, symlinks=True)
-    victim = output / "step-000008" / "state" / "optimizer.bin"
+    victim = output / "step-000008" / "state" / "optimizer.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     runs.run(shapes, output)
     assert "skipping a damaged checkpoint" in capsys.readouterr().out
