@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from amltrain.checkpoints.state import damage_named, plain_data_only
 
 from amltrain import run_folder
+from amltrain.checkpoints.state import damage_named, plain_data_only
 from amltrain.errors import UserError
 from amltrain.files import sha256
 from amltrain.hub.model_folder import load_pretrained
