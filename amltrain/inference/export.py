@@ -302,6 +302,7 @@ def _write_files(pretrained: Pretrained, folder: Path, rows: Sequence[Exported],
         "keeps_end_token": pretrained.tokenizer.keeps_end,
         "threshold": rule.threshold,
         "interpolation": rule.interpolation,
+        "no_target_pixels": rule.no_target_pixels,
         "files": [row._asdict() for row in rows],
     }
     try:
