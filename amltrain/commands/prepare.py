@@ -77,10 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     with one_line_errors():
-        for name in ("table", "folder", "images", "masks", "refer_root", "image_root"):
-            path = getattr(args, name)
-            if path is not None and not path.exists():
-                raise UserError(f"--{name}: there is no {path}")
-        from amltrain.commands import prepare_data  # imports torch and datasets
+        prepare_data(args)
 
-        prepare_data.run(args)
+
+def prepare_data(args: argparse.Namespace) -> None:
+    """Check the paths, and prepare. Raises UserError."""
+    for name in ("table", "folder", "images", "masks", "refer_root", "image_root"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            raise UserError(f"--{name}: there is no {path}")
+    from amltrain.commands import prepare_data as preparing  # imports torch and datasets
+
+    preparing.run(args)

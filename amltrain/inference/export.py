@@ -33,10 +33,9 @@ from amltrain.config.schema import Preprocess
 from amltrain.data.transforms import MEAN_STD
 from amltrain.errors import UserError, first_line
 from amltrain.hub.model_folder import Pretrained
+from amltrain.inference import FORMATS
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
-
-FORMATS = ("torch", "onnx")
 
 
 def run_onnx_path() -> Path:
