@@ -1,0 +1,1 @@
+"""Read annotations of every origin into the same source rows; `frame` checks and repairs them in one place."""
