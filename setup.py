@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["amltrain*"]), "amltrain.configs"],
     package_dir={"amltrain.configs": "configs"},
-    package_data={"amltrain": ["py.typed", "evaluation/report/templates/*"], "amltrain.configs": ["**/*.yaml"]},
+    package_data={"amltrain": ["py.typed", "report/templates/*"], "amltrain.configs": ["**/*.yaml"]},
 )

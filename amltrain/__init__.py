@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Predictor": "amltrain.predictor",
+    "Predictor": "amltrain.inference.predictor",
     "create_model": "amltrain.models.registry",
     "list_models": "amltrain.models.registry",
     "decode_mask": "amltrain.data.segmentation",

@@ -1,11 +1,21 @@
-"""Write files and folders atomically, and hash them."""
+"""Write files and folders atomically, and hash them.
 
+Read JSON and annotation pickles from untrusted files.
+"""
+
+import errno
 import hashlib
+import io
+import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from amltrain.errors import UserError
 
 
 @contextmanager
@@ -53,3 +63,76 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+class _ContainerUnpickler(pickle.Unpickler):
+    """Admits what annotation files are made of, builtin containers and scalars, and refuses everything else."""
+
+    _ADMITTED = frozenset({"set", "frozenset", "list", "dict", "tuple", "int", "float", "str", "bool"})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("builtins", "__builtin__") and name in self._ADMITTED:
+            return super().find_class("builtins", name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def load_pickle(path: Path) -> Any:
+    """Read a pickle of builtin containers (also Python 2's). Executes nothing; raises UserError for anything else."""
+    content = read_bytes(path)
+    try:
+        return _ContainerUnpickler(io.BytesIO(content), encoding="utf-8", errors="replace").load()
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is no plain annotation pickle ({reason}); download it again from a source you trust"
+        ) from error
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
+
+
+def load_json(path: Path, *, encodings: tuple[str, ...] = ("utf-8",)) -> Any:
+    """Read a JSON file in the first of the encodings that fits. Raises UserError."""
+    content = read_bytes(path)
+    for encoding in encodings:
+        try:
+            return json.loads(content.decode(encoding))
+        except UnicodeDecodeError as error:
+            fault: Exception = error
+        except (ValueError, RecursionError) as error:  # ValueError: also integers of thousands of digits
+            fault = error
+            break
+    raise UserError(f"{path} is damaged or no JSON ({fault}); download it again") from fault
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file. Raises UserError; a pipe or a device is refused, not waited for."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"could not read {path} (not a regular file)")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"could not read {path} ({getattr(error, 'strerror', None) or error})") from error
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def way_out(error: Exception | None, folder: Path) -> str:
+    """Describe what to do about a file below `folder` that could not be written."""
+    number = getattr(error, "errno", None)
+    if not folder.is_dir():
+        return f"{folder} is gone; run again, which starts from its beginning unless a copy is put back"
+    if number in FORBIDDEN:
+        return f"{free_space(folder)}; saved checkpoints are intact, make {folder} writable and run again"
+    return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
+
+
+def free_space(folder: Path) -> str:
+    """Describe the free space on a folder's disk."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there"
+    except OSError:
+        return f"{folder} is gone"

@@ -12,7 +12,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from amltrain.config.partial import help_texts
+from amltrain.config.fields import help_texts
 
 
 def models() -> str:

@@ -40,7 +40,7 @@ def repository() -> Path:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few prepared RefShapes scenes: 20 for training, 4 in every other split."""
     from amltrain.data.prepare import prepare
-    from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
+    from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 
     root = tmp_path_factory.mktemp("shapes")
     sizes = dict.fromkeys(SPLIT_SIZES, 4) | {"train": 20}

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS
-from amltrain.commands.benchmark import choose_benchmark
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
-from amltrain.training.distributed import plan_batches
+from amltrain.distributed import plan_batches
 from amltrain.training.launcher import take_launch_options
+from benchmarks.command import choose_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md", "launch/slurm/train.sbatch"]

@@ -8,16 +8,21 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "amltrain"
 LAYERS = [
-    {"errors", "commit", "records", "randomness", "files", "packages", "quiet", "config"},
+    {"errors", "environment", "records", "randomness", "files", "config", "registry"},
+    {"distributed"},
     {"data", "models", "losses"},
     {"methods"},
-    {"evaluation", "hub", "predictor", "export"},
+    {"evaluation"},
+    {"hub"},
+    {"report"},
+    {"inference"},
+    {"checkpoints"},
     {"training"},
-    {"reproduce"},
-    {"commands", "__main__", "cli", "completion"},
+    {"api"},
+    {"paper", "commands", "__main__", "cli", "completion"},
 ]
-"""Rooms from the lowest layer to the highest. Rooms of one layer may import each other as long as no file circle
-exists; data, models and losses may not, because each of them has to be usable without the others."""
+"""Folders and modules of the package, lowest layer first. data, models and losses of one layer may not import each
+other, because each of them has to be usable without the others."""
 INDEPENDENT = {"data", "models", "losses"}
 FILES = {
     ".".join(("amltrain", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path

@@ -11,9 +11,9 @@ from PIL import Image
 
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import named_protocol
 from amltrain.hub.model_folder import Pretrained
-from amltrain.predictor import INSIDE, NO_PIXEL, NO_TARGET, Predictor, load_image, read_image
+from amltrain.inference.predictor import INSIDE, NO_PIXEL, NO_TARGET, Predictor, load_image, read_image
 from amltrain.records import Batch, ModelOutput
 from tests.evaluation.stand_in import SeesBright
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.quiet import NO_ACCELERATOR, hush_deepspeed
+from amltrain.environment import NO_ACCELERATOR, hush_deepspeed
 
 IMPORTED = """
 from accelerate import Accelerator
 from torch import nn
-from amltrain.quiet import hush_deepspeed
+from amltrain.environment import hush_deepspeed
 hush_deepspeed()
 Accelerator(cpu=True).unwrap_model(nn.Linear(1, 1))
 import sys

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amltrain.config.ranges import check_number
+from amltrain.config.fields import check_number
 from amltrain.config.schema import PreprocessOverrides
 from amltrain.errors import UserError, one_line_errors
 
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_number("--max_tokens", args.max_tokens, 1, math.inf)
         check_number("--size", args.size, 1, math.inf)
-        from amltrain.config.partial import override
+        from amltrain.config.fields import override
         from amltrain.data.text import SentenceTokenizer  # this and the next two import torch
         from amltrain.hub.convert import convert_official, summary
         from amltrain.models.registry import model_info

@@ -9,9 +9,9 @@ Two checkpoints are shown side by side. The page runs on this machine; --host 0.
 import argparse
 from collections.abc import Sequence
 
-from amltrain.config.ranges import check_number
+from amltrain.config.fields import check_number
 from amltrain.errors import one_line_errors
-from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_number("--port", args.port, 1, 65535)
         for checkpoint in args.checkpoint:
             find_model_folder(checkpoint, args.revision)  # before the imports
-        from amltrain.commands import demo_page  # imports torch
+        from amltrain.inference import demo as demo_page  # imports torch
 
         demo_page.import_gradio()  # before minutes of loading
         contenders = demo_page.load_contenders(args.checkpoint, args.device, args.revision)

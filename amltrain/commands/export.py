@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.config.ranges import ANY, check_number
+from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError, one_line_errors
-from amltrain.export import FORMATS
-from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import find_model_folder
+from amltrain.inference.export import FORMATS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not an empty folder; choose another --output")
         find_model_folder(args.checkpoint, args.revision)  # before the imports
-        from amltrain.export.folder import export_folder, table  # imports torch
         from amltrain.hub.model_folder import load_pretrained
+        from amltrain.inference.export import export_folder, table  # imports torch
 
         rows = export_folder(load_pretrained(args.checkpoint, revision=args.revision), folder, args.formats, args.runs)
         print(table(rows))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from amltrain.config.partial import help_texts
+from amltrain.config.fields import help_texts
 from amltrain.errors import one_line_errors
 from amltrain.methods.registry import list_methods, method_info
 

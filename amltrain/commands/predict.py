@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from amltrain.errors import one_line_errors
-from amltrain.hub.find import find_model_folder
+from amltrain.hub.model_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,6 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         find_model_folder(args.checkpoint, args.revision)  # before the imports
-        from amltrain.commands import predict_images  # imports torch
+        from amltrain.inference import predict as predict_images  # imports torch
 
         predict_images.run(args)

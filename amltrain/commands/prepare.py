@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amltrain.config.schema import COMBINED
-from amltrain.data.specs import DATASETS
+from amltrain.data.catalog import DATASETS
 from amltrain.errors import UserError, one_line_errors
 
 

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from amltrain.config.schema import COMBINED
-from amltrain.data.ensure import available_cores
+from amltrain.data.catalog import dataset_spec, describe, find_spec
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
-from amltrain.data.manifest import describe, find_spec
-from amltrain.data.own import SHARES
-from amltrain.data.prepare import prepare, prepare_files
-from amltrain.data.readers import READERS
-from amltrain.data.refer import refer_paths
-from amltrain.data.specs import dataset_spec
-from amltrain.data.table import read_folder, read_table
+from amltrain.data.prepare import available_cores, prepare, prepare_files
+from amltrain.data.sources.own import SHARES
+from amltrain.data.sources.published import READERS
+from amltrain.data.sources.refer import refer_paths
+from amltrain.data.sources.table import read_folder, read_table
 from amltrain.errors import UserError
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
@@ -52,7 +50,7 @@ def _prepare_own(args: argparse.Namespace) -> None:
         images = args.folder
         files = read_folder(args.folder, args.name, **options)
     else:
-        from amltrain.data.hf_table import read_hf  # imports datasets
+        from amltrain.data.sources.hf_table import read_hf  # imports datasets
 
         images = args.output / "source" / args.name
         files = read_hf(args.hf, images, args.name, **with_columns)
@@ -151,7 +149,7 @@ def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_ro
         elif source is not None and spec.layout != "refer":
             raise UserError(f"{name} is not read through --hub; give --refer_root, the folder with its files")
         elif source is not None:
-            from amltrain.data.refer_hub import check_source  # imports torchvision
+            from amltrain.data.sources.refer import check_source  # imports torchvision
 
             check_source(source)
 
@@ -164,6 +162,6 @@ def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[st
     if source is None:
         files = READERS[layout](args.refer_root, name)
         return prepare_files(files, args.output, args.image_root or args.refer_root, **options)
-    from amltrain.data.refer_hub import read_hub_schema  # imports torchvision
+    from amltrain.data.sources.refer import read_hub_schema  # imports torchvision
 
     return prepare_files(read_hub_schema(source, name), args.output, args.image_root, **options)

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.data.manifest import find_spec
+from amltrain.data.catalog import find_spec
 from amltrain.errors import UserError, one_line_errors
 
 

@@ -34,8 +34,8 @@ def rank(options: argparse.Namespace) -> None:
     """Embed images and sentences, and write both rankings. Raises UserError."""
     import torch
 
-    from amltrain.commands.device import choose_device
     from amltrain.data.rows import open_rows
+    from amltrain.environment import choose_device
 
     device = choose_device(options.device)
     model, processor = load_dual_encoder(options.model, device)

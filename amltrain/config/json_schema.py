@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from amltrain.config.fields import ANY, POSITIVE, RANGES
 from amltrain.config.files import BASE
 from amltrain.config.parse import build_run_parser
-from amltrain.config.ranges import ANY, POSITIVE, RANGES
 from amltrain.config.sections import Sections
 
 DIALECT = "$schema"

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from amltrain.config.partial import Partial, partial_of
-from amltrain.config.ranges import check_ranges
+from amltrain.config.fields import Partial, check_ranges, partial_of
 from amltrain.errors import UserError
 
 FREE_TO_CHANGE = {"free_to_change": True}

@@ -1,7 +1,13 @@
-"""Decode images, and turn images of any mode into RGB of 8 bits per channel."""
+"""Decode images, and turn images of any mode into RGB of 8 bits per channel.
+
+Image and mask files below a folder: which paths are allowed, and which files can be decoded.
+"""
 
 import io
-from typing import Literal
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -70,3 +76,115 @@ def _decode_jpeg(content: bytes) -> Tensor:
         return decode_jpeg(encoded, mode=ImageReadMode.RGB)
     except RuntimeError as error:
         raise OSError(str(error)) from error
+
+
+MAX_FILE_BYTES = 2**29
+MAX_PIXELS = 2 * 89_478_485
+"""Pillow's own limit, above which it takes an image for a decompression bomb."""
+_EXIF_ORIENTATION = 0x0112
+
+
+class FileFault(Exception):  # noqa: N818 - a reason, counted and shown
+    """A file that cannot be used; the message is the reason."""
+
+
+class ImageFile(NamedTuple):
+    """content: the file's own bytes. rotated: its EXIF data asks viewers to turn it, which nothing here does."""
+
+    content: bytes
+    height: int
+    width: int
+    rotated: bool = False
+
+
+def path_below(root: Path, name: str) -> Path:
+    """`root / name`, which must lie below `root`. Raises FileFault for an absolute path, `..`, or a link that leaves.
+
+    root: resolved. Messages give its name, not its path, because they are published with the data.
+    """
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if not pure.parts or "\0" in name or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
+        shown = pure.name if pure.is_absolute() else name[:200]
+        raise FileFault(f"the path {shown!r} leads outside the folder {root.name}")
+    path = root / pure
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, half of a surrogate pair
+        raise FileFault(f"the file cannot be reached ({first_line(error)})") from error
+    if real != path and not real.is_relative_to(root):
+        raise FileFault(f"it is a link that leads outside the folder {root.name}")
+    return real
+
+
+def read_file_below(root: Path, name: str) -> bytes:
+    """The bytes of a regular file below `root`. Raises FileFault; never waits for a pipe or a device."""
+    path = path_below(root, name)
+    try:
+        # opened without waiting and checked when open, so that the file cannot be exchanged in between
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FileFault("it is not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise FileFault(f"the file has {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}")
+            return file.read()
+    except FileNotFoundError as error:
+        raise FileFault(f"the file is missing in {root.name}") from error
+    except OSError as error:
+        raise FileFault(f"the file cannot be read ({error.strerror or error})") from error
+
+
+def read_image_file(root: Path, name: str) -> ImageFile:
+    """Read an image and decode it once. Raises FileFault if it cannot be used later."""
+    content = read_file_below(root, name)
+    image = decode_file(content)
+    if image.mode not in ("RGB", "L"):
+        try:
+            to_rgb(image, "it")
+        except Exception as error:  # a mode or a palette that Pillow cannot convert
+            raise FileFault(f"the file is damaged ({first_line(error)})") from error
+    return ImageFile(content, image.height, image.width, image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1))
+
+
+def read_mask_file(
+    root: Path,
+    name: str,
+    value: int | None = None,
+    threshold: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """A mask file as [height, width] uint8, 0 or 1.
+
+    value: the pixel value that marks the object. threshold: pixels of at least this value are the object. With neither,
+    the file must hold one value besides 0. size: the image's height and width. Raises FileFault.
+    """
+    image = decode_file(read_file_below(root, name))
+    if size is not None and (image.height, image.width) != size:
+        raise FileFault(f"it is {image.height} x {image.width} pixels, its image {size[0]} x {size[1]}")
+    if image.format == "JPEG" and value is None and threshold is None:
+        raise FileFault("it is a JPEG, whose pixel values are not exact; save masks as PNG, or give --mask_threshold")
+    pixels = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "I;16B") else image.convert("L"))
+    pixels = pixels.astype(np.int64)
+    if value is not None:
+        return (pixels == value).astype(np.uint8)
+    if threshold is not None:
+        return (pixels >= threshold).astype(np.uint8)
+    levels = np.unique(pixels[pixels != 0])
+    if len(levels) > 1:
+        listed = ", ".join(map(str, levels[:5].tolist())) + (", ..." if len(levels) > 5 else "")
+        raise FileFault(f"its pixels have the values {listed} beside 0; give --mask_threshold, or a column mask_value")
+    return (pixels != 0).astype(np.uint8)
+
+
+def decode_file(content: bytes) -> Image.Image:
+    """Decode an image file of at most MAX_PIXELS. Raises FileFault."""
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.width * image.height > MAX_PIXELS:
+            raise FileFault(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        image.load()
+    except FileFault:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
+        raise FileFault(f"the file is damaged ({first_line(error).split(' <')[0]})") from error
+    return image

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from amltrain.data.json_files import read_bytes
-from amltrain.data.manifest import find_spec
+from amltrain.data.catalog import Counts, find_spec
 from amltrain.data.rows import Rows, open_rows
-from amltrain.data.specs import Counts
 from amltrain.errors import UserError
-from amltrain.files import write_text
+from amltrain.files import read_bytes, write_text
 
 
 def excluded_images(

@@ -1,4 +1,7 @@
-"""Build data sets, samplers and loaders from a run's config."""
+"""Collate samples into a batch.
+
+Build data sets, samplers and loaders from a run's config.
+"""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -13,15 +16,30 @@ from torch.utils.data import BatchSampler, DataLoader
 from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, Preprocess, Protocol
 from amltrain.data.augment import Augmentation
 from amltrain.data.cache import PresizedImages, open_presized
-from amltrain.data.collate import collate
+from amltrain.data.catalog import find_spec
 from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
-from amltrain.data.manifest import find_spec
 from amltrain.data.rows import open_rows
 from amltrain.data.sampler import EpochSampler
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
+from amltrain.records import Batch, Sample
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into a batch; images stay uint8, and masks at the images' own sizes a tuple, as sizes differ."""
+    return Batch(
+        image=torch.stack([sample.image for sample in samples]),
+        input_ids=torch.stack([sample.input_ids for sample in samples]),
+        text_mask=torch.stack([sample.text_mask for sample in samples]),
+        target=torch.stack([sample.target for sample in samples]),
+        no_target=torch.stack([sample.no_target for sample in samples]),
+        sample_id=torch.stack([sample.sample_id for sample in samples]),
+        random_key=torch.stack([sample.random_key for sample in samples]),
+        geometry=torch.stack([sample.geometry for sample in samples]),
+        original_target=tuple(s.original_target for s in samples if s.original_target is not None),
+    )
 
 
 def build_transform(preprocess: Preprocess) -> ImageTransform:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from amltrain.data.annotations import ImageGroup
 from amltrain.data.images import to_rgb
 from amltrain.data.segmentation import decode_rle
+from amltrain.data.sources.annotations import ImageGroup
 
 ROWS = 8
 COLUMNS = 4

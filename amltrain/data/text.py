@@ -22,9 +22,9 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from amltrain.data.json_files import load_json
+from amltrain.environment import PACKAGED, TEXT, package_folder
 from amltrain.errors import UserError, first_line
-from amltrain.packages import PACKAGED, TEXT, package_folder
+from amltrain.files import load_json
 from amltrain.records import Vocabulary
 
 # loader processes are forked after the tokenizer was used; its own threads would then only warn

@@ -1,4 +1,6 @@
-"""Compare models over seeds: means, deviations, and differences with paired bootstrap intervals clustered by image.
+"""Paired t-test over seeds: are two models different, if the same seeds are trained again and again?
+
+Compare models over seeds: means, deviations, and differences with paired bootstrap intervals clustered by image.
 
 Sentences of one image are not independent, so the bootstrap draws images with replacement and takes all their samples.
 The same draw serves both models (paired) and all seeds. Metrics are ratios of sums, so a draw costs one product of
@@ -6,6 +8,7 @@ matrices. Everything is a function of the seed.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +20,30 @@ from numpy.typing import NDArray
 
 from amltrain.errors import UserError
 from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
-from amltrain.evaluation.paired import PairedTest, paired_t
 from amltrain.evaluation.results import Results, read_results
 from amltrain.evaluation.samples import read_samples, scored_samples
 from amltrain.evaluation.tables import cell, latex, markdown
+
+
+class PairedTest(NamedTuple):
+    """t, and the two-sided p of no difference, for n pairs; p is NaN where all differences are equal."""
+
+    t: float
+    p: float
+    pairs: int
+
+
+def paired_t(one: Sequence[float], two: Sequence[float]) -> PairedTest | None:
+    """Test `two - one`, values of the same seeds in the same order; None for fewer than two pairs, or no pairs."""
+    if len(one) != len(two) or len(one) < 2:
+        return None
+    from scipy.stats import ttest_rel  # slow to import
+
+    if len({b - a for a, b in zip(one, two, strict=True)}) == 1:
+        return PairedTest(math.nan, math.nan, len(one))
+    found = ttest_rel(two, one)
+    return PairedTest(float(found.statistic), float(found.pvalue), len(one))
+
 
 SplitKey = tuple[str, str]
 """(data set, split)."""

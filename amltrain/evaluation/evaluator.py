@@ -1,4 +1,9 @@
-"""Score a model, or masks from files, on a split: exact at any number of processes, without waiting for the device.
+"""Encode once: run the image encoder once for all sentences of an image.
+
+Works for models that offer `encode_image` and `encode_with_image` (see `RISModel`). A split keeps the sentences of an
+image next to each other, so most of them share a batch; the last image's features are kept for the next batch.
+
+Score a model, or masks from files, on a split: exact at any number of processes, without waiting for the device.
 
     loader -> batches dealt to the processes, the last ones padded so that every process runs equally many
            -> masks at network or original size -> I, U, area and flags of every sample, kept on the device
@@ -25,16 +30,47 @@ from tqdm.auto import tqdm
 from amltrain import __version__
 from amltrain.config.schema import Protocol
 from amltrain.data.transforms import normalise_batch
+from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
-from amltrain.evaluation.image_cache import ImageCache, shares_images
-from amltrain.evaluation.masks import original_probability, to_original
+from amltrain.evaluation.masks import Masks, count_pixels, network_size, original_probability, output_masks, to_original
 from amltrain.evaluation.metrics import metric_terms, number_refs, scored_columns
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
-from amltrain.evaluation.scoring import Masks, count_pixels, network_size, output_masks
-from amltrain.models.eval_mode import eval_mode
-from amltrain.quiet import hush_deepspeed
+from amltrain.models.base import RISModel, eval_mode
 from amltrain.records import Batch, ModelOutput
+
+
+def shares_images(model: Any, dataset: Any) -> bool:
+    """Whether the model can encode an image alone and the data set knows which samples show the same picture."""
+    return isinstance(model, RISModel) and model.encodes_image_alone and hasattr(dataset, "image_groups")
+
+
+class ImageCache:
+    """A model's forward in which every image of a batch is encoded once."""
+
+    def __init__(self, model: RISModel, dataset: Any) -> None:
+        """dataset.image_groups(): [samples] int64, equal for samples whose network input is the same picture."""
+        self.model = model
+        self.groups = dataset.image_groups()
+        self.last: tuple[int, tuple[Tensor, ...]] | None = None
+        self.encoded = 0
+        """Images encoded so far."""
+
+    def __call__(self, batch: Batch, host: Batch) -> ModelOutput:
+        """The output of `model(batch)`. host: the same batch on the CPU, whose ids are read."""
+        groups = self.groups[host.sample_id.numpy()].tolist()
+        known = dict([self.last]) if self.last else {}
+        first = {g: i for i, g in reversed(list(enumerate(groups))) if g not in known}
+        new = sorted(first.values())
+        if new:
+            chosen = torch.tensor(new, device=batch.image.device)
+            maps = self.model.encode_image(batch.image[chosen])
+            known |= {groups[i]: tuple(m[k : k + 1] for m in maps) for k, i in enumerate(new)}
+            self.encoded += len(new)
+        self.last = groups[-1], known[groups[-1]]
+        image = tuple(torch.cat(level) for level in zip(*(known[g] for g in groups), strict=True))
+        return self.model.decode(self.model.encode_with_image(batch, image), batch)
+
 
 MaskSource = Callable[[Batch, Batch], tuple[Masks, ModelOutput | None]]
 """(batch on the device, batch on the host) -> masks, and the output that they come from where there is one."""

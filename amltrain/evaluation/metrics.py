@@ -10,7 +10,7 @@ For one (image, sentence) sample: I = |prediction and truth|, U = |prediction or
                  N-acc, T-acc = share of no-target / target samples recognised as such
                  Pr@t over target samples only
 
-Metrics that only some data sets' papers report come in addition, where the data set's entry in `amltrain.data.specs`
+Metrics that only some data sets' papers report come in addition, where the data set's entry in `amltrain.data.catalog`
 names them:
 
     r, rIoU               R-RefCOCO, R-RefCOCO+, R-RefCOCOg (arXiv 2209.09554): per ref, then the mean over refs

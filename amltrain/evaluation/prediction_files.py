@@ -26,10 +26,10 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from amltrain.config.schema import Protocol
-from amltrain.data.image_files import FileFault, decode_file
+from amltrain.data.images import FileFault, decode_file
 from amltrain.data.segmentation import decode_mask
 from amltrain.errors import UserError, first_line
-from amltrain.evaluation.scoring import Masks, network_size
+from amltrain.evaluation.masks import Masks, network_size
 from amltrain.records import Batch
 
 SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".jpg", ".jpeg")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amltrain.config.partial import override
+from amltrain.config.fields import override
 from amltrain.config.schema import PreprocessOverrides
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import CONVERSION_FILE, INITIAL_WEIGHTS, load_weights, save_pretrained

@@ -25,9 +25,15 @@ from safetensors import SafetensorError, safe_open
 from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
-from amltrain.hub.find import MODEL_FILES, WEIGHTS_FILE, find_model_folder
 from amltrain.hub.model_card import build_model_card
-from amltrain.hub.model_folder import PREPROCESS_FILE, RESULTS_FILE, TRAINING_FILE
+from amltrain.hub.model_folder import (
+    MODEL_FILES,
+    PREPROCESS_FILE,
+    RESULTS_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    find_model_folder,
+)
 
 PAUSES = (0.0, 10.0, 30.0, 60.0)
 """Seconds before each of the tries at the end of a run."""

@@ -6,9 +6,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from amltrain.data.data_card import CARD, data_card
-from amltrain.data.manifest import MANIFEST, read_manifest
-from amltrain.data.parquet import check_file
+from amltrain.data.catalog import CARD, MANIFEST, data_card, read_manifest
+from amltrain.data.rows import check_file
 from amltrain.errors import UserError
 from amltrain.files import sha256
 from amltrain.hub.push import check_access, failure_reason

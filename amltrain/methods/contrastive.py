@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.ranges import ANY, check_number
+from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
 from amltrain.methods.base import Method
 from amltrain.methods.registry import register_method

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.ranges import ANY, check_number
+from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
 from amltrain.losses import at_least_float32
 from amltrain.methods.base import Method

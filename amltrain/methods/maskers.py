@@ -1,4 +1,6 @@
-"""Maskers: which blocks of an image a method hides. A method that masks can use the masker of another one.
+"""Square blocks of an image that a method masks: a decision [B, r, c] per block, spread to the image's pixels.
+
+Maskers: which blocks of an image a method hides. A method that masks can use the masker of another one.
 
 A masker decides per block of `block` x `block` pixels; the method applies the decision. Register
 one with `@register_masker` on a function `build(model, options) -> Masker` and one line in `MASKERS`.
@@ -15,6 +17,20 @@ from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.methods.base import Reduce
 from amltrain.models.base import RISModel
 from amltrain.records import Batch, Features, ModelOutput
+
+
+def spread_blocks(blocks: Tensor, size: tuple[int, int], block: int) -> Tensor:
+    """[B, r, c] -> [B, H, W], every block's value on its pixels; differentiable for floating blocks."""
+    rows = blocks.repeat_interleave(block, dim=1, output_size=blocks.shape[1] * block)
+    pixels = rows.repeat_interleave(block, dim=2, output_size=blocks.shape[2] * block)
+    return pixels[:, : size[0], : size[1]]
+
+
+def mask_image(image: Tensor, blocks: Tensor, block: int) -> Tensor:
+    """image [B, 3, H, W] with the blocks [B, r, c] bool set to zero, which is the mean colour once normalised."""
+    pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
+    return image.masked_fill(pixels[:, None], 0.0)
+
 
 MASKERS = {
     "random": "amltrain.methods.maskris",

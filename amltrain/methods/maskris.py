@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.config.ranges import ANY, check_number
+from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
 from amltrain.losses import at_least_float32
 from amltrain.methods.base import Method, Reduce
-from amltrain.methods.blocks import mask_image
-from amltrain.methods.maskers import Masker, Masking, build_masker, register_masker
+from amltrain.methods.maskers import Masker, Masking, build_masker, mask_image, register_masker
 from amltrain.methods.registry import register_method
 from amltrain.models.base import RISModel
 from amltrain.randomness import uniform

@@ -1,4 +1,9 @@
-"""BarLeRIa: frozen CLIP towers with flows on their shortcuts, words inserted as prompts, and a side network.
+"""A normalising flow on the shortcut of a transformer block: an affine step and planar steps, close to the identity.
+
+Papers: Rezende and Mohamed, Variational Inference with Normalizing Flows, ICML 2015; Wang et al., BarLeRIa, ICLR 2024.
+The log-determinant is not computed, because nothing reads it.
+
+BarLeRIa: frozen CLIP towers with flows on their shortcuts, words inserted as prompts, and a side network.
 
 Paper: Wang et al., BarLeRIa: An Efficient Tuning Framework for Referring Image Segmentation, ICLR 2024.
 Official code: NastrondAd/BarLeRIa, commit 8632568, MIT. Reimplemented on CLIP's towers in `backbones/` and timm's EVA;
@@ -23,27 +28,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amltrain.config.schema import Preprocess
-from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
-from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
+from amltrain.models.backbones.clip import (
+    OFFICIAL_NAMES,
+    OFFICIAL_VIT_NAMES,
+    CLIPText,
+    CLIPViT,
+    load_clip_text,
+    load_clip_vit,
+)
 from amltrain.models.backbones.eva_clip import EVA_DROPS, OFFICIAL_EVA_NAMES, EvaCLIPViT
 from amltrain.models.backbones.weights import fill, read_state_dict
-from amltrain.models.base import Conversion
-from amltrain.models.conventions import LETTERBOX_UNDONE
-from amltrain.models.conversion import convert
-from amltrain.models.layers.cris_decoder import (
-    OFFICIAL_DECODER_NAMES,
-)
-from amltrain.models.layers.flow import Flow
-from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
-from amltrain.models.layers.module_list import ModuleListOf
+from amltrain.models.base import Conversion, convert
+from amltrain.models.families import PixelTextModel
+from amltrain.models.layers.basic import ModuleListOf
+from amltrain.models.layers.cris_decoder import OFFICIAL_DECODER_NAMES, OFFICIAL_NECK_NAMES, GatedNeck
 from amltrain.models.layers.side_network import FUSED_BLOCKS, GateNorm, SideNetwork
-from amltrain.models.pixel_text import PixelTextModel
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.registry import LETTERBOX_UNDONE, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
+
+
+class PlanarStep(nn.Module):
+    """z + s tanh(<w, z> + b)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(1, dim)), nn.Parameter(torch.empty(1, dim))
+        self.bias = nn.Parameter(torch.empty(1))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -0.01, 0.01)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.scale * F.linear(z, self.weight, self.bias).tanh()
+
+
+class Flow(nn.Module):
+    """mu + exp(logsigma) x, then the planar steps: [..., C] -> [..., C]."""
+
+    def __init__(self, dim: int, steps: int = 4) -> None:
+        super().__init__()
+        self.mu, self.logsigma = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.steps = nn.ModuleList(PlanarStep(dim) for _ in range(steps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.mu + self.logsigma.exp() * x
+        for step in self.steps:
+            z = step(z)
+        return z
+
 
 _FLOW = r"(?:transformer\.res)?blocks\.(\d+)\.flow"
 RENAMES = [

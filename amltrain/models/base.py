@@ -1,10 +1,18 @@
-"""What every registered model offers. AML, losses, the trainer and the evaluator know models only through this page."""
+"""What every registered model offers. AML, losses, the trainer and the evaluator know models only through this page.
 
-from collections.abc import Iterable, Mapping
+Official key names to ours: renaming rules in, a `Conversion` that leaves no key unexplained out.
+
+Eval mode for a while.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from amltrain.errors import UserError
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 
@@ -127,3 +135,67 @@ def check_param_groups(model: nn.Module, groups: Iterable[dict[str, Any]]) -> No
     left_out = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in seen]
     if left_out:
         raise AssertionError(f"{len(left_out)} trainable parameters are in no group, first: {left_out[0]}")
+
+
+def convert(
+    official: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    *,
+    renames: Sequence[tuple[str, str]] = (),
+    drops: Sequence[tuple[str, str]] = (),
+) -> Conversion:
+    """Apply every renaming rule, in order, to every official key.
+
+    own      this model's state dict: which keys exist and in which shapes
+    renames  (regular expression, replacement) as in re.sub
+    drops    (regular expression that matches a whole official key, why it has no place here)
+
+    A 1x1 convolution's weight [out, in, 1] or [out, in, 1, 1] fits a linear layer's [out, in].
+    Raises UserError when a tensor's shape does not fit.
+    """
+    state: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    dropped: dict[str, str] = {}
+    unmatched: list[str] = []
+    for key, tensor in official.items():
+        reason = next((why for pattern, why in drops if re.fullmatch(pattern, key)), None)
+        if reason is not None:
+            dropped[key] = reason
+            continue
+        name = key
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        if name in own:
+            state[name] = _shaped(tensor, own[name], key, name)
+            renamed[key] = name
+        else:
+            unmatched.append(key)
+    return Conversion(state, renamed, dropped, unmatched, missing=[name for name in own if name not in state])
+
+
+def _shaped(tensor: Tensor, like: Tensor, key: str, name: str) -> Tensor:
+    shape = tuple(tensor.shape)
+    while len(shape) > max(like.ndim, 2) and shape[-1] == 1:
+        shape = shape[:-1]
+    if shape != tuple(like.shape):
+        raise UserError(
+            f"{key} has shape {list(tensor.shape)}, this model's {name} has {list(like.shape)}; "
+            "convert into the model and sizes that the file was trained with"
+        )
+    return tensor.reshape(shape)
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """Put every module in eval mode, then back in its own mode: frozen encoders may have been in eval mode before.
+
+    A plain function is accepted too, and left alone.
+    """
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

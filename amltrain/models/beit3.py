@@ -26,11 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
-from amltrain.models.base import Conversion, RISModel
-from amltrain.models.conventions import NETWORK_FRAME
-from amltrain.models.conversion import convert
+from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.layers.cris_decoder import at_image_size
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.registry import NETWORK_FRAME, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 DROPS = [

@@ -22,14 +22,12 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config.schema import Preprocess
-from amltrain.models.backbones.bert import build_bert, encode_tokens, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.text import build_bert, encode_tokens, set_bert_gradient_checkpointing
 from amltrain.models.backbones.weights import load_encoders
-from amltrain.models.base import Conversion, RISModel
-from amltrain.models.conventions import NETWORK_FRAME
-from amltrain.models.conversion import convert
+from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.layers.fusion_decoder import FusionDecoder, init_linear
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.registry import NETWORK_FRAME, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 RENAMES = [

@@ -30,13 +30,11 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config.schema import Preprocess, Protocol
-from amltrain.models.backbones.bert import build_bert
-from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
-from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.swin import OFFICIAL_NAMES, LanguageSwin, Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.backbones.weights import load_encoders
-from amltrain.models.base import Conversion
-from amltrain.models.conversion import convert
-from amltrain.models.early_fusion import EarlyFusionModel
+from amltrain.models.base import Conversion, convert
+from amltrain.models.families import EarlyFusionModel
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.randomness import uniform
 from amltrain.records import Batch, Features, ModelOutput

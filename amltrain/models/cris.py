@@ -25,17 +25,11 @@ from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
-from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
-from amltrain.models.base import Conversion
-from amltrain.models.conventions import LETTERBOX_UNDONE
-from amltrain.models.conversion import convert
-from amltrain.models.layers.cris_decoder import (
-    OFFICIAL_DECODER_NAMES,
-    conv_norm_relu,
-    with_coordinates,
-)
-from amltrain.models.pixel_text import PixelTextModel
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.backbones.resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
+from amltrain.models.base import Conversion, convert
+from amltrain.models.families import PixelTextModel
+from amltrain.models.layers.cris_decoder import OFFICIAL_DECODER_NAMES, conv_norm_relu, with_coordinates
+from amltrain.models.registry import LETTERBOX_UNDONE, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features
 
 STRIDE = 32

@@ -20,18 +20,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
+from amltrain.environment import PACKAGED
 from amltrain.errors import UserError
-from amltrain.models.backbones.lora import Tuning, tune
-from amltrain.models.backbones.packaged import load_packaged_minilm, load_packaged_vision
-from amltrain.models.backbones.text_models import TextModel, build_text_model, load_text_model
+from amltrain.models.backbones.text import (
+    TextModel,
+    build_text_model,
+    load_packaged_minilm,
+    load_packaged_vision,
+    load_text_model,
+)
 from amltrain.models.backbones.timm_vision import Normalization, TimmVision, load_timm_vision
-from amltrain.models.base import Conversion, RISModel
-from amltrain.models.conventions import NETWORK_FRAME
-from amltrain.models.conversion import convert
+from amltrain.models.base import Conversion, RISModel, convert
+from amltrain.models.layers.basic import Tuning, tune
 from amltrain.models.layers.cris_decoder import at_image_size
 from amltrain.models.layers.fusion_decoder import FusionDecoder
-from amltrain.models.registry import ModelInfo, register_model
-from amltrain.packages import PACKAGED
+from amltrain.models.registry import NETWORK_FRAME, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 Alignment = Literal["features", "shared"]

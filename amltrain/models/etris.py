@@ -26,18 +26,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
-from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
-from amltrain.models.backbones.clip_resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
-from amltrain.models.backbones.clip_vit import OFFICIAL_VIT_NAMES, CLIPViT, load_clip_vit
-from amltrain.models.base import Conversion
-from amltrain.models.conventions import LETTERBOX_UNDONE
-from amltrain.models.conversion import convert
-from amltrain.models.layers.cris_decoder import (
-    OFFICIAL_DECODER_NAMES,
+from amltrain.models.backbones.clip import (
+    OFFICIAL_NAMES,
+    OFFICIAL_VIT_NAMES,
+    CLIPText,
+    CLIPViT,
+    load_clip_text,
+    load_clip_vit,
 )
-from amltrain.models.layers.gated_neck import OFFICIAL_NECK_NAMES, GatedNeck
-from amltrain.models.pixel_text import PixelTextModel
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.backbones.resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
+from amltrain.models.base import Conversion, convert
+from amltrain.models.families import PixelTextModel
+from amltrain.models.layers.cris_decoder import OFFICIAL_DECODER_NAMES, OFFICIAL_NECK_NAMES, GatedNeck
+from amltrain.models.registry import LETTERBOX_UNDONE, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features
 
 BRIDGES = 3

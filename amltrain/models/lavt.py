@@ -25,15 +25,12 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config.schema import Preprocess
-from amltrain.models.backbones.bert import build_bert
-from amltrain.models.backbones.language_swin import OFFICIAL_NAMES, LanguageSwin
-from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.swin import OFFICIAL_NAMES, LanguageSwin, Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.backbones.weights import load_encoders
-from amltrain.models.base import Conversion
-from amltrain.models.conventions import NETWORK_FRAME_EXCLUSIVE
-from amltrain.models.conversion import convert
-from amltrain.models.early_fusion import EarlyFusionModel
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.base import Conversion, convert
+from amltrain.models.families import EarlyFusionModel
+from amltrain.models.registry import NETWORK_FRAME_EXCLUSIVE, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 RENAMES = [

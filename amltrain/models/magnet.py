@@ -30,17 +30,15 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 from amltrain.config.schema import Preprocess
-from amltrain.models.backbones.bert import build_bert, set_bert_gradient_checkpointing
 from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.text import build_bert, set_bert_gradient_checkpointing
 from amltrain.models.backbones.weights import load_encoders
-from amltrain.models.base import Conversion, RISModel
-from amltrain.models.conventions import NETWORK_FRAME_EXCLUSIVE
-from amltrain.models.conversion import convert
+from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.layers.cris_decoder import at_image_size
-from amltrain.models.layers.pixel_decoder import DeformableEncoder
+from amltrain.models.layers.deformable import DeformableEncoder
 from amltrain.models.layers.pwam import LanguageGate, PixelWordAttention, instance_norm
 from amltrain.models.layers.region_decoder import QueryDecoder
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.registry import NETWORK_FRAME_EXCLUSIVE, ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 TextFusion = Literal["official", "corrected"]

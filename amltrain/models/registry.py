@@ -1,4 +1,6 @@
-"""The registry: a dict and a decorator. A registered model is a plain function named after the model.
+"""Evaluation protocols that several models share; a model's registry entry names one of them.
+
+The registry: a dict and a decorator. A registered model is a plain function named after the model.
 
 @register_model(info=ModelInfo(paper=..., official_code=..., licence=..., preprocess=..., protocol=...))
 def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
@@ -6,12 +8,23 @@ def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_type_hints
 
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.models.base import RISModel
+
+NETWORK_FRAME = Protocol(
+    frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
+)
+"""Two-channel argmax at the network's input size, as CARIS and ReLA score."""
+NETWORK_FRAME_EXCLUSIVE = replace(NETWORK_FRAME, mask_parts="exclusive")
+"""The same with overlapping polygons as background, as LAVT and MagNet score."""
+LETTERBOX_UNDONE = Protocol(
+    frame="original", threshold=0.35, interpolation="bicubic", sentences="all", ties="gt", mask_parts="union"
+)
+"""Sigmoid above 0.35 at the image's own size, as CRIS, ETRIS, DETRIS and BarLeRIa score."""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,9 @@ from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError
 from amltrain.models.backbones.clip import CLIPText, huggingface_name, load_clip_text, pack_attention
 from amltrain.models.backbones.vmamba import OFFICIAL_VMAMBA_NAMES, VMamba, load_vmamba
-from amltrain.models.base import Conversion, RISModel
-from amltrain.models.conversion import convert
+from amltrain.models.base import Conversion, RISModel, convert
+from amltrain.models.layers.basic import recompute
 from amltrain.models.layers.cris_decoder import at_image_size
-from amltrain.models.layers.recompute import recompute
 from amltrain.models.layers.remamber_decoder import ConvDecoder, LocalText, MambaDecoder
 from amltrain.models.layers.selective_scan import SelectiveScan
 from amltrain.models.registry import ModelInfo, register_model

@@ -30,12 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
-from amltrain.models.backbones.lora import Tuning, tune
 from amltrain.models.backbones.weights import fill, from_pretrained, is_file, read_state_dict
-from amltrain.models.base import Conversion, RISModel
-from amltrain.models.conventions import NETWORK_FRAME
-from amltrain.models.conversion import convert
-from amltrain.models.registry import ModelInfo, register_model
+from amltrain.models.base import Conversion, RISModel, convert
+from amltrain.models.layers.basic import Tuning, tune
+from amltrain.models.registry import NETWORK_FRAME, ModelInfo, register_model
 from amltrain.records import Batch, Features, ModelOutput
 
 RENAMES = [(r"^(detector_model\.)?", "sam3.")]

@@ -9,22 +9,22 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from amltrain.config.partial import override
+from amltrain.checkpoints.provenance import describe_training, train_mask_parts
+from amltrain.config.fields import override
 from amltrain.config.schema import Preprocess, Protocol, RunConfig
 from amltrain.data.augment import build_augmentations
 from amltrain.data.dataset import ReferDataset
-from amltrain.data.ensure import check_scenes
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset
+from amltrain.data.prepare import check_scenes
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import run_protocol
+from amltrain.evaluation.results import run_protocol
 from amltrain.files import write_text
 from amltrain.hub.model_folder import TRAINING_FILE, load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
 from amltrain.methods.base import Method
 from amltrain.methods.registry import build_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
-from amltrain.training.provenance import describe_training, train_mask_parts
 
 
 class RunComponents(NamedTuple):

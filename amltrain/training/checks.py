@@ -11,16 +11,16 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from amltrain.config.ranges import check_number
+from amltrain.config.fields import check_number
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.loaders import resolve_splits
+from amltrain.distributed import BatchPlan, check_trackers
 from amltrain.errors import UserError
 from amltrain.methods.registry import check_options, options_type
 from amltrain.models import model_info
 from amltrain.models.registry import model_builder
 from amltrain.training.build import RunComponents, build_loss
-from amltrain.training.distributed import BatchPlan, check_trackers
 from amltrain.training.validation import check_best_metric, check_metric_name
 
 LARGE_FROZEN = 1_000_000

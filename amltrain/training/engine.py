@@ -11,17 +11,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from amltrain.config.schema import RunConfig, TrainConfig
-from amltrain.data.collate import collate
-from amltrain.data.loaders import build_sampler
+from amltrain.data.loaders import build_sampler, collate
 from amltrain.data.transforms import normalise_batch
+from amltrain.distributed import BatchPlan, check_shardable, is_sharded, skip_bad_steps
 from amltrain.errors import UserError
 from amltrain.methods.base import Method, Recorder
 from amltrain.records import Batch
 from amltrain.training.build import RunComponents, build_components
 from amltrain.training.checks import check_components
-from amltrain.training.compiling import compile_blocks
-from amltrain.training.distributed import BatchPlan, check_shardable, is_sharded, skip_bad_steps
-from amltrain.training.optim import build_optimizer
+from amltrain.training.optim import build_optimizer, compile_blocks
 from amltrain.training.start import Start
 
 SETUP_SAMPLES = 64

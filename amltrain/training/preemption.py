@@ -17,8 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from amltrain.checkpoints.run_folder import mark_requeue
+
 REQUEUE_EXIT_CODE = 75
-REQUEUE_FILE = "requeue"
 CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 LAUNCHER_CHECK = 1.0
@@ -107,12 +108,3 @@ def exit_on_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def mark_requeue(output: Path, wanted: bool) -> None:
-    """Tell a job script whether to queue the run again."""
-    if wanted:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / REQUEUE_FILE).touch()
-    else:
-        (output / REQUEUE_FILE).unlink(missing_ok=True)

@@ -8,16 +8,16 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from amltrain.checkpoints.lock import OutputLock
+from amltrain.checkpoints.resume import check_shared, prepare_output
+from amltrain.checkpoints.run_folder import step_of
 from amltrain.config.schema import RunConfig
-from amltrain.data.ensure import ensure_training_data
+from amltrain.data.prepare import ensure_training_data
+from amltrain.distributed import PREPARATION, BatchPlan, build_accelerator, on_main_process
 from amltrain.hub.push import Publisher, build_publisher
-from amltrain.training.checkpoint import step_of
+from amltrain.training.callbacks import start_trackers
 from amltrain.training.checks import check_before_data
-from amltrain.training.distributed import PREPARATION, BatchPlan, build_accelerator, on_main_process
-from amltrain.training.lock import OutputLock
 from amltrain.training.preemption import Preemption
-from amltrain.training.resume import check_shared, prepare_output
-from amltrain.training.trackers import start_trackers
 
 
 class Start(NamedTuple):

@@ -17,33 +17,27 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from amltrain.checkpoints import run_folder as checkpoints
+from amltrain.checkpoints.resume import resume_progress, write_config
+from amltrain.checkpoints.run_folder import FINISHED_FILE
+from amltrain.checkpoints.saver import Saver
+from amltrain.checkpoints.state import Progress
 from amltrain.config.schema import RunConfig
+from amltrain.distributed import on_main_process, set_tf32
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results, write_results
 from amltrain.methods.base import Method
 from amltrain.randomness import random_key
 from amltrain.records import Batch
-from amltrain.training import checkpoint as checkpoints
+from amltrain.training.batches import step_batches
 from amltrain.training.build import write_model_folder
-from amltrain.training.compiling import uncompiled
-from amltrain.training.distributed import on_main_process, set_tf32
-from amltrain.training.dry_run import dry_run
+from amltrain.training.callbacks import History, Meter, banner, log_line, profiled, track_evaluation
 from amltrain.training.engine import Engine, build_engine
-from amltrain.training.failures import drop_frames, explained
-from amltrain.training.finished import FINISHED_FILE
-from amltrain.training.loading import step_batches
-from amltrain.training.meter import Meter
-from amltrain.training.nonfinite import NormStatistics, check_weights, describe_samples
-from amltrain.training.optim import lr_factor, set_lr
+from amltrain.training.failures import NormStatistics, check_weights, describe_samples, drop_frames, explained
+from amltrain.training.optim import lr_factor, set_lr, uncompiled
 from amltrain.training.preemption import Preemption
-from amltrain.training.profiling import profiled
-from amltrain.training.resume import resume_progress, write_config
-from amltrain.training.saving import Saver
 from amltrain.training.start import Start, open_run
-from amltrain.training.state import Progress
-from amltrain.training.trackers import track_evaluation
-from amltrain.training.tracking import History, banner, log_line
-from amltrain.training.validation import best_value, evaluate_splits, zero_score_hint
+from amltrain.training.validation import best_value, dry_run, evaluate_splits, zero_score_hint
 
 STOP_CHECK = 8
 """Micro-batches between agreements to stop inside a step that several processes share."""

@@ -12,20 +12,19 @@ import numpy as np
 import torch
 from transformers import BertModel
 
-from amltrain.data.json_files import load_json, load_pickle
+from amltrain.checkpoints.harmless import check_harmless
 from amltrain.data.leakage import read_image_ids
-from amltrain.data.refer import read_refer
 from amltrain.data.rows import open_rows
-from amltrain.data.table import read_table
+from amltrain.data.sources.refer import read_refer
+from amltrain.data.sources.table import read_table
 from amltrain.data.text import SentenceTokenizer
 from amltrain.evaluation.prediction_files import find_predictions
 from amltrain.evaluation.results import read_results
+from amltrain.files import load_json, load_pickle
 from amltrain.hub.convert import read_official
 from amltrain.hub.model_folder import load_pretrained
-from amltrain.models.backbones.torchscript import read_torchscript
-from amltrain.models.backbones.weights import from_pretrained, read_state_dict
-from amltrain.predictor import read_image
-from amltrain.training.harmless import check_harmless
+from amltrain.inference.predictor import read_image
+from amltrain.models.backbones.weights import from_pretrained, read_state_dict, read_torchscript
 from tests.attack.cases import Case, Place
 from tests.traps import Touch, old_format, saved, tar_that_starts_as_a_pickle
 
@@ -214,6 +213,6 @@ def _custom_model(place: Place) -> Any:
 
 
 def _custom_config(place: Place) -> Any:
-    from amltrain.models.backbones.text_models import build_text_model
+    from amltrain.models.backbones.text import build_text_model
 
     return build_text_model(str(_custom(place, "custom")))

@@ -11,7 +11,7 @@ from PIL import Image
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.evaluation.results import read_results
 from amltrain.hub.model_card import build_model_card
-from amltrain.predictor import Predictor
+from amltrain.inference.predictor import Predictor
 from tests.attack.cases import DAMAGED, Case, Place, changed, odd
 
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from amltrain.commands.train import read_run
-from amltrain.predictor import Predictor
+from amltrain.inference.predictor import Predictor
 from tests.attack.cases import Case, Place
 
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from amltrain.checkpoints import run_folder as checkpoints
+from amltrain.checkpoints.lock import LOCK_FILE, OutputLock
+from amltrain.checkpoints.state import Progress
 from amltrain.data.prepare import prepare_files
-from amltrain.data.table import read_folder, read_table
+from amltrain.data.sources.table import read_folder, read_table
 from amltrain.errors import UserError
-from amltrain.evaluation.analysis.convergence import read_log as read_losses
 from amltrain.evaluation.prediction_files import find_predictions
-from amltrain.evaluation.report.curves import read_log
-from amltrain.training import checkpoint as checkpoints
-from amltrain.training.lock import LOCK_FILE, OutputLock
-from amltrain.training.state import Progress
+from amltrain.paper.grids import read_log as read_losses
+from amltrain.report.curves import read_log
 from tests.attack.cases import DAMAGED, Case, Place, odd
 from tests.data.original import HEIGHT, IMAGES, WIDTH
 

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from amltrain.data.image_files import FileFault, read_file_below, read_image_file, read_mask_file
-from amltrain.data.images import decode_image
+from amltrain.data.images import FileFault, decode_image, read_file_below, read_image_file, read_mask_file
 from amltrain.errors import UserError
-from amltrain.predictor import read_image
+from amltrain.inference.predictor import read_image
 from tests.attack.cases import Case, Place
 
 

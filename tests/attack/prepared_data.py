@@ -10,10 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from amltrain.data.catalog import describe, find_spec, read_manifest
 from amltrain.data.dataset import OpenSplit, ReferDataset
-from amltrain.data.manifest import describe, find_spec, read_manifest
-from amltrain.data.parquet import SHOWN_FEATURES, hash_file
-from amltrain.data.rows import open_rows
+from amltrain.data.rows import SHOWN_FEATURES, hash_file, open_rows
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
 from tests.attack.cases import DAMAGED, Case, Place, odd

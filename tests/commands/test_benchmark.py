@@ -3,17 +3,9 @@
 import pytest
 import torch
 
-from amltrain.commands import benchmark_sentences
-from amltrain.commands.benchmark import main
-from amltrain.commands.benchmark_steps import (
-    Contender,
-    Timing,
-    build_bench,
-    contenders,
-    count_flops,
-    stage_one_clock,
-    summarise,
-)
+from benchmarks import sentences as benchmark_sentences
+from benchmarks.command import main
+from benchmarks.steps import Contender, Timing, build_bench, contenders, count_flops, stage_one_clock, summarise
 from tests.methods.aml.test_method import make_batch, make_task
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from amltrain.commands.benchmark_scale import deal_rows, main, sampler_rows
+from benchmarks.scale import deal_rows, main, sampler_rows
 
 
 @pytest.mark.slow

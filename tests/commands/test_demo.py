@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from amltrain.commands.demo import main
-from amltrain.commands.demo_page import Contender, build_page, launch, load_contenders
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import Pretrained
-from amltrain.methods.aml.maps import Aligner
+from amltrain.inference.demo import Contender, build_page, launch, load_contenders
+from amltrain.inference.predictor import Predictor
+from amltrain.methods.aml.masker import Aligner
 from amltrain.models import create_model, model_info
-from amltrain.predictor import Predictor
 from tests.browser import chromium
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from amltrain.commands import device
-from amltrain.commands.device import available_devices, choose_device
+from amltrain import environment as device
+from amltrain.environment import available_devices, choose_device
 from amltrain.errors import UserError
 
 

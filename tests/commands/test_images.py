@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from amltrain.commands.images import find_images
 from amltrain.errors import UserError
+from amltrain.inference.predict import find_images
 
 
 @pytest.fixture

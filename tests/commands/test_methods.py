@@ -5,8 +5,7 @@ from dataclasses import fields
 import pytest
 
 from amltrain.commands.methods import main
-from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.aml.presets import PRESETS
+from amltrain.methods.aml.options import PRESETS, AMLOptions
 from amltrain.methods.registry import list_methods, method_info
 
 

@@ -9,12 +9,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from amltrain.commands import predict as command
-from amltrain.commands import predict_images
-from amltrain.commands.predict_images import describe, predict, read_sentences, unread
-from amltrain.commands.predictions import PredictionFolder
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
-from amltrain.predictor import INSIDE, NO_PIXEL, Segmentation
+from amltrain.inference import predict as predict_images
+from amltrain.inference.predict import PredictionFolder, describe, predict, read_sentences, unread
+from amltrain.inference.predictor import INSIDE, NO_PIXEL, Segmentation
 from tests.test_predictor import predictor
 
 TOKENIZER = SentenceTokenizer.train_wordpiece(["the red square on the left", "a blue circle"], 6)

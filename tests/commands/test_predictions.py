@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from amltrain.commands.predictions import PredictionFolder
 from amltrain.errors import UserError
+from amltrain.inference.predict import PredictionFolder
 
 SENTENCES = ["red", "red overlay", "Red", "red!", "red-2", "红色", "?", "!", "x" * 5000, "x" * 5001]
 

@@ -9,11 +9,11 @@ import yaml
 
 from amltrain.commands.evaluate import main as evaluate
 from amltrain.commands.report import build_parser
-from amltrain.commands.report_page import find_source, report
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import save_pretrained
 from amltrain.models import create_model, model_info
+from amltrain.report.page import find_source, report
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_scores_of_an_evaluation_are_shown_and_not_scored_again(
     flags = ["--splits", "val", "--pictures", "0", *data]
     evaluate(["--checkpoint", str(run / "last"), "--output", str(tmp_path / "scored"), *flags])
     [row] = json.loads((tmp_path / "scored" / "results.json").read_text())["results"]
-    monkeypatch.setattr("amltrain.commands.report_page.evaluate_model", None)
+    monkeypatch.setattr("amltrain.report.page.evaluate_model", None)
     args = [str(run), "--results", str(tmp_path / "scored"), "--pictures", "3"]
     text = report(build_parser().parse_args(args)).read_text(encoding="utf-8")
     assert f"{row['metrics_percent']['oIoU']:.2f}" in text

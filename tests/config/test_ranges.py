@@ -3,7 +3,7 @@
 import pytest
 
 from amltrain.commands.train import read_run
-from amltrain.config.ranges import RANGES, check_ranges
+from amltrain.config.fields import RANGES, check_ranges
 from amltrain.config.schema import RunConfig
 from amltrain.errors import UserError
 

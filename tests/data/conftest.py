@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from amltrain.data.prepare import prepare
-from amltrain.data.shapes import write_refshapes
+from amltrain.data.sources.shapes import write_refshapes
 
 SPLITS = {"train": 150, "val": 7, "testA": 3, "testB": 3, "test": 3}
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from amltrain.data.annotations import Annotations, ImageGroup, image_jobs, job_group, read_job
-from amltrain.data.image_files import ImageFile
+from amltrain.data.images import ImageFile
+from amltrain.data.sources.annotations import Annotations, ImageGroup, image_jobs, job_group, read_job
 
 
 def image_groups(files: Annotations, split: str) -> Iterator[ImageGroup]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from amltrain.data.specs import dataset_spec
+from amltrain.data.catalog import dataset_spec
 
 WIDTH, HEIGHT = 40, 30
 IMAGES = "images/mscoco/images/train2014"

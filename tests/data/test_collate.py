@@ -2,7 +2,7 @@
 
 import torch
 
-from amltrain.data.collate import collate
+from amltrain.data.loaders import collate
 from amltrain.records import Batch
 from tests.data.stand_in import shapes_dataset
 

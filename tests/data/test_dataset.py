@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from amltrain.data.dataset import OpenSplit, ReferDataset
-from amltrain.data.parquet import FEATURES
-from amltrain.data.rows import MappedRows, open_prepared
+from amltrain.data.rows import FEATURES, MappedRows, open_prepared
 from amltrain.data.segmentation import decode_rle, referent_mask
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from amltrain.config.files import read_config_files
-from amltrain.data.json_files import load_json, load_pickle
-from amltrain.data.refer import read_refer
 from amltrain.data.segmentation import BrokenSegmentationError, decode_mask, encode_mask, referent_mask
+from amltrain.data.sources.refer import read_refer
 from amltrain.errors import UserError
+from amltrain.files import load_json, load_pickle
 from tests.data.original import HEIGHT, WIDTH, Original
 
 FAST = settings(max_examples=60, deadline=None, database=None)

@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco
 from safetensors.torch import load_file
 
-from amltrain.data.refer import read_refer
 from amltrain.data.segmentation import decode_rle
+from amltrain.data.sources.refer import read_refer
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, normalise
 from tests.data.groups import image_groups

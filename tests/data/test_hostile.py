@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amltrain.data.image_files import FileFault, path_below, read_image_file
-from amltrain.data.manifest import read_manifest
-from amltrain.data.parquet import hash_file
+from amltrain.data.catalog import read_manifest
+from amltrain.data.images import FileFault, path_below, read_image_file
 from amltrain.data.prepare import prepare
-from amltrain.data.rows import open_rows
+from amltrain.data.rows import hash_file, open_rows
 from amltrain.data.segmentation import BrokenSegmentationError, decode_mask, referent_mask
 from amltrain.errors import UserError
 from tests.data.original import HEIGHT, WIDTH, Original

@@ -21,7 +21,7 @@ from amltrain.data.loaders import (
 )
 from amltrain.data.sampler import EpochSampler
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import named_protocol
 from tests.data.stand_in import shapes_dataset, word_tokenizer
 
 BOTH = ["refshapes", "refshapes+"]

@@ -15,13 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from amltrain.commands.prepare import main
-from amltrain.data import parquet
 from amltrain.data import prepare as module
-from amltrain.data.manifest import read_manifest
+from amltrain.data import rows as parquet
+from amltrain.data.catalog import DATASETS, Counts, read_manifest
 from amltrain.data.prepare import find_images, prepare
-from amltrain.data.refer import read_refer
 from amltrain.data.rows import open_prepared
-from amltrain.data.specs import DATASETS, Counts
+from amltrain.data.sources.refer import read_refer
 from tests.data.original import IMAGES, Original
 
 FORK = multiprocessing.get_context("fork")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from amltrain.config.schema import DataConfig, ShapesConfig
-from amltrain.data.ensure import check_scenes, ensure_training_data
-from amltrain.data.manifest import read_manifest
+from amltrain.data.catalog import read_manifest
+from amltrain.data.prepare import check_scenes, ensure_training_data
 from amltrain.errors import UserError
 from tests.data.original import Original
 from tests.data.test_prepare import largest_file

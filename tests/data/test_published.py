@@ -10,10 +10,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from amltrain.commands.evaluate import main as evaluate
 from amltrain.commands.prepare import main
 from amltrain.commands.train import read_run
-from amltrain.data.manifest import read_manifest
+from amltrain.data.catalog import DATASETS, read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask
-from amltrain.data.specs import DATASETS
 from amltrain.evaluation.results import read_results
 from amltrain.training.trainer import train
 from tests.data.layouts import LAYOUTS, rewrite_refs, square

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.data.annotations import Annotations
-from amltrain.data.json_files import load_pickle
-from amltrain.data.refer import read_refer
+from amltrain.data.catalog import DATASETS, belongs, dataset_spec
 from amltrain.data.segmentation import decode_rle
-from amltrain.data.specs import DATASETS, belongs, dataset_spec
+from amltrain.data.sources.annotations import Annotations
+from amltrain.data.sources.refer import read_refer
 from amltrain.errors import UserError
+from amltrain.files import load_pickle
 from tests.data.groups import image_groups
 from tests.data.original import Original
 

@@ -9,11 +9,10 @@ import pytest
 from datasets import Features, Sequence, Value
 
 from amltrain.commands.prepare import main
-from amltrain.data.annotations import Annotations
-from amltrain.data.manifest import read_manifest
-from amltrain.data.refer import read_refer
-from amltrain.data.refer_hub import read_hub_schema
+from amltrain.data.catalog import read_manifest
 from amltrain.data.rows import open_prepared
+from amltrain.data.sources.annotations import Annotations
+from amltrain.data.sources.refer import read_hub_schema, read_refer
 from amltrain.errors import UserError
 from tests.data.groups import image_groups
 from tests.data.original import IMAGES, Original

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from amltrain.data.annotations import ImageGroup
 from amltrain.data.row_sheet import LINE, ROWS, SIDE, RowSheet
 from amltrain.data.segmentation import encode_mask
+from amltrain.data.sources.annotations import ImageGroup
 
 
 def group(number: int, colour: str, *, no_target: bool = False) -> ImageGroup:

@@ -12,8 +12,8 @@ import pytest
 from amltrain.data.prepare import prepare
 from amltrain.data.rows import open_prepared
 from amltrain.data.segmentation import decode_rle
-from amltrain.data.shape_styles import STYLES
-from amltrain.data.shapes import SIZES, TEXTURES, Scene, draw_scene, expressions, write_refshapes
+from amltrain.data.sources.shape_styles import STYLES
+from amltrain.data.sources.shapes import SIZES, TEXTURES, Scene, draw_scene, expressions, write_refshapes
 from amltrain.errors import UserError
 
 FLAVOURS = ("refshapes", "refshapes+", "refshapesg", "grefshapes")

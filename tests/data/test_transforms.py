@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from amltrain.data.letterbox import _source_positions, placement, resampling
-from amltrain.data.transforms import MEAN_STD, ImageTransform, normalise
+from amltrain.data.transforms import MEAN_STD, ImageTransform, _source_positions, normalise, placement, resampling
 
 
 def random_image(height: int, width: int, seed: int = 0) -> Image.Image:

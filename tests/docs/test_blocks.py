@@ -15,7 +15,7 @@ from PIL import Image
 
 from amltrain.commands.train import read_run
 from amltrain.data import augment
-from amltrain.data.specs import DATASETS, DatasetSpec
+from amltrain.data.catalog import DATASETS, DatasetSpec
 from amltrain.data.text import SentenceTokenizer
 from amltrain.hub.model_folder import save_pretrained
 from amltrain.losses import create_loss

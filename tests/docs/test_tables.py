@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from amltrain.config.ranges import RANGES
+from amltrain.config.fields import RANGES
 from amltrain.models import list_models
 
 

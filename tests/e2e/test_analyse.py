@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.commands import diagnose
-from amltrain.commands.analyse import main
 from amltrain.config.schema import DataConfig
 from amltrain.data.loaders import build_tokenizer
 from amltrain.hub.model_folder import save_pretrained
 from amltrain.models import create_model, model_info
+from amltrain.paper import diagnose
+from amltrain.paper.analyse import main
 
 
 @pytest.fixture(scope="module")

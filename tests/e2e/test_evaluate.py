@@ -17,8 +17,8 @@ from amltrain.data.loaders import build_eval_loaders, build_tokenizer
 from amltrain.data.prepare import prepare
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.hub.model_folder import load_pretrained, save_pretrained
+from amltrain.inference.predictor import Predictor
 from amltrain.models import create_model, model_info
-from amltrain.predictor import Predictor
 from tests.training.runs import FORKS, free_port
 
 

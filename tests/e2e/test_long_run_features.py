@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from amltrain.checkpoints import run_folder as checkpoints
 from amltrain.commands.evaluate import main as evaluate
 from amltrain.data.prepare import prepare
-from amltrain.data.shapes import SPLIT_SIZES, write_refshapes
+from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
-from amltrain.training import checkpoint as checkpoints
 from amltrain.training.trainer import Trainer
 from tests.training import runs
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from amltrain.config.schema import Protocol
 from amltrain.evaluation.evaluator import evaluate_model
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import named_protocol
 from tests.evaluation.stand_in import Scenes, SeesBright, loader
 
 

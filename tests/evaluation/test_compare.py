@@ -11,14 +11,13 @@ from accelerate import Accelerator
 
 from amltrain.commands.compare import main, parse_groups
 from amltrain.errors import UserError
-from amltrain.evaluation.breakdown import break_down, breakdown_markdown, kinds_of, worst_cases
 from amltrain.evaluation.compare import compare, comparison_latex, comparison_markdown, image_draws
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.metrics import scored_columns
-from amltrain.evaluation.protocols import named_protocol
-from amltrain.evaluation.results import Results, merge_results
+from amltrain.evaluation.results import Results, merge_results, named_protocol
 from amltrain.evaluation.samples import read_samples, sample_table, write_samples
 from amltrain.evaluation.tables import markdown
+from amltrain.paper.breakdown import break_down, breakdown_markdown, kinds_of, worst_cases
 from tests.evaluation.stand_in import Scenes, SeesBright, loader
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import named_protocol
 from tests.evaluation.stand_in import COUNT, Scenes, SeesBright, collate, loader
 
 NETWORK = named_protocol("caris")

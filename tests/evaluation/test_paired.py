@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from amltrain.evaluation.paired import paired_t
+from amltrain.evaluation.compare import paired_t
 
 
 def test_the_statistic_by_hand() -> None:

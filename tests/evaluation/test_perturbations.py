@@ -9,7 +9,7 @@ from PIL import Image
 
 from amltrain.errors import UserError
 from amltrain.evaluation.perturbations import PERTURBATIONS, build_perturbation
-from amltrain.evaluation.protocols import PROTOCOLS
+from amltrain.evaluation.results import PROTOCOLS
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
 from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions
-from amltrain.evaluation.protocols import PROTOCOLS, named_protocol
-from amltrain.evaluation.results import Results
+from amltrain.evaluation.results import PROTOCOLS, Results, named_protocol
 from amltrain.records import Batch, ModelOutput, Sample
 from tests.evaluation.stand_in import COUNT, Info, Scenes, SeesBright, collate, loader
 

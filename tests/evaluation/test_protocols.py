@@ -4,7 +4,7 @@ import pytest
 
 from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import PROTOCOLS, named_protocol, run_protocol
+from amltrain.evaluation.results import PROTOCOLS, named_protocol, run_protocol
 from amltrain.models import list_models, model_info
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from amltrain.evaluation.visualize import PREDICTION, TRUTH, Example, overlay, sheet, shrink, tint
+from amltrain.evaluation.draw import PREDICTION, TRUTH, Example, overlay, sheet, shrink, tint
 
 IMAGE = Image.new("RGB", (60, 40), (100, 100, 100))
 MASK = np.zeros((40, 60), bool)

@@ -16,14 +16,13 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import MEAN_STD, ImageTransform, normalise
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
-from amltrain.evaluation.protocols import named_protocol
-from amltrain.export import run_onnx
-from amltrain.export.folder import export_folder, table
-from amltrain.export.program import example_inputs, export_program
+from amltrain.evaluation.results import named_protocol
 from amltrain.hub.model_folder import Pretrained
+from amltrain.inference import run_onnx
+from amltrain.inference.export import example_inputs, export_folder, export_program, table
+from amltrain.inference.predictor import Predictor
 from amltrain.models import create_model, list_models, model_info
 from amltrain.models.base import RISModel
-from amltrain.predictor import Predictor
 from amltrain.records import Batch, ModelOutput
 
 NO_ONNX = {"remamber_tiny": "linear_recurrence"}
@@ -81,7 +80,7 @@ def test_a_batch_size_that_cannot_be_left_open_is_said() -> None:
 
 
 def test_a_file_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amltrain.export.folder.largest_difference", lambda a, b: 0.1)
+    monkeypatch.setattr("amltrain.inference.export.largest_difference", lambda a, b: 0.1)
     with pytest.raises(UserError, match=r"model\.pt2 differs from the model by 0\.1"):
         export_folder(pretrained(Small()), tmp_path / "out", ["torch"], runs=1)
 

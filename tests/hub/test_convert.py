@@ -17,7 +17,7 @@ from amltrain.commands import convert
 from amltrain.config.schema import Preprocess
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import named_protocol
 from amltrain.hub.convert import _load, convert_official, read_official, summary
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.models import registry

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.hub.find import CONFIG_FILE
 from amltrain.hub.model_card import HUB_LICENCES, _bibtex, build_model_card, has_paper
-from amltrain.hub.model_folder import TRAINING_FILE
+from amltrain.hub.model_folder import CONFIG_FILE, TRAINING_FILE
 from amltrain.methods.registry import list_methods, method_info
 from amltrain.models import list_models, model_info
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
-from amltrain.evaluation.protocols import named_protocol
+from amltrain.evaluation.results import named_protocol
 from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
 from amltrain.models import registry
 from amltrain.models.base import RISModel

@@ -20,7 +20,7 @@ from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
 from amltrain.hub import push as hub
 from amltrain.hub.push import Publisher, push_model
-from amltrain.predictor import Predictor
+from amltrain.inference.predictor import Predictor
 from tests.hub_server import HubServer, running_hub
 from tests.training import runs
 

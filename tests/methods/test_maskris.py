@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
-from amltrain.methods.blocks import mask_image
-from amltrain.methods.maskers import Masker, Masking
+from amltrain.methods.maskers import Masker, Masking, mask_image
 from amltrain.methods.maskris import (
     MaskRIS,
     MaskRISOptions,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from amltrain.models.backbones.bert import (
+from amltrain.models.backbones.text import (
     build_bert,
     encode_tokens,
     set_bert_gradient_checkpointing,

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 
 from amltrain.errors import UserError
 from amltrain.models.backbones.clip import CLIPText, load_clip_text, text_tower
-from amltrain.models.backbones.torchscript import is_torchscript, read_torchscript
+from amltrain.models.backbones.weights import is_torchscript, read_torchscript
 
 TEXT = {
     "hidden_size": 32,

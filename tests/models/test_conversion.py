@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amltrain.errors import UserError
-from amltrain.models.conversion import convert
+from amltrain.models.base import convert
 
 OWN = {"body.linear.weight": torch.zeros(2, 3), "body.linear.bias": torch.zeros(2), "scale": torch.zeros(())}
 RENAMES = [(r"^trunk\.", "body."), (r"\.conv\.", ".linear.")]

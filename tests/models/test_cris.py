@@ -15,7 +15,7 @@ from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.registry import build_method
 from amltrain.models import RISModel, check_param_groups, create_model
-from amltrain.models.backbones.clip_resnet import CLIPResNet, load_clip_resnet
+from amltrain.models.backbones.resnet import CLIPResNet, load_clip_resnet
 from tests.models.recorded import full_size_batch, full_size_weights
 from tests.models.test_clip import save_archive
 from tests.models.test_detris import make_batch, official

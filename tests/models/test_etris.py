@@ -15,8 +15,7 @@ from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.registry import build_method
 from amltrain.models import create_model
-from amltrain.models.backbones.clip import CLIPText
-from amltrain.models.backbones.clip_vit import CLIPViT, load_clip_vit, resample
+from amltrain.models.backbones.clip import CLIPText, CLIPViT, load_clip_vit, resample
 from amltrain.models.etris import ETRIS
 from tests.models.recorded import full_size_batch, full_size_weights
 from tests.models.test_clip import save_archive

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from amltrain.models.backbones.language_swin import LanguageSwin
-from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.swin import LanguageSwin, Swin
 
 
 def build(gate_std: float) -> LanguageSwin:

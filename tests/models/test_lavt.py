@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from amltrain.models import check_param_groups, create_model
-from amltrain.models.backbones.language_swin import LanguageGate
+from amltrain.models.backbones.swin import LanguageGate
 from amltrain.records import Batch
 
 LAST_GATE = 2 * 1024 * 1024  # of the official code, which never uses it

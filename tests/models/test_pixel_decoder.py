@@ -5,9 +5,8 @@ import torch
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerPixelDecoder
 
-from amltrain.models.layers.deformable import MultiScaleDeformableAttention
-from amltrain.models.layers.pixel_decoder import PixelDecoder
-from amltrain.models.layers.position import cell_centres
+from amltrain.models.layers.basic import cell_centres
+from amltrain.models.layers.deformable import MultiScaleDeformableAttention, PixelDecoder
 
 RENAMED = [
     ("input_projections", "input_proj"),

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from amltrain.errors import UserError
-from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.backbones.weights import load_bert, load_encoders, load_swin, read_state_dict
 
 SIZES = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4)}

@@ -5,8 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from amltrain.models.backbones.clip import CLIPText
-from amltrain.models.backbones.clip_vit import CLIPViT
+from amltrain.models.backbones.clip import CLIPText, CLIPViT
 from amltrain.models.backbones.eva_clip import EvaCLIPViT
 from amltrain.models.barleria import BarLeRIa
 from amltrain.records import Batch, ModelOutput

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.caris import CARIS
 from tests.parity.compare import Adapter, Read
 

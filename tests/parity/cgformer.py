@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amltrain.models.backbones.bert import build_bert
-from amltrain.models.backbones.language_swin import LanguageSwin
-from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.swin import LanguageSwin, Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.cgformer import CGFormer, GroupingDecoder
 from amltrain.records import Batch
 from tests.parity.compare import Adapter, Read, default_batch

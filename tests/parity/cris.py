@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from amltrain.models.backbones.clip import CLIPText
-from amltrain.models.backbones.clip_resnet import CLIPResNet
+from amltrain.models.backbones.resnet import CLIPResNet
 from amltrain.models.cris import CRIS
 from tests.parity.compare import Adapter, Read
 from tests.parity.detris import batch

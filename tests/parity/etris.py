@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from amltrain.models.backbones.clip import CLIPText
-from amltrain.models.backbones.clip_resnet import CLIPResNet
-from amltrain.models.backbones.clip_vit import CLIPViT
+from amltrain.models.backbones.clip import CLIPText, CLIPViT
+from amltrain.models.backbones.resnet import CLIPResNet
 from amltrain.models.etris import ETRIS
 from tests.parity.compare import Adapter, Read
 from tests.parity.detris import batch, first_gated_map, whole

@@ -6,9 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from amltrain.losses import upsample_logits
-from amltrain.models.backbones.bert import build_bert
-from amltrain.models.backbones.language_swin import LanguageSwin
-from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.swin import LanguageSwin, Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.lavt import LAVT
 from amltrain.models.layers.pwam import instance_norm
 from amltrain.records import Batch, ModelOutput

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from amltrain.losses import upsample_logits
-from amltrain.models.backbones.bert import build_bert
 from amltrain.models.backbones.swin import Swin
+from amltrain.models.backbones.text import build_bert
 from amltrain.models.magnet import MagNet
 from amltrain.records import Batch, ModelOutput
 from tests.parity.compare import Adapter, Read

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from amltrain.losses import RegionLoss
-from amltrain.models.backbones.bert import build_bert
-from amltrain.models.backbones.language_swin import LanguageSwin
-from amltrain.models.backbones.swin import Swin
-from amltrain.models.layers.pixel_decoder import PixelDecoder
+from amltrain.models.backbones.swin import LanguageSwin, Swin
+from amltrain.models.backbones.text import build_bert
+from amltrain.models.layers.deformable import PixelDecoder
 from amltrain.models.layers.region_decoder import RegionDecoder
 from amltrain.models.rela import ReLA
 from amltrain.records import Batch, ModelOutput

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.commands.reproduce import build_parser, main
-from amltrain.commands.reproduce_tables import reproduce, run_command
+from amltrain.checkpoints.run_folder import FINISHED_FILE
 from amltrain.commands.train import read_run
 from amltrain.errors import UserError
-from amltrain.reproduce.definition import Row, Run, Table
-from amltrain.reproduce.files import collect, latex_table, markdown_page, status_page, write_table
-from amltrain.reproduce.plan import Command, Settings, check_data, plan, run_folder
-from amltrain.reproduce.tables import BY_NAME, TABLE_4, TABLE_5, TABLE_14, TABLES
-from amltrain.training.finished import FINISHED_FILE
+from amltrain.paper.files import collect, latex_table, markdown_page, status_page, write_table
+from amltrain.paper.plan import Command, Row, Run, Settings, Table, check_data, plan, run_folder
+from amltrain.paper.reproduce import build_parser, main, reproduce, run_command
+from amltrain.paper.tables import BY_NAME, TABLE_4, TABLE_5, TABLE_14, TABLES
 
 TINY = Settings("tiny", Path("out"), steps=8)
 FULL = Settings("full", Path("out"))

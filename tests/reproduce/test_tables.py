@@ -8,12 +8,11 @@ from amltrain.commands.train import read_run
 from amltrain.config.files import find_config
 from amltrain.errors import UserError
 from amltrain.evaluation.metrics import list_metrics
-from amltrain.methods.aml.statistics import STATISTICS
-from amltrain.reproduce.definition import Run
-from amltrain.reproduce.page import updated
-from amltrain.reproduce.recipes import SHAPES, read_recipe
-from amltrain.reproduce.tables import BY_NAME, TABLES, find_tables
-from amltrain.reproduce.values import READERS
+from amltrain.methods.aml.recorder import STATISTICS
+from amltrain.paper.page import updated
+from amltrain.paper.plan import SHAPES, Run, read_recipe
+from amltrain.paper.tables import BY_NAME, TABLES, find_tables
+from amltrain.paper.values import READERS
 
 RECIPES = sorted({recipe for table in TABLES for recipe in table.recipes()})
 NUMBERED = [*(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18)]
@@ -98,6 +97,6 @@ def test_runs_are_shared_between_tables() -> None:
 
 def test_the_page_is_made_from_the_definition(repository: Path) -> None:
     text = (repository / "docs" / "paper.md").read_text(encoding="utf-8")
-    assert text == updated(text), "run: python -m amltrain.reproduce.page docs/paper.md"
+    assert text == updated(text), "run: python -m amltrain.paper.page docs/paper.md"
     for table in TABLES:
         assert f"`amltrain reproduce {table.name}`" in text

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from amltrain.checkpoints import run_folder as checkpoints
 from amltrain.data.dataset import ReferDataset
 from amltrain.evaluation import evaluator
 from amltrain.methods.aml.method import AML
-from amltrain.training import checkpoint as checkpoints
 from amltrain.training import trainer
 from amltrain.training.trainer import Trainer
 

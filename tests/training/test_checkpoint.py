@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from amltrain.checkpoints import run_folder as checkpoints
 from amltrain.errors import UserError
-from amltrain.training import checkpoint as checkpoints
 
 
 def save(output: Path, step: int) -> Path:

@@ -8,7 +8,7 @@ import torch
 
 from amltrain.models import create_model
 from amltrain.models.backbones.swin import SwinBlock, SwinStage, shift_mask
-from amltrain.training.compiling import compile_blocks, repeated_blocks, uncompiled
+from amltrain.training.optim import compile_blocks, repeated_blocks, uncompiled
 from tests.training.runs import run
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from amltrain import distributed
+from amltrain.checkpoints import run_folder as checkpoints
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.errors import UserError
-from amltrain.training import checkpoint as checkpoints
-from amltrain.training import distributed
 from amltrain.training.preemption import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 

@@ -13,13 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 
-from amltrain.commands.benchmark_steps import random_batch
+from amltrain.checkpoints.harmless import check_harmless
+from amltrain.checkpoints.state import is_own_state, write_averaged
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
-from amltrain.training.harmless import check_harmless
-from amltrain.training.state_files import is_own_state, write_averaged
+from benchmarks.steps import random_batch
 from tests.training.runs import FORKS
 
 PRESETS = {

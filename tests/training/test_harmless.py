@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from amltrain.checkpoints.harmless import check_harmless
 from amltrain.errors import UserError
-from amltrain.training.harmless import check_harmless
 from tests.traps import Touch, old_format, saved, tar_that_starts_as_a_pickle
 
 WEIGHTS = {"weights": torch.arange(3.0), "shape": torch.Size([2]), "type": torch.float32, "step": np.float64(2)}

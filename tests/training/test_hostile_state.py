@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from amltrain.checkpoints import run_folder as checkpoints
+from amltrain.checkpoints.harmless import check_harmless
 from amltrain.errors import UserError
 from amltrain.files import sha256
 from amltrain.hub.model_folder import load_pretrained
-from amltrain.training import checkpoint as checkpoints
-from amltrain.training.harmless import check_harmless
 from tests.training import runs
 from tests.traps import Touch
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from amltrain.checkpoints import lock as locks
+from amltrain.checkpoints.lock import LOCK_FILE, OutputLock
+from amltrain.checkpoints.resume import prepare_output
 from amltrain.commands.train import read_run
 from amltrain.errors import UserError
-from amltrain.training import lock as locks
-from amltrain.training.lock import LOCK_FILE, OutputLock
-from amltrain.training.resume import prepare_output
 
 
 def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from amltrain.checkpoints import run_folder as checkpoints
 from amltrain.errors import UserError
-from amltrain.training import checkpoint as checkpoints
 from amltrain.training.preemption import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from amltrain.checkpoints.run_folder import FINISHED_FILE, checkpoints, step_of
 from amltrain.errors import UserError
-from amltrain.training.checkpoint import checkpoints, step_of
-from amltrain.training.finished import FINISHED_FILE
 from tests.training import runs
 
 

@@ -1,7 +1,7 @@
 """The plain line of a step."""
 
-from amltrain.training.distributed import BatchPlan
-from amltrain.training.tracking import log_line
+from amltrain.distributed import BatchPlan
+from amltrain.training.callbacks import log_line
 
 
 def test_a_plain_line_tells_how_long_training_will_take() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from amltrain.checkpoints import run_folder as checkpoints
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.records import Batch
-from amltrain.training import checkpoint as checkpoints
 from amltrain.training.trainer import StepStats, Trainer
 from tests.training import runs, sabotage
 

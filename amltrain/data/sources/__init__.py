@@ -1,1 +1,1 @@
-"""Read annotations of every origin into the same source rows; `frame` checks and repairs them in one place."""
+"""Readers of annotations, one file per origin; every one yields the same source rows."""

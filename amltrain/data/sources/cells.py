@@ -17,8 +17,8 @@ import tokenize
 from pathlib import Path
 from typing import Any
 
-from amltrain.data.json_files import read_bytes
 from amltrain.errors import UserError, first_line
+from amltrain.files import read_bytes
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),

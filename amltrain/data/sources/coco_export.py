@@ -14,8 +14,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from amltrain.data.json_files import read_bytes
-from amltrain.data.own import TableRow
 from amltrain.data.sources.cells import decode_text, split_name
 from amltrain.data.sources.frame import FrameRule, Size
 from amltrain.data.sources.objects import (
@@ -31,8 +29,10 @@ from amltrain.data.sources.objects import (
     sentences_of,
     stated_size,
 )
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import PictureFinder, tidy_name
 from amltrain.errors import UserError, first_line
+from amltrain.files import read_bytes
 
 _IN_NAME = re.compile(r"(?:^|[_\-. ])(train|training|valid|validation|val|testing|test|dev)(?=20\d\d|[_\-. ]|$)", re.I)
 

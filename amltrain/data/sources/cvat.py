@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from amltrain.data.json_files import read_bytes
-from amltrain.data.own import TableRow
 from amltrain.data.sources.cells import split_name
 from amltrain.data.sources.frame import FrameRule, Size
 from amltrain.data.sources.objects import (
@@ -31,8 +29,10 @@ from amltrain.data.sources.objects import (
     sentences_of,
     stated_size,
 )
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import PictureFinder
 from amltrain.errors import UserError, first_line
+from amltrain.files import read_bytes
 
 _NO_AREA = {"polyline", "points", "cuboid", "skeleton", "tag"}
 

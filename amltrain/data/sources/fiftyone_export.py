@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from amltrain.data.own import TableRow
 from amltrain.data.segmentation import MAX_PIXELS
 from amltrain.data.sources.cells import parse_json, read_text, split_name
 from amltrain.data.sources.frame import FrameRule, Size, orientation, upright_size
@@ -36,6 +35,7 @@ from amltrain.data.sources.objects import (
     rectangle,
     sentences_of,
 )
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import PictureFinder
 from amltrain.errors import UserError, first_line
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from amltrain.data.image_files import FileFault
+from amltrain.data.images import FileFault
 from amltrain.data.segmentation import BrokenSegmentationError, decode_mask, encode_mask
 from amltrain.data.sources.mask_forms import canonical
 from amltrain.errors import UserError

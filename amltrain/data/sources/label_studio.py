@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from amltrain.data.own import TableRow
 from amltrain.data.segmentation import BrokenSegmentationError, encode_mask
 from amltrain.data.sources.cells import clean_sentence, parse_json, read_text, split_name
 from amltrain.data.sources.frame import FrameRule, Size
@@ -31,6 +30,7 @@ from amltrain.data.sources.objects import (
     stated_size,
     turned,
 )
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import PictureFinder
 from amltrain.errors import UserError
 

@@ -13,8 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from amltrain.data.image_files import FileFault, decode_file
-from amltrain.data.own import TableRow
+from amltrain.data.images import FileFault, decode_file
 from amltrain.data.segmentation import BrokenSegmentationError
 from amltrain.data.sources.cells import parse_json, read_text, split_name
 from amltrain.data.sources.frame import FrameRule, Size
@@ -36,6 +35,7 @@ from amltrain.data.sources.objects import (
     split_of_path,
     stated_size,
 )
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import PictureFinder, tidy_name
 from amltrain.errors import UserError
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from amltrain.data.own import TableRow
 from amltrain.data.segmentation import MAX_PIXELS, decode_mask, encode_mask, referent_mask
 from amltrain.data.sources.cells import clean_sentence, text_fault
 from amltrain.data.sources.frame import FrameRule, Size
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import PictureFinder
 from amltrain.errors import UserError
 

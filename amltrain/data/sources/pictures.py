@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from amltrain.data.image_files import MAX_FILE_BYTES
+from amltrain.data.images import MAX_FILE_BYTES
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 """Endings of pictures, in lower case; files may have them in capitals."""

@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from amltrain.data.image_files import FileFault, decode_file
-from amltrain.data.json_files import read_bytes
-from amltrain.data.own import TableRow
+from amltrain.data.images import FileFault, decode_file
 from amltrain.data.segmentation import encode_mask
 from amltrain.data.sources.cells import read_text, split_name, text_lines
 from amltrain.data.sources.cvat import parse_xml
@@ -31,8 +29,10 @@ from amltrain.data.sources.objects import (
     rectangle,
     stated_size,
 )
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import ENDINGS
 from amltrain.errors import UserError
+from amltrain.files import read_bytes
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog",

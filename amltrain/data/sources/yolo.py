@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from amltrain.data.own import TableRow
 from amltrain.data.sources.cells import read_text, split_name, text_lines
 from amltrain.data.sources.frame import FrameRule, Size, orientation, upright_size
 from amltrain.data.sources.objects import Counted, Digest, Imported, ImportOptions, label_of, numbers, rectangle
+from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import is_picture, tidy_name
 from amltrain.errors import UserError, first_line
 

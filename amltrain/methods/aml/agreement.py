@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from amltrain.methods.aml.masker import build_alignment_masker
-from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.aml.presets import resolve
-from amltrain.methods.aml.settings import of_finished_model
+from amltrain.methods.aml.options import AMLOptions, of_finished_model, resolve
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
 

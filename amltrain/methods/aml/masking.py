@@ -12,10 +12,12 @@ Nothing here waits for the device, and all randomness comes from each sample's `
 step is masked alike on any number of processes, in any batch, after any resume.
 
 Dimensions: B batch, H W image, h w score map, r c rows and columns of blocks (the last may stick out of the image).
+
+When masking starts, and how it grows (ours): a function of the step, so a resumed run has the same.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -149,3 +151,23 @@ def _at_random_places(wanted: Tensor, count: int, keys: Tensor) -> Tensor:
     """Choose `wanted` [B] of `count` blocks by each sample's key, [B, count] bool."""
     rank = uniform(keys, count, PLACE).argsort(dim=1).argsort(dim=1)
     return rank < wanted[:, None]
+
+
+class Curriculum(NamedTuple):
+    """start_after: steps that mask nothing. ramp_steps: further steps over which `ramp` grows from 0 to its value."""
+
+    start_after: int = 0
+    ramp_steps: int = 0
+    ramp: Literal["tau", "rho"] = "tau"
+
+    @property
+    def changes(self) -> bool:
+        """Whether masking depends on the step."""
+        return bool(self.start_after or self.ramp_steps)
+
+    def factor(self, step: int) -> float:
+        """What `ramp` is multiplied by at optimizer step `step` (from 0), 0..1."""
+        done = step - self.start_after
+        if done < 0:
+            return 0.0
+        return min(1.0, (done + 1) / self.ramp_steps) if self.ramp_steps else 1.0

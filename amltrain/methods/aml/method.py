@@ -16,16 +16,21 @@ from torch import Tensor, nn
 
 from amltrain.data.dataset import ReferDataset
 from amltrain.errors import UserError
-from amltrain.methods.aml.diagnostics import AlignmentDiagnostics, build_alignment_diagnostics
-from amltrain.methods.aml.grounded import GROUNDING_SCALE, grounding_loss
 from amltrain.methods.aml.masker import AlignmentMasker, Probe, build_alignment_masker, describe_calibration
-from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.aml.presets import resolve
-from amltrain.methods.aml.scorers import EarlyScorer, GroundedScorer, PredictionScorer, Scorer, calibrate
-from amltrain.methods.aml.statistics import alignment_sums
-from amltrain.methods.aml.temperature import Calibration
+from amltrain.methods.aml.options import AMLOptions, resolve
+from amltrain.methods.aml.recorder import AlignmentDiagnostics, alignment_sums, build_alignment_diagnostics
+from amltrain.methods.aml.scorers import (
+    GROUNDING_SCALE,
+    EarlyScorer,
+    GroundedScorer,
+    PredictionScorer,
+    Scorer,
+    calibrate,
+    grounding_loss,
+)
+from amltrain.methods.aml.similarity import Calibration
 from amltrain.methods.base import Method, Reduce
-from amltrain.methods.blocks import mask_image, spread_blocks
+from amltrain.methods.maskers import mask_image, spread_blocks
 from amltrain.methods.registry import register_method
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput, Vocabulary

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict, timm_state
-from amltrain.models.layers.module_list import ModuleListOf
+from amltrain.models.layers.basic import ModuleListOf
 
 Adapter = Callable[[Tensor, tuple[int, int]], Tensor]
 """(normed tokens [B, N, C], (h, w)) -> what is added to the block's MLP output, [B, N, C]."""

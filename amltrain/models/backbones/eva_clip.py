@@ -14,8 +14,8 @@ from timm.layers import RotaryEmbeddingCat
 from timm.models.eva import Eva, EvaBlock
 from torch import Tensor, nn
 
-from amltrain.models.backbones.clip_vit import resample
-from amltrain.models.layers.module_list import ModuleListOf
+from amltrain.models.backbones.clip import resample
+from amltrain.models.layers.basic import ModuleListOf
 
 OFFICIAL_EVA_NAMES = [
     (r"^vision\.(blocks\.\d+)\.attn\.inner_attn_ln\.", r"vision.\1.attn.norm."),

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from amltrain.errors import UserError
 from amltrain.models.backbones.weights import fill, is_file, read_state_dict
-from amltrain.models.layers.module_list import ModuleListOf
+from amltrain.models.layers.basic import ModuleListOf
 from amltrain.models.layers.selective_scan import SelectiveScan
 
 

@@ -1,19 +1,119 @@
-"""Multi-scale deformable attention: every query reads a few learned places around it on every level.
+"""The CUDA kernel of deformable attention from the Hub, if `AMLTRAIN_HUB_KERNELS=1` asks for it.
+
+`kernels-community/deformable-detr` (Apache 2.0) holds Deformable DETR's own operators, compiled. They are compared with
+`sample_levels` on the first use on a device, gradients included; where they cannot be loaded or differ, the plain
+computation stays and one warning says why. They are off by default because this downloads and runs native code.
+The `kernels` package is needed.
+
+Multi-scale deformable attention: every query reads a few learned places around it on every level.
 
 Paper: Zhu et al., Deformable DETR, ICLR 2021. transformers' module is not used because it waits for the device in
 training (a check for infinities) and because its arguments change between versions; its sampling function keeps the
 samples of all levels until the end, where summing level by level needs less memory and time.
 
 Dimensions: B batch, Q queries, N positions of all levels together, C width, P points.
+
+Mask2Former's pixel decoder: a deformable encoder over strides 32, 16 and 8, and one pyramid step to stride 4.
+
+Paper: Cheng et al., Masked-attention Mask Transformer for Universal Image Segmentation, CVPR 2022. The same function as
+transformers' Mask2FormerPixelDecoder, which is not used because it waits for the device in every training step.
+
+Dimensions: B batch, C width, M width of the mask features, N positions of the three levels together.
 """
 
 import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.models.layers.deformable_kernel import Sample, find_kernel
+from amltrain.errors import first_line
+from amltrain.models.layers.basic import ModuleListOf, cell_centres, sine_position
+
+ASKED = "AMLTRAIN_HUB_KERNELS"
+"""Environment variable that is 1 where the Hub's native code may be downloaded and run."""
+REPOSITORY = "kernels-community/deformable-detr"
+TOLERANCE = 1e-3
+"""Largest difference from the plain computation, relative to the largest value: another order of float32 sums."""
+
+Sample = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
+"""Arguments and result of `sample_levels`."""
+
+
+@cache
+def find_kernel(device: torch.device, plain: Sample) -> Sample | None:
+    """Return the kernel for a CUDA device; None where it is not asked for, cannot be loaded or is not equal."""
+    if device.type != "cuda" or os.environ.get(ASKED) != "1":
+        return None
+    try:
+        from kernels import get_kernel
+
+        sample = sampler(get_kernel(REPOSITORY))
+        with torch.inference_mode(False), torch.enable_grad():  # the first use may be in an evaluation
+            difference = largest_difference(sample, plain, device)
+    except Exception as error:  # a download, a missing build or a launch: training must not depend on any of them
+        warnings.warn(f"{REPOSITORY} is not used: {first_line(error)}", stacklevel=2)
+        return None
+    if not difference <= TOLERANCE:
+        warnings.warn(f"{REPOSITORY} is not used: it differs by {difference:.1e}", stacklevel=2)
+        return None
+    return sample
+
+
+def sampler(operators: Any) -> Sample:
+    """Wrap the kernel's two operators. operators: with `ms_deform_attn_forward` and `ms_deform_attn_backward`."""
+
+    class Operators(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: Tensor, sizes: Tensor, starts: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+            inputs = (values, sizes, starts, places, weights)
+            ctx.save_for_backward(*inputs)
+            return operators.ms_deform_attn_forward(*inputs, values.shape[0])
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            inputs = ctx.saved_tensors
+            batch = inputs[0].shape[0]
+            found = operators.ms_deform_attn_backward(*inputs, gradients[0].contiguous(), batch)
+            return found[0], None, None, found[1], found[2]
+
+    def sample(values: Tensor, shapes: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
+        sizes, starts = _layout(tuple(shapes), values.device)
+        return Operators.apply(values.contiguous(), sizes, starts, places.contiguous(), weights.contiguous())
+
+    return sample
+
+
+def largest_difference(one: Sample, other: Sample, device: torch.device) -> float:
+    """Largest relative difference of outputs and gradients on random inputs, some of which lie outside of the maps."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 7), (3, 4), (2, 2)]
+    count = sum(height * width for height, width in shapes)
+    drawn = (
+        torch.randn(2, count, 4, 32, generator=generator),
+        1.4 * torch.rand(2, 9, 4, 3, 4, 2, generator=generator) - 0.2,
+        torch.rand(2, 9, 4, 3, 4, generator=generator),
+    )
+    found = []
+    for function in (one, other):
+        values, places, weights = (part.to(device).requires_grad_() for part in drawn)
+        output = function(values, shapes, places, weights)
+        found.append((output.detach(), *torch.autograd.grad(output.square().sum(), (values, places, weights))))
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True))
+
+
+@cache
+def _layout(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(h, w) of every level and where it starts, int64, on the device once for all steps."""
+    before = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
+    with torch.inference_mode(False):
+        return torch.tensor(shapes, device=device), torch.tensor(before, device=device)
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -118,3 +218,86 @@ class DeformableEncoderLayer(nn.Module):
         """x [B, N, C], position [N, C], reference [N, 2] -> [B, N, C]."""
         x = self.norm1(x + self.self_attn(x + position, x, reference, shapes))
         return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class DeformableEncoder(nn.Module):
+    """Projections of backbone maps and deformable layers over all of their positions."""
+
+    def __init__(self, in_dims: Sequence[int], *, dim: int, layers: int, heads: int, feedforward: int) -> None:
+        """in_dims: widths of the maps, coarse to fine; `dim` must be a multiple of 32 (group norm)."""
+        super().__init__()
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, dim, 1), nn.GroupNorm(32, dim)) for width in in_dims
+        )
+        self.level_embed = nn.Parameter(torch.randn(len(in_dims), dim))
+        self.layers = ModuleListOf(
+            DeformableEncoderLayer(dim, feedforward, heads=heads, levels=len(in_dims)) for _ in range(layers)
+        )
+
+    def reset_parameters(self) -> None:
+        for module in self.input_proj.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in self.layers:
+            for linear in (layer.linear1, layer.linear2):
+                nn.init.xavier_uniform_(linear.weight)
+
+    def encode(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Let all positions of all levels look at each other; maps from coarse to fine."""
+        levels = [project(m) for project, m in zip(self.input_proj, maps, strict=True)]
+        shapes = [(m.shape[-2], m.shape[-1]) for m in levels]
+        device = levels[0].device
+        x = torch.cat([m.flatten(2).transpose(1, 2) for m in levels], dim=1)
+        reference = torch.cat([cell_centres(h, w, device=device) for h, w in shapes])
+        position = torch.cat(
+            [
+                sine_position(h, w, x.shape[-1], device=device).to(x.dtype) + embed
+                for (h, w), embed in zip(shapes, self.level_embed, strict=True)
+            ]
+        )
+        for layer in self.layers:
+            x = layer(x, position, reference, shapes)
+        parts = x.split([h * w for h, w in shapes], dim=1)
+        return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class PixelDecoder(DeformableEncoder):
+    """Compute mask features and three scales from backbone maps, outside of autocast as the official code does."""
+
+    def __init__(
+        self,
+        in_dims: Sequence[int],
+        *,
+        dim: int = 256,
+        mask_dim: int = 256,
+        layers: int = 6,
+        heads: int = 8,
+        feedforward: int = 1024,
+    ) -> None:
+        """in_dims: widths of the backbone maps at strides 4, 8, 16, 32; `dim` must be a multiple of 32 (group norm)."""
+        finest, *coarser = in_dims
+        super().__init__(coarser[::-1], dim=dim, layers=layers, heads=heads, feedforward=feedforward)
+        self.lateral = nn.Sequential(nn.Conv2d(finest, dim, 1, bias=False), nn.GroupNorm(32, dim))
+        self.merge = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(32, dim), nn.ReLU())
+        self.mask_features = nn.Conv2d(dim, mask_dim, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for module in (*self.lateral, *self.merge, self.mask_features):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """maps: [B, C_i, h_i, w_i] at strides 4, 8, 16, 32 -> mask features [B, M, h, w] at stride 4, and the encoded
+        maps [B, C, h_i, w_i] at strides 32, 16, 8."""
+        with torch.autocast(maps[0].device.type, enabled=False):
+            finest, *coarser = (m.to(self.mask_features.weight.dtype) for m in maps)
+            scales = self.encode(coarser[::-1])
+            merged = self.lateral(finest)
+            merged = merged + F.interpolate(scales[-1], size=merged.shape[-2:], mode="bilinear", align_corners=False)
+            return self.mask_features(self.merge(merged)), scales

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from amltrain.models.layers.basic import cell_centres, sine_position
 from amltrain.models.layers.deformable import MultiScaleDeformableAttention
-from amltrain.models.layers.position import cell_centres, sine_position
 from amltrain.records import Features, ModelOutput
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.models.layers.position import sine_position
+from amltrain.models.layers.basic import sine_position
 
 
 class Prediction(NamedTuple):

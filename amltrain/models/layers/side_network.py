@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from amltrain.models.layers.module_list import ModuleListOf
+from amltrain.models.layers.basic import ModuleListOf
 
 FUSED_BLOCKS = (0, 3, 6, 9)
 """After which blocks of the image tower its patches are read."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.commands.benchmark import main
-from amltrain.commands.suite.command import build_parser
-from amltrain.commands.suite.plan import KINDS, Case, plan
-from amltrain.commands.suite.report import markdown
-from amltrain.commands.suite.run import Suite
-from amltrain.commands.suite.worker import Worker, environment
+from benchmarks.command import main
+from benchmarks.suite.command import build_parser
+from benchmarks.suite.plan import KINDS, Case, plan
+from benchmarks.suite.report import markdown
+from benchmarks.suite.run import Suite
+from benchmarks.suite.worker import Worker, environment
 
 MACHINE = {"name": "Card", "memory": 80 * 2**30, "cuda": "13.0", "cpu": "CPU", "cores": 16, "threads": 16}
 ROW = {"step": "baseline", "seconds": 0.5, "ratio": 1.0, "rate": 32.0, "memory": 2**30}
@@ -85,7 +85,7 @@ def test_a_failing_a_slow_and_a_dying_measurement(tmp_path: Path) -> None:
 
     worker = start()
     assert worker.measure(missing, 60) == {
-        "error": "AttributeError: module 'amltrain.commands.suite.plan' has no attribute 'nothing'"
+        "error": "AttributeError: module 'benchmarks.suite.plan' has no attribute 'nothing'"
     }
     assert not worker.alive
     assert "Traceback" in (tmp_path / "log.txt").read_text()

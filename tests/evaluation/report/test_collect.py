@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from amltrain.evaluation.report.collect import Rows, choose, onto_image
+from amltrain.report.collect import Rows, choose, onto_image
 
 
 def rows(count: int = 30) -> Rows:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from amltrain.errors import UserError
-from amltrain.evaluation.report.curves import VARIABLES, by_length, histogram, read_log, training_charts
+from amltrain.report.curves import VARIABLES, by_length, histogram, read_log, training_charts
 
 ROWS = [
     {"step": 10.0, "loss": 0.5, "lr_factor": 1.0, "masked_share": 0.1, "mean_score": 0.7},

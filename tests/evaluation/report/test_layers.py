@@ -6,7 +6,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from amltrain.evaluation.report.layers import MISSED, RIGHT, WRONG, draw_layers
+from amltrain.report.collect import MISSED, RIGHT, WRONG, draw_layers
 
 IMAGE = Image.new("RGB", (60, 40), (100, 100, 100))
 TRUTH, PREDICTION = np.zeros((40, 60), bool), np.zeros((40, 60), bool)

@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from amltrain.evaluation.protocols import named_protocol
-from amltrain.evaluation.report.collect import Card
-from amltrain.evaluation.report.curves import histogram, training_charts
-from amltrain.evaluation.report.layers import draw_layers
-from amltrain.evaluation.report.page import SplitPart, render, write_page
-from amltrain.evaluation.results import Results
+from amltrain.evaluation.results import Results, named_protocol
+from amltrain.report.collect import Card, draw_layers
+from amltrain.report.curves import histogram, training_charts
+from amltrain.report.page import SplitPart, render, write_page
 from tests.browser import chromium
 
 SENTENCES = ["the red one", "<script>alert(1)</script> dog", "a dog on the left of the house", 'quote " & dog']

@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.commands.benchmark_steps import random_batch
 from amltrain.config.schema import DataConfig, Preprocess
-from amltrain.data.collate import collate
-from amltrain.data.loaders import build_tokenizer, build_train_dataset
+from amltrain.data.loaders import build_tokenizer, build_train_dataset, collate
 from amltrain.data.prepare import prepare
-from amltrain.data.shapes import write_refshapes
+from amltrain.data.sources.shapes import write_refshapes
 from amltrain.data.transforms import normalise_batch
-from amltrain.methods.aml.temperature import TARGET_MEAN_SCORE
+from amltrain.methods.aml.similarity import TARGET_MEAN_SCORE
+from benchmarks.steps import random_batch
 from tests.methods.aml.test_method import make_task
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amltrain.errors import UserError
-from amltrain.methods.aml.curriculum import Curriculum
+from amltrain.methods.aml.masking import Curriculum
 from tests.methods.aml.test_method import make_task
 from tests.methods.aml.test_step import toy_batch, toy_task
 

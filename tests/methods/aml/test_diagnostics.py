@@ -10,9 +10,17 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from amltrain.methods.aml.diagnostics import AlignmentDiagnostics, FixedSamples, append_row, build_alignment_diagnostics
-from amltrain.methods.aml.pictures import WEAK, draw_alignment
-from amltrain.methods.aml.statistics import STATISTICS, alignment_sums, summarise
+from amltrain.methods.aml.recorder import (
+    STATISTICS,
+    WEAK,
+    AlignmentDiagnostics,
+    FixedSamples,
+    alignment_sums,
+    append_row,
+    build_alignment_diagnostics,
+    draw_alignment,
+    summarise,
+)
 from tests.data.stand_in import shapes_dataset
 from tests.methods.aml.test_method import calibrated, make_batch, make_task
 

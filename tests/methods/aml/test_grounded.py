@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from amltrain.errors import UserError
-from amltrain.methods.aml.grounded import GROUNDING_SCALE, GroundedProjection, grounding_loss
-from amltrain.methods.aml.scorers import PredictionScorer
-from amltrain.methods.aml.statistics import referent_auc
+from amltrain.methods.aml.recorder import referent_auc
+from amltrain.methods.aml.scorers import GROUNDING_SCALE, GroundedProjection, PredictionScorer, grounding_loss
 from amltrain.records import AlignmentFeatures
 from tests.methods.aml.test_method import make_task
 from tests.methods.aml.test_step import toy_batch, toy_task

@@ -3,7 +3,7 @@
 import torch
 
 from amltrain.losses import create_loss
-from amltrain.methods.aml.maps import Aligner, build_aligner
+from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.methods.aml.method import AML
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.registry import build_method

@@ -9,7 +9,7 @@ import torch
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.methods.aml.masker import build_scorer, check_model
-from amltrain.methods.aml.presets import resolve
+from amltrain.methods.aml.options import resolve
 from amltrain.models import create_model
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs" / "recipes" / "paper").glob("*.yaml"))

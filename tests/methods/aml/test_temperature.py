@@ -7,8 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from amltrain.errors import UserError
-from amltrain.methods.aml.similarity import gaussian_projections, patch_logits, patch_max
-from amltrain.methods.aml.temperature import mean_score, solve_temperature, warn_if_literal
+from amltrain.methods.aml.similarity import (
+    gaussian_projections,
+    mean_score,
+    patch_logits,
+    patch_max,
+    solve_temperature,
+    warn_if_literal,
+)
 
 
 def random_logits(tokens: int, entry_std: float, batch: int = 8, patches: int = 196, seed: int = 0) -> torch.Tensor:
@@ -69,7 +75,7 @@ def test_ranks_agree_on_one_temperature() -> None:
 
 def _asked(own, other, combine, totals):
     """Solve on `own` while a second rank, asked at the same temperatures, contributes `other`."""
-    import amltrain.methods.aml.temperature as module
+    import amltrain.methods.aml.similarity as module
 
     asked: list[float] = []
     original = module.mean_score

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from amltrain.methods.aml.similarity import gaussian_projections, patch_logits
-from amltrain.methods.aml.theory import distortion_bound, failure_probability, required_dim
+from amltrain.paper.values import distortion_bound, failure_probability, required_dim
 
 
 def distance_ratios(points: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,273 @@
+"""Checkpoint folders: complete or absent.
+
+    OUTPUT/
+      step-000400/
+        model/          safetensors, config, tokenizer: loadable alone with `load_pretrained`; results.json once scored
+        state/          what resuming needs besides: optimizer, the method's buffers, trainer.json; evaluated.json
+                        (trainer.json after the evaluation) once scored
+        manifest.json   size and SHA-256 of every file above
+      step-000800/
+      last -> step-000800
+      best -> step-000400
+
+A checkpoint is written to a temporary folder, flushed to disk, given its manifest and renamed. Scores arrive later:
+their files get new names, and then the manifest is replaced atomically. So a kill at any moment leaves a complete
+checkpoint, with or without scores; files that the manifest does not list are ignored.
+
+The mark of a finished run. Imports nothing, so that a command can look for it quickly.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from amltrain.errors import UserError, first_line
+from amltrain.files import flush, replacing, sha256, way_out, write_text
+
+_NAME = re.compile(r"step-(\d+)$")
+MANIFEST = "manifest.json"
+TRAINER_FILE, EVALUATED_FILE = "state/trainer.json", "state/evaluated.json"
+Log = Callable[[str], None]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Checkpoints by their names, oldest first. A folder gets such a name only when it is finished."""
+    return sorted((path for path in output.glob("step-*") if _NAME.search(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; follows `last` and `best`."""
+    match = _NAME.search(checkpoint.resolve().name)
+    if match is None:
+        raise UserError(f"{checkpoint} is not a checkpoint; name a step-N folder, or last or best")
+    return int(match[1])
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Compare a checkpoint with its manifest; return the fault, or None."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if not manifest["files"]:
+            return f"its {MANIFEST} lists no file"
+        for name, entry in manifest["files"].items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"its {MANIFEST} cannot be read ({first_line(error)})"
+    return None
+
+
+def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
+    """Find the checkpoint that `--resume` means; None = start a new run.
+
+    auto takes the newest complete one, and warns of every damaged one that it skips. Raises UserError for a named one
+    that is damaged, for `never` in a folder that has checkpoints, and for `auto` if all of several are damaged.
+    """
+    if resume == "never":
+        if checkpoints(output):
+            raise UserError(
+                f"{output} has checkpoints and resume is never; choose another --output or remove the folder"
+            )
+        return None
+    if resume != "auto":
+        named = Path(resume).resolve()
+        if not (named / MANIFEST).is_file():
+            raise UserError(
+                f"{resume} is not a checkpoint (it has no {MANIFEST}); name a step-N folder, or last or best"
+            )
+        fault = find_fault(named)
+        if fault:
+            raise UserError(f"checkpoint {resume} is damaged: {fault}; resume from another one, or with --resume auto")
+        newest = checkpoints(output)[-1:]
+        if named.parent == output.resolve() and step_of(newest[0]) > step_of(named):
+            raise UserError(
+                f"{output} continues after {named.name} up to {newest[0].name}; resume from that with --resume auto, "
+                f"or branch off from {named.name} in another --output"
+            )
+        return named
+    faults = []
+    for checkpoint in reversed(checkpoints(output)):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        faults.append(f"{checkpoint}: {fault}")
+        warn(f"WARNING: skipping a damaged checkpoint, {faults[-1]}")
+    if faults:
+        raise UserError(
+            f"every checkpoint in {output} is damaged ({'; '.join(faults)}); start a new run in another --output"
+        )
+    return None
+
+
+def write_checkpoint(output: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Write `step-N` and point `last` at it. write: fills the folder that it is given with `model/` and `state/`.
+
+    Raises UserError if it cannot be written; earlier checkpoints stay as they are.
+    """
+    temporary = open_checkpoint(output, step)
+    try:
+        write(temporary)
+        return finish_checkpoint(output, step)
+    except (OSError, RuntimeError, SafetensorError, UserError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise not_saved(output, step, error) from error
+
+
+def open_checkpoint(output: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint, empty. Raises UserError."""
+    temporary = _temporary(output, step)
+    try:
+        _make_room(temporary)
+    except OSError as error:
+        raise not_saved(output, step, error) from error
+    return temporary
+
+
+def finish_checkpoint(output: Path, step: int) -> Path:
+    """Turn the temporary folder into a checkpoint: manifest, flush, rename, `last`."""
+    temporary, final = _temporary(output, step), output / checkpoint_name(step)
+    _write_manifest(temporary)
+    _rename(temporary, final)
+    point(output, "last", final)
+    return final
+
+
+def not_saved(output: Path, step: int, error: Exception) -> UserError:
+    """The error of a checkpoint that could not be written, with the way out; a UserError stays as it is."""
+    if isinstance(error, UserError) and not isinstance(error.__cause__, (OSError, SafetensorError)):
+        return error
+    fault = error if isinstance(error, OSError) else error.__cause__ if isinstance(error.__cause__, OSError) else None
+    return UserError(f"could not save {output / checkpoint_name(step)}: {first_line(error)} ({way_out(fault, output)})")
+
+
+def add_scores(checkpoint: Path, trainer_state: dict[str, Any], write_results: Callable[[Path], None]) -> None:
+    """Add an evaluation's scores to a finished checkpoint. write_results: writes results.json at the path it is given.
+
+    Raises UserError if they cannot be written; the checkpoint without them stays complete.
+    """
+    manifest_path = checkpoint / MANIFEST
+    try:
+        write_text(checkpoint / EVALUATED_FILE, json.dumps(trainer_state, indent=1))
+        write_results(checkpoint / "model" / "results.json")
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        for name in (EVALUATED_FILE, "model/results.json"):
+            manifest["files"][name] = _entry(checkpoint / name)
+            flush(checkpoint / name)
+        _replace_manifest(manifest_path, manifest)
+        flush(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"could not add the scores to {checkpoint}: {first_line(error)} ({way_out(error, checkpoint.parent)})"
+        ) from error
+
+
+def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the progress that a checkpoint was saved with, after its evaluation if it had one. Raises UserError."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        name = EVALUATED_FILE if EVALUATED_FILE in listed else TRAINER_FILE
+        state = json.loads((checkpoint / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{checkpoint} is damaged: {first_line(error)}; resume from another one") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{checkpoint / name} must hold a JSON object; resume from another checkpoint")
+    return state
+
+
+def point(output: Path, name: str, checkpoint: Path) -> None:
+    """Let `last` or `best` point at a checkpoint, atomically."""
+    with replacing(output / name) as temporary:
+        temporary.symlink_to(checkpoint.name)
+
+
+def prune(output: Path, keep: int | Literal["all"]) -> None:
+    """Remove all but the newest `keep` checkpoints and the ones that `last` and `best` point at."""
+    if keep == "all":
+        return
+    pointed = {(output / name).resolve() for name in ("last", "best")}
+    for checkpoint in checkpoints(output)[: -keep or None]:
+        if checkpoint.resolve() not in pointed:
+            _put_away(checkpoint)
+            shutil.rmtree(_removing(checkpoint), ignore_errors=True)
+
+
+def remove_leftovers(output: Path) -> None:
+    """Clear what a killed process left half-written, half-removed or half-pushed."""
+    for path in [path for end in ("writing", "removing", "pushing") for path in output.glob(f".step-*.{end}")]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in output.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _temporary(output: Path, step: int) -> Path:
+    return output / f".{checkpoint_name(step)}.writing"
+
+
+def _make_room(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "state").mkdir(parents=True)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    write_text(path, json.dumps(manifest, indent=1))
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        flush(path)
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    if final.exists():
+        _put_away(final)
+    os.replace(temporary, final)
+    flush(final.parent)
+    shutil.rmtree(_removing(final), ignore_errors=True)
+
+
+def _removing(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.removing")
+
+
+def _put_away(checkpoint: Path) -> None:
+    """Hide a checkpoint atomically: a half-removed folder must not look like a checkpoint."""
+    shutil.rmtree(_removing(checkpoint), ignore_errors=True)
+    os.replace(checkpoint, _removing(checkpoint))
+
+
+FINISHED_FILE = "finished"
+"""An empty file in the folder of a run that has trained all its steps and been evaluated."""
+
+
+REQUEUE_FILE = "requeue"
+
+
+def mark_requeue(output: Path, wanted: bool) -> None:
+    """Tell a job script whether to queue the run again."""
+    if wanted:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / REQUEUE_FILE).touch()
+    else:
+        (output / REQUEUE_FILE).unlink(missing_ok=True)

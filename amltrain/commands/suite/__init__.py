@@ -1,1 +1,0 @@
-"""Measure everything that BENCHMARKS.md reports, on one machine in one command (`amltrain benchmark suite`)."""

@@ -1,0 +1,410 @@
+"""The open table of data sets: one entry each with its folder, splits, published counts and special keys.
+
+Counts: RefCOCO val, testA, testB and all expressions were recounted from the files; the others of RefCOCO, RefCOCO+
+and RefCOCOg are in official code or papers. PhraseCut, ReasonSeg and RefCOCO-M: as their authors' pages state.
+RRSIS-D, Ref-ZOM and RefSegRS: as other papers and catalogues state; the splits add up to the totals of their authors.
+
+The manifest of a prepared data set: counts, hashes, skipped entries, and the data set's spec.
+
+The data card of a prepared folder: `load_dataset(folder, "refcoco")` and the Hub's viewer read its `configs`.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from amltrain.errors import UserError, first_line, unknown_name
+from amltrain.files import load_json
+
+Layout = Literal["refer", "phrasecut", "refcoco-m", "reasonseg", "refsegrs", "table"]
+"""Which reader understands the files: REFER's own, one in `amltrain.data.sources.published`, or a table of your own."""
+
+SPECIAL_KEYS = ("exist", "no_target", "source", "negative", "ignore")
+"""Keys that change what a ref or a sentence means. A data set must list the ones that it uses."""
+
+
+class Counts(NamedTuple):
+    """refs: objects referred to; expressions: sentences; images. None where a published count is not known."""
+
+    refs: int | None = None
+    expressions: int | None = None
+    images: int | None = None
+
+
+class DatasetSpec(NamedTuple):
+    """A data set: `<root>/<folder>/refs(<split_by>).p` (or grefs) and `instances.json` if the layout is "refer".
+
+    published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
+    none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
+    metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref
+    belongs to the split of the same name only. image_folders: where its images lie, below the image root.
+    """
+
+    folder: str
+    split_by: str
+    splits: tuple[str, ...]
+    published: dict[str, Counts] = {}  # noqa: RUF012 - never mutated
+    generalised: bool = False
+    shares_images: bool = False
+    layout: Layout = "refer"
+    special_keys: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    exact_splits: bool = False
+    image_folders: tuple[str, ...] = ()
+
+    @property
+    def refs_name(self) -> str:
+        """File name of the referring expressions without its ending."""
+        return f"{'grefs' if self.generalised and self.layout == 'refer' else 'refs'}({self.split_by})"
+
+    @property
+    def evaluation_splits(self) -> tuple[str, ...]:
+        """Every split but `train`."""
+        return tuple(split for split in self.splits if split != "train")
+
+    def has(self, ref_split: str, split: str) -> bool:
+        """Whether a ref that the files file under `ref_split` belongs to `split`."""
+        return ref_split == split if self.exact_splits else belongs(ref_split, split)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Return the spec for the manifest, so that commands do not need this table."""
+        return {
+            "splits": list(self.splits),
+            "split_by": self.split_by,
+            "generalised": self.generalised,
+            "shares_images": self.shares_images,
+            "layout": self.layout,
+            "metrics": list(self.metrics),
+        }
+
+
+_UNC = ("train", "val", "testA", "testB")
+_UMD = ("train", "val", "test")
+_GREF_KEYS = ("exist", "no_target")
+_ROBUST = ("r", "rIoU", "target mIoU", "target oIoU")
+
+DATASETS: dict[str, DatasetSpec] = {
+    "refcoco": DatasetSpec(
+        "refcoco",
+        "unc",
+        _UNC,
+        {
+            "train": Counts(42404, 120624, 16994),
+            "val": Counts(3811, 10834, 1500),
+            "testA": Counts(1975, 5657, 750),
+            "testB": Counts(1810, 5095, 750),
+        },
+    ),
+    "refcoco+": DatasetSpec(
+        "refcoco+",
+        "unc",
+        _UNC,
+        {
+            "train": Counts(42278, 120191, 16992),
+            "val": Counts(3805, 10758, 1500),
+            "testA": Counts(1975, 5726, 750),
+            "testB": Counts(1798, 4889, 750),
+        },
+    ),
+    "refcocog": DatasetSpec(
+        "refcocog",
+        "umd",
+        _UMD,
+        {
+            "train": Counts(42226, 80512, 21899),
+            "val": Counts(2573, 4896, 1300),
+            "test": Counts(5023, 9602, 2600),
+        },
+    ),
+    "refcocog-google": DatasetSpec(
+        "refcocog",
+        "google",
+        ("train", "val"),
+        {"train": Counts(44822, 85474), "val": Counts(5000, 9536, 4650)},
+        shares_images=True,
+    ),
+    "grefcoco": DatasetSpec("grefcoco", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS),
+    "refclef": DatasetSpec("refclef", "berkeley", _UMD, image_folders=("images/saiapr_tc-12", "saiapr_tc-12")),
+    "refclef-unc": DatasetSpec(
+        "refclef",
+        "unc",
+        ("train", "val", "testA", "testB", "testC"),
+        image_folders=("images/saiapr_tc-12", "saiapr_tc-12"),
+    ),
+    "rrsis-d": DatasetSpec(
+        "rrsisd",
+        "unc",
+        _UMD,
+        {"train": Counts(expressions=12181), "val": Counts(expressions=1740), "test": Counts(expressions=3481)},
+        image_folders=("images/rrsisd/JPEGImages", "JPEGImages"),
+    ),
+    "ref-zom": DatasetSpec(
+        "ref-zom",
+        "final",
+        ("train", "test"),
+        {"train": Counts(images=43749), "test": Counts(images=11329)},
+        special_keys=("source",),
+        metrics=("zero-target accuracy", "target mIoU", "target oIoU"),
+        image_folders=("trainval2014", "images/trainval2014", "coco/trainval2014"),
+    ),
+    "r-refcoco": DatasetSpec("rrefcoco", "unc", _UNC, special_keys=("exist",), metrics=_ROBUST),
+    "r-refcoco+": DatasetSpec("rrefcoco+", "unc", _UNC, special_keys=("exist",), metrics=_ROBUST),
+    "r-refcocog": DatasetSpec("rrefcocog", "umd", _UMD, special_keys=("exist",), metrics=_ROBUST),
+    "phrasecut": DatasetSpec(
+        "VGPhraseCut_v0",
+        "phrasecut",
+        _UMD,
+        {
+            "train": Counts(expressions=310816, images=71746),
+            "val": Counts(expressions=20316, images=2971),
+            "test": Counts(expressions=14354, images=2545),
+        },
+        layout="phrasecut",
+        exact_splits=True,
+    ),
+    "refcoco-m": DatasetSpec(
+        "refcoco-m", "moondream", ("val",), {"val": Counts(2080, 5598, 1190)}, layout="refcoco-m", exact_splits=True
+    ),
+    "reasonseg": DatasetSpec(
+        "ReasonSeg",
+        "lisa",
+        _UMD,
+        {"train": Counts(images=239), "val": Counts(images=200), "test": Counts(images=779)},
+        layout="reasonseg",
+        exact_splits=True,
+    ),
+    "refsegrs": DatasetSpec(
+        "RefSegRS",
+        "refsegrs",
+        _UMD,
+        {"train": Counts(expressions=2172), "val": Counts(expressions=431), "test": Counts(expressions=1817)},
+        layout="refsegrs",
+        exact_splits=True,
+    ),
+    "refshapes": DatasetSpec("refshapes", "unc", _UNC),
+    "refshapes+": DatasetSpec("refshapes+", "unc", _UNC),
+    "refshapesg": DatasetSpec("refshapesg", "umd", _UMD),
+    "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS),
+}
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """The table's entry. Raises UserError for an unknown name, naming the right pair for `refcoco-umd` and the like.
+
+    A data set of your own is not in the table; `amltrain.data.catalog.find_spec` also looks in the prepared folder.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    folder, _, split_by = name.rpartition("-")
+    pairs = {(spec.folder, spec.split_by): known for known, spec in DATASETS.items()}
+    if (folder, split_by) in pairs:
+        raise UserError(f"{name!r} is called {pairs[folder, split_by]!r} here")
+    of_folder = [f"{known} ({spec.split_by})" for known, spec in DATASETS.items() if spec.folder == folder]
+    if of_folder:
+        raise UserError(f"{folder} has no split by {split_by!r}; it has {', '.join(of_folder)}")
+    raise unknown_name("data set", name, DATASETS)
+
+
+def belongs(ref_split: str, split: str) -> bool:
+    """The REFER rule: train and val by equality, testA and testB by letter (`testAB` is in both), test within."""
+    if split in ("train", "val"):
+        return ref_split == split
+    if split == "test":
+        return "test" in ref_split
+    return "test" in ref_split and split[-1] in ref_split.removeprefix("test")
+
+
+MANIFEST = "manifest.json"
+_REQUIRED = {"format", "splits", "sources", "skipped"}
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a prepared data set; None if there is none. Raises UserError if it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = load_json(path)
+    if not isinstance(manifest, dict) or not manifest.keys() >= _REQUIRED:
+        raise UserError(f"{path} is no manifest of prepared data; remove {folder} and prepare it again")
+    return manifest
+
+
+def find_manifest(prepared: str, name: str) -> dict[str, Any] | None:
+    """The manifest of a data set in a folder or a Hub data set; None if there is none. Raises UserError."""
+    if Path(prepared).is_dir():
+        return read_manifest(Path(prepared) / name)
+    return _hub_manifest(prepared, name)
+
+
+def find_spec(name: str, prepared: str | None = None) -> DatasetSpec:
+    """The data set's entry in the table, or what the manifest of `<prepared>/<name>` states.
+
+    prepared: a folder or a Hub data set id. Raises UserError for a name that is known to neither.
+    """
+    if name in DATASETS or prepared is None:
+        return dataset_spec(name)
+    manifest = find_manifest(prepared, name)
+    if manifest is None:
+        own = [path.parent.name for path in sorted(Path(prepared).glob(f"*/{MANIFEST}"))]
+        try:
+            return dataset_spec(name)
+        except UserError as error:
+            held = f"; {prepared} holds {', '.join(own)}" if own else ""
+            raise UserError(f"{error}{held}; prepare your own data with amltrain prepare --table") from None
+    return spec_of(manifest, f"{prepared}/{name}/{MANIFEST}")
+
+
+def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
+    """The spec that a manifest keeps. Raises UserError if it keeps none."""
+    kept = manifest.get("spec")
+    splits = kept.get("splits") if isinstance(kept, dict) else None
+    if kept is None or not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+        raise UserError(f"{place} does not state the splits of the data set; prepare it again")
+    metrics = kept.get("metrics", [])
+    if not isinstance(metrics, list):
+        raise UserError(f"{place} does not state the metrics of the data set; prepare it again")
+    return DatasetSpec(
+        folder=str(manifest.get("dataset", "")),
+        split_by=str(kept.get("split_by", "")),
+        splits=tuple(splits),
+        generalised=bool(kept.get("generalised")),
+        shares_images=bool(kept.get("shares_images")),
+        layout="table",
+        metrics=tuple(map(str, metrics)),
+        exact_splits=True,
+    )
+
+
+def check_split(name: str, split: str, prepared: str | None = None) -> None:
+    """Raise UserError unless the data set has that split."""
+    spec = find_spec(name, prepared)
+    if split not in spec.splits:
+        drawn = spec.split_by == "own" and split in ("train", "val", "test")
+        few = "; give its table a split column, or more images" if drawn else ""
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(spec.splits)}{few}")
+
+
+@functools.lru_cache
+def _hub_manifest(repository: str, name: str) -> dict[str, Any] | None:
+    """Return the manifest of a Hub data set; None if it has none, or if `repository` is not a Hub id."""
+    if repository.count("/") != 1 or repository.startswith((".", "/")):
+        return None
+    try:
+        return load_json(Path(hf_hub_download(repository, f"{name}/{MANIFEST}", repo_type="dataset")))
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"could not reach the Hub data set {repository} ({first_line(error)})") from error
+    except (EntryNotFoundError, HfHubHTTPError):
+        return None
+    except OSError as error:
+        raise UserError(f"could not read the Hub data set {repository} ({first_line(error)})") from error
+
+
+def compare_with_published(spec: DatasetSpec, counts: dict[str, Counts]) -> dict[str, str]:
+    """Return `as published`, or the published counts, for every split with published counts."""
+    verdicts = {}
+    for split, expected in spec.published.items():
+        published = {unit: count for unit, count in expected._asdict().items() if count is not None}
+        same = all(getattr(counts[split], unit) == count for unit, count in published.items())
+        listed = ", ".join(f"{count:,} {unit}" for unit, count in published.items())
+        verdicts[split] = "as published" if same else f"published: {listed}"
+    return verdicts
+
+
+def describe(manifest: dict[str, Any]) -> str:
+    """Format the manifest for people: a line per split, then warnings and skipped entries."""
+    by = "own data" if manifest["split_by"] == "own" else f"split by {manifest['split_by']}"
+    lines = [f"{manifest['dataset']} ({by})"]
+    for split, count in manifest["splits"].items():
+        verdict = manifest["published"].get(split)
+        lines.append(
+            f"  {split:6} {count['images']:>7,} images {count['refs']:>7,} refs {count['expressions']:>8,} expressions"
+            + (f"  {verdict}" if verdict else "")
+        )
+    for kind, noticed in manifest.get("noticed", {}).items():
+        lines.append(f"  {noticed['count']:,} {kind} (e.g. {noticed['first'][0]})")
+    lines += [f"  note: {note}" for note in manifest.get("notes", [])]
+    skipped = manifest["skipped"]
+    if skipped:
+        lost = sum(entry["expressions"] for entry in skipped)
+        lines.append(f"  {lost} expressions skipped; faults found: {len(skipped)}")
+    lines += [f"    {entry['what']}: {entry['why']}" for entry in skipped[:5]]
+    if len(skipped) > 5:
+        lines.append(f"    ... and {len(skipped) - 5} more, all in {MANIFEST}")
+    return "\n".join(lines)
+
+
+CARD = "README.md"
+_MARK = "<!-- written by amltrain prepare; remove this line to keep your own text -->"
+_LOADING = """```python
+from amltrain import decode_mask
+from datasets import load_dataset
+
+rows = load_dataset("{folder}", "{first}", split="{split}")
+row = rows[0]
+row["image"]                                    # a PIL image
+referent = row["referents"][0]
+referent["sentences"][0]["raw"]                 # "the woman on the left"
+decode_mask(referent["mask"])                   # [height, width] uint8, 1 = the object
+```"""
+
+
+def write_data_card(output: Path, repository: str | None = None) -> None:
+    """Write or refresh the card of everything prepared under `output`, unless a person has written one.
+
+    repository: the Hub id that the card shows. Raises OSError.
+    """
+    path = output / CARD
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    temporary = path.with_name(f".{CARD}.{os.getpid()}")
+    temporary.write_text(data_card(output, repository), encoding="utf-8")
+    temporary.replace(path)
+
+
+def data_card(output: Path, repository: str | None = None, names: Sequence[str] | None = None) -> str:
+    """The card's text. names: data sets to list; None = all. Raises UserError for a damaged manifest."""
+    folders = sorted(path.parent for path in output.glob(f"*/{MANIFEST}"))
+    folders = [folder for folder in folders if names is None or folder.name in names]
+    found = {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
+    header = {
+        "task_categories": ["image-segmentation"],
+        "tags": ["referring-image-segmentation", "amltrain"],
+        "configs": [_config(name, manifest, number == 0) for number, (name, manifest) in enumerate(found.items())],
+    }
+    first = next(iter(found), "refcoco")
+    splits = list(found[first]["splits"]) if found else ["train"]
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        _MARK,
+        f"# {(repository or 'Referring image segmentation').rpartition('/')[2]}",
+        "Images with sentences, and for every sentence the mask of the object that it refers to. One row per image; "
+        "`referents` holds its objects with their sentences and masks (COCO run lengths).",
+        _LOADING.format(folder=repository or output.name, first=first, split=splits[0]),
+        *(_section(name, manifest) for name, manifest in found.items()),
+        "The images keep their own licences; check them before you publish this folder.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _config(name: str, manifest: dict[str, Any], default: bool) -> dict[str, Any]:
+    used = [split for split, counts in manifest["splits"].items() if counts["images"]]
+    files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in used]
+    return {"config_name": name, "data_files": files, **({"default": True} if default else {})}
+
+
+def _section(name: str, manifest: dict[str, Any]) -> str:
+    rows = [
+        f"| {split} | {counts['images']:,} | {counts['refs']:,} | {counts['expressions']:,} |"
+        for split, counts in manifest["splits"].items()
+    ]
+    table = ["| split | images | referents | sentences |", "|---|---|---|---|", *rows]
+    source = ", ".join(re.sub(r".*[/\\]", "", place) for place in manifest["sources"])
+    lost = sum(entry["expressions"] for entry in manifest["skipped"])
+    return "\n".join([f"## {name}", "", *table, "", f"Made from {source}; {lost:,} sentences could not be used."])

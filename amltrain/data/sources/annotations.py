@@ -1,0 +1,412 @@
+"""The one form that every reader produces: refs, images and annotations of a data set, before images are read.
+
+`image_jobs` groups them by image; `read_job` reads one image and makes its referents, on any process.
+"""
+
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from amltrain.data.catalog import SPECIAL_KEYS, DatasetSpec
+from amltrain.data.images import FileFault, ImageFile, read_image_file, read_mask_file
+from amltrain.data.segmentation import BrokenSegmentationError, area, encode_mask, referent_mask
+from amltrain.errors import UserError
+
+LARGE_SHARE = 0.95
+"""A mask that covers more of its image is counted and shown: it is often an inverted mask."""
+LONGEST_SENTENCE = 10_000
+"""Characters; a longer sentence is a fault of the file."""
+_IDS = 2**63
+_LARGEST_SIDE = 2**20
+_OF_A_REF = ("ref_id", "image_id", "ann_id", "split", "sentences")
+_OF_A_SENTENCE = ("sent_id",)
+
+
+class Skipped(NamedTuple):
+    """A skipped entry of the files: its name, the reason, and its number of sentences."""
+
+    what: str
+    why: str
+    expressions: int
+
+
+class MaskFile(NamedTuple):
+    """A segmentation in a separate file. value, threshold: see `read_mask_file`."""
+
+    root: Path
+    name: str
+    value: int | None = None
+    threshold: int | None = None
+
+
+class Annotations(NamedTuple):
+    """The parsed files of one data set: refs in file order, the rest by id.
+
+    refs: as in REFER, see `check_refs`; an optional `place` names the ref in messages ("row 3"). images: file_name,
+    height, width; the last two may be None, the image's own size then counts. annotations: segmentation (polygons,
+    RLE, or a MaskFile), bbox, category_id, iscrowd. sources: what was read and its SHA-256, by file name. place: where
+    the annotations came from, for messages. notes: what a person should know of how the files were read.
+    """
+
+    name: str
+    spec: DatasetSpec
+    refs: list[dict[str, Any]]
+    images: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    categories: dict[int, str]
+    sources: dict[str, str]
+    place: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def expressions(self) -> int:
+        """Number of sentences in all refs."""
+        return sum(len(ref["sentences"]) for ref in self.refs)
+
+
+class ImageJob(NamedTuple):
+    """Everything that one image's row is made of. image: its entry, None if the files do not list it. place: name of
+    the annotations' file or folder, for messages that are published with the data."""
+
+    image_id: int
+    image: dict[str, Any] | None
+    refs: list[dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    place: str
+
+
+class ImageGroup(NamedTuple):
+    """An image and its usable referents, in the prepared schema. content: the file's bytes; None if nothing is usable.
+
+    skipped: what could not be used. noticed: (kind, example) of what a person should look at.
+    """
+
+    image_id: int
+    file_name: str
+    height: int
+    width: int
+    referents: list[dict[str, Any]]
+    content: bytes | None
+    skipped: list[Skipped]
+    noticed: list[tuple[str, str]]
+
+
+def image_jobs(files: Annotations, split: str) -> Iterator[ImageJob]:
+    """The split's images in the order in which the refs first name them, each with its refs."""
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for ref in files.refs:
+        if files.spec.has(ref["split"], split):
+            by_image.setdefault(ref["image_id"], []).append(ref)
+    for image_id, refs in by_image.items():
+        ids = {ann_id for ref in refs for ann_id in _ann_ids(ref)}
+        named = {ann_id: files.annotations[ann_id] for ann_id in ids if ann_id in files.annotations}
+        yield ImageJob(image_id, files.images.get(image_id), refs, named, Path(files.place).name)
+
+
+def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> ImageGroup:
+    """Read and decode the image, make every referent's mask, and count what cannot be used."""
+    lost = sum(len(ref["sentences"]) for ref in job.refs)
+    if job.image is None:
+        skipped = [Skipped(f"image {job.image_id}", f"{job.place} does not list it", lost)]
+        return ImageGroup(job.image_id, "", 0, 0, [], None, skipped, [])
+    name = job.image["file_name"]
+    try:
+        file = read_image_file(image_root, name)
+        _check_size(job.image, file.height, file.width)
+    except FileFault as fault:
+        skipped = [Skipped(f"image {_shown(name)} with {len(job.refs)} refs", str(fault), lost)]
+        return ImageGroup(job.image_id, name, 0, 0, [], None, skipped, [])
+    return job_group(job, file, categories)
+
+
+def read_jobs(jobs: Sequence[ImageJob], image_root: Path, categories: dict[int, str]) -> list[ImageGroup]:
+    """`read_job` for several jobs; here, so that a further process imports little."""
+    return [read_job(job, image_root, categories) for job in jobs]
+
+
+def job_group(job: ImageJob, file: ImageFile, categories: dict[int, str]) -> ImageGroup:
+    """The group of a job whose image was read: every referent's mask, and what cannot be used."""
+    assert job.image is not None
+    name = job.image["file_name"]
+    referents: list[dict[str, Any]] = []
+    skipped: list[Skipped] = []
+    for ref in job.refs:
+        found, reasons = _referents(ref, job, (file.height, file.width), categories)
+        referents += found
+        skipped += reasons
+    noticed = _notice(name, referents, file.height, file.width)
+    if file.rotated:
+        noticed.append(("images whose EXIF data asks to turn them; they are used as stored", name))
+    content = file.content if referents else None
+    return ImageGroup(job.image_id, name, file.height, file.width, referents, content, skipped, noticed)
+
+
+def _check_size(image: dict[str, Any], height: int, width: int) -> None:
+    wanted = (image.get("height"), image.get("width"))
+    if None not in wanted and wanted != (height, width):
+        raise FileFault(f"it is {height} x {width} pixels, its annotations say {wanted[0]} x {wanted[1]}")
+
+
+def _referents(
+    ref: dict[str, Any], job: ImageJob, size: tuple[int, int], categories: dict[int, str]
+) -> tuple[list[dict[str, Any]], list[Skipped]]:
+    """The referent of a ref; two where some of its sentences refer to nothing in the image (R-RefCOCO)."""
+    name = f"{ref.get('place') or 'ref ' + str(ref['ref_id'])} of image {ref.get('image_name') or ref['image_id']}"
+    real, absent, skipped = _sentences(ref, name)
+    if not real and not absent:
+        return [], [*skipped, Skipped(name, "it has no sentence", 0)]
+    referents = []
+    if real:
+        ann_ids = _ann_ids(ref)
+        try:
+            annotations = _annotations(ann_ids, job)
+            masks = referent_mask([_segmentation(a, size) for a in annotations], *size)
+        except FileFault as fault:
+            skipped.append(Skipped(name, str(fault), len(real)))
+        except BrokenSegmentationError as error:
+            skipped.append(Skipped(name, f"broken segmentation: {error}", len(real)))
+        else:
+            skipped += [Skipped(f"a polygon of {name}", why, 0) for why in masks.dropped]
+            named = dict.fromkeys(categories.get(a["category_id"], "?") for a in annotations)
+            box = _joint_box([a["bbox"] for a in annotations])
+            referents.append(_row(ref, ann_ids, ", ".join(named), box, (masks.union, masks.exclusive), real))
+    if absent:
+        referents.append(_row(ref, [], "", [], (referent_mask([], *size).union, None), absent))
+    return referents, skipped
+
+
+def _row(
+    ref: dict[str, Any], ann_ids: list[int], category: str, box: list[float], masks: tuple[Any, Any], sentences: Any
+) -> dict[str, Any]:
+    return {
+        "ref_id": ref["ref_id"],
+        "ann_ids": ann_ids,
+        "category": category,
+        "bbox": box,
+        "no_target": not ann_ids,
+        "mask": masks[0],
+        "mask_exclusive": masks[1],
+        "sentences": sentences,
+    }
+
+
+def _sentences(ref: dict[str, Any], name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Skipped]]:
+    """Sentences about something in the image, sentences about nothing in it, and the unusable ones."""
+    real: list[dict[str, Any]] = []
+    absent: list[dict[str, Any]] = []
+    skipped = []
+    no_target = not _ann_ids(ref)
+    for sentence in ref["sentences"]:
+        sent = str(sentence.get("sent") or "").strip()
+        raw = str(sentence.get("raw") or sent).strip()
+        fault = _text_fault(sent, raw)
+        if fault:
+            skipped.append(Skipped(f"sentence {sentence['sent_id']} of {name}", fault, 1))
+            continue
+        entry = {"sent_id": sentence["sent_id"], "sent": sent or raw.lower(), "raw": raw or sent}
+        (absent if no_target or not sentence.get("exist", True) else real).append(entry)
+    return real, absent, skipped
+
+
+def _text_fault(sent: str, raw: str) -> str | None:
+    if not sent and not raw:
+        return "it is empty"
+    if len(sent) > LONGEST_SENTENCE or len(raw) > LONGEST_SENTENCE:
+        return f"it has more than {LONGEST_SENTENCE:,} characters"
+    try:
+        (sent + raw).encode()
+    except UnicodeEncodeError:
+        return "it holds half of a surrogate pair, which is not valid text"
+    return None
+
+
+def _ann_ids(ref: dict[str, Any]) -> list[int]:
+    """The annotations of a ref; none where it refers to nothing."""
+    if ref.get("source") == "zero":
+        return []
+    ann_ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    return [] if ann_ids == [-1] else ann_ids
+
+
+def _annotations(ann_ids: list[int], job: ImageJob) -> list[dict[str, Any]]:
+    """The named annotations; among several, crowds are left out (gRefCOCO's rule)."""
+    missing = [ann_id for ann_id in ann_ids if ann_id not in job.annotations]
+    if missing:
+        raise BrokenSegmentationError(f"{job.place} has no annotation {missing[0]}")
+    annotations = [job.annotations[ann_id] for ann_id in ann_ids]
+    foreign = [a for a in annotations if a.get("image_id", job.image_id) != job.image_id]
+    if foreign:
+        raise BrokenSegmentationError(
+            f"annotation {foreign[0]['id']} is of image {reprlib.repr(foreign[0]['image_id'])}"
+        )
+    kept = [a for a in annotations if len(annotations) == 1 or not a.get("iscrowd", 0)]
+    if not kept:
+        raise BrokenSegmentationError("all its annotations are crowds")
+    return kept
+
+
+def _segmentation(annotation: dict[str, Any], size: tuple[int, int]) -> Any:
+    """Return the input of `referent_mask`; read a mask file."""
+    segmentation = annotation["segmentation"]
+    if not isinstance(segmentation, MaskFile):
+        return segmentation
+    root, name, value, threshold = segmentation
+    try:
+        return encode_mask(read_mask_file(root, name, value, threshold, size))
+    except FileFault as fault:
+        raise FileFault(f"mask {_shown(name)}: {fault}") from fault
+
+
+def _shown(name: str) -> str:
+    """A path for messages that are published with the data: an absolute one without its folders."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _joint_box(boxes: list[list[float]]) -> list[float]:
+    boxes = [box for box in boxes if box]
+    if not boxes:
+        return []
+    left, top = min(x for x, _, _, _ in boxes), min(y for _, y, _, _ in boxes)
+    right, bottom = max(x + w for x, _, w, _ in boxes), max(y + h for _, y, _, h in boxes)
+    return [left, top, right - left, bottom - top]
+
+
+def _notice(image: str, referents: list[dict[str, Any]], height: int, width: int) -> list[tuple[str, str]]:
+    """Count values that are legal but often a mistake."""
+    noticed = []
+    pairs = Counter[tuple[str, str]]()
+    for referent in referents:
+        texts = [sentence["raw"] for sentence in referent["sentences"]]
+        folded = [text.casefold() for text in texts]
+        if len(set(folded)) < len(set(texts)):
+            noticed.append(("referents with sentences that differ only in case", f"ref {referent['ref_id']}"))
+        pairs.update((text, referent["mask"]["counts"]) for text in dict.fromkeys(folded))
+        if len(set(texts)) < len(texts):
+            noticed.append(("referents with the same sentence twice", f"ref {referent['ref_id']}"))
+        if not referent["no_target"] and area(referent["mask"]) > LARGE_SHARE * height * width:
+            what = f"masks cover more than {LARGE_SHARE:.0%} of the image; are they inverted?"
+            noticed.append((what, f"ref {referent['ref_id']} of {image}"))
+        if (box := referent["bbox"]) and (box[0] + box[2] > width + 1 or box[1] + box[3] > height + 1):
+            what = "boxes reach beyond their image; are they x1, y1, x2, y2 instead of x, y, width, height?"
+            noticed.append((what, f"ref {referent['ref_id']} of {image}"))
+    noticed += [
+        ("pairs of the same sentence and mask occur again in other refs", f"{text[0][:60]!r} in {image}")
+        for text, count in pairs.items()
+        if count > 1
+    ]
+    return noticed
+
+
+def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
+    """Return entries by their `id`. Raises UserError for a missing key or an unusable value."""
+    needed = ("id", *keys)
+    for number, entry in enumerate(entries):
+        check_entry(entry, needed, f"{kind} number {number}", place)
+    return {entry["id"]: entry for entry in entries}
+
+
+def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) -> None:
+    """Raise UserError for refs that cannot be used or whose meaning is not understood, naming the ref.
+
+    A ref needs ref_id, image_id, ann_id (a number, or a list with [-1] = nothing), split and sentences; a sentence
+    needs sent_id. Keys of SPECIAL_KEYS must be among those that the data set uses, and splits among its splits.
+    """
+    known = {split: any(spec.has(split, own) for own in spec.splits) for split in spec.splits}
+    foreign = [key for key in SPECIAL_KEYS if key not in spec.special_keys]
+    for number, ref in enumerate(refs):
+        what = f"ref number {number}"
+        check_entry(ref, _OF_A_REF, what, place)
+        split = ref["split"]
+        if split not in known:
+            known[split] = any(spec.has(split, own) for own in spec.splits)
+        if not known[split]:
+            raise UserError(
+                f"{place}: {what} has split {reprlib.repr(split)}, and {name} has {', '.join(spec.splits)}; correct "
+                f"the file, or choose the data set that the file belongs to"
+            )
+        _check_meaning(ref, foreign, what, name, place)
+        of_ref = f"a sentence of ref {ref['ref_id']}"
+        for sentence in ref["sentences"]:
+            check_entry(sentence, _OF_A_SENTENCE, of_ref, place)
+            _check_meaning(sentence, foreign, of_ref, name, place)
+        if ref["ann_id"] == [] and ref.get("source") != "zero":
+            raise UserError(f"{place}: {what} has an empty ann_id; write [-1] where the sentence refers to nothing")
+        if ref.get("no_target") is not None and bool(ref["no_target"]) != (not _ann_ids(ref)):
+            given, ids = reprlib.repr(ref["no_target"]), reprlib.repr(ref["ann_id"])
+            raise UserError(f"{place}: {what} has no_target {given}, but ann_id {ids}")
+    if not any(ref["sentences"] for ref in refs):
+        raise UserError(f"{place} holds no sentence at all; download the file again")
+
+
+def _check_meaning(entry: dict[str, Any], foreign: Sequence[str], what: str, name: str, place: str) -> None:
+    for key in foreign:
+        if key in entry:
+            raise UserError(
+                f"{place}: {what} has {key!r} {reprlib.repr(entry[key])}, which changes its meaning and is not part of "
+                f"{name}; choose the data set that the file belongs to, such as r-refcoco, ref-zom or grefcoco"
+            )
+    if entry.get("exist", True) not in (0, 1):
+        raise UserError(f"{place}: {what} has 'exist' {reprlib.repr(entry['exist'])}, not true or false")
+
+
+def check_entry(entry: Any, keys: Sequence[str], what: str, place: str) -> None:
+    """Raise UserError unless the entry has the keys, with values that can be used."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{place}: {what} has no {keys[0]!r}; download the file again")
+    for key in keys:
+        if key not in entry:
+            raise UserError(f"{place}: {what} has no {key!r}; download the file again")
+        if key in _VALUES:
+            fits, wanted = _VALUES[key]
+            if not fits(entry[key]):
+                given = reprlib.repr(entry[key])
+                raise UserError(f"{place}: {what} has {key!r} {given}, not {wanted}; correct the file")
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and -_IDS <= value < _IDS  # True is an int, too
+
+
+def _is_side(value: Any) -> bool:
+    return _is_id(value) and 0 < value <= _LARGEST_SIDE
+
+
+def _is_ann_id(value: Any) -> bool:
+    return _is_id(value) or (isinstance(value, list) and all(map(_is_id, value)))
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        return False
+    left, top, width, height = value
+    try:
+        return isfinite(left) and isfinite(top) and isfinite(width) and isfinite(height)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_written(value: Any) -> bool:
+    """Whether it is a text that a file can hold: no half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("id", "ref_id", "sent_id", "image_id", "category_id"), (_is_id, "a whole number of 64 bits")),
+    **dict.fromkeys(("height", "width"), (_is_side, f"a whole number from 1 to {_LARGEST_SIDE}")),
+    **dict.fromkeys(("split", "file_name"), (_is_text, "a text")),
+    "name": (_is_written, "a text"),
+    "ann_id": (_is_ann_id, "a whole number or a list of them"),
+    "bbox": (_is_box, "four numbers"),
+    "sentences": (lambda value: isinstance(value, list), "a list"),
+}
+"""The values that an entry may have, and their description. A segmentation is checked where it is read."""

@@ -1,0 +1,218 @@
+"""What differs between Accelerate's engines (one process, DDP, FSDP2, DeepSpeed), so that the loop need not know.
+
+Whatever the engine, the recipe decides: samples per step, precision, clipping. Weights and optimizer stay float32;
+`mixed_precision` is autocast everywhere, under DeepSpeed too, so that engines can be compared.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    parse_flag_from_env,
+)
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from amltrain.config.schema import RunConfig, TrainConfig
+from amltrain.environment import hush_deepspeed
+from amltrain.errors import UserError, unknown_name
+
+PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait
+
+
+class BatchPlan(NamedTuple):
+    """How a global batch is shared: processes x micro x accumulation = samples per optimizer step."""
+
+    processes: int
+    micro: int
+    accumulation: int
+
+    @property
+    def samples(self) -> int:
+        return self.processes * self.micro * self.accumulation
+
+    def __str__(self) -> str:
+        unit = "process" if self.processes == 1 else "processes"
+        return f"{self.samples} = {self.processes} {unit} x {self.micro} x {self.accumulation} accumulated"
+
+
+def plan_batches(train: TrainConfig, processes: int) -> BatchPlan:
+    """Keep the global batch size for any number of processes. Raises UserError if it does not divide."""
+    total = train.global_batch_size
+    micro = train.micro_batch_size or max(1, total // processes)
+    if processes > total:
+        raise UserError(
+            f"train.global_batch_size={total} takes at most {total} processes, not {processes}; "
+            f"start fewer, as many as divide {total}"
+        )
+    if total % processes:
+        raise UserError(
+            f"train.global_batch_size={total} is not a multiple of {processes} processes; "
+            f"start as many as divide {total}"
+        )
+    if total % (micro * processes):
+        raise UserError(
+            f"train.global_batch_size={total} is not a multiple of {processes} processes x "
+            f"train.micro_batch_size={micro}; leave the latter out, or choose one that divides {total // processes}"
+        )
+    return BatchPlan(processes, micro, total // (micro * processes))
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise UserError for a tracker that Accelerate does not know, or would leave out because it is not installed."""
+    known = [tracker.value for tracker in LoggerType if tracker != LoggerType.ALL]
+    available = [LoggerType(tracker).value for tracker in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise unknown_name("tracker (tracking.trackers)", name, known)
+        if name not in available:
+            raise UserError(f"tracking.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
+def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
+    """Accelerate with what this trainer relies on: the schedule is ours, accumulation ignores where an epoch ends."""
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = told_cpu or not torch.accelerator.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if deepspeed and told_cpu:
+        raise UserError("ACCELERATE_USE_CPU turns DeepSpeed off; leave it out: without a GPU the CPU is used anyway")
+    if not deepspeed:
+        hush_deepspeed()
+    precision = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if deepspeed and precision == "fp16":
+        raise UserError(
+            "fp16 is not offered under DeepSpeed, whose loss scaling is its own; "
+            "add --train.mixed_precision bf16, or use DDP for fp16"
+        )
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,  # DDP over CPUs must be requested, and DeepSpeed is then not used
+        mixed_precision="no" if deepspeed else config.train.mixed_precision,
+        log_with=config.tracking.trackers or None,
+        project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / "logs")),
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="gloo" if on_cpu and several else None,
+                timeout=timedelta(minutes=config.train.collective_timeout),
+            )
+        ],
+    )
+    plan = plan_batches(config.train, accelerator.num_processes)  # how many there are is known only now
+    accelerator.gradient_accumulation_steps = plan.accumulation
+    if accelerator.state.deepspeed_plugin is not None:
+        _fit_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, plan, config.optim.clip_norm, precision)
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain configs accelerate/fsdp2`")
+    _save_states_unwrapped(accelerator)
+    return accelerator, plan
+
+
+def _fit_deepspeed(settings: dict[str, Any], plan: BatchPlan, clip_norm: float | None, precision: str) -> None:
+    """Set what DeepSpeed would otherwise take from a loader or from its defaults."""
+    settings["train_micro_batch_size_per_gpu"] = plan.micro
+    settings["gradient_accumulation_steps"] = plan.accumulation
+    settings["gradient_clipping"] = clip_norm or 0.0
+    if precision == "bf16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+
+
+def _save_states_unwrapped(accelerator: Accelerator) -> None:
+    """Let a state that several processes saved be loaded by one, and the other way round: DDP prefixes every key."""
+
+    def strip(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        for number, state in enumerate(weights):
+            weights[number] = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+    def unwrap(models: list[nn.Module], folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(strip)
+    accelerator.register_load_state_pre_hook(unwrap)
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """no, fp16 or bf16."""
+    plugin = accelerator.state.deepspeed_plugin
+    return "bf16" if plugin is not None and "torch_autocast" in plugin.deepspeed_config else accelerator.mixed_precision
+
+
+def check_shardable(accelerator: Accelerator, method: nn.Module) -> None:
+    """Raise UserError for a model that FSDP2 cannot shard: it refuses parameters without dimensions."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    for name, parameter in method.named_parameters():
+        if parameter.ndim == 0:
+            raise UserError(f"FSDP2 cannot shard {name}, which is a single number; train this model with DDP or ZeRO")
+
+
+def set_tf32(allowed: bool) -> None:
+    """Choose how float32 matrix products and convolutions compute on GPUs that have TensorFloat-32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process holds only a share of the weights between steps (FSDP, ZeRO-3)."""
+    return accelerator.distributed_type == DistributedType.FSDP or _zero_stage(accelerator) == 3
+
+
+def _zero_stage(accelerator: Accelerator) -> int:
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
+
+
+def model_weights(accelerator: Accelerator, method: nn.Module) -> dict[str, Tensor]:
+    """Whole weights of the prepared method's model, without loss and buffers, on every process; all must call."""
+    inner = accelerator.unwrap_model(method)
+    if _zero_stage(accelerator) == 3:
+        from deepspeed.runtime.zero import GatheredParameters  # an extra
+
+        with GatheredParameters(list(inner.parameters())):
+            return {key: tensor.detach().clone() for key, tensor in inner.model.state_dict().items()}
+    state = inner.model.state_dict()
+    return {key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for key, tensor in state.items()}
+
+
+def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:
+    """Let DeepSpeed, which steps inside its backward, look for NaN and Inf in full precision as well."""
+    if _zero_stage(accelerator):
+        optimizer.optimizer.check_grad_overflow = True  # type: ignore[attr-defined]  # DeepSpeed's own optimizer
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait: timedelta | None = None) -> Any:
+    """Run on the main process while the others wait; all get its result, or its UserError.
+
+    wait: how long the others do; None = as long as for any exchange between processes.
+    """
+    alone = wait is None or accelerator.num_processes == 1
+    waiting = None if alone else torch.distributed.new_group(backend="gloo", timeout=wait)
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    if waiting is None:
+        broadcast_object_list(outcome)
+    else:
+        assert not isinstance(waiting, int)  # a number stands for a process outside the group, and all are inside
+        torch.distributed.broadcast_object_list(outcome, src=0, group=waiting)
+        torch.distributed.destroy_process_group(waiting)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]

@@ -1,1 +1,0 @@
-"""The analyses of the AML paper: tables and pictures from scores, maps and logs."""

@@ -1,0 +1,268 @@
+"""Render a report: one HTML file without outside references.
+
+Score a model and write the HTML page: what `amltrain report` does after its arguments are read.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from accelerate import Accelerator
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from amltrain import __version__
+from amltrain.config.fields import ANY, check_number
+from amltrain.config.schema import DataConfig, EvaluationConfig, ShapesConfig
+from amltrain.data.loaders import build_eval_loaders
+from amltrain.errors import UserError, first_line
+from amltrain.evaluation.evaluator import evaluate_model
+from amltrain.evaluation.results import Results
+from amltrain.evaluation.tables import describe, split_label
+from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.methods.aml.masker import Aligner, build_aligner
+from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
+from amltrain.report.curves import Chart, by_length, histogram, read_log, training_charts
+
+GROUPS = ("chosen", "best", "worst", "random")
+
+
+class SplitPart(NamedTuple):
+    """Content of the page for one split: its scores, charts over all samples, and the predictions shown."""
+
+    results: Results
+    charts: Sequence[Chart]
+    cards: Sequence[Card]
+
+
+def render(
+    title: str, facts: Mapping[str, str], curves: Sequence[Chart], splits: Sequence[SplitPart], tau: float | None = None
+) -> str:
+    """Return the page. facts: name -> text, shown at its top; tau: AML's threshold, None without masks."""
+    environment = Environment(
+        loader=PackageLoader("amltrain.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    cards = [card for split in splits for card in split.cards]
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        version=__version__,
+        facts=facts,
+        curves=[(c.title, Markup(c.svg)) for c in curves],
+        splits=[_split(split) for split in splits],
+        tables=_tables([split.results for split in splits]),
+        cards=cards,
+        groups=[g for g in GROUPS if any(c.group == g for c in cards)],
+        datasets=sorted({c.dataset for c in cards}),
+        split_names=sorted({c.split for c in cards}),
+        longest=max((c.words for c in cards), default=1),
+        has_scores=any(c.layers.scores for c in cards),
+        tau=tau,
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError if a page cannot be written here; called before minutes of scoring."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        temporary.unlink()
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write the page atomically. Raises UserError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _split(split: SplitPart) -> dict[str, Any]:
+    results = split.results
+    return {
+        "name": f"{results.dataset} {results.split}",
+        "protocol": describe(results),
+        "samples": results.counts["samples"],
+        "scored": results.alteration or f"all {results.counts['samples']} samples",
+        "shown": len(split.cards),
+        "charts": [(c.title, Markup(c.svg)) for c in split.charts],
+    }
+
+
+def _tables(results: Sequence[Results]) -> list[dict[str, Any]]:
+    """Return a table for each kind of metrics: its columns, and its rows."""
+    groups: dict[tuple[str, ...], list[Results]] = {}
+    for result in results:
+        groups.setdefault(tuple(result.metrics), []).append(result)
+    return [
+        {"columns": names, "rows": [(r.dataset, split_label(r), r.counts["samples"], _cells(r)) for r in group]}
+        for names, group in groups.items()
+    ]
+
+
+def _cells(results: Results) -> list[str]:
+    return ["–" if math.isnan(value) else f"{value:.2f}" for value in results.metrics.values()]
+
+
+class Source(NamedTuple):
+    """Where a report comes from. run: the run's folder, None for a model without one; model: folder or repository."""
+
+    run: Path | None
+    model: str
+    settings: dict[str, Any]
+
+
+def report(args: argparse.Namespace) -> Path:
+    """Write the page and return its path."""
+    for flag, low in (("pictures", 0), ("side", 32), ("batch_size", 1), ("max_samples", 1)):
+        check_number(f"--{flag}", getattr(args, flag), low, ANY)
+    if args.results and args.max_samples:
+        raise UserError("--results holds scores of whole splits; leave --max_samples out")
+    source = find_source(args.run, args.checkpoint)
+    output = Path(args.output) if args.output else (source.run or Path(".")) / "report.html"
+    find_model_folder(source.model)  # a name that is nothing at all is refused as such
+    if source.run is None and not args.output:
+        raise UserError(
+            f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
+            "about a model alone"
+        )
+    check_writable(output)
+    pretrained = load_pretrained(source.model)
+    training = read_training(find_model_folder(source.model))
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
+    aligner = build_aligner(pretrained.model, training)
+    data = find_data(source, training, args)
+    splits = args.splits or source.settings.get("evaluation", {}).get("splits") or ["val"]
+    options = (data, pretrained, splits, args)
+    scored, shown = _loaders(*options, pretrained.protocol.frame), _loaders(*options, "original")
+    parts = [
+        _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, args, source, first=i == 0)
+        for i, name in enumerate(scored)
+    ]
+    curves = training_charts(read_log(source.run / "log.jsonl")) if source.run else []
+    tau = aligner.tau if aligner is not None else None
+    page = render(_title(source), _facts(source, pretrained, aligner), curves, parts, tau)
+    write_page(output, page)
+    return output
+
+
+def find_source(run: str, checkpoint: str) -> Source:
+    """Find the model of a run, or take `run` itself as a model. Raises UserError if a run has no checkpoint."""
+    folder = Path(run)
+    if not (folder / "log.jsonl").is_file() and not (folder / "config.yaml").is_file():
+        return Source(None, run, {})
+    settings: Any = {}
+    try:
+        if (folder / "config.yaml").is_file():
+            settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / 'config.yaml'} cannot be read ({first_line(error)})") from error
+    names = [checkpoint, *(["last"] if checkpoint == "best" else [])]
+    for name in names:
+        if (folder / name).exists():
+            return Source(folder, str(folder / name), settings if isinstance(settings, dict) else {})
+    raise UserError(f"the run {run} has no checkpoint {' or '.join(names)}; it has saved nothing yet, or name another")
+
+
+def find_data(source: Source, training: dict[str, Any] | None, args: argparse.Namespace) -> DataConfig:
+    """The data that the run used, unless the arguments name others."""
+    data = {**((training or {}).get("recipe", {}).get("data") or {}), **(source.settings.get("data") or {})}
+    datasets = args.datasets or data.get("datasets")
+    if not datasets:
+        raise UserError("nothing names the data sets to score on; give --datasets and --prepared")
+    shapes = ShapesConfig(**(data.get("shapes") or {}))
+    return DataConfig(
+        datasets=list(datasets), prepared=args.prepared or data.get("prepared") or "prepared", shapes=shapes, workers=0
+    )
+
+
+def _loaders(
+    data: DataConfig,
+    pretrained: Pretrained,
+    splits: Sequence[str],
+    args: argparse.Namespace,
+    frame: Literal["network", "original"],
+) -> dict[str, DataLoader]:
+    if pretrained.tokenizer is None:
+        raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
+    evaluation = EvaluationConfig(splits=list(splits), batch_size=args.batch_size, max_samples=args.max_samples)
+    protocol = replace(pretrained.protocol, frame=frame)
+    return build_eval_loaders(data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer)
+
+
+def _split_part(
+    accelerator: Accelerator,
+    model: Any,
+    pretrained: Pretrained,
+    scored: DataLoader,
+    shown: DataLoader,
+    aligner: Aligner | None,
+    args: argparse.Namespace,
+    source: Source,
+    *,
+    first: bool,
+) -> SplitPart:
+    rule = pretrained.protocol
+    if args.results:
+        results = read_evaluation(args.results, source.model, rule, scored.dataset)
+    else:
+        provenance = {"checkpoint": str(args.run), "max_samples": args.max_samples}
+        results = evaluate_model(accelerator, model, scored, rule, provenance=provenance)
+    rows = sample_rows(results, scored.dataset)
+    chosen = list(dict.fromkeys(args.samples)) if first else []
+    unknown = set(chosen) - set(rows.sample_id.tolist())
+    if unknown:
+        raise UserError(f"--samples {min(unknown)} is not a sample id of {results.dataset} {results.split}")
+    picked = choose(rows, args.pictures, args.seed, chosen)
+    cards = predict_cards(
+        accelerator, model, shown, rule, rows, picked, aligner,
+        batch_size=args.batch_size, side=args.side,
+    )  # fmt: skip
+    lengths = by_length("IoU by length of the sentence", rows.iou, rows.words)
+    charts = [histogram("Distribution of IoU", rows.iou), lengths]
+    return SplitPart(results, charts, list(tqdm(cards, desc="pictures", total=len(picked), leave=False, disable=None)))
+
+
+def _title(source: Source) -> str:
+    return f"Run {source.run.resolve().name}" if source.run else Path(source.model).name
+
+
+def _facts(source: Source, pretrained: Pretrained, aligner: Aligner | None) -> dict[str, str]:
+    preprocess = pretrained.preprocess
+    facts = {
+        "model": pretrained.name,
+        "checkpoint": Path(source.model).resolve().name if source.run else source.model,
+        "parameters": f"{sum(p.numel() for p in pretrained.model.parameters()) / 1e6:.1f} M",
+        "input": f"{preprocess.size} px, {preprocess.resize}, {preprocess.max_tokens} tokens",
+    }
+    if aligner is not None:
+        s = aligner.settings
+        facts["AML masks"] = f"tau {s.tau:g}, rho {s.rho:g}, blocks of {s.block} px, " + (
+            "as in this model's training"
+            if aligner.trained
+            else "the paper's settings; this model did not train with AML"
+        )
+        if aligner.temperature is not None:
+            facts["temperature"] = f"{aligner.temperature:.4g}, solved on the first split"
+    return facts
