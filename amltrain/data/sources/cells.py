@@ -1,7 +1,8 @@
 """Texts, cells, ids and splits as people and tools write them: read rightly, or rejected with the reason.
 
 `read_text` decides the encoding of every text file; nothing is ever replaced. `cell_value` reads what spreadsheets,
-pandas and `datasets` write into a cell. `whole_number`, `row_id`, `truth` and `split_name` read ids, flags and splits.
+pandas and `datasets` write into a cell. `whole_number`, `hashed_id`, `truth` and `split_name` read ids, flags and
+splits.
 """
 
 import ast
@@ -35,8 +36,6 @@ _SPLITS = {
     "training": "train",
     "valid": "val",
     "validation": "val",
-    "dev": "val",
-    "development": "val",
     "testing": "test",
     "testa": "testA",
     "testb": "testB",
@@ -190,11 +189,9 @@ def whole_number(cell: Any, column: str, where: str) -> int | None:
     return number
 
 
-def row_id(cell: Any, column: str, where: str) -> tuple[int | None, bool]:
-    """An id as a number, and whether it was a text: a text becomes a number by its hash, the same on every machine."""
-    if isinstance(cell, str) and not is_absent(cell) and not re.fullmatch(r"\s*-?\d+(\.0+)?\s*", cell):
-        return hashed_id(cell.strip()), True
-    return whole_number(cell, column, where), False
+def is_number_text(text: str) -> bool:
+    """Whether a text is a number, or empty; any other is an id of its own."""
+    return is_absent(text) or re.fullmatch(r"\s*[-+]?[\d.]+(e[-+]?\d+)?\s*", text, re.IGNORECASE) is not None
 
 
 def hashed_id(text: str) -> int:
@@ -211,13 +208,11 @@ def truth(cell: Any, column: str, where: str) -> bool:
 
 
 def split_name(cell: Any) -> str | None:
-    """A split's name in one spelling: `Train`, `valid` and `test-dev` are train, val and test_dev."""
+    """A split's name in one spelling: `Train` is train and `valid` is val; other names stay as they are."""
     if is_absent(cell):
         return None
     name = str(cell).strip()
     folded = name.casefold()
     if folded in ("train", "val", "test"):
         return folded
-    if folded in _SPLITS:
-        return _SPLITS[folded]
-    return name.replace("-", "_").replace(" ", "_")
+    return _SPLITS.get(folded, name)

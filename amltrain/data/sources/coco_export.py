@@ -99,7 +99,7 @@ def split_of_file(file: Path, base: Path) -> str | None:
 def _file_rows(
     content: dict[str, Any], file: Path, base: Path, root: Path, finder: PictureFinder, counted: Counted
 ) -> list[TableRow]:
-    images = _by_id(content["images"], "image", file)
+    images = images_by_id(content["images"], file)
     categories = {
         entry.get("id"): label_of(entry.get("name"), f"{file}, category {entry.get('id')}")
         for entry in content.get("categories") or []
@@ -116,7 +116,7 @@ def _file_rows(
         own = annotation.get("id")
         if own is not None and seen.setdefault(repr(own), number) != number:
             counted.add("annotations have an id that another one has; all were kept", f"id {own} in {file.name}")
-        image = images.get(_key(annotation.get("image_id")))
+        image = images.get(id_key(annotation.get("image_id")))
         if image is None:
             counted.add("annotations are of a picture that is not listed and were left out", f"{where}")
             continue
@@ -134,22 +134,22 @@ def _file_rows(
     return rows
 
 
-def _by_id(images: list[Any], kind: str, file: Path) -> dict[str, dict[str, Any]]:
-    """Entries by id; an id of two different pictures is rejected, because its annotations could be of either."""
+def images_by_id(images: list[Any], file: Path) -> dict[str, dict[str, Any]]:
+    """Entries by `id_key`; an id of two different pictures is rejected, because its annotations could be of either."""
     found: dict[str, dict[str, Any]] = {}
     for number, entry in enumerate(images):
         if not isinstance(entry, dict) or "id" not in entry or not isinstance(entry.get("file_name"), str):
-            raise UserError(f"{file}: {kind} number {number} has no id or no file_name")
-        other = found.setdefault(_key(entry["id"]), entry)
+            raise UserError(f"{file}: image number {number} has no id or no file_name")
+        other = found.setdefault(id_key(entry["id"]), entry)
         if tidy_name(other["file_name"]) != tidy_name(entry["file_name"]):
             raise UserError(
-                f"{file}: {kind} id {entry['id']!r} is of {other['file_name'][:100]!r} and of "
+                f"{file}: image id {entry['id']!r} is of {other['file_name'][:100]!r} and of "
                 f"{entry['file_name'][:100]!r}; give every picture its own id"
             )
     return found
 
 
-def _key(value: Any) -> str:
+def id_key(value: Any) -> str:
     """An id for comparison: 3, 3.0 and "3" are one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

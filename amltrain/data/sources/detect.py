@@ -16,7 +16,7 @@ from amltrain.data.sources.yolo import read_yolo, yolo_file
 from amltrain.errors import UserError
 
 OWN_FORMS = ("table", "folder", "hf")
-"""Forms that hold sentences themselves and are read by `table` and `hf_table`."""
+"""Forms that hold sentences themselves, read by `table`, `folder` and `hf_table`. `catalog.FORM_NAMES` has all."""
 
 
 class Form(NamedTuple):

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from amltrain.data.images import exif_turn, pixel_values
 from amltrain.data.segmentation import MAX_PIXELS
 from amltrain.data.sources.cells import parse_json, read_text, split_name
-from amltrain.data.sources.frame import FrameRule, Size, orientation, upright_size
-from amltrain.data.sources.mask_forms import picture_values
+from amltrain.data.sources.frame import FrameRule, Size, upright_size
 from amltrain.data.sources.objects import (
     SPLIT_FOLDERS,
     Counted,
@@ -116,7 +116,7 @@ def _upright_size(path: Path) -> Size:
     """The size of the upright picture, from its header; FiftyOne's shares are of what it shows."""
     try:
         with Image.open(path) as image:
-            return upright_size((image.height, image.width), orientation(image))
+            return upright_size((image.height, image.width), exif_turn(image))
     except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
         raise UserError(f"{path} is damaged ({first_line(error)})") from error
 
@@ -170,6 +170,6 @@ def _mask_file(name: str, finder: PictureFinder, where: str) -> NDArray[np.uint8
     path = finder.root / find_picture(finder, name, where)
     try:
         with Image.open(path) as image:
-            return (picture_values(image) != 0).astype(np.uint8)
+            return (pixel_values(image) != 0).astype(np.uint8)
     except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
         raise UserError(f"{where}: {path} is damaged ({first_line(error)})") from error

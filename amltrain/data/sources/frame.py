@@ -27,8 +27,6 @@ from amltrain.errors import UserError
 Exif = Literal["auto", "stored", "upright"]
 Size = tuple[int, int]
 """Height and width, pixels."""
-ORIENTATION = 0x0112
-"""The EXIF tag: 1 = as stored, 2 to 8 = mirrored or turned, 5 to 8 exchange the sides."""
 SCALED = "pictures have another size than their annotations state; the annotations were scaled"
 STRETCHED = "pictures have other proportions than their annotations state; the annotations were stretched"
 UPRIGHT = "pictures are turned upright as their EXIF data asks; their annotations fit the upright pictures"
@@ -47,6 +45,8 @@ class FrameRule(NamedTuple):
     stretch: bool = False
 
 
+SIZES_DECIDE = FrameRule()
+"""Own data: where sizes do not decide, the user is asked."""
 COCO_RULE = FrameRule("stored")
 """Published sets in COCO's and REFER's layouts: polygons fit the stored pixels."""
 
@@ -63,12 +63,6 @@ class Frame(NamedTuple):
     rewrite: bool = False
     stretch: bool = False
     noticed: tuple[str, ...] = ()
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF orientation of an opened image, 1 to 8; 1 where the tag is missing or is not one of these."""
-    value = image.getexif().get(ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def upright_size(size: Size, turn: int) -> Size:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from amltrain.data.images import pixel_values
 from amltrain.data.segmentation import MAX_PIXELS, BrokenSegmentationError, encode_mask
 
 _PNG = b"\x89PNG"
@@ -58,6 +59,8 @@ def canonical(mask: Any, size: tuple[int, int], scale: tuple[float, float] = (1.
         return _flat_or_points(mask, size, scale)
     if isinstance(first[0], bool):
         return encode_mask(_bitmap(mask))
+    if isinstance(first[0], str):
+        raise BrokenSegmentationError("its coordinates are texts; write them as numbers")
     return _nested(mask, size, scale)
 
 
@@ -203,7 +206,7 @@ def png_mask(content: bytes) -> NDArray[np.uint8]:
         image = Image.open(io.BytesIO(content))
         if image.width * image.height > MAX_PIXELS:
             raise BrokenSegmentationError("its PNG is too large")
-        values = picture_values(image)
+        values = pixel_values(image)
     except BrokenSegmentationError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
@@ -211,22 +214,6 @@ def png_mask(content: bytes) -> NDArray[np.uint8]:
     if len(np.unique(values[values != 0])) > 1:
         raise BrokenSegmentationError("its PNG has several values beside 0")
     return (values != 0).astype(np.uint8)
-
-
-def picture_values(image: Image.Image) -> NDArray[np.int64]:
-    """One whole number per pixel, [h, w]: palette index, grey level, or red * 65536 + green * 256 + blue.
-
-    An alpha channel hides what it makes transparent; a picture that is equal in its three colours counts as grey.
-    """
-    if image.mode in ("1", "L", "P", "I", "I;16", "I;16B", "F"):
-        return np.asarray(image).astype(np.int64)
-    rgba = np.asarray(image.convert("RGBA")).astype(np.int64)
-    red, green, blue, alpha = (rgba[..., channel] for channel in range(4))
-    grey = bool(((red == green) & (green == blue)).all())
-    values = red if grey else (red << 16) + (green << 8) + blue
-    if bool((alpha == 0).any()) and not values[alpha > 0].any():
-        return (alpha > 0).astype(np.int64)  # drawn in the alpha channel alone
-    return np.where(alpha > 0, values, 0)
 
 
 def brush_mask(numbers: Any, height: Any, width: Any) -> NDArray[np.uint8]:

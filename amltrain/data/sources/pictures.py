@@ -103,13 +103,14 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def same_pictures(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """Names of pictures that are the same file (links) or have the same bytes -> the first name of that picture.
+def same_pictures(root: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Names of one file (links), and names of files with the same bytes, each -> the first name of that picture.
 
-    Only names that are not the first are in the result. Bytes are read only where two files are equally long.
+    Only names that are not the first are in the results. Bytes are read only where two files are equally long.
     """
     first_of_file: dict[tuple[int, int], str] = {}
     same: dict[str, str] = {}
+    copies: dict[str, str] = {}
     by_length: dict[int, list[str]] = {}
     for name in dict.fromkeys(names):
         try:
@@ -130,8 +131,8 @@ def same_pictures(root: Path, names: Iterable[str]) -> dict[str, str]:
         for name in alike:
             digest = _digest(root / name)
             if digest is not None and first_of_bytes.setdefault(digest, name) != name:
-                same[name] = first_of_bytes[digest]
-    return {name: same.get(first, first) for name, first in same.items()}
+                copies[name] = first_of_bytes[digest]
+    return same, copies
 
 
 def _digest(path: Path) -> bytes | None:

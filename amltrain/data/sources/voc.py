@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from amltrain.data.images import FileFault, decode_file
+from amltrain.data.images import FileFault, decode_file, pixel_values
 from amltrain.data.segmentation import encode_mask
 from amltrain.data.sources.cells import read_text, split_name, text_lines
 from amltrain.data.sources.cvat import parse_xml
 from amltrain.data.sources.frame import FrameRule
-from amltrain.data.sources.mask_forms import picture_values
 from amltrain.data.sources.objects import (
     Counted,
     Digest,
@@ -120,7 +119,7 @@ def _label_map(root: Path) -> dict[int, str]:
 
 
 def _value(red: int, green: int, blue: int) -> int:
-    """A colour as `picture_values` gives it where a picture has colours."""
+    """A colour as `pixel_values` gives it where a picture has colours."""
     return (red << 16) + (green << 8) + blue
 
 
@@ -133,7 +132,7 @@ def _values(path: Path) -> tuple[NDArray[np.int64], bool, bytes]:
         raise UserError(f"{path}: {fault}") from fault
     indices = image.mode in ("P", "1") or (image.mode in ("L", "I") and int(np.asarray(image).max()) <= _VOID)
     if indices:
-        return picture_values(image), True, content
+        return pixel_values(image), True, content
     pixels = np.asarray(image.convert("RGB")).astype(np.int64)
     return (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2], False, content
 

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from amltrain.data.images import exif_turn
 from amltrain.data.sources.cells import read_text, split_name, text_lines
-from amltrain.data.sources.frame import FrameRule, Size, orientation, upright_size
+from amltrain.data.sources.frame import FrameRule, Size, upright_size
 from amltrain.data.sources.objects import Counted, Digest, Imported, ImportOptions, label_of, numbers, rectangle
 from amltrain.data.sources.own import TableRow
 from amltrain.data.sources.pictures import is_picture, tidy_name
@@ -152,7 +153,7 @@ def _label_file(picture: Path) -> Path | None:
 def _upright_size(picture: Path) -> Size:
     try:
         with Image.open(picture) as image:
-            return upright_size((image.height, image.width), orientation(image))
+            return upright_size((image.height, image.width), exif_turn(image))
     except Exception as error:  # Pillow's plugins raise almost anything for a damaged file
         raise UserError(f"{picture} is damaged ({first_line(error)}); remove it and its labels") from error
 
