@@ -49,20 +49,26 @@ def is_label_studio(content: Any) -> bool:
 
 
 def read_label_studio(path: Path, options: ImportOptions) -> Imported:
-    """Read one exported JSON file. Raises UserError that names task and result."""
-    text = read_text(path, options.encoding)
-    tasks = parse_json(text, str(path))
-    if not is_label_studio(tasks):
-        raise UserError(f"{path} is not an export of Label Studio (a list of tasks with data and annotations)")
-    root = options.images or _image_folder(path.parent)
+    """Read one exported JSON file, or those of a folder. Raises UserError that names task and result."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    root = options.images or _image_folder(path if path.is_dir() else path.parent)
     finder, counted, digest = PictureFinder(root, by_base_name=True), Counted(), Digest()
-    digest.add(path.name, text.encode(errors="replace"))
     rows: list[TableRow] = []
-    for number, task in enumerate(tasks):
-        where = f"{path}, task {task.get('id', number) if isinstance(task, dict) else number}"
-        if not isinstance(task, dict):
-            raise UserError(f"{where} is a {type(task).__name__}, not an object")
-        rows += _task_rows(task, where, finder, counted)
+    read = 0
+    for file in files:
+        text = read_text(file, options.encoding)
+        tasks = parse_json(text, str(file))
+        if not is_label_studio(tasks):
+            continue
+        read += 1
+        digest.add(file.name, text.encode(errors="replace"))
+        for number, task in enumerate(tasks):
+            where = f"{file}, task {task.get('id', number) if isinstance(task, dict) else number}"
+            if not isinstance(task, dict):
+                raise UserError(f"{where} is a {type(task).__name__}, not an object")
+            rows += _task_rows(task, where, finder, counted)
+    if not read:
+        raise UserError(f"{path} is not an export of Label Studio (a list of tasks with data and annotations)")
     return Imported(rows, root, {path.name: digest.hexdigest()}, counted.notes(), FrameRule("upright"))
 
 
