@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("amltrain.commands.demo", "try one or two models in the browser"),
     "export": ("amltrain.commands.export", "write a model as torch.export and ONNX files"),
     "prepare": ("amltrain.commands.prepare", "turn own data, or REFER files and images, into Parquet"),
+    "describe": ("amltrain.commands.describe", "write referring expressions for annotated objects without any"),
     "presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
     "rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),
     "download": ("amltrain.commands.download", "download RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO and COCO's images"),

@@ -20,6 +20,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from amltrain.commands.describe import add_options
 from amltrain.config.schema import COMBINED
 from amltrain.data.catalog import DATASETS, FORM_NAMES
 from amltrain.errors import UserError, one_line_errors
@@ -42,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--columns", nargs="+", default=[], metavar="COLUMN=NAME", help="columns that have other names: image=photo"
     )
+    own.add_argument("--describe", action="store_true", help="write sentences for objects that have none")
+    add_options(own)
     own.add_argument("--encoding", help="of text files that are not UTF-8: cp1252, gbk, shift_jis, utf-16-le, ...")
     own.add_argument(
         "--exif",

@@ -10,7 +10,7 @@ from amltrain.data.catalog import dataset_spec, describe, find_spec
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
 from amltrain.data.prepare import available_cores, prepare_files
 from amltrain.data.sources.frame import FrameRule
-from amltrain.data.sources.importing import Source, read_source
+from amltrain.data.sources.importing import Describe, Source, read_source
 from amltrain.data.sources.own import SHARES
 from amltrain.data.sources.published import READERS
 from amltrain.data.sources.refer import read_hub_schema, read_refer, refer_paths
@@ -64,6 +64,7 @@ def _prepare_own(args: argparse.Namespace) -> None:
             columns=columns,
             label_field=args.label_field,
             options=options,
+            describe=_describer(args) if args.describe else None,
         )
     if args.path is not None:
         print(source.said)
@@ -80,6 +81,14 @@ def _prepare_own(args: argparse.Namespace) -> None:
     where = "" if args.output == Path("prepared") else f" --data.prepared {args.output}"
     command = f"amltrain train --config quickstart --data.datasets '[{args.name}]'{where}"
     print(f"then train on it, a tiny model first: {command}")
+
+
+def _describer(args: argparse.Namespace) -> Describe:
+    from amltrain.data.sources.describe import DescribeOptions
+    from amltrain.data.sources.describe_rows import describe_rows
+
+    choice = DescribeOptions(args.sentences, args.negatives, args.seed)
+    return lambda imported: describe_rows(imported, choice, links=args.follow_links)
 
 
 def _show_next(output: Path, name: str) -> None:

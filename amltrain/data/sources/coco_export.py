@@ -54,8 +54,9 @@ def _may_be_coco(file: Path) -> bool:
         opened.seek(0, 2)
         opened.seek(max(0, opened.tell() - (1 << 16)))
         end = opened.read()
-    both = start + end
-    return start.lstrip()[:1] == b"{" and any(key in both for key in (b'"images"', b'"annotations"'))
+        whole = opened.tell() <= 2 << 16
+    found = [key in start + end for key in (b'"images"', b'"annotations"')]
+    return start.lstrip()[:1] == b"{" and (all(found) if whole else any(found))
 
 
 def read_coco_export(path: Path, options: ImportOptions) -> Imported:
@@ -130,7 +131,11 @@ def _file_rows(
         own_split = split_name(annotation.get("split") or image.get("split"))
         size = _size(image, f"{file}, image {image.get('id')!r}")
         place = f"annotation {own if own is not None else number} of {file.name}"
-        rows.append(TableRow(place, name, texts, segmentation, own_split or split, None, None, category, box, size))
+        crowd = bool(annotation.get("iscrowd"))
+        own_split = own_split or split
+        rows.append(TableRow(place, name, texts, segmentation, own_split, None, None, category, box, size, crowd))
+    if all(row.crowd for row in rows):  # CVAT marks every mask so
+        rows = [row._replace(crowd=False) for row in rows]
     return rows
 
 

@@ -28,7 +28,7 @@ class TableRow(NamedTuple):
 
     segmentation: a mask of any form of `mask_forms`, or a MaskFile; None = the sentences refer to nothing in the image.
     box: x, y, width, height in pixels, or empty. split: None = assigned by hash. size: height and width, where
-    the annotations state them.
+    the annotations state them. crowd: several objects of the class in one annotation, not to be told apart.
     """
 
     place: str
@@ -41,6 +41,7 @@ class TableRow(NamedTuple):
     category: str = ""
     box: tuple[float, ...] = ()
     size: tuple[int, int] | None = None
+    crowd: bool = False
 
 
 def check_name(name: str) -> None:
