@@ -170,7 +170,7 @@ class _Scene:
             found += self._sides(target, similar, noun)
             found += self._row(target, members, noun) if alone else []
             found += self._sizes(target, similar, noun)
-            found += self._relations(target, similar, noun)
+            found += self._relations(target, similar, noun) if noun not in _IN_PIECES else []
         if alone or len(members) > 1:
             found += self._coloured(target, members, noun)
         return found
