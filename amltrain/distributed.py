@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError, unknown_name
+from amltrain.run_folder import LOGS
 
 PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait
 
@@ -101,7 +102,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
         cpu=on_cpu and not deepspeed,  # DDP over CPUs must be requested, and DeepSpeed is then not used
         mixed_precision="no" if deepspeed else config.train.mixed_precision,
         log_with=config.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / LOGS)),
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
@@ -117,8 +118,9 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     if accelerator.state.deepspeed_plugin is not None:
         _fit_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, plan, config.optim.clip_norm, precision)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain configs accelerate/fsdp2`")
-    _save_states_unwrapped(accelerator)
+        raise UserError(
+            "FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain list configs accelerate/fsdp2`"
+        )
     return accelerator, plan
 
 
@@ -129,20 +131,6 @@ def _fit_deepspeed(settings: dict[str, Any], plan: BatchPlan, clip_norm: float |
     settings["gradient_clipping"] = clip_norm or 0.0
     if precision == "bf16":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-
-
-def _save_states_unwrapped(accelerator: Accelerator) -> None:
-    """Let a state that several processes saved be loaded by one, and the other way round: DDP prefixes every key."""
-
-    def strip(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        for number, state in enumerate(weights):
-            weights[number] = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-    def unwrap(models: list[nn.Module], folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(strip)
-    accelerator.register_load_state_pre_hook(unwrap)
 
 
 def precision_of(accelerator: Accelerator) -> str:
@@ -176,16 +164,24 @@ def _zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def model_weights(accelerator: Accelerator, method: nn.Module) -> dict[str, Tensor]:
-    """Whole weights of the prepared method's model, without loss and buffers, on every process; all must call."""
+def model_weights(accelerator: Accelerator, method: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Whole weights of the prepared method's model, without loss and buffers; every process must call.
+
+    keep: whether this process wants them; {} otherwise. A sharded tensor is gathered alone, so that no process ever has
+    more than one whole tensor besides those that it keeps.
+    """
     inner = accelerator.unwrap_model(method)
     if _zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import GatheredParameters  # an extra
 
         with GatheredParameters(list(inner.parameters())):
             return {key: tensor.detach().clone() for key, tensor in inner.model.state_dict().items()}
-    state = inner.model.state_dict()
-    return {key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for key, tensor in state.items()}
+    whole = {}
+    for key, tensor in inner.model.state_dict().items():
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[key] = gathered
+    return whole
 
 
 def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amltrain.errors import UserError, one_line_errors
+from amltrain.run_folder import RESULTS_FILE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,7 +56,7 @@ def parse_groups(models: Sequence[str]) -> dict[str, list[str]]:
         name, equals, places = text.partition("=")
         if not equals:
             path = Path(text)
-            name, places = (path.parent if path.name == "results.json" else path).name, text
+            name, places = (path.parent if path.name == RESULTS_FILE else path).name, text
         if not name or name in groups:
             raise UserError(f"{text}: the model's name {name!r} is missing or taken; write NAME=RESULTS")
         groups[name] = [place for place in places.split(",") if place]

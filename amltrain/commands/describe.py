@@ -1,11 +1,11 @@
 """Write referring expressions for objects that have classes and masks but no sentences.
 
-    amltrain describe coco/annotations --images coco/train2017 --output sentences.jsonl
-    amltrain prepare --table sentences.jsonl --images coco/train2017 --name mine
+    amltrain data describe coco/annotations --images coco/train2017 --output sentences.jsonl
+    amltrain data prepare --table sentences.jsonl --images coco/train2017 --name mine
 
 "the left person", "the second cup from the right", "the largest dog", "the red car", "the bottle nearest to the chair":
-each is written only if it fits exactly one object of its picture. `amltrain prepare PATH --describe` does both steps at
-once. The table can be read, corrected and extended before it is prepared.
+each is written only if it fits exactly one object of its picture. `amltrain data prepare PATH --describe` does both
+steps at once. The table can be read, corrected and extended before it is prepared.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def add_options(parser: argparse._ActionsContainer) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="amltrain describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data describe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=Path, help="annotations of a tool: a file or a folder")
     parser.add_argument("--form", help=f"form of the annotations, where it is not found out: {', '.join(FORM_NAMES)}")
@@ -67,4 +67,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.append(json.dumps(entry | size, ensure_ascii=False))
         write_text(args.output, "\n".join(lines) + "\n")
         print("\n".join(imported.notes))
-        print(f"prepare it: amltrain prepare --table {args.output} --images {imported.images} --name NAME")
+        print(f"prepare it: amltrain data prepare --table {args.output} --images {imported.images} --name NAME")

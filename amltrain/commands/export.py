@@ -13,8 +13,8 @@ from pathlib import Path
 
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError, one_line_errors
-from amltrain.hub.model_folder import find_model_folder
 from amltrain.inference.export import FORMATS
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:

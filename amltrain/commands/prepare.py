@@ -1,11 +1,11 @@
 """Turn annotations and images into Parquet that `datasets` reads.
 
-    amltrain prepare my_export --name mine
-    amltrain prepare --table my.csv --images photos --name mine
-    amltrain prepare --folder my_files --name mine
-    amltrain prepare --hf user/data --columns image=photo sentence=text mask=mask --name mine
-    amltrain prepare --dataset combined --refer_root data/refer --image_root data/train2014
-    amltrain prepare --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
+    amltrain data prepare my_export --name mine
+    amltrain data prepare --table my.csv --images photos --name mine
+    amltrain data prepare --folder my_files --name mine
+    amltrain data prepare --hf user/data --columns image=photo sentence=text mask=mask --name mine
+    amltrain data prepare --dataset combined --refer_root data/refer --image_root data/train2014
+    amltrain data prepare --dataset refcoco --hub jxu124/refcoco --image_root data/train2014
 
 Own data come from a table (image, sentence, mask), a COCO-style JSON, a folder of files, a data set of the Hub, or the
 export of an annotation tool: LabelMe, CVAT, Label Studio, YOLO, COCO (Roboflow), Pascal VOC, FiftyOne. A plain path is
@@ -29,7 +29,7 @@ from amltrain.errors import UserError, one_line_errors
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="amltrain prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     own = parser.add_argument_group("own data")
     own.add_argument("path", type=Path, nargs="?", help="annotations in any form that is known; the form is found out")
@@ -68,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"{', '.join(DATASETS)}; or combined = {' '.join(COMBINED)}, from whose training every image is dropped "
-        f"that any of them evaluates on; or combined-unfiltered, which keeps them",
+        help=f"{', '.join(DATASETS.names())}; or combined = {' '.join(COMBINED)}, from whose training every image is "
+        f"dropped that any of them evaluates on; or combined-unfiltered, which keeps them",
     )
     published.add_argument("--refer_root", type=Path, help="folder in the original layout")
     published.add_argument(

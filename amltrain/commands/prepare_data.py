@@ -1,4 +1,4 @@
-"""Prepare own and published data: what `amltrain prepare` does after its arguments are read."""
+"""Prepare own and published data: what `amltrain data prepare` does after its arguments are read."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from amltrain.data.prepare import available_cores, prepare_files
 from amltrain.data.sources.frame import FrameRule
 from amltrain.data.sources.importing import Describe, Source, read_source
 from amltrain.data.sources.own import SHARES
-from amltrain.data.sources.published import READERS
 from amltrain.data.sources.refer import read_hub_schema, read_refer, refer_paths
 from amltrain.data.sources.table import ReadOptions
 from amltrain.errors import UserError
+from amltrain.registry import READERS
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
 """Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
@@ -183,7 +183,7 @@ def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[st
     elif layout == "refer":
         files, images = read_refer(args.refer_root, name), args.image_root or args.refer_root
     else:
-        files, images = READERS[layout](args.refer_root, name), args.image_root or args.refer_root
+        files, images = READERS[layout].value(args.refer_root, name), args.image_root or args.refer_root
     files = files._replace(links=args.follow_links)
     return prepare_files(
         files,

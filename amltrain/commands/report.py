@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amltrain.errors import one_line_errors
-from amltrain.hub.model_folder import find_model_folder
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -10,9 +10,8 @@ from jsonargparse import ArgumentParser
 
 from amltrain.config.parse import as_yaml, build_run_parser, parse_config
 from amltrain.config.schema import RunConfig
-from amltrain.data.augment import augmentation_sections
 from amltrain.errors import one_line_errors
-from amltrain.methods.registry import check_options, method_sections
+from amltrain.registry import check_options
 from amltrain.training.preemption import exit_on_signals
 
 QUICKSTART = "quickstart"
@@ -31,8 +30,8 @@ def read_run(argv: Sequence[str] | None = None) -> RunConfig:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != PRINT]
-    config = parse_config(arguments, methods=method_sections(), augmentations=augmentation_sections())
-    for options in (config.method_options, *config.augment_options.values()):
+    config = parse_config(arguments)
+    for options in (config.method_options, *config.augment_options.values(), *config.callback_options.values()):
         check_options(options)
     if PRINT in given:
         options = config.method_options

@@ -76,7 +76,7 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
     """
     path = folder / Path(name).expanduser()
     if not path.name:
-        raise UserError(f"{asked_by}: {name!r} names no file; `amltrain configs` lists the shipped names")
+        raise UserError(f"{asked_by}: {name!r} names no file; `amltrain list configs` lists the shipped names")
     for candidate in (path, path.with_name(f"{path.name}.yaml")):
         if candidate.exists() and not candidate.is_dir():
             return candidate
@@ -86,7 +86,7 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
         return shipped[wanted]
     same_end = [known for known in shipped if known.endswith(f"/{wanted}")]
     close = same_end or difflib.get_close_matches(wanted, shipped, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain configs` lists the shipped names"
+    hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain list configs` lists the shipped names"
     raise UserError(f"{asked_by}: there is no file and no shipped config {name}; {hint}")
 
 

@@ -70,7 +70,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         ),
     ),
 }  # fmt: skip
-"""By the name that `amltrain download` takes."""
+"""By the name that `amltrain data download` takes."""
 
 
 def download(

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from amltrain.config.schema import DataConfig, ShapesConfig
 from amltrain.data.catalog import (
-    DATASETS,
     MANIFEST,
     Counts,
     check_split,
@@ -52,10 +51,10 @@ from amltrain.data.sources.annotations import (
     read_job,
     read_jobs,
 )
-from amltrain.data.sources.published import READERS
 from amltrain.data.sources.refer import read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
+from amltrain.registry import DATASETS, READERS
 
 FORMAT = 1
 IMAGE_FOLDERS = (
@@ -369,7 +368,9 @@ def ensure_prepared(data: DataConfig, log: Callable[[str], None]) -> None:
             if dataset_spec(name).layout == "refer":
                 manifest = prepare(name, root, prepared, image_root=images, **options)
             else:
-                manifest = prepare_files(READERS[dataset_spec(name).layout](root, name), prepared, images, **options)
+                manifest = prepare_files(
+                    READERS[dataset_spec(name).layout].value(root, name), prepared, images, **options
+                )
         log(describe(manifest))
 
 
@@ -381,7 +382,7 @@ def _check_source(name: str, data: DataConfig) -> None:
     if data.refer_root is None:
         raise UserError(
             f"{Path(data.prepared) / name} is not prepared; give data.refer_root (and data.image_root), or run "
-            f"amltrain prepare --dataset {name}"
+            f"amltrain data prepare --dataset {name}"
         )
     if dataset_spec(name).layout == "refer":
         refer_paths(Path(data.refer_root), name)
@@ -437,7 +438,7 @@ def check_scenes(data: DataConfig) -> None:
 
 
 def _is_synthetic(name: str) -> bool:
-    return name in DATASETS and "shapes" in name
+    return name in DATASETS.names() and dataset_spec(name).synthetic
 
 
 def _synthetic(data: DataConfig) -> bool:

@@ -174,7 +174,8 @@ def check_columns(place: str, columns: Sequence[str]) -> None:
     missing = sorted(set(FEATURES) - set(columns))
     if missing:
         raise UserError(
-            f"{place} has no column {', '.join(missing)} (it has {', '.join(columns)}); make it with amltrain prepare"
+            f"{place} has no column {', '.join(missing)} (it has {', '.join(columns)}); make it with "
+            f"amltrain data prepare"
         )
 
 
@@ -342,7 +343,7 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
         fix = (
             f"copy it again, or remove {prepared}/{dataset} and prepare it again"
             if shards is not None
-            else "it is not a folder here either: run amltrain prepare first"
+            else "it is not a folder here either: run amltrain data prepare first"
         )
         raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
 
@@ -357,12 +358,12 @@ def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
             there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
             raise UserError(
                 f"{prepared} has no {dataset}/{split}-*.parquet (it holds {', '.join(there) or 'nothing prepared'}); "
-                f"run amltrain prepare --dataset {dataset}"
+                f"run amltrain data prepare --dataset {dataset}"
             )
         return paths
     if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
         return None
-    raise UserError(f"{prepared} is no folder; run amltrain prepare --dataset {dataset} --output {prepared}")
+    raise UserError(f"{prepared} is no folder; run amltrain data prepare --dataset {dataset} --output {prepared}")
 
 
 def _hashes(prepared: str, dataset: str) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from amltrain import __version__
 from amltrain.config.schema import Protocol
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import Masks, count_pixels, network_size, original_probability, output_masks, to_original
@@ -177,8 +177,7 @@ def _score_split(
     split = f" {about.dataset} {about.split}" if about is not None else ""
     with torch.no_grad():
         for host in tqdm(shard, desc=f"evaluate{split}", unit="batch", leave=False, disable=quiet):
-            batch = send_to_device(host, accelerator.device, non_blocking=True)
-            batch = normalise_batch(batch, normalization)
+            batch = prepare_batch(host, normalization, accelerator.device)
             masks, output = predict(batch, host)
             rows.append(count_pixels(masks, batch, protocol))
             kept += _keep(masks, output, host, rows[-1], protocol, wanted)

@@ -23,9 +23,10 @@ from amltrain import __version__
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results, write_text
 from amltrain.evaluation.tables import describe, table
-from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE, read_object, read_training
-from amltrain.methods.registry import list_methods, method_info
+from amltrain.hub.model_folder import read_object, read_training
 from amltrain.models.registry import ModelInfo, model_info
+from amltrain.registry import METHODS
+from amltrain.run_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE
 
 FOLDER = ".eval_results"
 
@@ -160,7 +161,7 @@ def _origin(folder: Path, training: dict[str, Any] | None) -> str:
             f"; its weights are those of the official checkpoint `{file}`, converted by amltrain and not trained by it"
         )
     method = training["recipe"].get("method")
-    paper = method_info(method).paper if method in list_methods() else ""
+    paper = METHODS[method].details.paper if method in METHODS else ""
     named = f" by the method `{method}`" + (f" ({paper})" if paper else "") if method else ""
     return f", trained with amltrain{named}"
 
@@ -174,7 +175,7 @@ def _source(paper: str) -> str:
 def _citation(paper: str, recipe: dict[str, Any]) -> str:
     """BibTeX of amltrain, the model's paper and the method's, by title; every key once."""
     method = recipe.get("method")
-    papers = [paper, *([method_info(method).paper] if method in list_methods() else [])]
+    papers = [paper, *([METHODS[str(method)].details.paper] if method in METHODS else [])]
     software = "@software{amltrain,\n  title = {{amltrain}},\n  version = {" + __version__ + "}\n}"
     entries = {"amltrain": software, **dict(_bibtex(paper) for paper in papers if has_paper(paper))}
     return "```bibtex\n" + "\n".join(entries.values()) + "\n```"

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
 from amltrain.config.schema import Protocol, ProtocolOverrides
 from amltrain.data.loaders import collate
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import network_size, original_probability, to_original
 from amltrain.evaluation.results import run_protocol, write_text
@@ -73,7 +72,7 @@ def predict(
     masks = []
     for sample in chosen:
         host = collate([dataset[sample]])
-        batch = normalise_batch(send_to_device(host, accelerator.device), dataset.describe()["normalization"])
+        batch = prepare_batch(host, dataset.describe()["normalization"], accelerator.device)
         with torch.no_grad():
             logits = moved(accelerator, model)(batch).logits
         geometry = host.geometry.tolist()

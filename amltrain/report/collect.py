@@ -17,23 +17,22 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from amltrain.config.schema import Protocol
 from amltrain.data.loaders import collate
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.compare import Run, read_runs
 from amltrain.evaluation.draw import PAPER, PREDICTION, TRUTH, Colour, shrink
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
-from amltrain.hub.model_folder import find_model_folder
 from amltrain.methods.maskers import Masking, MaskingMaps
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
+from amltrain.run_folder import find_model_folder
 
 RIGHT: Colour = (0, 158, 96)
 MISSED: Colour = (0, 114, 178)
@@ -292,8 +291,7 @@ def onto_image(
 
 
 def _batch(accelerator: Accelerator, dataset: Any, ids: Sequence[int]) -> Batch:
-    batch = send_to_device(collate([dataset[i] for i in ids]), accelerator.device)
-    return normalise_batch(batch, dataset.transform.normalization)
+    return prepare_batch(collate([dataset[i] for i in ids]), dataset.transform.normalization, accelerator.device)
 
 
 def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

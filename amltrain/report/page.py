@@ -26,10 +26,11 @@ from amltrain.errors import UserError, first_line
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import describe, split_label
-from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
-from amltrain.report.curves import Chart, by_length, histogram, read_log, training_charts
+from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
+from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, find_model_folder, read_log
 
 GROUPS = ("chosen", "best", "worst", "random")
 
@@ -143,7 +144,7 @@ def report(args: argparse.Namespace) -> Path:
     find_model_folder(source.model)  # a name that is nothing at all is refused as such
     if source.run is None and not args.output:
         raise UserError(
-            f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
+            f"{source.model} is not the folder of a run: it has no {LOG_FILE}; correct it, or give --output for a page "
             "about a model alone"
         )
     check_writable(output)
@@ -160,7 +161,7 @@ def report(args: argparse.Namespace) -> Path:
         _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, args, source, first=i == 0)
         for i, name in enumerate(scored)
     ]
-    curves = training_charts(read_log(source.run / "log.jsonl")) if source.run else []
+    curves = training_charts(numbers(read_log(source.run))) if source.run else []
     tau = aligner.tau if aligner is not None else None
     page = render(_title(source), _facts(source, pretrained, aligner), curves, parts, tau)
     write_page(output, page)
@@ -170,15 +171,15 @@ def report(args: argparse.Namespace) -> Path:
 def find_source(run: str, checkpoint: str) -> Source:
     """Find the model of a run, or take `run` itself as a model. Raises UserError if a run has no checkpoint."""
     folder = Path(run)
-    if not (folder / "log.jsonl").is_file() and not (folder / "config.yaml").is_file():
+    if not (folder / LOG_FILE).is_file() and not (folder / RUN_CONFIG).is_file():
         return Source(None, run, {})
     settings: Any = {}
     try:
-        if (folder / "config.yaml").is_file():
-            settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if (folder / RUN_CONFIG).is_file():
+            settings = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'config.yaml'} cannot be read ({first_line(error)})") from error
-    names = [checkpoint, *(["last"] if checkpoint == "best" else [])]
+    names = [checkpoint, *([LAST] if checkpoint == BEST else [])]
     for name in names:
         if (folder / name).exists():
             return Source(folder, str(folder / name), settings if isinstance(settings, dict) else {})

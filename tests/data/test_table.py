@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from amltrain.commands.evaluate import evaluation_splits
 from amltrain.commands.prepare import main
 from amltrain.commands.presize import main as presize
 from amltrain.config.schema import DataConfig
@@ -22,6 +21,7 @@ from amltrain.data.catalog import find_spec, read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask
 from amltrain.data.sources.own import assign_splits
+from amltrain.inference.evaluate import evaluation_splits
 
 HEIGHT, WIDTH = 30, 40
 BOX = [5, 6, 20, 10]

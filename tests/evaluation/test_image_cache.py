@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from amltrain.config.schema import DataConfig, EvaluationConfig
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.perturbations import build_perturbation
 from amltrain.models import create_model, list_models, model_info
@@ -57,7 +57,7 @@ def test_perturbed_images_differ_from_sentence_to_sentence(shapes: Path):
 @pytest.mark.parametrize("name", [n for n in TINY if n not in READS_FROM_THE_START])
 def test_encode_is_made_of_the_two_halves(name: str, shapes: Path):
     model, loader, _ = make(name, shapes)
-    batch = normalise_batch(next(iter(loader)), loader.dataset.describe()["normalization"])
+    batch = prepare_batch(next(iter(loader)), loader.dataset.describe()["normalization"])
     with torch.no_grad():
         whole = model.eval().encode(batch)
         image = model.encode_image(batch.image)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.data.dataset import ReferDataset
 from amltrain.evaluation import evaluator
 from amltrain.methods.aml.method import AML

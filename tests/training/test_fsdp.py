@@ -7,17 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.optim.swa_utils import AveragedModel
 
-from amltrain.checkpoints.harmless import check_harmless
-from amltrain.checkpoints.state import is_own_state, write_averaged
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import create_model, model_info
 from benchmarks.steps import random_batch
 from tests.training.runs import FORKS
@@ -46,32 +41,6 @@ def test_a_sharded_task_trains_as_a_whole_one(model: str, tmp_path: Path) -> Non
     assert isinstance(outcome, dict), outcome
     for preset, (whole, sharded) in outcome.items():
         assert sharded == pytest.approx(whole, rel=1e-5), preset
-
-
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_what_accelerate_writes_is_not_taken_for_our_own_state(kind: str, tmp_path: Path) -> None:
-    process = FORKS.Process(target=_save_sharded, args=(kind, tmp_path))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert (tmp_path / "state" / "optimizer.bin").is_file() == (kind == "FULL_STATE_DICT")
-    assert not is_own_state(tmp_path / "state")
-    check_harmless(tmp_path / "state")
-
-
-def _save_sharded(kind: str, folder: Path) -> None:
-    """Save a sharded model and its optimizer as `Accelerator.save_state` does, with weight averaging on top."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
-    model = torch.nn.Linear(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    state = folder / "state"
-    save_fsdp_model(plugin, PartialState(), model, state)
-    save_fsdp_optimizer(plugin, PartialState(), optimizer, model, state)
-    write_averaged(state, AveragedModel(torch.nn.Linear(4, 4)))
 
 
 def _train_sharded(model: str, store: Path, outcome: Connection) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from amltrain.data.catalog import SPECIAL_KEYS, DatasetSpec
 from amltrain.data.images import FileFault, ImageFile, read_image_file, read_mask_file
@@ -29,6 +29,7 @@ from amltrain.data.sources.frame import (
     upright_content,
 )
 from amltrain.errors import UserError
+from amltrain.registry import READERS
 
 LARGE_SHARE = 0.95
 """A mask that covers more of its image is counted and shown: it is often an inverted mask."""
@@ -83,6 +84,19 @@ class Annotations(NamedTuple):
     def expressions(self) -> int:
         """Number of sentences in all refs."""
         return sum(len(ref["sentences"]) for ref in self.refs)
+
+
+Reader = TypeVar("Reader", bound=Callable[[Path, str], Annotations])
+
+
+def register_reader(layout: str) -> Callable[[Reader], Reader]:
+    """Register a function `read(root, data set) -> Annotations` as the reader of a layout (`DatasetSpec.layout`)."""
+
+    def register(read: Reader) -> Reader:
+        READERS.add(layout, read)
+        return read
+
+    return register
 
 
 class ImageJob(NamedTuple):

@@ -1,4 +1,4 @@
-"""Read annotations at a path, whatever their form, as one data set; what `amltrain prepare PATH` does first."""
+"""Read annotations at a path, whatever their form, as one data set; what `amltrain data prepare PATH` does first."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from amltrain.data.catalog import DATASETS, DatasetSpec
+from amltrain.data.catalog import DatasetSpec
 from amltrain.data.sources.annotations import Annotations, MaskFile
 from amltrain.data.sources.cells import split_name
 from amltrain.data.sources.frame import SIZES_DECIDE, FrameRule
 from amltrain.data.sources.pictures import PictureFinder, same_pictures
 from amltrain.errors import UserError
+from amltrain.registry import DATASETS
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
