@@ -54,6 +54,7 @@ from amltrain.data.sources.annotations import (
 from amltrain.data.sources.refer import read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
+from amltrain.files import cure
 from amltrain.registry import DATASETS, READERS
 
 FORMAT = 1
@@ -171,8 +172,8 @@ def prepare_files(
                     return manifest
         except OSError as error:
             raise UserError(
-                f"could not write {folder} ({error.strerror or error}); nothing was left there; make room, or choose "
-                f"another output"
+                f"could not write {folder} ({error.strerror or error}); nothing was left there; "
+                f"{cure(error, 'choose another output')}"
             ) from error
     if manifest["sources"] != files.sources or manifest["format"] != FORMAT:
         raise UserError(f"{folder} was prepared from other files; remove the folder or choose another output")
@@ -410,7 +411,7 @@ def _draw_scenes(name: str, data: DataConfig) -> Path:
         write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed, style=scenes.style)
     except OSError as error:
         raise UserError(
-            f"could not draw scenes into {source} ({error.strerror or error}); make room, or choose another "
+            f"could not draw scenes into {source} ({error.strerror or error}); {cure(error, 'choose another')} "
             f"data.prepared"
         ) from error
     return source

@@ -104,10 +104,13 @@ def _unfit(stored: Size, stated: Size) -> str:
 
 def same_proportions(one: Size, other: Size) -> bool:
     """Whether one is the other resized by a single factor, each side rounded up or down."""
-    low, high = 0.0, float("inf")
-    for a, b in zip(one, other, strict=True):
-        low, high = max(low, (b - 1) / a), min(high, (b + 1) / a)
-    return low <= high
+
+    def resized(given: Size, result: Size) -> bool:
+        low = max((after - 1) / before for before, after in zip(given, result, strict=True))
+        high = min((after + 1) / before for before, after in zip(given, result, strict=True))
+        return low <= high
+
+    return resized(one, other) or resized(other, one)
 
 
 def _turned(stored: Size, turn: int, stated: Size | None, rule: FrameRule) -> Frame:

@@ -18,6 +18,7 @@ from amltrain.data.sources.annotations import Annotations
 from amltrain.data.sources.own import check_name
 from amltrain.data.sources.table import AS_WRITTEN, ReadOptions, read_table
 from amltrain.errors import UserError, first_line
+from amltrain.files import cure
 
 
 def read_hf(
@@ -50,7 +51,7 @@ def read_hf(
                         row["split"] = "val" if split == "dev" and "val" not in splits else split
                     lines.write(json.dumps(row, default=_plain_value) + "\n")
     except OSError as error:
-        raise UserError(f"could not write {folder} ({error.strerror or error}); make room") from error
+        raise UserError(f"could not write {folder} ({error.strerror or error}); {cure(error)}") from error
     except (TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: a column cannot be read as a table ({error}); drop it") from error
     return read_table(table, folder, name, columns=columns, options=options)._replace(place=source)

@@ -74,7 +74,8 @@ def test_what_no_size_decides_is_a_question(stored: Any, turn: int, stated: Any,
 def test_a_resized_picture_keeps_its_proportions(height: int, width: int, factor: float) -> None:
     resized = (max(1, round(height * factor)), max(1, round(width * factor)))
     assert same_proportions((height, width), resized)
-    assert same_proportions(resized, (height, width)) or min(resized) < 3
+    assert same_proportions(resized, (height, width))
+    assert not same_proportions((height, width), (height, 2 * width + 3))
 
 
 @pytest.mark.parametrize("turn", range(2, 9))
