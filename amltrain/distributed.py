@@ -5,7 +5,7 @@ Whatever the engine, the recipe decides: samples per step, precision, clipping. 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -139,13 +141,51 @@ def precision_of(accelerator: Accelerator) -> str:
     return "bf16" if plugin is not None and "torch_autocast" in plugin.deepspeed_config else accelerator.mixed_precision
 
 
-def check_shardable(accelerator: Accelerator, method: nn.Module) -> None:
-    """Raise UserError for a model that FSDP2 cannot shard: it refuses parameters without dimensions."""
+def shard(accelerator: Accelerator, method: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard a method with FSDP2: each of `blocks` alone, so that one of them is whole at a time, and the rest last.
+
+    Does nothing under other engines. Parameters without dimensions, which FSDP2 cannot shard
+    (https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/_fsdp_param.py), stay whole, and
+    their gradients are averaged by themselves. Accelerate takes a method that is sharded already as it is.
+    """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    for name, parameter in method.named_parameters():
-        if parameter.ndim == 0:
-            raise UserError(f"FSDP2 cannot shard {name}, which is a single number; train this model with DDP or ZeRO")
+    plugin = accelerator.state.fsdp_plugin
+    scalars = {parameter for parameter in method.parameters() if parameter.ndim == 0}
+    settings = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "offload_policy": plugin.cpu_offload,
+        **({"ignored_params": scalars} if scalars else {}),
+    }
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **settings)
+    fully_shard(method, **settings)
+    for parameter in scalars:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def prepare(accelerator: Accelerator, method: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Wrap a method and its optimizer for the engine.
+
+    For FSDP2, Accelerate looks parameters up by the address of their rows, and all parameters without a row on this
+    process have the same one, 0. The groups are put back as they were: `shard` has sharded the parameters already.
+    (https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/fsdp_utils.py)
+    """
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    wrapped, prepared = accelerator.prepare(method, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for group, parameters in zip(prepared.param_groups, groups, strict=True):
+            group["params"] = parameters
+    return wrapped, prepared
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    """Average what has accumulated; averaging the same sum again later changes nothing."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= torch.distributed.get_world_size()
 
 
 def set_tf32(allowed: bool) -> None:

@@ -29,10 +29,11 @@ from amltrain.distributed import (
     PREPARATION,
     BatchPlan,
     build_accelerator,
-    check_shardable,
     is_sharded,
     on_main_process,
+    prepare,
     set_tf32,
+    shard,
     skip_bad_steps,
 )
 from amltrain.errors import UserError
@@ -45,7 +46,7 @@ from amltrain.run_folder import LOG_FILE, step_of
 from amltrain.training.build import MethodBuilder, RunComponents, build_components, write_model_folder
 from amltrain.training.checks import check_before_data, check_components
 from amltrain.training.failures import check_weights
-from amltrain.training.optim import average_weights, build_optimizer, compile_blocks
+from amltrain.training.optim import average_weights, build_optimizer, compile_blocks, repeated_blocks
 from amltrain.training.preemption import Preemption
 from amltrain.training.tracking import History, Meter, start_trackers
 
@@ -262,10 +263,6 @@ def build_run(
     if resume_from is None:
         for line in bare.setup(_first_batches(accelerator, config, components, plan), accelerator.reduce):
             log(line)
-    o = config.optim
-    optimizer = build_optimizer(
-        bare.param_groups(o.lr, o.weight_decay), o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad
-    )
     ema = _average(accelerator, config, bare.model)
     # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
     whole_model = copy.deepcopy(bare.model) if is_sharded(accelerator) else None
@@ -276,8 +273,12 @@ def build_run(
         )
     if config.train.compile:
         log(f"compiling {compile_blocks(bare)} blocks as they are first used")
-    check_shardable(accelerator, bare)
-    wrapped, optimizer = accelerator.prepare(bare, optimizer)
+    shard(accelerator, bare, repeated_blocks(bare.model))
+    o = config.optim
+    optimizer = build_optimizer(
+        bare.param_groups(o.lr, o.weight_decay), o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad
+    )
+    wrapped, optimizer = prepare(accelerator, bare, optimizer)
     skip_bad_steps(accelerator, optimizer)
     wrapped.train()
     saver = Saver(
