@@ -77,7 +77,9 @@ def test_the_wrong_name_for_a_file_is_refused(tmp_path: Path, capsys: pytest.Cap
         LAYOUTS[name](tmp_path / name)
         folder = tmp_path / name / dataset_spec(name).folder
         folder.rename(tmp_path / name / "refcoco")
-        (tmp_path / name / "refcoco" / f"{dataset_spec(name).refs_name}.p").rename(tmp_path / name / "refcoco/refs(unc).p")
+        (tmp_path / name / "refcoco" / f"{dataset_spec(name).refs_name}.p").rename(
+            tmp_path / name / "refcoco/refs(unc).p"
+        )
         with pytest.raises(SystemExit):
             main(["--dataset", "refcoco", "--refer_root", str(tmp_path / name), "--output", str(tmp_path / "out")])
         said = capsys.readouterr().err
