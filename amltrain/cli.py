@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("amltrain.commands.doctor", "versions, devices and limits of this machine, for a bug report"),
     "data download": ("amltrain.commands.download", "download RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, COCO's images"),
     "data prepare": ("amltrain.commands.prepare", "turn own data, or REFER files and images, into Parquet"),
+    "data describe": ("amltrain.commands.describe", "write referring expressions for annotated objects without any"),
     "data presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
     "data rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),
     "data push": ("amltrain.commands.push_data", "publish prepared data on the Hugging Face Hub"),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from amltrain.data.mosaic import ranking_path
 from amltrain.errors import UserError, first_line, one_line_errors
+from amltrain.files import cure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,7 +117,7 @@ def write_ranking(path: Path, keys: NDArray[np.int64], images: NDArray[np.int64]
         pq.write_table(pa.table(columns), partial)
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror or error}); make room and try again") from error
+        raise UserError(f"could not write {path} ({error.strerror or error}); {cure(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 

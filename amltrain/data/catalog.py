@@ -36,13 +36,18 @@ class Counts(NamedTuple):
     images: int | None = None
 
 
+FORM_NAMES = ("labelme", "cvat", "label-studio", "yolo", "coco", "voc", "fiftyone", "table", "folder", "hf")
+"""Forms of own annotations, in `amltrain.data.sources.detect`; here, because a command line lists them quickly."""
+
+
 class DatasetSpec(NamedTuple):
     """A data set: `<root>/<folder>/refs(<split_by>).p` (or grefs) and `instances.json` if the layout is "refer".
 
     published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
     none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
     metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref
-    belongs to the split of the same name only. image_folders: where its images lie, below the image root.
+    belongs to the split of the same name only. image_folders: where its images lie, below the image root. stretch: some
+    pictures as published have other proportions than their annotations state; the official code resizes both apart.
     synthetic: drawn by `amltrain.data.sources.shapes`. layout: "refer", "table" (own data), or a registered reader.
     """
 
@@ -57,6 +62,7 @@ class DatasetSpec(NamedTuple):
     metrics: tuple[str, ...] = ()
     exact_splits: bool = False
     image_folders: tuple[str, ...] = ()
+    stretch: bool = False
     synthetic: bool = False
 
     @property
@@ -144,6 +150,7 @@ _SPECS: dict[str, DatasetSpec] = {
         _UMD,
         {"train": Counts(expressions=12181), "val": Counts(expressions=1740), "test": Counts(expressions=3481)},
         image_folders=("images/rrsisd/JPEGImages", "JPEGImages"),
+        stretch=True,
     ),
     "ref-zom": DatasetSpec(
         "ref-zom",

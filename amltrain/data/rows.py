@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from amltrain.data.catalog import check_split, find_manifest
 from amltrain.errors import UserError, first_line
-from amltrain.files import sha256
+from amltrain.files import NO_LOCKS, cure, sha256
 
 ROWS_PER_GROUP = 64
 SHARD_BYTES = 512 * 2**20
@@ -334,11 +334,11 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         why = shorten(str(cause), 300)  # `datasets` prints whole schemas
-        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        if isinstance(cause, OSError) and cause.errno in (*_NO_ROOM, *NO_LOCKS):
+            otherwise = "set HF_DATASETS_CACHE to another folder, or set data.streaming true, which needs no copy"
             raise UserError(
                 f"could not write the memory-mapped copy of {dataset}/{split} below "
-                f"{datasets.config.HF_DATASETS_CACHE} ({cause.strerror or why}); make room there, set "
-                f"HF_DATASETS_CACHE to another folder, or set data.streaming true, which needs no copy"
+                f"{datasets.config.HF_DATASETS_CACHE} ({cause.strerror or why}); {cure(cause, otherwise)}"
             ) from error
         fix = (
             f"copy it again, or remove {prepared}/{dataset} and prepare it again"

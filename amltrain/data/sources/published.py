@@ -110,18 +110,33 @@ def read_reasonseg(root: Path, name: str) -> Annotations:
         raise UserError(f"{folder} has no train/*.json; put ReasonSeg's folders there")
     ignored = 0
     rows = []
+    without: list[str] = []
     digest = hashlib.sha256()
     for split, paths in files.items():
         for path in paths:
             content = load_json(path, encodings=("utf-8", "cp1252"))
             digest.update(f"{split}/{path.name} {content}".encode(errors="replace"))
+            if isinstance(content, dict) and "text" in content and not _targets(content.get("shapes")):
+                without.append(f"{split}/{path.name}")
+                continue
             row, has_ignored = _reasonseg_row(content, path, split)
             rows.append(row)
             ignored += has_ignored
-    notes = (f"{ignored} images have `ignore` regions; here they are background",) if ignored else ()
+    notes: tuple[str, ...] = (f"{ignored} images have `ignore` regions; here they are background",) if ignored else ()
+    if without:
+        notes = (*notes, f"{len(without)} files as published have no target shape and were left out ({without[0]})")
     used = spec._replace(splits=tuple(files), published={s: spec.published[s] for s in files})
     sources = {spec.folder: digest.hexdigest()}
     return build_annotations(rows, name, sources=sources, place=str(folder), spec=used, notes=notes)
+
+
+def _targets(shapes: Any) -> bool:
+    """Whether some shape is a target; what is no list of shapes is named where it is read."""
+    if shapes is None:
+        return False
+    if not isinstance(shapes, list):
+        return True
+    return any(not isinstance(s, dict) or "target" in str(s.get("label", "target")).lower() for s in shapes)
 
 
 def _reasonseg_row(content: Any, path: Path, split: str) -> tuple[TableRow, bool]:

@@ -25,7 +25,8 @@ from typing import Any
 import datasets
 
 from amltrain.data.catalog import dataset_spec
-from amltrain.data.sources.annotations import Annotations, by_id, check_refs, register_reader
+from amltrain.data.sources.annotations import Annotations, by_id, check_refs, referred_ids, register_reader
+from amltrain.data.sources.frame import FrameRule
 from amltrain.errors import UserError
 from amltrain.files import load_json, load_pickle, sha256
 
@@ -59,15 +60,18 @@ def read_refer(root: Path, dataset: str) -> Annotations:
         raise UserError(f"{refs_path} holds a {type(refs).__name__}, not a list of refs")
     check_refs(refs, spec, dataset, str(refs_path))
     place = str(instances_path)
+    images = {ref["image_id"] for ref in refs}
+    annotations = {number for ref in refs for number in referred_ids(ref)}
     return Annotations(
         dataset,
         spec,
         refs,
-        by_id(instances["images"], "image", ("file_name", "height", "width"), place),
-        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), place),
+        by_id(instances["images"], "image", ("file_name", "height", "width"), place, images),
+        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), place, annotations),
         {key: entry["name"] for key, entry in by_id(instances["categories"], "category", ("name",), place).items()},
         {path.name: sha256(path) for path in (refs_path, instances_path)},
         place,
+        rule=FrameRule("stored", spec.stretch),
     )
 
 
