@@ -3,6 +3,7 @@
 from amltrain.models import (  # noqa: F401 - they register their models
     barleria,
     beit3,
+    c3vg,
     caris,
     cgformer,
     cris,

@@ -26,6 +26,7 @@ PARAMETERS = {
     "barleria_vit_base": (176_136_738, 26_706_721),
     "beit3_base": (223_352_323, 223_352_323),
     "beit3_large": (675_461_379, 675_461_379),
+    "c3vg_beit3_base": (240_294_729, 240_294_729),
     "caris_lite": (29_266_912, 29_266_912),
     "caris_swin_base": (226_572_664, 226_572_664),
     "caris_swin_tiny": (166_832_250, 166_832_250),
@@ -273,6 +274,7 @@ REFUSED = {
     "barleria_tiny": [],
     "remamber_tiny": [{"level": "feature"}, IDENTITY],
     "beit3_tiny": [{"level": "feature"}],
+    "c3vg_tiny": [{"level": "feature"}],
     "dual_tiny": [],
     "sam3_tiny": [{"level": "feature"}],
 }

@@ -49,7 +49,7 @@ class Adapter:
     """How one baseline's recorded case maps onto our model.
 
     build       config of the case's JSON -> model of that size, every dropout and drop-path 0
-    loss        name of the loss in amltrain.losses
+    loss        name of the loss in amltrain.losses, or a function that builds a criterion
     loss_kwargs its arguments
     captures    recorded name -> (module path, function of the module's inputs and output -> tensor shaped as recorded)
     last        recorded names read at the last call of their module instead of the first
@@ -65,7 +65,7 @@ class Adapter:
     """
 
     build: Callable[[Mapping[str, Any]], RISModel]
-    loss: str
+    loss: str | Callable[[], Callable[[ModelOutput, Batch], dict[str, Tensor]]]
     loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
     captures: Mapping[str, tuple[str, Read]] = field(default_factory=dict)
     last: Collection[str] = ()
@@ -270,7 +270,7 @@ def backward(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str
     """Training forward and backward under recorded names: outputs, loss, gradients, statistics; the last two as
     `grad.` and `post.` + our name."""
     torch.set_default_dtype(batch.image.dtype)  # so that the loss's own constants are as exact as its inputs
-    criterion = create_loss(adapter.loss, **adapter.loss_kwargs)
+    criterion = create_loss(adapter.loss, **adapter.loss_kwargs) if isinstance(adapter.loss, str) else adapter.loss()
     torch.set_default_dtype(torch.float32)
     output = model.train()(batch)
     loss = criterion(output, batch)["loss"]
