@@ -136,16 +136,17 @@ class ReconstructionLoss(BinaryCrossEntropy):
 
 @register_loss("cross_entropy_dice")
 class CrossEntropyDice(nn.Module):
-    """Binary cross-entropy plus Dice of one-channel logits at the target's size (ReMamber, MagNet).
+    """Binary cross-entropy plus Dice of one-channel logits at the target's size (ReMamber, MagNet, EVF-SAM).
 
     A pixel that is at least half covered is the referent's.
     """
 
     channels = 1
 
-    def __init__(self, dice_weight: float = 1.0) -> None:
+    def __init__(self, dice_weight: float = 1.0, smoothing: float = 1.0) -> None:
+        """smoothing: added to both sides of Dice's fraction; EVF-SAM has 1e-3."""
         super().__init__()
-        self.dice_weight = dice_weight
+        self.dice_weight, self.smoothing = dice_weight, smoothing
 
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 1, h, w], batch.target [B, H, W] uint8.
@@ -155,7 +156,7 @@ class CrossEntropyDice(nn.Module):
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         truth = (batch.target >= 128)[:, None].to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
-        dice = dice_loss(logits, truth)
+        dice = dice_loss(logits, truth, self.smoothing)
         return {
             "loss": cross_entropy + self.dice_weight * dice,
             "cross_entropy": cross_entropy.detach(),
@@ -261,11 +262,11 @@ class GroupingLoss(nn.Module):
         }
 
 
-def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Mean over samples of 1 - (2 |P and G| + 1) / (|P| + |G| + 1); logits and truth (0 or 1) [B, 1, H, W]."""
+def dice_loss(logits: Tensor, truth: Tensor, smoothing: float = 1.0) -> Tensor:
+    """Mean over samples of 1 - (2 |P and G| + s) / (|P| + |G| + s); logits and truth (0 or 1) [B, 1, H, W]."""
     probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
     both = (probability * truth).sum(dim=1)
-    return (1 - (2 * both + 1) / (probability.sum(dim=1) + truth.sum(dim=1) + 1)).mean()
+    return (1 - (2 * both + smoothing) / (probability.sum(dim=1) + truth.sum(dim=1) + smoothing)).mean()
 
 
 @register_loss("mask_and_presence")

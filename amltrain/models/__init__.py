@@ -10,6 +10,7 @@ from amltrain.models import (  # noqa: F401 - they register their models
     detris,
     dual,
     etris,
+    evfsam,
     lavt,
     magnet,
     rela,

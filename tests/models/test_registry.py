@@ -42,6 +42,8 @@ PARAMETERS = {
     "etris_r101": (146_923_938, 26_328_129),
     "etris_r50": (132_783_522, 28_819_009),
     "etris_vit_base": (173_259_330, 23_829_313),
+    "evfsam2_beit3_large": (890_932_341, 674_013_440),
+    "evfsam_beit3_large": (1_315_098_084, 677_520_000),
     "lavt_swin_base": (225_642_362, 187_629_434),
     "magnet_swin_base": (289_564_024, 289_564_024),
     "rela_r50": (153_368_197, 115_355_269),
@@ -275,6 +277,8 @@ REFUSED = {
     "remamber_tiny": [{"level": "feature"}, IDENTITY],
     "beit3_tiny": [{"level": "feature"}],
     "c3vg_tiny": [{"level": "feature"}],
+    "evfsam2_tiny": [{"level": "feature"}],
+    "evfsam_tiny": [{"level": "feature"}],
     "dual_tiny": [],
     "sam3_tiny": [{"level": "feature"}],
 }

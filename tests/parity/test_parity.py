@@ -26,7 +26,7 @@ def cases() -> list[tuple[str, Path]]:
     if SHARED is None:
         return []
     return [
-        (model, case) for model in ADAPTERS for case in sorted((SHARED / "goldens" / model).glob("tiny*.safetensors"))
+        (model, case) for model in ADAPTERS for case in sorted((SHARED / "goldens" / model).glob("*tiny*.safetensors"))
     ]
 
 
