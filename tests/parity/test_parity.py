@@ -146,7 +146,7 @@ def test_joined_and_split_parameters_are_compared_in_the_official_form() -> None
 
 
 @pytest.mark.skipif(SHARED is None, reason="the recorded tensors are not here (set AMLTRAIN_SHARED)")
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("model", ["lavt", "cris"])
 def test_a_case_recorded_from_our_code(
