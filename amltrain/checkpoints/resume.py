@@ -36,6 +36,8 @@ FREE = (
     "evaluation.shuffle_sentences",
     "evaluation.splits",
     "model.gradient_checkpointing",
+    "imports",
+    "train.callbacks",
     "train.collective_timeout",
     "train.compile",
     "train.log_every",
@@ -69,7 +71,7 @@ def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]
             f"{checkpoint / MODEL}"
         )
     now = _flat(json.loads(json.dumps(recipe(config))))
-    free = (*FREE, *free_options(config))
+    free = (*FREE, *free_options(config), *config.callback_options)
     if _same_tokenizer(checkpoint, config, before, now):
         free = (*free, "preprocess.tokenizer")
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in FIRST, key)):

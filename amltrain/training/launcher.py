@@ -28,7 +28,7 @@ def launch_processes(arguments: Sequence[str], processes: int | None, config_fil
     """
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the run has printed its own error
-    module = ["-m", "amltrain.commands.train", *arguments]
+    module = ["-m", "amltrain", "train", *arguments]
     try:
         if config_file is None:
             torchrun(["--standalone", "--nproc_per_node", str(processes or 1), *module])
