@@ -19,8 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from amltrain.checkpoints.lock import OutputLock
-from amltrain.checkpoints.progress import Progress
-from amltrain.checkpoints.resume import check_shared, prepare_output, resume_progress, write_config
+from amltrain.checkpoints.resume import Progress, check_shared, prepare_output, resume_progress, write_config
 from amltrain.checkpoints.saver import Saver
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.data.loaders import build_sampler, collate
@@ -44,11 +43,16 @@ from amltrain.methods.base import Method
 from amltrain.models.base import RISModel
 from amltrain.records import Batch, Draw
 from amltrain.run_folder import LOG_FILE, step_of
-from amltrain.training.build import MethodBuilder, RunComponents, build_components, write_model_folder
-from amltrain.training.checks import check_before_data, check_components
-from amltrain.training.failures import check_weights
+from amltrain.training.build import (
+    MethodBuilder,
+    RunComponents,
+    build_components,
+    check_before_data,
+    check_components,
+    write_model_folder,
+)
 from amltrain.training.optim import average_weights, blocks_called_whole, build_optimizer, compile_blocks
-from amltrain.training.preemption import Preemption
+from amltrain.training.stopping import Preemption, check_weights
 from amltrain.training.tracking import History, Meter, start_trackers
 
 SETUP_SAMPLES = 64
