@@ -269,5 +269,8 @@ def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore signals in a loader process: a scheduler signals every process of a job, and only the trainer may act."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        number = getattr(signal, name, None)  # Windows has no SIGUSR1
+        if number is None:
+            continue
         signal.signal(number, signal.SIG_IGN)
