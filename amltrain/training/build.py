@@ -1,6 +1,7 @@
 """Build the components of a run from its config. Only `build_*` functions see the config."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from amltrain.methods.base import Method, build_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
 from amltrain.records import Vocabulary
 from amltrain.run_folder import MODEL, TRAINING_FILE
+
+logger = logging.getLogger(__name__)
 
 
 class RunComponents(NamedTuple):
@@ -67,6 +70,12 @@ def build_components(
     torch.manual_seed(config.seed)
     given, kwargs = build_model(config, tokenizer) if model is None else (model, config.model.kwargs)
     loss = build_loss(config, info)
+    if "negatives" in config.data.augment and not getattr(loss, "needs_heads", False):
+        logger.warning(
+            "data.augment has negatives, and the loss of %s reads no no-target head: the model learns empty masks from "
+            "them, not to say that there is nothing",
+            config.model.name,
+        )
     if method is None:
         built = build_method(config.method, given, loss, config.method_options, tokenizer.vocabulary)
     else:
