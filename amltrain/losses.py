@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.errors import UserError
+from amltrain.matching import box_loss, boxes_of_masks, corners_of, share_outside, shares_of
 from amltrain.records import Batch, ModelOutput
 from amltrain.registry import LOSSES
 
@@ -134,16 +135,17 @@ class ReconstructionLoss(BinaryCrossEntropy):
 
 @register_loss("cross_entropy_dice")
 class CrossEntropyDice(nn.Module):
-    """Binary cross-entropy plus Dice of one-channel logits at the target's size (ReMamber, MagNet).
+    """Binary cross-entropy plus Dice of one-channel logits at the target's size (ReMamber, MagNet, EVF-SAM).
 
     A pixel that is at least half covered is the referent's.
     """
 
     channels = 1
 
-    def __init__(self, dice_weight: float = 1.0) -> None:
+    def __init__(self, dice_weight: float = 1.0, smoothing: float = 1.0) -> None:
+        """smoothing: added to both sides of Dice's fraction; EVF-SAM has 1e-3."""
         super().__init__()
-        self.dice_weight = dice_weight
+        self.dice_weight, self.smoothing = dice_weight, smoothing
 
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 1, h, w], batch.target [B, H, W] uint8.
@@ -153,7 +155,7 @@ class CrossEntropyDice(nn.Module):
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         truth = (batch.target >= 128)[:, None].to(logits.dtype)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
-        dice = dice_loss(logits, truth)
+        dice = dice_loss(logits, truth, self.smoothing)
         return {
             "loss": cross_entropy + self.dice_weight * dice,
             "cross_entropy": cross_entropy.detach(),
@@ -259,11 +261,11 @@ class GroupingLoss(nn.Module):
         }
 
 
-def dice_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Mean over samples of 1 - (2 |P and G| + 1) / (|P| + |G| + 1); logits and truth (0 or 1) [B, 1, H, W]."""
+def dice_loss(logits: Tensor, truth: Tensor, smoothing: float = 1.0) -> Tensor:
+    """Mean over samples of 1 - (2 |P and G| + s) / (|P| + |G| + s); logits and truth (0 or 1) [B, 1, H, W]."""
     probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
     both = (probability * truth).sum(dim=1)
-    return (1 - (2 * both + 1) / (probability.sum(dim=1) + truth.sum(dim=1) + 1)).mean()
+    return (1 - (2 * both + smoothing) / (probability.sum(dim=1) + truth.sum(dim=1) + smoothing)).mean()
 
 
 @register_loss("mask_and_presence")
@@ -298,3 +300,66 @@ class MaskAndPresence(nn.Module):
             "dice": dice.detach(),
             "presence": presence.detach(),
         }
+
+
+@register_loss("c3vg")
+class CoarseToFine(nn.Module):
+    """C3VG's loss: masks, boxes, and how far masks and boxes contradict each other, of a coarse and a fine stage.
+
+    Each stage: Dice + binary cross-entropy of the mask; box_weight * box; consistency_weight * (0.3 * share of the mask
+    outside the box + 0.1 * box against the box around the mask). The coarse stage counts coarse_weight. Source: Dai et
+    al., AAAI 2025, and its official code.
+
+    Kept from the official code: the share outside is a count without a gradient, and the box around the mask teaches
+    only the predicted box; its last pixel is left out. A sample whose mask is empty has no box and no consistency.
+    """
+
+    channels = 1
+    needs_heads = True
+
+    def __init__(self, coarse_weight: float = 0.3, box_weight: float = 0.05, consistency_weight: float = 0.1) -> None:
+        super().__init__()
+        self.coarse_weight, self.box_weight, self.consistency_weight = coarse_weight, box_weight, consistency_weight
+
+    def forward(self, output: ModelOutput, batch: Batch, boxes: Tensor | None = None) -> dict[str, Tensor]:
+        """output.logits [B, 1, h, w]; aux coarse_logits [B, 1, h', w'], box and coarse_box [B, 4] shares;
+        batch.target [B, H, W] uint8; boxes [B, 4] corners in pixels of the network's input, None = around the target.
+
+        Returns loss, and detached with their weights: {mask, box, consistency}_{coarse, fine}.
+        """
+        if not {"coarse_logits", "coarse_box", "box"} <= output.aux.keys():
+            raise UserError("loss c3vg needs a model with a coarse stage and boxes (c3vg_*); name another loss.name")
+        truth = batch.target >= 128
+        size = (truth.shape[-2], truth.shape[-1])
+        wanted = shares_of(boxes_of_masks(truth) if boxes is None else boxes, size)
+        some = truth.flatten(1).any(dim=1).float()
+        stages = (
+            ("coarse", self.coarse_weight, output.aux["coarse_logits"], output.aux["coarse_box"]),
+            ("fine", 1.0, output.logits, output.aux["box"]),
+        )
+        terms = {}
+        for stage, weight, small, given in stages:
+            logits, box = upsample_logits(small, size), at_least_float32(given)
+            mask = dice_loss(logits, truth[:, None]) + F.binary_cross_entropy_with_logits(
+                logits, truth[:, None].to(logits.dtype)
+            )
+            terms[f"mask_{stage}"] = weight * mask
+            terms[f"box_{stage}"] = weight * self.box_weight * (box_loss(box, wanted) * some).mean()
+            contradiction = consistency(logits, box)
+            terms[f"consistency_{stage}"] = weight * self.consistency_weight * (contradiction * some).mean()
+        return {
+            "loss": torch.stack(list(terms.values())).sum(),
+            **{name: term.detach() for name, term in terms.items()},
+        }
+
+
+def consistency(logits: Tensor, boxes: Tensor) -> Tensor:
+    """How far every mask and its box contradict each other: 0.3 * share outside + 0.1 * box loss.
+
+    logits [B, 1, H, W], boxes [B, 4] shares -> [B]. The mask gets no gradient.
+    """
+    masks = logits[:, 0] > 0
+    size = (masks.shape[-2], masks.shape[-1])
+    corners = corners_of(boxes) * boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    around = shares_of(boxes_of_masks(masks, end=0), size).to(boxes.dtype)
+    return 0.3 * share_outside(masks, corners) + 0.1 * box_loss(boxes, around)

@@ -119,6 +119,7 @@ MODELS: Registry[Callable[..., Any]] = Registry(
     {
         "amltrain.models.barleria": ("barleria_vit_base", "barleria_eva02_base", "barleria_tiny"),
         "amltrain.models.beit3": ("beit3_base", "beit3_large", "beit3_tiny"),
+        "amltrain.models.c3vg": ("c3vg_beit3_base", "c3vg_tiny"),
         "amltrain.models.caris": ("caris_swin_base", "caris_swin_tiny", "caris_tiny"),
         "amltrain.models.cgformer": ("cgformer_swin_base", "cgformer_tiny"),
         "amltrain.models.cris": ("cris_r101", "cris_r50", "cris_tiny"),
@@ -131,6 +132,7 @@ MODELS: Registry[Callable[..., Any]] = Registry(
             "dual_tiny",
         ),
         "amltrain.models.etris": ("etris_r101", "etris_r50", "etris_vit_base", "etris_tiny"),
+        "amltrain.models.evfsam": ("evfsam_beit3_large", "evfsam_tiny", "evfsam2_beit3_large", "evfsam2_tiny"),
         "amltrain.models.lavt": ("lavt_swin_base", "lavt_tiny"),
         "amltrain.models.magnet": ("magnet_swin_base", "magnet_tiny"),
         "amltrain.models.rela": ("rela_swin_base", "rela_swin_tiny", "rela_r50", "rela_tiny"),
@@ -170,6 +172,7 @@ LOSSES: Registry[Callable[..., Any]] = Registry(
             "rela",
             "cgformer",
             "mask_and_presence",
+            "c3vg",
         )
     },
 )
@@ -203,6 +206,7 @@ def check_options(options: Any) -> None:
         check()
 
 
+_given: list[str] = []
 _imported: dict[str, ModuleType] = {}
 _broken: dict[str, str] = {}
 _installed_loaded = False
@@ -220,7 +224,13 @@ def take_imports(arguments: Sequence[str]) -> list[str]:
         if not name:
             raise UserError(f"{FLAG} needs a Python file or the name of a module")
         import_plugin(name)
+        _given.append(name)
     return rest
+
+
+def import_flags() -> list[str]:
+    """The `--import` arguments that this process was started with, for processes that it starts."""
+    return [part for name in _given for part in (FLAG, name)]
 
 
 def import_plugin(name: str) -> None:

@@ -7,12 +7,11 @@
 Prints a table and adds its rows to OUTPUT/results.json, which keeps its other rows. Next to it: the tables as Markdown,
 LaTeX and CSV, one row per sample as Parquet (samples/), and pictures. Scores are the same at any number of processes. A
 model is scored on the data sets that it was trained on unless --data.datasets names others.
-
-Score a model or predictions: what `amltrain evaluate` does after its arguments are read.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -67,7 +66,6 @@ def build_parser() -> ArgumentParser:
         "is covered, 0 to 1",
     )
     add("--encode_once", type=bool, default=True, help="run the image encoder once for all sentences of an image")
-    add("--hub_benchmark", type=str | None, help="also write .eval_results/*.yaml for this Hub benchmark data set")
     return parser
 
 
@@ -80,16 +78,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checkpoint = parser.parse_args(arguments).checkpoint
             if checkpoint:
                 find_model_folder(checkpoint)  # before the imports
-            from amltrain.inference import evaluate as evaluate_splits  # imports torch, now that the arguments are good
+            from accelerate import PartialState  # these import torch, once the arguments are known to be good
+
+            from amltrain.evaluation.tables import table
+            from amltrain.inference import evaluate as evaluation
 
             if checkpoint:
-                parser.set_defaults(evaluate_splits.as_trained(checkpoint))
+                parser.set_defaults(evaluation.as_trained(checkpoint))
             parsed = parser.parse_args(arguments)
             if not checkpoint and not parsed.predictions:
                 raise UserError("give --checkpoint RUN (or a folder of masks as --predictions)")
-            args = parser.instantiate(parsed)
+            values = parser.instantiate(parsed)
+            options = evaluation.EvaluateOptions(**{f.name: values[f.name] for f in fields(evaluation.EvaluateOptions)})
         except UserError:
             raise
         except Exception as error:  # jsonargparse raises its own types; all are about the command line
             raise UserError(one_line(str(error), parser)) from error
-        evaluate_splits.run(args)
+        results = evaluation.evaluate(options)
+        if PartialState().is_main_process:
+            print(table(results))
+            print(f"results -> {options.folder}")

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if not Path(args.run).exists():
             find_model_folder(args.run)  # before the imports
-        from amltrain.report.page import report  # imports torch
+        from amltrain.report.page import ReportOptions, report  # imports torch
 
-        path = report(args)
+        path = report(ReportOptions(**vars(args)))
         print(f"report -> {path} ({path.stat().st_size / 1e6:.1f} MB)")

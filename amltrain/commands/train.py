@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from jsonargparse import ArgumentParser
 
-from amltrain.config.parse import as_yaml, build_run_parser, parse_config
+from amltrain.config.parse import as_yaml, build_run_parser, checked
 from amltrain.config.schema import RunConfig
 from amltrain.errors import one_line_errors
-from amltrain.registry import check_options
-from amltrain.training.preemption import exit_on_signals
+from amltrain.registry import import_flags
+from amltrain.training.stopping import exit_on_signals
 
 QUICKSTART = "quickstart"
 PRINT = "--print_config"
@@ -30,9 +30,7 @@ def read_run(argv: Sequence[str] | None = None) -> RunConfig:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != PRINT]
-    config = parse_config(arguments)
-    for options in (config.method_options, *config.augment_options.values(), *config.callback_options.values()):
-        check_options(options)
+    config = checked(arguments)
     if PRINT in given:
         options = config.method_options
         complete = options.complete() if options is not None and hasattr(options, "complete") else options
@@ -52,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from amltrain.training.launcher import launch_processes, take_launch_options
 
         rest, processes, file = take_launch_options(arguments)
-        launch_processes(rest, processes, file)
+        launch_processes([*import_flags(), *rest], processes, file)
         return
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]

@@ -4,7 +4,8 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from amltrain.config.fields import ANY, POSITIVE, RANGES
 from amltrain.config.files import BASE, groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.errors import UserError, unknown_name
-from amltrain.registry import AUGMENTATIONS, CALLBACKS, METHODS, MODELS, Registry, imported_plugins
+from amltrain.registry import AUGMENTATIONS, CALLBACKS, METHODS, MODELS, Registry, check_options, imported_plugins
 
 DERIVED = ("method_options", "augment_options", "callback_options")
 """Fields of a run that are read from sections."""
@@ -71,6 +72,28 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
         return RunConfig(**values, method_options=own)
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
+
+
+def config_of(values: Mapping[str, Any] | str | Path, base: str | None) -> RunConfig:
+    """Read a run from nested values, or from the path or shipped name of a file, through the same checks.
+
+    base: a shipped config or file below it. Raises UserError.
+    """
+    layers = [] if base is None else ["--config", base]
+    if isinstance(values, (str, Path)):
+        return checked([*layers, "--config", str(values)])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(yaml.safe_dump(_plain(dict(values)), sort_keys=False), encoding="utf-8")
+        return checked([*layers, *(["--config", str(file)] if values else [])])
+
+
+def checked(argv: Sequence[str]) -> RunConfig:
+    """`parse_config`, and the options of its method, augmentations and callbacks checked. Raises UserError."""
+    config = parse_config(argv)
+    for options in (config.method_options, *config.augment_options.values(), *config.callback_options.values()):
+        check_options(options)
+    return config
 
 
 def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:

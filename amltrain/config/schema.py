@@ -3,6 +3,7 @@
 Leaf functions take plain values; only `build_*` functions and commands see a config.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -375,6 +376,20 @@ def sectioned(config: RunConfig) -> dict[str, Any]:
     options, augmentations = values.pop("method_options"), values.pop("augment_options")
     sections = {config.method: options, **augmentations, **values.pop("callback_options")}
     return {**values, **{name: section for name, section in sections.items() if section}}
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values as in a YAML file, where dotted keys ("train.max_steps") may stand for groups too."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        group, _, rest = str(key).partition(".")
+        inner = {rest: value} if rest else value
+        if isinstance(inner, Mapping):
+            before = result.get(group)
+            result[group] = {**(before if isinstance(before, dict) else {}), **nested(inner)}
+        else:
+            result[group] = inner
+    return result
 
 
 def free_options(config: RunConfig) -> list[str]:

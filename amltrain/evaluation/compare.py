@@ -86,6 +86,10 @@ class Comparison(NamedTuple):
     differences: list[Difference]
     notes: list[str]
 
+    def __str__(self) -> str:
+        """The comparison as a Markdown table."""
+        return comparison_markdown(self)
+
 
 def find_results(place: str | Path) -> Path:
     """The results.json of a file, an evaluation's folder, or a run (run, best or model folder). Raises UserError."""

@@ -32,7 +32,7 @@ from amltrain.config.schema import Protocol
 from amltrain.data.transforms import prepare_batch
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
-from amltrain.evaluation.masks import Masks, count_pixels, network_size, original_probability, output_masks, to_original
+from amltrain.evaluation.masks import Masks, count_pixels, find_referents, network_size, output_masks, to_original
 from amltrain.evaluation.metrics import metric_terms, number_refs, scored_columns
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
@@ -200,13 +200,13 @@ def _keep(
         geometry = host.geometry[row].tolist()
         mask = masks.masks[row]
         if protocol.frame == "network" and output is not None:
-            logits = output.logits[row : row + 1]
-            probability = original_probability(logits, network_size(host), [geometry], protocol.interpolation)[0]
-            mask = probability > protocol.threshold
+            one = ModelOutput(output.logits[row : row + 1], {})
+            mask = find_referents(one, network_size(host), [geometry], protocol)[0].mask
         elif protocol.frame == "network":
             mask = to_original(mask.float(), geometry, "bilinear") > 0.5
         truth = to_original(host.target[row].float() / 255, geometry, "bilinear") > 0.5
         predicted_none = bool(scored[row, SAMPLE_COLUMNS.index("predicted_no_target")])
+        mask = mask & (not predicted_none)
         predictions.append(Prediction(sample_id, mask.cpu().numpy(), truth.numpy(), predicted_none))
     return predictions
 

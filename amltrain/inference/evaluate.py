@@ -1,19 +1,18 @@
 """Score a trained model, or masks that any model predicted, on splits of prepared data."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
-from jsonargparse import Namespace
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from amltrain.config.fields import ANY, check_number
-from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess, Protocol
+from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess, Protocol, ProtocolOverrides
 from amltrain.data.catalog import find_spec
 from amltrain.data.loaders import build_eval_loaders, resolve_splits
 from amltrain.data.prepare import check_scenes, ensure_prepared
@@ -32,10 +31,43 @@ from amltrain.evaluation.results import (
     run_protocol,
 )
 from amltrain.evaluation.samples import sample_table, write_samples
-from amltrain.evaluation.tables import table, write_tables
-from amltrain.hub.model_card import write_eval_results
+from amltrain.evaluation.tables import write_tables
 from amltrain.hub.model_folder import load_pretrained, read_training
 from amltrain.run_folder import BEST, MODEL, RESULTS_FILE, RUN_CONFIG, find_model_folder
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """What `evaluate` scores, and how; fields as the flags of `amltrain evaluate`, which have the same defaults.
+
+    Give `checkpoint` (run, model folder, Hub repository) or `predictions` (masks, with a `preset`).
+    """
+
+    checkpoint: str | None = None
+    predictions: str | None = None
+    data: DataConfig
+    splits: Sequence[str] = ("val",)
+    output: str | None = None
+    preset: str | None = None
+    protocol: ProtocolOverrides = field(default_factory=ProtocolOverrides)
+    batch_size: int = 16
+    max_samples: int | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    pictures: int = 8
+    save_predictions: Literal["rle", "masks"] | None = None
+    seed: int = 0
+    shuffle_sentences: bool = False
+    perturbations: Sequence[str] = ()
+    severity: Sequence[float] = ()
+    encode_once: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return Path(self.output or _default_output(str(self.checkpoint or self.predictions)))
 
 
 class Source(NamedTuple):
@@ -57,47 +89,36 @@ class NoText:
         return torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
 
 
-def run(args: Namespace) -> None:
-    """Check the flags, score, and print the table on the main process."""
-    _check_flags(args)
-    results = evaluate(args)
-    if PartialState().is_main_process:
-        print(table(results))
-        print(f"results -> {_output(args)}")
-
-
-def evaluate(args: Namespace) -> list[Results]:
+def evaluate(options: EvaluateOptions) -> list[Results]:
     """Score every split under every perturbation; every process returns the same results, the main one writes them."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    output = _output(args)
-    perturbations = _perturbations(args)
-    splits = evaluation_splits(args.splits, args.data)
-    source = _source(args)
-    protocol = run_protocol(source.protocol, args.data, args.protocol)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    output = options.folder
+    perturbations = _perturbations(options)
+    splits = evaluation_splits(options.splits, options.data)
+    source = _source(options)
+    protocol = run_protocol(source.protocol, options.data, options.protocol)
     if source.model is None:
-        for dataset, split, _ in resolve_splits(splits, args.data.datasets, args.data.prepared):
-            find_predictions(args.predictions, dataset, split)
+        for dataset, split, _ in resolve_splits(splits, options.data.datasets, options.data.prepared):
+            find_predictions(str(options.predictions), dataset, split)
     on_main_process(accelerator, lambda: _check_output(output))
-    on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print), wait=PREPARATION)
-    check_scenes(args.data)
+    on_main_process(accelerator, lambda: ensure_prepared(options.data, accelerator.print), wait=PREPARATION)
+    check_scenes(options.data)
     if source.model is not None:
         source = source._replace(model=accelerator.prepare_model(source.model, evaluation_mode=True))
     results: list[Results] = []
     for perturbation in perturbations:
-        for loader in _loaders(args, splits, source, protocol, perturbation).values():
-            result = _score(accelerator, args, source, protocol, loader, perturbation, output)
+        for loader in _loaders(options, splits, source, protocol, perturbation).values():
+            result = _score(accelerator, options, source, protocol, loader, perturbation, output)
             results.append(result)
             if accelerator.is_main_process:  # after every split, so a failed evaluation keeps finished splits
                 rows = merge_results(output / RESULTS_FILE, [result])
                 write_tables(output, rows)
-                if args.hub_benchmark:
-                    write_eval_results(output, args.hub_benchmark, rows)
     return results
 
 
 def _score(
     accelerator: Accelerator,
-    args: Namespace,
+    options: EvaluateOptions,
     source: Source,
     protocol: Protocol,
     loader: DataLoader,
@@ -106,56 +127,56 @@ def _score(
 ) -> Results:
     """Score one split, and write its samples, picture and predictions on the main process."""
     dataset: Any = loader.dataset
-    provenance = _provenance(args, source, perturbation)
+    provenance = _provenance(options, source, perturbation)
     if source.model is None:
         first = dataset.info(0)
-        predictions = find_predictions(args.predictions, first.dataset, first.split)
+        predictions = find_predictions(str(options.predictions), first.dataset, first.split)
         result = evaluate_predictions(
-            accelerator, predictions, loader, protocol, pictures=args.pictures, provenance=provenance
+            accelerator, predictions, loader, protocol, pictures=options.pictures, provenance=provenance
         )
         writer = None
     else:
-        writer = _writer(accelerator, args, dataset, output)
+        writer = _writer(accelerator, options, dataset, output)
         result = evaluate_model(
             accelerator,
             source.model,
             loader,
             protocol,
-            pictures=args.pictures,
+            pictures=options.pictures,
             provenance=provenance,
             writer=writer,
-            encode_once=args.encode_once,
+            encode_once=options.encode_once,
         )
     files = {"samples": f"samples/{result.stem()}.parquet"}
     if writer is not None:
         files["predictions"] = f"predictions/{writer.finish(output / 'predictions' / result.stem()).name}"
-    if args.pictures:
+    if options.pictures:
         files["picture"] = f"pictures/{result.stem()}.png"
     if accelerator.is_main_process:
         write_samples(output / files["samples"], sample_table(result, dataset))
-        if args.pictures:
+        if options.pictures:
             from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
 
             save_picture(prediction_sheet(result, dataset), output / files["picture"])
     return replace(result, files=files)
 
 
-def _writer(accelerator: Accelerator, args: Namespace, dataset: Any, output: Path) -> PredictionWriter | None:
-    if args.save_predictions is None:
+def _writer(accelerator: Accelerator, options: EvaluateOptions, dataset: Any, output: Path) -> PredictionWriter | None:
+    if options.save_predictions is None:
         return None
-    return PredictionWriter(output / "predictions", args.save_predictions, accelerator)
+    return PredictionWriter(output / "predictions", options.save_predictions, accelerator)
 
 
-def _source(args: Namespace) -> Source:
-    own = named_protocol(args.preset) if args.preset else None
-    if args.predictions:
+def _source(options: EvaluateOptions) -> Source:
+    own = named_protocol(options.preset) if options.preset else None
+    if options.predictions:
         if own is None:
             raise UserError(f"--predictions needs a protocol: give --preset ({', '.join(PROTOCOLS)})")
-        return Source(None, NoText(), named_preprocess(args.preset), own, None)
-    pretrained = load_pretrained(args.checkpoint)
+        return Source(None, NoText(), named_preprocess(str(options.preset)), own, None)
+    pretrained = load_pretrained(str(options.checkpoint))
     if pretrained.tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer files; save or convert it again with a tokenizer")
-    folder = find_model_folder(args.checkpoint)
+        raise UserError(f"{options.checkpoint} has no tokenizer files; save or convert it again with a tokenizer")
+    folder = find_model_folder(str(options.checkpoint))
     return Source(pretrained.model, pretrained.tokenizer, pretrained.preprocess, own or pretrained.protocol, folder)
 
 
@@ -168,42 +189,42 @@ def evaluation_splits(names: Sequence[str], data: DataConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _perturbations(args: Namespace) -> list[Perturbation | None]:
+def _perturbations(options: EvaluateOptions) -> list[Perturbation | None]:
     """None is the image as it is; `all` the seven of the paper; every one at every severity."""
-    names = [n for name in args.perturbations or ["none"] for n in (PAPER if name == "all" else [name])]
+    names = [n for name in options.perturbations or ["none"] for n in (PAPER if name == "all" else [name])]
     found: list[Perturbation | None] = []
     for name in dict.fromkeys(names):
-        severities = args.severity or [None]
-        found += [None] if name == "none" else [build_perturbation(name, s, args.seed) for s in severities]
+        severities: Sequence[float | None] = options.severity or [None]
+        found += [None] if name == "none" else [build_perturbation(name, s, options.seed) for s in severities]
     return found
 
 
 def _loaders(
-    args: Namespace, splits: list[str], source: Source, protocol: Protocol, perturbation: Perturbation | None
+    options: EvaluateOptions, splits: list[str], source: Source, protocol: Protocol, perturbation: Perturbation | None
 ) -> dict[str, DataLoader]:
     evaluation = EvaluationConfig(
         splits=splits,
-        batch_size=args.batch_size,
-        max_samples=args.max_samples,
-        shuffle_sentences=args.shuffle_sentences,
+        batch_size=options.batch_size,
+        max_samples=options.max_samples,
+        shuffle_sentences=options.shuffle_sentences,
     )
     return build_eval_loaders(
-        args.data, source.preprocess, evaluation, protocol, source.tokenizer, seed=args.seed, perturb=perturbation
+        options.data, source.preprocess, evaluation, protocol, source.tokenizer, seed=options.seed, perturb=perturbation
     )
 
 
-def _provenance(args: Namespace, source: Source, perturbation: Perturbation | None) -> dict[str, Any]:
+def _provenance(options: EvaluateOptions, source: Source, perturbation: Perturbation | None) -> dict[str, Any]:
     described = {
-        "max_samples": args.max_samples,
+        "max_samples": options.max_samples,
         "perturbation": perturbation.describe() if perturbation else None,
-        "seed": args.seed,
+        "seed": options.seed,
     }
     if source.folder is None:
-        return {"predictions": args.predictions, **described}
+        return {"predictions": options.predictions, **described}
     training = read_training(source.folder)
     data = training["recipe"]["data"] if training else {}
     return {
-        "checkpoint": args.checkpoint,
+        "checkpoint": options.checkpoint,
         "trained_on": data.get("datasets"),
         "train_split": data.get("train_split"),
         "leak_filter": data.get("leak_filter"),
@@ -220,26 +241,22 @@ def as_trained(checkpoint: str) -> dict[str, Any]:
     return {f"data.{name}": data[name] for name in ("datasets", "prepared") if name in data} | shapes
 
 
-def _check_flags(args: Namespace) -> None:
-    if not args.checkpoint and not args.predictions:
+def _check(options: EvaluateOptions) -> None:
+    if not options.checkpoint and not options.predictions:
         raise UserError("give --checkpoint (a run or model folder) or --predictions (masks to score)")
-    if args.checkpoint and args.predictions:
+    if options.checkpoint and options.predictions:
         raise UserError("give --checkpoint or --predictions, not both")
-    if args.severity and not args.perturbations:
+    if options.severity and not options.perturbations:
         raise UserError("--severity belongs to perturbations; give --perturbations as well")
-    if args.predictions:
+    if options.predictions:
         for flag in ("perturbations", "save_predictions", "shuffle_sentences"):
-            if args[flag]:
+            if getattr(options, flag):
                 raise UserError(f"--{flag} needs a model; it cannot be used with --predictions")
     for flag, low in (("batch_size", 1), ("max_samples", 1), ("pictures", 0)):
-        check_number(f"--{flag}", args[flag], low, ANY)
-    for severity in args.severity:
+        check_number(f"--{flag}", getattr(options, flag), low, ANY)
+    for severity in options.severity:
         check_number("--severity", severity, 0, ANY)
-    check_number("--protocol.threshold", args.protocol.threshold, 0, 1)
-
-
-def _output(args: Namespace) -> Path:
-    return Path(args.output or _default_output(args.checkpoint or args.predictions))
+    check_number("--protocol.threshold", options.protocol.threshold, 0, 1)
 
 
 def _default_output(source: str) -> str:

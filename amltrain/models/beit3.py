@@ -13,6 +13,7 @@ The position table of the image keeps its pretrained size and is resampled (bicu
 Dimensions: B batch, L text tokens, C width, h w grid of patches, V = 1 + h w visual tokens, D decoder width.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -163,13 +164,8 @@ class BEiT3Encoder(nn.Module):
         grid = (patches.shape[-2], patches.shape[-1])
         cls = self.vision_embed.cls_token.expand(patches.shape[0], -1, -1)
         x = torch.cat([cls.to(patches.dtype), patches.flatten(2).transpose(1, 2)], dim=1)
-        table = self.encoder.embed_positions.A.weight[FIRST_POSITION:]
-        side = (self.table_size, self.table_size)
-        if grid != side:
-            cells = table[1:].T.unflatten(1, side)[None].float()
-            cells = F.interpolate(cells, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
-            table = torch.cat([table[:1], cells.to(table.dtype)])
-        return x + table, grid
+        table = resampled(self.encoder.embed_positions.A.weight, grid)
+        return x + table[FIRST_POSITION:], grid
 
     def embed_words(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """input_ids [B, L] int64, text_mask [B, L] bool -> [B, L, C], zero at padded tokens."""
@@ -190,6 +186,46 @@ class BEiT3Encoder(nn.Module):
             if i in self.taps:
                 outputs.append(self.encoder.layer_norm(x, split))
         return outputs
+
+    def encode_together(
+        self, image: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Image and words, which read each other. For every tapped block: map [B, C, h, w], words [B, L, C], and the
+        image's first token [B, C].
+        """
+        pixels, grid = self._embed_padded(image)
+        words = self.embed_words(input_ids, text_mask)
+        split = pixels.shape[1]
+        mask = F.pad(text_mask, (split, 0), value=True)[:, None, None, :]
+        outputs = self(torch.cat([pixels, words.to(pixels.dtype)], dim=1), split, mask)
+        return [(_as_map(x[:, 1:split], grid), x[:, split:], x[:, 0]) for x in outputs]
+
+    def encode_alone(self, image: Tensor, input_ids: Tensor, text_mask: Tensor) -> AlignmentFeatures:
+        """The image without words [B, C, h, w], and the words without image [B, L, C], after the last block."""
+        pixels, grid = self._embed_padded(image)
+        alone = self(pixels, pixels.shape[1], None)[-1]
+        words = self.embed_words(input_ids, text_mask)
+        tokens = self(words, 0, text_mask[:, None, None, :])[-1]
+        return AlignmentFeatures(_as_map(alone[:, 1:], grid), tokens, text_mask)
+
+    def _embed_padded(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Embed an image [B, 3, H, W], padded at right and bottom to whole patches."""
+        height, width = image.shape[-2:]
+        return self.embed_image(F.pad(image, (0, -width % self.patch, 0, -height % self.patch)))
+
+
+def resampled(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """An image's position table [FIRST_POSITION + 1 + side^2, C] for another grid of patches: bicubic.
+
+    The rows that are never read, and the first token's, stay as they are.
+    """
+    first = FIRST_POSITION + 1
+    side = math.isqrt(len(table) - first)
+    if grid == (side, side):
+        return table
+    cells = table[first:].T.unflatten(1, (side, side))[None].float()
+    cells = F.interpolate(cells, grid, mode="bicubic", align_corners=False)[0].flatten(1).T
+    return torch.cat([table[:first], cells.to(table.dtype)])
 
 
 class LightDecoder(nn.Module):
@@ -235,13 +271,9 @@ class BEiT3(RISModel):
 
     def encode(self, batch: Batch) -> Features:
         """Image and words together; maps of the four blocks, from early to deep, and the last block's words."""
-        image, grid = self._embed_image(batch.image)
-        words = self.beit3.embed_words(batch.input_ids, batch.text_mask)
-        split = image.shape[1]
-        mask = F.pad(batch.text_mask, (split, 0), value=True)[:, None, None, :]
-        outputs = self.beit3(torch.cat([image, words.to(image.dtype)], dim=1), split, mask)
-        maps = tuple(_as_map(x[:, 1:split], grid) for x in outputs)
-        return Features(maps, outputs[-1][:, split:], batch.text_mask, {"image": outputs[-1][:, 0]})
+        outputs = self.beit3.encode_together(batch.image, batch.input_ids, batch.text_mask)
+        _, words, first = outputs[-1]
+        return Features(tuple(visual for visual, _, _ in outputs), words, batch.text_mask, {"image": first})
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         sentence = torch.cat([features.extra["image"], features.text[:, 0]], dim=1)
@@ -254,11 +286,7 @@ class BEiT3(RISModel):
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
     ) -> AlignmentFeatures:
         """The image alone [B, C, h, w] and the words alone [B, L, C]; `features` have seen each other."""
-        image, grid = self._embed_image(batch.image)
-        alone = self.beit3(image, image.shape[1], None)[-1]
-        words = self.beit3.embed_words(batch.input_ids, batch.text_mask)
-        tokens = self.beit3(words, 0, batch.text_mask[:, None, None, :])[-1]
-        return AlignmentFeatures(_as_map(alone[:, 1:], grid), tokens, batch.text_mask)
+        return self.beit3.encode_alone(batch.image, batch.input_ids, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The encoder at its own rate; norms, embeddings, biases and other vectors do not decay."""
@@ -281,12 +309,6 @@ class BEiT3(RISModel):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.beit3.gradient_checkpointing = enabled
-
-    def _embed_image(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Embed the image, padded at right and bottom to whole patches."""
-        height, width = image.shape[-2:]
-        patch = self.beit3.patch
-        return self.beit3.embed_image(F.pad(image, (0, -width % patch, 0, -height % patch)))
 
 
 def _as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -311,6 +333,7 @@ def _build(encoder: BEiT3Encoder, vision_weights: str | None, text_weights: str 
 def load_beit3(encoder: BEiT3Encoder, weights: str) -> None:
     """Fill an encoder from an official file (beit3_base_patch16_224.pth, .._indomain_.., or a fine-tuned one).
 
+    An image's position table of another size is resampled, as the official code does.
     Raises UserError for anything but a file: no hub has the official file with its text weights.
     """
     if not is_file(weights):
@@ -323,6 +346,9 @@ def load_beit3(encoder: BEiT3Encoder, weights: str) -> None:
         for key, value in read_state_dict(Path(weights)).items()
         if key.startswith("beit3.") and not key.endswith("mask_token")
     }
+    table = "encoder.embed_positions.A.weight"
+    if table in state and math.isqrt(len(state[table]) - FIRST_POSITION - 1) != encoder.table_size:
+        state[table] = resampled(state[table], (encoder.table_size, encoder.table_size))
     fill(encoder, state, weights)
 
 

@@ -7,9 +7,9 @@ and the recorded network's random weights under their official keys; a case with
 case of its folder. `train.logits` and `post.*` were recorded in training mode: the logits, and batch norms' statistics
 after that forward.
 `f64.*` tensors, where a case has them, were recorded in float64 and are compared in float64.
-A gradient beyond its tolerance is computed again in float64: it passes if the recorded one is within tolerance of ours
-there, or no further from it than three times what float32 costs our own gradient, or if it is 0 in float64 and both are
-rounding. The verdict then gives the reason.
+What is beyond its tolerance in float32 is judged by our own float64 and by what float32 costs it (`judge.py`); the
+verdict then gives the reason. Where our parameter is several official ones, or a part of one, gradients are compared in
+the official form.
 The sizes come from the JSON beside the case or beside another recorded case: the first that the weights fit.
 Prints a table and every recorded tensor that is not compared, with the reason. Exit code 0: all within tolerance; 1:
 something is beyond; 2: the case cannot be compared.
@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
@@ -36,10 +36,9 @@ sys.path.insert(0, str(REPOSITORY))
 from amltrain.losses import create_loss, upsample_logits  # noqa: E402
 from amltrain.models import RISModel  # noqa: E402
 from amltrain.records import Batch, ModelOutput  # noqa: E402
+from tests.parity.judge import NUDGES, Exact, Row, kind_of, nudged_case, row, scale_of  # noqa: E402
 
 RECORDED = ("input.", "extra.", "inter.", "output.", "grad.", "train.", "post.", "f64.", "unpadded.")
-ZERO, NOTHING = 1e-12, 1e-6
-"""Shares of the case's largest gradient that count as 0, in float64 and in float32."""
 NO_RULE = "the adapter has no rule for it"
 Read = Callable[[tuple[Any, ...], Any], Tensor]
 ReadOutput = Callable[[ModelOutput, Batch], Tensor]
@@ -50,7 +49,7 @@ class Adapter:
     """How one baseline's recorded case maps onto our model.
 
     build       config of the case's JSON -> model of that size, every dropout and drop-path 0
-    loss        name of the loss in amltrain.losses
+    loss        name of the loss in amltrain.losses, or a function that builds a criterion
     loss_kwargs its arguments
     captures    recorded name -> (module path, function of the module's inputs and output -> tensor shaped as recorded)
     last        recorded names read at the last call of their module instead of the first
@@ -58,51 +57,37 @@ class Adapter:
     outputs     recorded name -> function of the model's output and the batch; the default gives output.logits,
                 output.logits_resized and output.pred
     training_outputs   the same for recorded outputs of the training forward
-    absolute    tolerance of activations and outputs, float32
-    tolerances  start of a recorded name -> its own tolerance instead; the first that fits
-    training    tolerance of `train.logits`, `output.train_logits` and `post.*` (absolute): batch norms amplify rounding
-    loss_tolerance, gradient   tolerance of the loss (absolute) and of gradients (relative to each tensor's largest)
-    double      tolerance of everything in float64 (relative to each tensor's largest value)
+    value       tolerance of activations, outputs, losses and statistics in float32
+    gradient    tolerance of gradients in float32
+    double      tolerance of everything in float64; all three relative to each tensor's largest value
+    exact       starts of recorded names whose tensors must be equal: decisions, not sums
     left_out    start of a recorded name that is not compared here -> why, e.g. the test that compares it
     """
 
     build: Callable[[Mapping[str, Any]], RISModel]
-    loss: str
+    loss: str | Callable[[], Callable[[ModelOutput, Batch], dict[str, Tensor]]]
     loss_kwargs: Mapping[str, Any] = field(default_factory=dict)
     captures: Mapping[str, tuple[str, Read]] = field(default_factory=dict)
     last: Collection[str] = ()
     batch: Callable[[Mapping[str, Tensor]], Batch] | None = None
     outputs: Mapping[str, ReadOutput] = field(default_factory=dict)
     training_outputs: Mapping[str, ReadOutput] = field(default_factory=dict)
-    absolute: float = 2e-5
-    tolerances: Mapping[str, float] = field(default_factory=dict)
-    training: float = 1e-4
-    loss_tolerance: float = 2e-6
-    gradient: float = 5e-4
+    value: float = 5e-6
+    gradient: float = 1e-4
     double: float = 1e-9
+    exact: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def tolerance(self, name: str, dtype: torch.dtype) -> tuple[float, bool]:
-        """How far a tensor of that recorded name may be off, and whether relative to its largest value."""
+    def tolerance(self, name: str, dtype: torch.dtype) -> float:
+        """How far a tensor of that recorded name may be off, as a share of its largest value."""
+        if name.startswith(self.exact) and self.exact:
+            return 0.0
         if dtype == torch.float64:
-            return self.double, True
-        if name == "output.loss":
-            return self.loss_tolerance, False
-        if name.startswith("grad."):
-            return self.gradient, True
-        if name.startswith(("train.", "post.", "output.train_logits")):
-            return self.training, False
-        own = (value for start, value in self.tolerances.items() if name.startswith(start))
-        return next(own, self.absolute), False
+            return self.double
+        return self.gradient if kind_of(name) == "grad" else self.value
 
-
-class Row(NamedTuple):
-    name: str
-    absolute: float
-    relative: float
-    tolerance: str
-    passed: bool
-    reason: str = ""
+    def why_left_out(self, name: str) -> str | None:
+        return next((why for start, why in self.left_out.items() if name.startswith(start)), None)
 
 
 def default_batch(recorded: Mapping[str, Tensor]) -> Batch:
@@ -205,15 +190,48 @@ def load_model(adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str
     return model, conversion.renamed
 
 
-def row(name: str, ours: Tensor, theirs: Tensor, tolerance: float, relative: bool) -> Row:
-    ours, theirs = ours.detach().reshape(theirs.shape).double(), theirs.double()
-    difference = (ours - theirs).abs().max().item()
-    largest = theirs.abs().max().item()
-    measured = difference / max(largest, 1e-12) if relative else difference
-    passed = bool(measured <= tolerance)  # NaN fails
-    return Row(
-        name, difference, difference / max(largest, 1e-12), f"{'rel' if relative else 'abs'} {tolerance:.0e}", passed
-    )
+def find_places(model: RISModel, weights: Mapping[str, Tensor]) -> dict[str, list[tuple[str, Tensor, Tensor]]]:
+    """Where every official element lies in our model: official key -> [(our name, positions there, positions in it)].
+
+    Converts a state dict whose values are numbers of elements, so that parameters which are joined, split or reshaped
+    on the way are followed too. Keys whose values the conversion changes (resampled tables) are left out.
+    """
+    starts, tagged, count = {}, {}, 1
+    for key, value in weights.items():
+        starts[key] = count
+        tagged[key] = torch.arange(count, count + value.numel(), dtype=torch.float64).reshape(value.shape)
+        count += value.numel()
+    bounds = torch.tensor([*starts.values(), count], dtype=torch.float64)
+    keys, places = list(starts), {key: [] for key in starts}
+    for name, tags in model.convert_state_dict(tagged).state_dict.items():
+        tags = tags.flatten().double()
+        if not torch.equal(tags, tags.round()) or tags.numel() == 0:
+            continue
+        owners = torch.bucketize(tags, bounds, right=True) - 1
+        for owner in owners.unique().tolist():
+            if 0 <= owner < len(keys):
+                ours = (owners == owner).nonzero()[:, 0]
+                places[keys[owner]].append((name, ours, (tags[ours] - bounds[owner]).long()))
+    return places
+
+
+def officially(
+    found: Mapping[str, Tensor], places: Mapping[str, list[tuple[str, Tensor, Tensor]]], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Gradients and statistics under official keys, copies of one official tensor added up."""
+    results = {}
+    for name, theirs in wanted.items():
+        kind, _, key = name.partition(".")
+        if kind not in ("grad", "post"):
+            continue
+        parts = [part for part in places.get(key, ()) if f"{kind}.{part[0]}" in found]
+        if not parts or torch.cat([at for _, _, at in parts]).unique().numel() != theirs.numel():
+            continue
+        whole = found[f"{kind}.{parts[0][0]}"].new_zeros(theirs.numel())
+        for ours, here, there in parts:
+            whole.index_add_(0, there, found[f"{kind}.{ours}"].detach().flatten()[here])
+        results[name] = whole
+    return results
 
 
 def run(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -252,7 +270,7 @@ def backward(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str
     """Training forward and backward under recorded names: outputs, loss, gradients, statistics; the last two as
     `grad.` and `post.` + our name."""
     torch.set_default_dtype(batch.image.dtype)  # so that the loss's own constants are as exact as its inputs
-    criterion = create_loss(adapter.loss, **adapter.loss_kwargs)
+    criterion = create_loss(adapter.loss, **adapter.loss_kwargs) if isinstance(adapter.loss, str) else adapter.loss()
     torch.set_default_dtype(torch.float32)
     output = model.train()(batch)
     loss = criterion(output, batch)["loss"]
@@ -266,66 +284,79 @@ def backward(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str
 def compare(
     adapter: Adapter, config: Mapping[str, Any], recorded: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> list[Row]:
-    """One row per recorded tensor that the adapter can reproduce.
-
-    Computes with one thread: more threads sum in another order, and a ReLU at 0 turns that into another gradient.
-    """
+    """One row per recorded tensor that the adapter can reproduce. Computes with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return compare_all(adapter, config, recorded, weights)
+        case = Case(adapter, config, weights, (adapter.batch or default_batch)(recorded))
+        rows = case.recheck(case.compare(torch.float32, recorded), recorded)
+        doubles = {name[len("f64.") :]: value for name, value in recorded.items() if name.startswith("f64.")}
+        return rows + [r._replace(name=f"f64.{r.name}") for r in case.compare(torch.float64, doubles)]
     finally:
         torch.set_num_threads(threads)
 
 
-def compare_all(
-    adapter: Adapter, config: Mapping[str, Any], recorded: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-) -> list[Row]:
-    batch = (adapter.batch or default_batch)(recorded)
-    rows = compare_at(torch.float32, adapter, load_model(adapter, config, weights), batch, recorded)
-    doubles = {name[len("f64.") :]: value for name, value in recorded.items() if name.startswith("f64.")}
-    if doubles:
-        found = compare_at(torch.float64, adapter, load_model(adapter, config, weights), batch, doubles)
-        rows += [r._replace(name=f"f64.{r.name}") for r in found]
-    if any(beyond_gradient(r) for r in rows):
-        rows = recheck(adapter, config, weights, batch, recorded, rows)
-    return rows
+@dataclass
+class Case:
+    """A recorded case: the model's sizes, its official weights and its inputs."""
 
+    adapter: Adapter
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    batch: Batch
 
-def beyond_gradient(row: Row) -> bool:
-    return row.name.startswith("grad.") and not row.passed and row.absolute < float("inf")
+    def measure(self, dtype: torch.dtype, names: Mapping[str, Tensor], nudge: int | None = None) -> dict[str, Tensor]:
+        """Our results under recorded names; nudge: seed of a change in the last bit of weights and image."""
+        weights, batch = self.weights, self.batch
+        if nudge is not None:
+            weights, batch = nudged_case(weights, batch, nudge)
+        model, _ = load_model(self.adapter, self.config, weights)
+        places = find_places(model, weights)
+        model.to(dtype)
+        batch = batch._replace(image=batch.image.to(dtype))
+        found = run(self.adapter, model, batch, names)
+        if "output.loss" in names:
+            trained = backward(self.adapter, model, batch, names)
+            found |= {name: trained[name].detach() for name in names if name in trained}
+            found |= officially(trained, places, names)
+        return found
 
+    def compare(self, dtype: torch.dtype, recorded: Mapping[str, Tensor]) -> list[Row]:
+        if not recorded:
+            return []
+        found, rows = self.measure(dtype, recorded), []
+        scales = {kind: scale_of(recorded, kind) for kind in ("grad", "value")}
+        for name, theirs in recorded.items():
+            if name == "output.pred" and name in found:
+                share = (found[name].reshape(theirs.shape) != theirs).double().mean().item()
+                rows.append(Row("output.pred (share of pixels)", share, share, "abs 1e-03", share <= 1e-3))
+            elif name in found:
+                tolerance = self.adapter.tolerance(name, dtype)
+                rows.append(row(name, found[name], theirs, tolerance, relative=True, scale=scales[kind_of(name)]))
+            elif name.startswith("grad.") and "output.loss" in recorded and not self.adapter.why_left_out(name):
+                rows.append(Row(f"{name} (none here)", float("inf"), float("inf"), "a gradient", False))
+        return rows
 
-def recheck(
-    adapter: Adapter,
-    config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    batch: Batch,
-    recorded: Mapping[str, Tensor],
-    rows: list[Row],
-) -> list[Row]:
-    """Judge float32 gradients beyond tolerance by our own gradients in float64, which rounding does not blur."""
-    single, renamed = load_model(adapter, config, weights)
-    ours = backward(adapter, single, batch, recorded)
-    double = load_model(adapter, config, weights)[0].double()
-    exact = backward(adapter, double, batch._replace(image=batch.image.double()), recorded)
-    scale = max(value.abs().max().item() for name, value in exact.items() if name.startswith("grad."))
+    def recheck(self, rows: list[Row], recorded: Mapping[str, Tensor]) -> list[Row]:
+        """Judge float32 tensors beyond tolerance by our own float64 and by what float32 costs them."""
 
-    def judge(row: Row) -> Row:
-        key = row.name.removeprefix("grad.")
-        name = f"grad.{renamed.get(key, key)}"
-        truth, theirs = exact[name], recorded[row.name].double().reshape(exact[name].shape)
-        largest = truth.abs().max().item()
-        if largest < ZERO * scale:  # e.g. a key's bias before a softmax: float32 holds nothing but rounding
-            most = max(theirs.abs().max().item(), ours[name].abs().max().item())
-            return row._replace(passed=most < NOTHING * scale, reason=f"0 in float64, {most:.1e} in float32")
-        distance = (theirs - truth).abs().max().item() / largest
-        noise = (ours[name].double() - truth).abs().max().item() / largest
-        tolerance, _ = adapter.tolerance(row.name, torch.float32)
-        passed = distance <= max(tolerance, 3 * noise) and noise < 0.1
-        return row._replace(passed=passed, reason=f"from our float64: recorded {distance:.1e}, our float32 {noise:.1e}")
+        def beyond(row: Row) -> bool:
+            known = row.name in recorded and row.absolute < float("inf")  # NaN is not known
+            return known and not row.passed and self.adapter.tolerance(row.name, torch.float32) > 0
 
-    return [judge(r) if beyond_gradient(r) else r for r in rows]
+        if not any(beyond(r) for r in rows):
+            return rows
+        names = {name: recorded[name] for name in (*(r.name for r in rows), "output.loss") if name in recorded}
+        tolerances = {r.name: self.adapter.tolerance(r.name, torch.float32) for r in rows}
+        truth, singles, judged = self.measure(torch.float64, names), [self.measure(torch.float32, names)], rows
+        for seeds in NUDGES:
+            singles += [self.measure(torch.float32, names, seed) for seed in seeds]
+            own = Exact(truth, singles)
+            judged = [own.judge(r, recorded[r.name], tolerances[r.name]) if beyond(r) else r for r in rows]
+            left = [r for r in judged if beyond(r) and not r.passed]
+            if not left or any(kind_of(r.name) == "value" for r in left):  # only gradients jump: more runs cannot help
+                break
+        return judged
 
 
 def not_compared(
@@ -338,9 +369,8 @@ def not_compared(
         kind = name.split(".")[0]
         if name in compared or kind not in ("inter", "output", "grad", "train", "post", "f64", "extra", "unpadded"):
             continue
-        own = [why for start, why in adapter.left_out.items() if name.removeprefix("f64.").startswith(start)]
-        if own:
-            reasons[name] = own[0]
+        if own := adapter.why_left_out(name.removeprefix("f64.")):
+            reasons[name] = own
         elif kind in ("grad", "post", "train") and "output.loss" not in recorded:
             reasons[name] = "the case has no output.loss to run backward from"
         elif kind == "post":
@@ -348,36 +378,6 @@ def not_compared(
         else:
             reasons[name] = NO_RULE
     return reasons
-
-
-def compare_at(
-    dtype: torch.dtype,
-    adapter: Adapter,
-    loaded: tuple[RISModel, Mapping[str, str]],
-    batch: Batch,
-    recorded: Mapping[str, Tensor],
-) -> list[Row]:
-    model, renamed = loaded
-    model.to(dtype)
-    batch = batch._replace(image=batch.image.to(dtype))
-    rows = []
-    for name, ours in run(adapter, model, batch, recorded).items():
-        if name == "output.pred":
-            share = (ours.reshape(recorded[name].shape) != recorded[name]).double().mean().item()
-            rows.append(Row("output.pred (share of pixels)", share, share, "abs 1e-03", share <= 1e-3))
-        else:
-            rows.append(row(name, ours, recorded[name], *adapter.tolerance(name, dtype)))
-    if "output.loss" not in recorded:
-        return rows
-    found = backward(adapter, model, batch, recorded)
-    for name, theirs in recorded.items():
-        kind, _, key = name.partition(".")
-        ours_name = f"{kind}.{renamed.get(key, key)}" if kind in ("grad", "post") else name
-        if ours_name in found:
-            rows.append(row(name, found[ours_name], theirs, *adapter.tolerance(name, dtype)))
-        elif kind == "grad":
-            rows.append(Row(f"{name} (none here)", float("inf"), float("inf"), "a gradient", False))
-    return rows
 
 
 def table(rows: list[Row]) -> str:

@@ -91,8 +91,5 @@ ADAPTER = Adapter(
     loss="binary_cross_entropy",
     captures=CAPTURES,
     batch=batch,
-    absolute=3e-5,
-    loss_tolerance=1e-5,
-    gradient=1e-4,
     left_out={"train.target_resized": "our loss resizes the target itself; output.loss depends on it"},
 )

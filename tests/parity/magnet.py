@@ -89,9 +89,6 @@ ADAPTER = Adapter(
         "output.logits_up": resized,
         "output.prob": lambda output, batch: resized(output, batch).sigmoid(),
     },
-    absolute=2e-5,
-    training=2e-5,
-    gradient=3e-4,
     left_out={
         "unpadded.": "tests/models/test_magnet.py compares it",
         "output.class_logits": "without effect on the mask: our model has no class head",

@@ -125,10 +125,7 @@ ADAPTER = Adapter(
     captures=CAPTURES,
     batch=batch,
     outputs=OUTPUTS,
-    absolute=1e-5,
-    tolerances={"inter.attn_block": 0.0, "inter.minimap_target": 0.0, "inter.": 5e-5},
-    loss_tolerance=2e-6,
-    gradient=1e-4,
+    exact=("inter.attn_block", "inter.minimap_target"),
     left_out={
         "output.logits_lang_weight_dropped": "tests/models/test_rela.py compares it",
         "output.loss_parts": "tests/models/test_rela.py compares it",

@@ -285,7 +285,7 @@ def test_37_without_the_signals_of_unix(repository: Path) -> None:
         "import sys, signal, os\n"
         "for n in ('SIGUSR1', 'SIGUSR2', 'SIGHUP', 'SIGALRM'): delattr(signal, n)\n"
         "for n in ('O_NONBLOCK', 'mkfifo'): delattr(os, n)\n"
-        "import amltrain.commands.prepare_data, amltrain.inference.predict, amltrain.training.preemption\n"
+        "import amltrain.commands.prepare_data, amltrain.inference.predict, amltrain.training.stopping\n"
     )
     subprocess.run([sys.executable, "-c", hide], check=True, cwd=repository, timeout=200)
     assert "Operating System :: POSIX :: Linux" in (repository / "pyproject.toml").read_text()
