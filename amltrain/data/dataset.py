@@ -3,6 +3,7 @@
 index -> row, referent, sentence -> RawSample -> augmentations -> transform and tokenizer -> Sample
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -36,7 +37,8 @@ RECENT_IMAGES = 4
 class OpenSplit(NamedTuple):
     """One split of one data set: names, rows, and the presized images where there are any.
 
-    metrics: further metrics that its papers report, see `DatasetSpec.metrics`.
+    metrics: further metrics that its papers report, see `DatasetSpec.metrics`. fingerprint: of its contents, see
+    `catalog.fingerprint`.
     """
 
     dataset: str
@@ -44,6 +46,7 @@ class OpenSplit(NamedTuple):
     rows: Rows
     presized: PresizedImages | None = None
     metrics: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 class SampleInfo(NamedTuple):
@@ -162,6 +165,16 @@ class ReferDataset(torch.utils.data.Dataset):
     def paper_metrics(self) -> tuple[str, ...]:
         """Further metrics that the papers of its data sets report."""
         return tuple(dict.fromkeys(name for opened in self.splits for name in opened.metrics))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the samples: contents of the splits, and which of them are used; "" where unknown."""
+        if not all(opened.fingerprint for opened in self.splits):
+            return ""
+        digest = hashlib.sha256("\n".join(opened.fingerprint for opened in self.splits).encode())
+        for column in (*self.index, self.referent_of[: self.length], self.sentence_of[: self.length]):
+            digest.update(np.ascontiguousarray(column, np.int64).tobytes())
+        return digest.hexdigest()
 
     def row_groups(self) -> np.ndarray | None:
         """Return the row group of every sample, [samples] int64; None if every one can be read alone."""

@@ -9,6 +9,7 @@
 Prepare missing data sets of a run.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -41,7 +42,7 @@ from amltrain.data.catalog import (
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import leaks
 from amltrain.data.row_sheet import RowSheet
-from amltrain.data.rows import ShardWriter, hash_file
+from amltrain.data.rows import ShardWriter, hash_file, row_digest
 from amltrain.data.sources.annotations import (
     Annotations,
     ImageGroup,
@@ -202,8 +203,9 @@ def _prepare_atomically(
         with _Reader(
             images.resolve(), files.categories, min(workers, 1 + len(files.images) // IMAGES_PER_WORKER)
         ) as read:
+            contents: dict[str, str] = {}
             for split in files.spec.splits:
-                counts[split] = _write_split(temporary, split, files, read, findings, sheet, progress)
+                counts[split], contents[split] = _write_split(temporary, split, files, read, findings, sheet, progress)
         sheet.save(temporary / "rows.jpg")
         manifest = {
             "format": FORMAT,
@@ -213,6 +215,7 @@ def _prepare_atomically(
             "published": compare_with_published(files.spec, counts),
             "spec": files.spec.to_manifest(),
             "sources": files.sources,
+            "contents": contents,
             "files": {path.name: hash_file(path)._asdict() for path in sorted(temporary.glob("*.parquet"))},
             "skipped": [entry._asdict() for entry in findings.entries],
             "noticed": findings.noticed,
@@ -305,9 +308,11 @@ class _Reader:
 
 def _write_split(
     folder: Path, split: str, files: Annotations, read: _Reader, findings: _Findings, sheet: RowSheet, progress: bool
-) -> Counts:
-    """Write one split's shards; `findings` gets what could not be used."""
+) -> tuple[Counts, str]:
+    """Write one split's shards; `findings` gets what could not be used. Returns the counts and the fingerprint of the
+    rows' contents in their order."""
     refs = expressions = rows = 0
+    digest = hashlib.sha256()
     total = len({ref["image_id"] for ref in files.refs if files.spec.has(ref["split"], split)})
     bar = tqdm(total=total, desc=f"prepare {split}", unit="image", disable=None if progress else True, leave=False)
     with bar, ShardWriter(folder, split) as writer:
@@ -317,13 +322,15 @@ def _write_split(
             findings.notice(group.noticed)
             if group.content is None:
                 continue
-            writer.add(_row(group, group.content))
+            row = _row(group, group.content)
+            digest.update(row_digest(row))
+            writer.add(row)
             sheet.offer(split, group)
             rows += 1
             refs += len(group.referents)
             expressions += sum(len(referent["sentences"]) for referent in group.referents)
         writer.finish()
-    return Counts(refs, expressions, rows)
+    return Counts(refs, expressions, rows), digest.hexdigest()
 
 
 def _row(group: ImageGroup, content: bytes) -> dict[str, Any]:
