@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.reports.kinds import INPUTS, Input, is_right, outcome
+from tests.reports.kinds import INPUTS, is_right, outcome
+from tests.reports.making import Input
 
 
 @pytest.mark.parametrize("given", INPUTS, ids=lambda given: f"{given.kind}: {given.name}")
