@@ -245,9 +245,9 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> t
         if any(os.path.isfile(folder / name) for name in some):  # False also for what cannot be a name
             return files, folder
     if spec.layout == "refer" and (named := _names_of_2017(files)) is not None:
-        some_2017 = [image["file_name"] for image in islice(named.images.values(), 100)]
+        there = [image["file_name"] for image in islice(named.images.values(), 100)]
         for folder in (root / sub for sub in (*folders, "train2017", "images/train2017", "coco/train2017")):
-            if any(os.path.isfile(folder / name) for name in some_2017):
+            if any(os.path.isfile(folder / name) for name in there):
                 return named, folder
     tried = ", ".join(sub or "." for sub in folders)
     kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"
@@ -309,8 +309,7 @@ class _Reader:
 def _write_split(
     folder: Path, split: str, files: Annotations, read: _Reader, findings: _Findings, sheet: RowSheet, progress: bool
 ) -> tuple[Counts, str]:
-    """Write one split's shards; `findings` gets what could not be used. Returns the counts and the fingerprint of the
-    rows' contents in their order."""
+    """Write one split's shards; `findings` gets what cannot be used. Returns the counts and the contents' fingerprint."""
     refs = expressions = rows = 0
     digest = hashlib.sha256()
     total = len({ref["image_id"] for ref in files.refs if files.spec.has(ref["split"], split)})

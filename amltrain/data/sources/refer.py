@@ -25,7 +25,8 @@ from typing import Any
 import datasets
 
 from amltrain.data.catalog import dataset_spec
-from amltrain.data.sources.annotations import Annotations, by_id, check_refs, referred_ids, register_reader
+from amltrain.data.sources.annotations import Annotations, register_reader
+from amltrain.data.sources.entries import by_id, check_refs, referred_ids
 from amltrain.data.sources.frame import FrameRule
 from amltrain.errors import UserError
 from amltrain.files import load_json, load_pickle, sha256
