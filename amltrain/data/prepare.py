@@ -12,7 +12,6 @@ Prepare missing data sets of a run.
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,7 +51,7 @@ from amltrain.data.sources.annotations import (
     read_job,
     read_jobs,
 )
-from amltrain.data.sources.refer import read_refer, refer_paths
+from amltrain.data.sources.refer import names_of_2017, read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
 from amltrain.files import cure
@@ -70,7 +69,6 @@ IMAGE_FOLDERS = (
     "images",
 )
 """Where official code, and people who follow it, keep COCO's train2014."""
-_COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg")
 JOBS_PER_TASK = 16
 IMAGES_PER_WORKER = 250
 """A further process is worth its start only for this many images."""
@@ -244,7 +242,7 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> t
     for folder in (root / sub for sub in folders):
         if any(os.path.isfile(folder / name) for name in some):  # False also for what cannot be a name
             return files, folder
-    if spec.layout == "refer" and (named := _names_of_2017(files)) is not None:
+    if spec.layout == "refer" and (named := names_of_2017(files)) is not None:
         there = [image["file_name"] for image in islice(named.images.values(), 100)]
         for folder in (root / sub for sub in (*folders, "train2017", "images/train2017", "coco/train2017")):
             if any(os.path.isfile(folder / name) for name in there):
@@ -256,17 +254,6 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> t
     )
     example = some[0][:200] if some else "?"
     raise UserError(f"found no image such as {example} under {root} (looked in {tried}); {fix}")
-
-
-def _names_of_2017(files: Annotations) -> Annotations | None:
-    """The files with COCO 2017's names of the same pictures; None where some name is not one of 2014."""
-    images = {}
-    for image_id, image in files.images.items():
-        match = _COCO_2014.fullmatch(image["file_name"])
-        if match is None:
-            return None
-        images[image_id] = {**image, "file_name": f"{match[1]}.jpg"}
-    return files._replace(images=images, notes=(*files.notes, "the pictures have the names of COCO 2017"))
 
 
 class _Reader:
@@ -309,7 +296,7 @@ class _Reader:
 def _write_split(
     folder: Path, split: str, files: Annotations, read: _Reader, findings: _Findings, sheet: RowSheet, progress: bool
 ) -> tuple[Counts, str]:
-    """Write one split's shards; `findings` gets what cannot be used. Returns the counts and the contents' fingerprint."""
+    """Write one split's shards; `findings` gets what cannot be used. Returns counts and the contents' fingerprint."""
     refs = expressions = rows = 0
     digest = hashlib.sha256()
     total = len({ref["image_id"] for ref in files.refs if files.spec.has(ref["split"], split)})
