@@ -71,7 +71,7 @@ REQUEUE_EXIT_CODE = 75
 CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, n))
 
 
 @contextmanager

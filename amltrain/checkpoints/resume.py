@@ -75,6 +75,7 @@ class Progress:
     window          sums of the method's recorder since its last row
     losses          sum of this epoch's finite losses so far, and their number
     seed, samples   of the run and of its training set, which resuming must not change
+    data            fingerprint of the training set's contents, which resuming must not change; "" = not known
     engine          what trained: no, multi_cpu, multi_gpu, fsdp, deepspeed, ... (Accelerate's names)
     callbacks       state of callbacks, by class name
     """
@@ -90,6 +91,7 @@ class Progress:
     spread: list[int] = field(default_factory=list)
     seed: int = 0
     samples: int = 0
+    data: str = ""
     log_lines: int = 0
     window: Any = None
     losses: list[float] = field(default_factory=lambda: [0.0, 0])
@@ -124,7 +126,12 @@ class Progress:
                     f"{name} was made with {what} {then}, not {now}; a resumed run continues with the same samples: "
                     f"set it back, or start a new run in another --output"
                 )
-        before.spread, before.engine = self.spread, self.engine
+        if before.data and self.data and before.data != self.data:
+            raise UserError(
+                f"{name} was made from other training data of as many samples; a resumed run continues with the same "
+                f"data: set data.prepared and data.datasets back, or start a new run in another --output"
+            )
+        before.spread, before.engine, before.data = self.spread, self.engine, self.data
         return before
 
     def judge(self, value: float) -> bool:
@@ -157,7 +164,7 @@ def _counts(saved: dict[str, Any]) -> list[Any]:
     return [
         value
         for key, value in saved.items()
-        if key not in ("spread", "best", "window", "losses", "engine", "callbacks")
+        if key not in ("spread", "best", "window", "losses", "engine", "callbacks", "data")
     ]
 
 
