@@ -7,6 +7,7 @@ from amltrain.models import (  # noqa: F401 - they register their models
     caris,
     cgformer,
     cris,
+    deris,
     detris,
     dual,
     etris,
