@@ -9,6 +9,23 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "train": "amltrain.api",
+    "evaluate": "amltrain.api",
+    "compare": "amltrain.api",
+    "report": "amltrain.api",
+    "export": "amltrain.api",
+    "read_config": "amltrain.api",
+    "UserError": "amltrain.errors",
+    "Callback": "amltrain.training.run",
+    "register_model": "amltrain.models.registry",
+    "register_method": "amltrain.methods.base",
+    "register_masker": "amltrain.methods.maskers",
+    "register_augmentation": "amltrain.data.augment",
+    "register_metric": "amltrain.evaluation.metrics",
+    "register_loss": "amltrain.losses",
+    "register_dataset": "amltrain.data.catalog",
+    "register_reader": "amltrain.data.sources.annotations",
+    "register_callback": "amltrain.training.callbacks",
     "Predictor": "amltrain.inference.predictor",
     "create_model": "amltrain.models.registry",
     "list_models": "amltrain.models.registry",

@@ -5,7 +5,7 @@ Whatever the engine, the recipe decides: samples per step, precision, clipping. 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -22,12 +22,15 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError, unknown_name
+from amltrain.run_folder import LOGS
 
 PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait
 
@@ -101,7 +104,7 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
         cpu=on_cpu and not deepspeed,  # DDP over CPUs must be requested, and DeepSpeed is then not used
         mixed_precision="no" if deepspeed else config.train.mixed_precision,
         log_with=config.tracking.trackers or None,
-        project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / "logs")),
+        project_config=ProjectConfiguration(project_dir=str(config.folder), logging_dir=str(config.folder / LOGS)),
         dataloader_config=DataLoaderConfiguration(dispatch_batches=False, non_blocking=True),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
@@ -117,8 +120,9 @@ def build_accelerator(config: RunConfig) -> tuple[Accelerator, BatchPlan]:
     if accelerator.state.deepspeed_plugin is not None:
         _fit_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, plan, config.optim.clip_norm, precision)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise UserError("FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain configs accelerate/fsdp2`")
-    _save_states_unwrapped(accelerator)
+        raise UserError(
+            "FSDP version 1 is not supported; set fsdp_version: 2, as `amltrain list configs accelerate/fsdp2`"
+        )
     return accelerator, plan
 
 
@@ -131,33 +135,57 @@ def _fit_deepspeed(settings: dict[str, Any], plan: BatchPlan, clip_norm: float |
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
 
 
-def _save_states_unwrapped(accelerator: Accelerator) -> None:
-    """Let a state that several processes saved be loaded by one, and the other way round: DDP prefixes every key."""
-
-    def strip(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        for number, state in enumerate(weights):
-            weights[number] = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-    def unwrap(models: list[nn.Module], folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(strip)
-    accelerator.register_load_state_pre_hook(unwrap)
-
-
 def precision_of(accelerator: Accelerator) -> str:
     """no, fp16 or bf16."""
     plugin = accelerator.state.deepspeed_plugin
     return "bf16" if plugin is not None and "torch_autocast" in plugin.deepspeed_config else accelerator.mixed_precision
 
 
-def check_shardable(accelerator: Accelerator, method: nn.Module) -> None:
-    """Raise UserError for a model that FSDP2 cannot shard: it refuses parameters without dimensions."""
+def shard(accelerator: Accelerator, method: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard a method with FSDP2: each of `blocks` alone, so that one of them is whole at a time, and the rest last.
+
+    Does nothing under other engines. Parameters without dimensions, which FSDP2 cannot shard
+    (https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/_fsdp_param.py), stay whole, and
+    their gradients are averaged by themselves. Accelerate takes a method that is sharded already as it is.
+    """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    for name, parameter in method.named_parameters():
-        if parameter.ndim == 0:
-            raise UserError(f"FSDP2 cannot shard {name}, which is a single number; train this model with DDP or ZeRO")
+    plugin = accelerator.state.fsdp_plugin
+    scalars = {parameter for parameter in method.parameters() if parameter.ndim == 0}
+    settings = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy(),
+        "offload_policy": plugin.cpu_offload,
+        **({"ignored_params": scalars} if scalars else {}),
+    }
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **settings)
+    fully_shard(method, **settings)
+    for parameter in scalars:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+
+
+def prepare(accelerator: Accelerator, method: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Wrap a method and its optimizer for the engine.
+
+    For FSDP2, Accelerate looks parameters up by the address of their rows, and all parameters without a row on this
+    process have the same one, 0. The groups are put back as they were: `shard` has sharded the parameters already.
+    (https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/fsdp_utils.py)
+    """
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    wrapped, prepared = accelerator.prepare(method, optimizer)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for group, parameters in zip(prepared.param_groups, groups, strict=True):
+            group["params"] = parameters
+    return wrapped, prepared
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    """Average what has accumulated; averaging the same sum again later changes nothing."""
+    assert parameter.grad is not None
+    torch.distributed.all_reduce(parameter.grad)
+    parameter.grad /= torch.distributed.get_world_size()
 
 
 def set_tf32(allowed: bool) -> None:
@@ -176,16 +204,24 @@ def _zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def model_weights(accelerator: Accelerator, method: nn.Module) -> dict[str, Tensor]:
-    """Whole weights of the prepared method's model, without loss and buffers, on every process; all must call."""
+def model_weights(accelerator: Accelerator, method: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Whole weights of the prepared method's model, without loss and buffers; every process must call.
+
+    keep: whether this process wants them; {} otherwise. A sharded tensor is gathered alone, so that no process ever has
+    more than one whole tensor besides those that it keeps.
+    """
     inner = accelerator.unwrap_model(method)
     if _zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import GatheredParameters  # an extra
 
         with GatheredParameters(list(inner.parameters())):
             return {key: tensor.detach().clone() for key, tensor in inner.model.state_dict().items()}
-    state = inner.model.state_dict()
-    return {key: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for key, tensor in state.items()}
+    whole = {}
+    for key, tensor in inner.model.state_dict().items():
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[key] = gathered
+    return whole
 
 
 def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:

@@ -1,21 +1,21 @@
-"""The git commit of this code, for records of results.
+"""This machine and this installation: commit, versions, hardware, devices, optional packages, quiet libraries."""
 
-Pretrained files that PyPI packages carry (extra `pretrained-lite`), for machines that do not reach the Hub.
-
-Messages of libraries that a user can do nothing about.
-
-The --device of the command lines.
-"""
-
+import importlib.metadata
 import logging
 import os
+import platform
+import shutil
 import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from amltrain import __version__
 from amltrain.errors import UserError
 
 
@@ -80,3 +80,99 @@ def available_devices() -> list[str]:
     """Names that this machine and this build of torch can compute on."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return ["cpu", *(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+LIBRARIES = ("torch", "accelerate", "transformers", "timm", "datasets", "huggingface_hub")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of amltrain, Python and the libraries that a run's numbers depend on."""
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"amltrain": __version__, "python": platform.python_version(), **versions}
+
+
+@cache
+def processor_name() -> str:
+    """The CPU's name as the system reports it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def hardware(device: torch.device | None = None) -> str:
+    """Describe processes and device in one phrase. device: what is computed on; None = a GPU where there is one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    unit = "process" if processes == 1 else "processes"
+    return f"{processes} {unit} on a CPU ({processor_name()}, {os.cpu_count()} cores)"
+
+
+def diagnose_machine(output: Path) -> Iterator[tuple[str, str]]:
+    """Yield (fact, text) for `amltrain doctor`; a text that starts with "PROBLEM: " names a fix."""
+    yield "amltrain", f"{__version__} (commit {code_commit() or 'unknown'})"
+    versions = library_versions()
+    yield "python", f"{versions['python']}, {platform.system()} {platform.machine()}"
+    yield "libraries", ", ".join(f"{name} {versions[name]}" for name in LIBRARIES)
+    extras = ("deepspeed", "peft", "onnx", "gradio", "wandb", "trackio")
+    yield "extras", ", ".join(name for name in extras if find_spec(name)) or "none installed"
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    text = f"{processor_name()}, {cores} cores, torch uses {threads} threads"
+    yield "cpu", text if threads == cores else f"{text} (OMP_NUM_THREADS={cores} uses every core)"
+    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        card = torch.cuda.get_device_properties(number)
+        bf16 = "bf16" if card.major >= 8 else "no bf16: use fp16"
+        yield f"cuda:{number}", f"{card.name}, {card.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}, {bf16}"
+    if not torch.cuda.is_available():
+        yield (
+            "gpu",
+            "none that this torch can use" + (f" (built for CUDA {torch.version.cuda})" if torch.version.cuda else ""),
+        )
+    yield "open files", _open_files()
+    yield "shared memory", _shared_memory()
+    yield "output", _write_speed(output)
+    yield "Hub", _hub()
+
+
+def _open_files() -> str:
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"
+    return f"{soft:,} (up to {limit})" if soft >= 1024 else f"PROBLEM: {soft:,}; raise it with ulimit -n 4096"
+
+
+def _shared_memory() -> str:
+    shared = Path("/dev/shm")
+    if not shared.is_dir():
+        return "no /dev/shm on this system"
+    free = shutil.disk_usage(shared).free / 2**30
+    if free < 1:
+        return f"PROBLEM: {free:.2f} GiB free in /dev/shm; start docker with --shm-size 8g, or set data.workers 0"
+    return f"{free:.1f} GiB free in /dev/shm"
+
+
+def _write_speed(folder: Path) -> str:
+    """Write 64 MiB through to the disk, and try the lock that a run takes."""
+    content = os.urandom(2**20)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            start = time.perf_counter()
+            for _ in range(64):
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = 64 / (time.perf_counter() - start)
+        free = shutil.disk_usage(folder).free / 2**30
+    except OSError as error:
+        return f"PROBLEM: cannot write to the folder of --output ({error.strerror}); choose another"
+    return f"{speed:,.0f} MiB/s written through to the disk, {free:,.1f} GiB free"
+
+
+def _hub() -> str:
+    from huggingface_hub import constants, get_token
+
+    login = "a token is stored" if get_token() else "no token: run `hf auth login` to push or read private files"
+    return f"{login}{', offline (HF_HUB_OFFLINE)' if constants.HF_HUB_OFFLINE else ''}"

@@ -130,6 +130,21 @@ def way_out(error: Exception | None, folder: Path) -> str:
     return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without file locks (some network file systems) answers to one that asks for a lock."""
+
+
+def cure(error: OSError, otherwise: str = "choose another folder") -> str:
+    """What to do about a file that could not be written, by the cause. Nothing is ever advised to be deleted."""
+    if error.errno in NO_LOCKS:
+        return f"this file system has no file locks: choose a folder on a disk that has them ({otherwise})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"make room, or {otherwise}"
+    if error.errno in FORBIDDEN:
+        return f"make it writable, or {otherwise}"
+    return otherwise
+
+
 def free_space(folder: Path) -> str:
     """Describe the free space on a folder's disk."""
     try:

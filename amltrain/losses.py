@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError
 from amltrain.matching import (
-    QueryMasks,
     at_least_float32,
     box_loss,
     boxes_of_masks,
@@ -26,30 +25,26 @@ from amltrain.matching import (
     sides,
 )
 from amltrain.records import Batch, ModelOutput
+from amltrain.registry import LOSSES
 
-_LOSSES: dict[str, Callable[..., nn.Module]] = {}
 Loss = TypeVar("Loss", bound=Callable[..., nn.Module])
 
 
 def register_loss(name: str) -> Callable[[Loss], Loss]:
+    """Register a class or function that builds a loss from its keyword arguments (`loss.kwargs`)."""
+
     def register(loss: Loss) -> Loss:
-        if name in _LOSSES:
-            raise KeyError(f"loss {name!r} is registered twice")
-        _LOSSES[name] = loss
+        LOSSES.add(name, loss)
         return loss
 
     return register
 
 
-register_loss("deris")(QueryMasks)
-
-
 def create_loss(name: str, **kwargs: Any) -> nn.Module:
     """Build a loss by name. Raises UserError for an unknown name or argument."""
-    if name not in _LOSSES:
-        raise unknown_name("loss", name, _LOSSES)
+    build = LOSSES[name].value
     try:
-        return _LOSSES[name](**kwargs)
+        return build(**kwargs)
     except TypeError as error:
         raise UserError(f"loss {name}: {error} (loss.kwargs)") from error
 
@@ -62,11 +57,11 @@ def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> No
     wanted = getattr(loss, "channels", None)
     if channels is None or wanted in (None, channels):
         return
-    name = next((name for name, made in _LOSSES.items() if made is type(loss)), type(loss).__name__)
+    name = next((entry.name for entry in LOSSES.entries() if entry.value is type(loss)), type(loss).__name__)
     fitting = [
-        name
-        for name, made in sorted(_LOSSES.items())
-        if getattr(made, "channels", None) == channels and not hasattr(made, "needs_heads")
+        entry.name
+        for entry in LOSSES.entries()
+        if getattr(entry.value, "channels", None) == channels and not hasattr(entry.value, "needs_heads")
     ]
     raise UserError(
         f"loss.name={name} reads {wanted}-channel logits and {model_name} gives {channels}; "

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from amltrain.errors import UserError
 from amltrain.randomness import uniform
 from amltrain.records import Batch, ModelOutput
+from amltrain.registry import LOSSES
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -293,3 +294,6 @@ class QueryMasks(nn.Module):
     def draw(self, stream: int, keys: Tensor, count: int) -> Tensor:
         """`count` random points for every key: [B, count, 2], a function of the key and the stream."""
         return uniform(keys, 2 * count, stream).unflatten(1, (count, 2))
+
+
+LOSSES.add("deris", QueryMasks)

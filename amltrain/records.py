@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     """What a model reads (`image`, `input_ids`, `text_mask`), what a loss reads, and what leads back to the data.
 
     image            [B, 3, H, W] uint8 as a loader gives it; float32, normalised with the mean and std of the model's
-                     protocol, after `data.transforms.normalise_batch`: what models, losses and methods expect
+                     protocol, after `data.transforms.prepare_batch`: what models, losses and methods expect
     input_ids        [B, L] int64, padded to the protocol's `max_tokens`
     text_mask        [B, L] bool, True = a real token, [CLS] and [SEP] included
     target           [B, H, W] uint8, share of the pixel that the referent covers in 1/255: 255 referent, 0 background;

@@ -1,12 +1,12 @@
 """What AML costs: training steps of the baseline and of AML's presets, side by side in one run.
 
-    amltrain benchmark --model caris_tiny --size 96 --batch 8
-    amltrain benchmark suite --help               # everything on one machine, e.g. on a GPU in ten minutes
-    amltrain benchmark loader --help              # loading data
-    amltrain benchmark sentences --help           # sentences that share an image
-    amltrain benchmark scale --help               # large data
-    amltrain benchmark --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
-    amltrain benchmark --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
+    python launch/benchmark.py --model caris_tiny --size 96 --batch 8
+    python launch/benchmark.py suite --help               # everything on one machine, e.g. on a GPU in ten minutes
+    python launch/benchmark.py loader --help              # loading data
+    python launch/benchmark.py sentences --help           # sentences that share an image
+    python launch/benchmark.py scale --help               # large data
+    python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
+    python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
 On one CPU core full-size CARIS takes 6 to 9 GiB, and 11 to 21 s a step.
 
@@ -26,7 +26,7 @@ from amltrain.errors import one_line_errors
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="amltrain benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python launch/benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="caris_tiny", help="a registered model (default: caris_tiny)")
     parser.add_argument("--size", type=int, help="side of the input, pixels (default: the model's own)")

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
-from benchmarks.steps import hardware
+from benchmarks.steps import measured_on
 from amltrain.data.cache import PresizedImages, write_presized
 from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.images import Decoder
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise UserError(f"--{name} is {getattr(options, name)} and must be at least 1")
         torch.set_num_threads(1)
         rows = open_rows(options.prepared, options.dataset, options.split)
-        print(f"{options.dataset}/{options.split}, {options.size} px, one thread; {hardware(torch.device('cpu'))}\n")
+        print(f"{options.dataset}/{options.split}, {options.size} px, one thread; {measured_on(torch.device('cpu'))}\n")
         for resize in ("square", "letterbox"):
             made = contenders(rows, options.size, resize)
             print(table(resize, measure(made, options.samples, options.rounds)) + "\n")

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
-from benchmarks.steps import hardware
+from benchmarks.steps import measured_on
 from amltrain.data.dataset import OpenSplit, ReferDataset
 from amltrain.data.rows import ROWS_PER_GROUP, SHOWN_FEATURES, open_rows
 from amltrain.data.sampler import EpochSampler
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if getattr(options, name) < 1:
                 raise UserError(f"--{name} is {getattr(options, name)} and must be at least 1")
         torch.set_num_threads(1)
-        print(hardware(torch.device("cpu")) + "\n")
+        print(measured_on(torch.device("cpu")) + "\n")
         with tempfile.TemporaryDirectory(prefix="scale-") as folder:
             rows = [*index_rows(Path(folder), options.images), *sampler_rows(options.draws, options.step)]
         rows += deal_rows(options.images, options.processes, options.steps)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from benchmarks.steps import hardware, random_batch
+from benchmarks.steps import measured_on, random_batch
 from amltrain.environment import choose_device
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import ImageCache
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model_builder(name)  # unknown names are refused before the first model runs
         torch.set_num_threads(options.threads)
         device = choose_device(options.device)
-        print(f"{options.sentences} sentences an image, float32; {hardware(device)}\n")
+        print(f"{options.sentences} sentences an image, float32; {measured_on(device)}\n")
         print("| model | px | GFLOP | shared | x | expressions/s | shared | x | largest difference |")
         print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
         for name in options.models:

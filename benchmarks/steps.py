@@ -1,4 +1,4 @@
-"""Time and count training steps: what `amltrain benchmark` does after its arguments are read."""
+"""Time and count training steps: what `python launch/benchmark.py` does after its arguments are read."""
 
 import argparse
 import ctypes
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from amltrain.environment import choose_device
+from amltrain.environment import choose_device, processor_name
 from amltrain.errors import UserError
 from amltrain.evaluation.results import write_text
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.base import Method
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import create_model, model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch
@@ -279,14 +279,12 @@ def counted_table(flops: dict[str, float]) -> str:
     return "\n".join([*lines, *(f"| {n} | {f / 1e9:.1f} | {f / baseline:.3f} |" for n, f in flops.items())])
 
 
-def hardware(device: torch.device) -> str:
+def measured_on(device: torch.device) -> str:
     """Describe processor, threads and versions in one line."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+        name = f"{processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return f"{name}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -320,13 +318,13 @@ def run(options: argparse.Namespace) -> None:
         )
         results = bench.run(options.rounds, options.warmup)
     print(f"{options.model}, {size} px, batch {options.batch}, {options.precision}, {options.rounds} rounds")
-    print(hardware(device))
+    print(measured_on(device))
     print(table(results, options.batch))
     baseline_memory = results[0].memory
     steps = {r.name: {"seconds": r.seconds, "ratio": r.ratio, "memory": r.memory} for r in results}
     for values in steps.values():
         values["memory_ratio"] = values["memory"] / baseline_memory if values["memory"] and baseline_memory else None
-    write_json(options, size, steps, batch=options.batch, precision=options.precision, hardware=hardware(device))
+    write_json(options, size, steps, batch=options.batch, precision=options.precision, hardware=measured_on(device))
 
 
 def write_json(options: argparse.Namespace, size: int, steps: dict[str, Any], **more: Any) -> None:

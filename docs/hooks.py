@@ -16,10 +16,10 @@ from amltrain.config.fields import help_texts
 
 
 def models() -> str:
-    from amltrain.commands.models import table
+    from amltrain.commands.list import model_table
     from amltrain.models import list_models
 
-    return "\n".join(table(list_models()))
+    return "\n".join(model_table(list_models()))
 
 
 def configs() -> str:
@@ -49,24 +49,28 @@ def config() -> str:
 
 def methods() -> str:
     """Every training method: its summary and paper, then its options."""
-    from amltrain.methods.registry import list_methods, method_info
+    from amltrain.registry import METHODS
 
     parts = []
-    for name in list_methods():
-        info = method_info(name)
+    for name in METHODS.names():
+        info = METHODS[name].details
         paper = f" ({info.paper})" if info.paper else ""
-        options = _table(_rows(info.options(), f"{name}.")) if fields(info.options) else "It has no options."
+        options = (
+            _table(_rows(METHODS.options(name)(), f"{name}."))
+            if fields(METHODS.options(name))
+            else "It has no options."
+        )
         parts.append(f"## `{name}`\n\n{info.summary[0].upper()}{info.summary[1:]}{paper}.\n\n{options}")
     return "\n\n".join(parts)
 
 
 def augmentations() -> str:
     """Every augmentation: what it does, then its options."""
-    from amltrain.data.augment import augmentation_entry, list_augmentations
+    from amltrain.registry import AUGMENTATIONS
 
     parts = []
-    for name in list_augmentations():
-        options = augmentation_entry(name).options()
+    for name in AUGMENTATIONS.names():
+        options = AUGMENTATIONS.options(name)()
         text = (inspect.getdoc(options) or "").splitlines()[0]
         parts.append(f"## `{name}`\n\n{text}\n\n{_table(_rows(options, f'{name}.'))}")
     return "\n\n".join(parts)

@@ -6,6 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # not launch/: its evaluate.py would hide the evaluate library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from amltrain.commands.convert import main
+    from amltrain.cli import run
 
-    main()
+    run("convert", sys.argv[1:])

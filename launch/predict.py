@@ -1,4 +1,4 @@
-"""Segment what sentences mean in an image: `python launch/predict.py --help`."""
+"""Segment the object that a sentence refers to: `python launch/predict.py --help`."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # not launch/: its evaluate.py would hide the evaluate library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from amltrain.commands.predict import main
+    from amltrain.cli import run
 
-    main()
+    run("predict", sys.argv[1:])

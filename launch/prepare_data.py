@@ -1,4 +1,4 @@
-"""Prepare data: `python launch/prepare_data.py --help`."""
+"""Turn annotations and images into Parquet: `python launch/prepare_data.py --help`."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # not launch/: its evaluate.py would hide the evaluate library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from amltrain.commands.prepare import main
+    from amltrain.cli import run
 
-    main()
+    run("data prepare", sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Train: `accelerate launch launch/train.py --config configs/recipes/NAME.yaml`; without arguments, the quickstart."""
+"""Train a model, or resume a run: `python launch/train.py --help`."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,6 @@ from pathlib import Path
 if __name__ == "__main__":
     # not launch/: its evaluate.py would hide the evaluate library
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from amltrain.commands.train import main
+    from amltrain.cli import run
 
-    main()
+    run("train", sys.argv[1:])

@@ -84,7 +84,7 @@ def test_a_model_that_is_not_there_is_refused_before_torch_is_imported(tmp_path:
 
 
 def test_a_reader_that_has_enough_sees_no_traceback() -> None:
-    """`amltrain models | head -1` closes the pipe while we print."""
+    """`amltrain list models | head -1` closes the pipe while we print."""
     command = [sys.executable, "-m", "amltrain", "configs"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None and running.stderr is not None

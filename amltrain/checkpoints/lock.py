@@ -15,8 +15,8 @@ from typing import Any
 
 from amltrain.errors import UserError
 from amltrain.files import write_text
+from amltrain.run_folder import LOCK_FILE
 
-LOCK_FILE = ".lock"
 RENEW_EVERY = 15.0
 STALE_AFTER = 120.0
 

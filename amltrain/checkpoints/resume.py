@@ -10,19 +10,19 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.lock import OutputLock
+from amltrain.checkpoints.progress import Progress
 from amltrain.checkpoints.provenance import recipe
-from amltrain.checkpoints.run_folder import FINISHED_FILE, mark_requeue
 from amltrain.checkpoints.saver import Saver
-from amltrain.checkpoints.state import Progress
 from amltrain.config.parse import save_config
 from amltrain.config.schema import RunConfig, free_options
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import read_training
+from amltrain.run_folder import BEST, FINISHED_FILE, MODEL, RUN_CONFIG, SEEN_FILE, mark_requeue
 
-PROBE, TOKENIZER = ".seen-by-all", "preprocess.tokenizer"
+TOKENIZER = "preprocess.tokenizer"
 FREE = (
     "checkpoint",
     "data.max_skipped",
@@ -58,7 +58,7 @@ def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]
 
     Raises UserError naming the first key that a resumed run may not change.
     """
-    training = read_training(checkpoint / "model")
+    training = read_training(checkpoint / MODEL)
     if training is None:
         return
     before = _flat(training["recipe"])
@@ -66,7 +66,7 @@ def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]
         raise UserError(
             f"{checkpoint} was made by amltrain 0.1, whose training state this version cannot resume; finish the run "
             f"with 0.1, or start a new run from its weights: another --output and --model.checkpoint "
-            f"{checkpoint / 'model'}"
+            f"{checkpoint / MODEL}"
         )
     now = _flat(json.loads(json.dumps(recipe(config))))
     free = (*FREE, *free_options(config))
@@ -79,7 +79,7 @@ def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]
         if key not in SAID:
             raise UserError(
                 f"{change}; set it back, or start a new run in another --output (from these weights with "
-                f"--model.checkpoint {checkpoint / 'model'})"
+                f"--model.checkpoint {checkpoint / MODEL})"
             )
         log(f"WARNING: {change}; the run continues with the new value")
 
@@ -89,7 +89,7 @@ def _same_tokenizer(checkpoint: Path, config: RunConfig, before: dict[str, Any],
     name = config.preprocess.tokenizer
     if name is None or name == "wordpiece" or before.get(TOKENIZER) in (now.get(TOKENIZER), "wordpiece"):
         return False
-    saved, given = (SentenceTokenizer.load(source).tokenizer for source in (checkpoint / "model", name))
+    saved, given = (SentenceTokenizer.load(source).tokenizer for source in (checkpoint / MODEL, name))
     return saved.get_vocab() == given.get_vocab()
 
 
@@ -113,7 +113,7 @@ def resume_progress(saver: Saver, path: Path, new: Progress, output: Path, log: 
     if path.resolve().parent != output.resolve():  # a branch: `best`, the log and the checkpoint stay where they are
         progress.best, progress.worse_in_a_row, progress.log_lines, progress.saved = -math.inf, 0, 0, -1
     elif progress.best_step == progress.step and accelerator.is_main_process:
-        checkpoints.point(output, "best", path)  # a kill may have come between saving and pointing
+        checkpoints.point(output, BEST, path)  # a kill may have come between saving and pointing
     log(f"resuming from {path} at step {progress.step}")
     return progress
 
@@ -149,7 +149,7 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        (output / PROBE).touch()
+        (output / SEEN_FILE).touch()
         resume_from = checkpoints.find_resumable(output, config.resume, log)
         if resume_from is not None:
             check_recipe(resume_from, config, log)
@@ -160,7 +160,7 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
         raise _unwritable(output, error) from error
     except UserError:
         if made:  # a refused start leaves no empty folder
-            (output / PROBE).unlink(missing_ok=True)
+            (output / SEEN_FILE).unlink(missing_ok=True)
             lock.release()
             with suppress(OSError):
                 output.rmdir()
@@ -170,10 +170,10 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
 
 def check_shared(accelerator: Accelerator, output: Path) -> None:
     """Every machine must see what the main process writes, or a checkpoint would be incomplete."""
-    seen = (output / PROBE).is_file()
+    seen = (output / SEEN_FILE).is_file()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (output / PROBE).unlink(missing_ok=True)
+        (output / SEEN_FILE).unlink(missing_ok=True)
     if not seen:
         raise UserError(f"{output} is not shared by all machines; choose an --output on a common file system")
 
@@ -181,7 +181,7 @@ def check_shared(accelerator: Accelerator, output: Path) -> None:
 def write_config(config: RunConfig) -> None:
     """Write config.yaml, once a run has started: a refused start must not replace the record of an earlier run."""
     try:
-        save_config(config, config.folder / "config.yaml")
+        save_config(config, config.folder / RUN_CONFIG)
     except OSError as error:
         raise _unwritable(config.folder, error) from error
 

@@ -1,7 +1,7 @@
 """Save checkpoints while training continues.
 
 One process and DDP: the main process copies the state to CPU memory and a thread writes it. A failed write is reported
-at the next step, on every process. FSDP and DeepSpeed: every process writes its share, and training waits.
+at the next step, on every process. FSDP2 and DeepSpeed: every process writes its share, and training waits.
 """
 
 import json
@@ -12,24 +12,36 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder
 from amltrain.checkpoints.state import (
+    damage_named,
     is_own_state,
-    load_engine_state,
+    load_averaged,
     load_state,
+    plain_data_only,
+    rank_file,
+    split_optimizer,
+    take_rows,
     take_snapshot,
     write_averaged,
+    write_numbers,
     write_state,
 )
 from amltrain.distributed import model_weights
 from amltrain.errors import UserError, first_line
+from amltrain.run_folder import MODEL, STATE
 
-WriteModel = Callable[[Path, dict[str, Tensor]], None]
-"""Writes a model folder from whole weights. Raises UserError for weights that must not be saved."""
+WriteModel = Callable[[Path, dict[str, Tensor], int, str], None]
+"""Writes a model folder from whole weights, the step, and the last good checkpoint's name.
+
+Raises UserError for weights that must not be saved. Called from a thread."""
+TAG = "deepspeed"
+"""Folder in `state/` that DeepSpeed writes to."""
 
 
 class Saver:
@@ -49,10 +61,10 @@ class Saver:
         """method, optimizer: prepared by Accelerate. keep: newest checkpoints to keep, besides best and last."""
         self.accelerator, self.output, self.keep = accelerator, output, keep
         self.method, self.optimizer, self.ema, self.write_model = method, optimizer, ema, write_model
-        engines = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        self.writes_shards = accelerator.distributed_type in engines
+        self.writes_shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         self._thread: threading.Thread | None = None
         self._fault: str | None = None
+        self._finished: list[Path] = []
 
     @property
     def failed(self) -> bool:
@@ -64,39 +76,42 @@ class Saver:
         """Whether a write is running in the background."""
         return self._thread is not None and self._thread.is_alive()
 
-    def save(self, step: int, trainer_state: dict[str, Any], on_saved: Callable[[Path], None] | None = None) -> None:
+    def save(self, step: int, trainer_state: dict[str, Any]) -> None:
         """Save `step-N`; every process calls. Returns as soon as training may continue.
 
-        on_saved: called with the finished checkpoint on the main process, perhaps from another thread. Raises UserError
-        on every process if this write, or the one before, failed.
+        Raises UserError on every process if this write, or the one before, failed.
         """
         self.wait()
+        last_good = run_folder.newest(self.output)
         if self.writes_shards:
-            self._save_shards(step, trainer_state, on_saved)
+            self._save_shards(step, trainer_state, last_good)
             return
         if not self.accelerator.is_main_process:
             return
-        method = self.accelerator.unwrap_model(self.method)
-        snapshot = take_snapshot(method, self.optimizer, self.accelerator.scaler, self.ema)
+        snapshot = take_snapshot(self._bare, self.optimizer, self.accelerator.scaler, self.ema)
 
         def write(folder: Path) -> None:
-            write_state(folder / "state", snapshot)
+            write_state(folder / STATE, snapshot)
             _write_progress(folder, trainer_state)
-            self.write_model(folder / "model", snapshot.weights)
+            self.write_model(folder / MODEL, snapshot.weights, step, last_good)
 
         def work() -> None:
             try:
-                path = checkpoints.write_checkpoint(self.output, step, write)
-                self._after(path, on_saved)
+                self._note(run_folder.write_checkpoint(self.output, step, write))
             except Exception as error:  # reported on every process at the next step
                 self._fault = str(error) if isinstance(error, UserError) else f"saving failed: {first_line(error)}"
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
+    def take_finished(self) -> list[Path]:
+        """Checkpoints that are complete since the last call, oldest first; on the main process only."""
+        finished, self._finished = self._finished, []
+        return finished
+
     def wait(self) -> None:
         """Wait for the current write; every process calls. Raises its UserError on all of them."""
-        self._refuse(self.join())
+        self._raise_everywhere(self.join())
 
     def join(self) -> str | None:
         """Wait on this process alone; why the write failed, or None."""
@@ -107,60 +122,80 @@ class Saver:
 
     def load(self, checkpoint: Path) -> None:
         """Load a checkpoint into the method, the optimizer and the average. Raises UserError."""
-        if is_own_state(checkpoint / "state") == self.writes_shards:
-            here = self.accelerator.distributed_type.value.lower() if self.writes_shards else "one process or DDP"
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if is_own_state(checkpoint / STATE) == deepspeed:
+            saved, here = ("another engine", "DeepSpeed") if deepspeed else ("DeepSpeed", "another engine")
             raise UserError(
-                f"{checkpoint} was saved by another engine and cannot resume under {here}; use the engine that it was "
-                f"saved with, or start a new run from its weights with --model.checkpoint {checkpoint / 'model'}"
+                f"{checkpoint} was saved by {saved} and cannot resume under {here}; use the engine that it was saved "
+                f"with, or start a new run from its weights with --model.checkpoint {checkpoint / MODEL}"
             )
-        if self.writes_shards:
-            load_engine_state(checkpoint, self.accelerator, self.ema)
-        else:
-            method = self.accelerator.unwrap_model(self.method)
-            load_state(checkpoint, method, self.optimizer, self.accelerator.scaler, self.ema)
+        if not deepspeed:
+            load_state(checkpoint, self._bare, self.optimizer, self.accelerator.scaler, self.ema)
+            return
+        with damage_named(checkpoint), plain_data_only():
+            self.method.load_checkpoint(str(checkpoint / STATE), tag=TAG)  # type: ignore[operator]  # DeepSpeed's engine
+        if self.ema is not None:
+            load_averaged(checkpoint, self.ema)
 
     def weights(self) -> dict[str, Tensor]:
         """Whole weights of the model being trained, on every process; every process calls."""
         return model_weights(self.accelerator, self.method)
 
-    def _save_shards(self, step: int, trainer_state: dict[str, Any], on_saved: Callable[[Path], None] | None) -> None:
+    @property
+    def _bare(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.method)
+
+    def _save_shards(self, step: int, trainer_state: dict[str, Any], last_good: str) -> None:
         main = self.accelerator.is_main_process
-        weights = model_weights(self.accelerator, self.method) if self.ema is None else self.ema.module.state_dict()
-        self._refuse(self._attempt(step, lambda: checkpoints.open_checkpoint(self.output, step)) if main else None)
-        folder = self.output / f".{checkpoints.checkpoint_name(step)}.writing"
-        fault = self._attempt(step, lambda: self.accelerator.save_state(str(folder / "state")))
-        self._refuse(fault)  # all processes have written their share before it is hashed
+        if self.ema is None:
+            weights = model_weights(self.accelerator, self.method, keep=main)
+        else:
+            weights = self.ema.module.state_dict()
+        opened = self._attempt(step, lambda: run_folder.open_checkpoint(self.output, step)) if main else None
+        self._raise_everywhere(opened)
+        folder = self.output / f".{run_folder.checkpoint_name(step)}.writing"
+        # all processes have written their share before it is hashed
+        self._raise_everywhere(self._attempt(step, lambda: self._write_share(folder / STATE)))
 
         def finish() -> None:
             if self.ema is not None:
-                write_averaged(folder / "state", self.ema)
+                write_averaged(folder / STATE, self.ema)
             _write_progress(folder, trainer_state)
-            self.write_model(folder / "model", weights)
-            self._after(checkpoints.finish_checkpoint(self.output, step), on_saved)
+            self.write_model(folder / MODEL, weights, step, last_good)
+            self._note(run_folder.finish_checkpoint(self.output, step))
 
-        self._refuse(self._attempt(step, finish) if main else None)
+        self._raise_everywhere(self._attempt(step, finish) if main else None)
 
-    def _after(self, path: Path, on_saved: Callable[[Path], None] | None) -> None:
-        if on_saved is not None:
-            on_saved(path)
-        checkpoints.prune(self.output, self.keep)
+    def _write_share(self, folder: Path) -> None:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.method.save_checkpoint(str(folder), tag=TAG, save_latest=False)  # type: ignore[operator]
+            return
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        rows = take_rows(self._bare, self.optimizer, rank)
+        save_file({key: tensor.contiguous() for key, tensor in rows.items()}, rank_file(folder, rank, processes))
+        if rank == 0:
+            write_numbers(folder, split_optimizer(self._bare, self.optimizer, self.accelerator.scaler)[1])
+
+    def _note(self, path: Path) -> None:
+        run_folder.prune(self.output, self.keep)
+        self._finished.append(path)
 
     def _attempt(self, step: int, action: Callable[[], Any]) -> str | None:
         try:
             action()
         except Exception as error:
-            return str(checkpoints.not_saved(self.output, step, error))
+            return str(run_folder.not_saved(self.output, step, error))
         return None
 
-    def _refuse(self, fault: str | None) -> None:
+    def _raise_everywhere(self, fault: str | None) -> None:
         """Let every process learn of a failure on any of them, instead of waiting for it."""
         found = [text for text in gather_object([fault]) if text]
         if found:
             self._fault = None
             if self.accelerator.is_main_process:
-                checkpoints.remove_leftovers(self.output)
+                run_folder.remove_leftovers(self.output)
             raise UserError(found[0])
 
 
 def _write_progress(folder: Path, trainer_state: dict[str, Any]) -> None:
-    (folder / checkpoints.TRAINER_FILE).write_text(json.dumps(trainer_state, indent=1))
+    (folder / run_folder.TRAINER_FILE).write_text(json.dumps(trainer_state, indent=1))

@@ -1,141 +1,56 @@
-"""Where a run stands: what a resumed run must know besides weights and optimizer.
+"""The `state/` folder of a checkpoint: safetensors and JSON, written and read without running anything in it.
 
-The `state/` folder of a checkpoint: copied from the device, written, and read without running anything in it.
+    method.safetensors       the method's tensors that `model/` does not contain (buffers, projections, parameters of
+                             the loss); with weight averaging also the raw weights, as `model/` has averaged ones
+    optimizer.safetensors    tensors of the optimizer, "PARAMETER/exp_avg"
+    optimizer.json           its groups and numbers, and the gradient scaler
+    rank-00001-of-00004.safetensors
+                             FSDP2 instead of the first two: the rows that this process owns of every tensor of the
+                             method ("method/KEY") and of the optimizer ("optimizer/PARAMETER/exp_avg")
 
-    method.safetensors   the method's tensors that `model/` does not hold (buffers, projections, loss parameters);
-                         with weight averaging also the raw weights (`model/` then holds the averaged ones)
-    optimizer.bin        optimizer and gradient scaler, read with `weights_only=True`
-
-FSDP and DeepSpeed write their own files instead. `harmless.py` looks at those before they are loaded.
+Both forms contain the same tensors, so one process, DDP and FSDP2 resume from each other at any number of processes.
+DeepSpeed writes its own files; they are read as plain data (`weights_only=True`), on as many processes.
 """
 
-import math
+import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from amltrain.checkpoints.harmless import check_harmless
-from amltrain.checkpoints.run_folder import EVALUATED_FILE, TRAINER_FILE
-from amltrain.errors import UserError, first_line, fits
+from amltrain.errors import UserError, first_line
 from amltrain.hub.model_folder import read_weights
+from amltrain.run_folder import MODEL, STATE
 
-
-@dataclass
-class Progress:
-    """Saved as state/trainer.json.
-
-    step            optimizer steps done; with the seed and the batch size it is also the position in the data
-    saved           step of the newest checkpoint; evaluated: of the newest evaluation
-    best, best_step best metric so far, and where; worse_in_a_row: evaluations since
-    skipped         steps whose loss or gradient was not finite; bad_in_a_row: the newest of them, without a gap
-    spread          processes, micro batch, accumulation
-    log_lines       lines of log.jsonl so far, which a resumed run keeps
-    window          sums of the method's recorder since its last row
-    losses          sum of this epoch's finite losses so far, and their number
-    seed, samples   of the run and of its training set, which resuming must not change
-    """
-
-    step: int = 0
-    saved: int = 0
-    evaluated: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    worse_in_a_row: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-    spread: list[int] = field(default_factory=list)
-    seed: int = 0
-    samples: int = 0
-    log_lines: int = 0
-    window: Any = None
-    losses: list[float] = field(default_factory=lambda: [0.0, 0])
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def resumed(self, saved: dict[str, Any], name: str) -> "Progress":
-        """Continue from a saved progress under this run's spread. Raises UserError if its samples would be others.
-
-        name: of the checkpoint, for the message.
-        """
-        known = {f.name for f in fields(Progress)}
-        spread = saved.get("spread")
-        if not saved.keys() <= known or not isinstance(spread, list) or len(spread) != 3:
-            raise UserError(f"{name} was made by another version of amltrain; start a new run from its weights")
-        if not all(type(value) is int and 0 <= value < 2**63 for value in (*spread, *_counts(saved))):
-            raise UserError(f"{name} is damaged: a count in its progress is not one; resume from another checkpoint")
-        losses = saved.get("losses", [0.0, 0])
-        if not isinstance(losses, list) or not all(fits(value, float) for value in (saved.get("best", 0.0), *losses)):
-            raise UserError(f"{name} is damaged: a metric in its progress is no number; resume from another checkpoint")
-        before = Progress(**saved)
-        for what, then, now in (
-            ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
-            ("seed", before.seed, self.seed),
-            ("the number of training samples", before.samples, self.samples),
-        ):
-            if then != now:
-                raise UserError(
-                    f"{name} was made with {what} {then}, not {now}; a resumed run continues with the same samples: "
-                    f"set it back, or start a new run in another --output"
-                )
-        before.spread = self.spread
-        return before
-
-    def judge(self, value: float) -> bool:
-        """Note an evaluation's best metric; whether it is the best so far. NaN never is."""
-        self.evaluated = self.step
-        if value > self.best:
-            self.best, self.best_step, self.worse_in_a_row = value, self.step, 0
-            return True
-        self.worse_in_a_row += 1
-        return False
-
-    def add_loss(self, loss: float) -> None:
-        """Add a step's loss to the mean of its epoch, unless it is not finite."""
-        if math.isfinite(loss):
-            self.losses = [self.losses[0] + loss, self.losses[1] + 1]
-
-    def take_mean_loss(self) -> float:
-        """Return the mean loss since the last call; NaN where no step was finite."""
-        (total, steps), self.losses = self.losses, [0.0, 0]
-        return total / steps if steps else math.nan
-
-    def count(self, *, bad: bool) -> None:
-        """Note a step whose loss and gradient were finite, or not."""
-        self.skipped += bad
-        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-
-
-def _counts(saved: dict[str, Any]) -> list[Any]:
-    """The values that must be whole numbers from 0 on."""
-    return [value for key, value in saved.items() if key not in ("spread", "best", "window", "losses")]
-
-
-METHOD_FILE, OPTIMIZER_FILE = "method.safetensors", "optimizer.bin"
+METHOD_FILE, OPTIMIZER_FILE, OPTIMIZER_JSON = "method.safetensors", "optimizer.safetensors", "optimizer.json"
+OLD_OPTIMIZER_FILE = "optimizer.bin"
+"""Of version 0.1: a pickle, read with `weights_only=True`."""
 AVERAGED = "ema.n_averaged"
-MODEL = "model."
+PREFIX = "model."
+DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, EOFError,
+          SafetensorError, pickle.UnpicklingError)  # fmt: skip
+"""What libraries raise for content of a file that does not fit."""
 
 
 class Snapshot(NamedTuple):
     """A training state in CPU memory that later steps do not change.
 
-    weights: the model to export, averaged if the run averages; method, optimizer: contents of the two state files.
+    weights: the model to export, averaged if the run averages. The others: contents of the three state files.
     """
 
     weights: dict[str, Tensor]
     method: dict[str, Tensor]
-    optimizer: dict[str, Any]
+    optimizer: dict[str, Tensor]
+    numbers: dict[str, Any]
 
 
 def take_snapshot(
@@ -143,24 +58,144 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy a training state. method: unwrapped, with whole weights."""
     state = method.state_dict()
-    model = {key.removeprefix(MODEL): tensor for key, tensor in state.items() if key.startswith(MODEL)}
-    rest = {key: tensor for key, tensor in state.items() if not key.startswith(MODEL)}
+    model = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
+    rest = {key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}
     if ema is not None:
         rest = {**state, AVERAGED: ema.n_averaged}
         model = ema.module.state_dict()
+    tensors, numbers = split_optimizer(method, optimizer, scaler)
+    return Snapshot(copied(model), copied(rest), copied(tensors), numbers)
+
+
+def split_optimizer(
+    method: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return an optimizer's tensors by "PARAMETER/NAME", and the rest of its state as JSON values."""
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        groups.append({key: value for key, value in group.items() if key != "params"})
+        groups[-1]["params"] = [names[id(parameter)] for parameter in group["params"]]
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}/{key}"] = value
+                else:
+                    values.setdefault(name, {})[key] = value
     scaler_state = None if scaler is None else scaler.state_dict()
-    return Snapshot(_copy(model), _copy(rest), _copy({"optimizer": optimizer.state_dict(), "scaler": scaler_state}))
+    return tensors, json.loads(json.dumps({"groups": groups, "values": values, "scaler": scaler_state}))
 
 
 def write_state(folder: Path, snapshot: Snapshot) -> None:
-    """Write the two state files."""
+    """Write the three state files of one process or DDP."""
     save_file({key: tensor.contiguous() for key, tensor in snapshot.method.items()}, folder / METHOD_FILE)
-    torch.save(snapshot.optimizer, folder / OPTIMIZER_FILE)
+    save_file({key: tensor.contiguous() for key, tensor in snapshot.optimizer.items()}, folder / OPTIMIZER_FILE)
+    write_numbers(folder, snapshot.numbers)
+
+
+def write_numbers(folder: Path, numbers: dict[str, Any]) -> None:
+    """Write optimizer.json."""
+    (folder / OPTIMIZER_JSON).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
 
 
 def write_averaged(folder: Path, ema: AveragedModel) -> None:
-    """Write how many steps a weight average holds; for engines that write the rest of the state themselves."""
+    """Write how many steps a weight average has seen; for engines that write the rest of the state themselves."""
     save_file({AVERAGED: ema.n_averaged.detach().cpu()}, folder / METHOD_FILE)
+
+
+def take_rows(method: nn.Module, optimizer: Optimizer, rank: int) -> dict[str, Tensor]:
+    """Copy what this process owns of a method that FSDP2 shards; what is not sharded belongs to rank 0."""
+    tensors, _ = split_optimizer(method, optimizer, None)
+    every = {f"method/{key}": tensor for key, tensor in method.state_dict().items()}
+    every |= {f"optimizer/{key}": tensor for key, tensor in tensors.items()}
+    rows = {}
+    for key, tensor in every.items():
+        if isinstance(tensor, DTensor):
+            start, stop = owned_rows(tensor)
+            if stop > start:
+                rows[key] = tensor.to_local()
+        elif rank == 0:
+            rows[key] = tensor
+    return copied(rows)
+
+
+def rank_file(folder: Path, rank: int, processes: int) -> Path:
+    """The file of one process's rows."""
+    return folder / f"rank-{rank:05d}-of-{processes:05d}.safetensors"
+
+
+def owned_rows(tensor: DTensor) -> tuple[int, int]:
+    """First row, and the one after the last, that this process owns of a tensor sharded over its first dimension."""
+    if tensor.device_mesh.ndim != 1 or tuple(tensor.placements) != (Shard(0),):
+        raise UserError(f"a tensor is sharded as {tensor.placements}; only FSDP2's sharding by rows can be saved")
+    processes, rank = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank()
+    share = -(-tensor.shape[0] // processes)  # as torch.chunk, which FSDP2 uses
+    return min(rank * share, tensor.shape[0]), min((rank + 1) * share, tensor.shape[0])
+
+
+class SavedState:
+    """The tensors of a checkpoint's state by key ("method/KEY", "optimizer/PARAMETER/NAME"), read by rows."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Look at the headers of the files alone. Raises UserError for files that are missing or damaged."""
+        self.checkpoint, folder = checkpoint, checkpoint / STATE
+        self._places: dict[str, list[tuple[Path, str, list[int]]]] = {}
+        with damage_named(checkpoint):
+            ranks = sorted(folder.glob("rank-*-of-*.safetensors"))
+            for number, path in enumerate(ranks):
+                if path != rank_file(folder, number, len(ranks)):
+                    raise UserError(f"{folder} lacks files of some processes; resume from another checkpoint")
+                self._add(path, "")
+            if not ranks:
+                self._add(checkpoint / MODEL / "model.safetensors", f"method/{PREFIX}")
+                self._add(folder / METHOD_FILE, "method/")  # after the model's: with an average it has the raw weights
+                if (folder / OPTIMIZER_FILE).is_file():
+                    self._add(folder / OPTIMIZER_FILE, "optimizer/")
+            self.numbers: dict[str, Any] | None = None
+            if (folder / OPTIMIZER_JSON).is_file():
+                self.numbers = json.loads((folder / OPTIMIZER_JSON).read_text(encoding="utf-8"))
+
+    def _add(self, path: Path, prefix: str) -> None:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                place = (path, key, file.get_slice(key).get_shape())
+                if prefix:
+                    self._places[prefix + key] = [place]
+                else:
+                    self._places.setdefault(key, []).append(place)
+
+    def keys(self, prefix: str) -> list[str]:
+        """Keys that start so, without that start."""
+        return [key.removeprefix(prefix) for key in self._places if key.startswith(prefix)]
+
+    def rows(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read rows `start` to `stop` (None: all) of a tensor, in CPU memory."""
+        parts: list[Tensor] = []
+        first = 0
+        for path, name, shape in self._places[key]:
+            if not shape:
+                return load_one(path, name)
+            last = first + shape[0]
+            low, high = max(start, first), last if stop is None else min(stop, last)
+            if low < high or (shape[0] == 0 and not parts):
+                with safe_open(path, framework="pt") as file:
+                    parts.append(file.get_slice(name)[low - first : high - first])
+            first = last
+        if stop is not None and stop > first:
+            raise UserError(f"{self.checkpoint}: {key} has {first} rows, this run needs {stop}")
+        if not parts:
+            path, name, shape = self._places[key][0]
+            return load_one(path, name)[:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def load_one(path: Path, name: str) -> Tensor:
+    """Read one tensor of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 def load_state(
@@ -170,75 +205,157 @@ def load_state(
     scaler: torch.amp.GradScaler | None,
     ema: AveragedModel | None,
 ) -> None:
-    """Load what `write_state` wrote and the weights of `model/`. Raises UserError for files that are damaged."""
-    state, exported = _read_tensors(checkpoint / "state" / METHOD_FILE), read_weights(checkpoint / "model")
-    averaged = state.pop(AVERAGED, None)
-    if averaged is None:
-        state |= {f"{MODEL}{key}": tensor for key, tensor in exported.items()}
-    with _damage_named(checkpoint):
-        method.load_state_dict(state)
+    """Load a state of one process, DDP or FSDP2 into a method, sharded or whole, and its optimizer.
+
+    Raises UserError for files that are damaged or belong to another model.
+    """
+    saved = SavedState(checkpoint)
+    with damage_named(checkpoint), torch.no_grad():
+        own = method.state_dict()
+        there = set(saved.keys("method/")) - {AVERAGED}
+        if own.keys() != there:
+            odd = sorted(own.keys() ^ there)[0]
+            where = "the run" if odd in own else "the file"
+            raise UserError(f"{checkpoint / STATE} does not fit this run: {odd} is only in {where}")
+        for key, tensor in own.items():
+            _fill(tensor, saved, f"method/{key}")
         if ema is not None:
-            if averaged is None:
+            if AVERAGED not in saved.keys("method/"):
                 raise UserError(f"{checkpoint} has no averaged weights; leave train.ema_decay out")
-            ema.module.load_state_dict(exported)
-            ema.n_averaged.copy_(averaged)
-        path = checkpoint / "state" / OPTIMIZER_FILE
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        # how the optimizer computes belongs to this machine, not to the one that saved
-        own = [{key: group.get(key) for key in ("fused", "foreach")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(content["optimizer"])
-        for group, kept in zip(optimizer.param_groups, own, strict=True):
-            group.update(kept)
-        if scaler is not None and content["scaler"] is not None:
-            scaler.load_state_dict(content["scaler"])
+            ema.module.load_state_dict(read_weights(checkpoint / MODEL))
+            ema.n_averaged.copy_(saved.rows(f"method/{AVERAGED}"))
+        if saved.numbers is None:
+            _load_old_optimizer(checkpoint / STATE / OLD_OPTIMIZER_FILE, optimizer, scaler)
+        else:
+            _load_optimizer(saved, method, optimizer)
+            if scaler is not None and saved.numbers["scaler"] is not None:
+                scaler.load_state_dict(saved.numbers["scaler"])
+
+
+def _fill(tensor: Tensor, saved: SavedState, key: str) -> None:
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local()
+        if local.numel():
+            local.copy_(_shaped(saved.rows(key, *owned_rows(tensor)), local, key))
+    else:
+        tensor.copy_(_shaped(saved.rows(key), tensor, key))
+
+
+def _shaped(rows: Tensor, like: Tensor, key: str) -> Tensor:
+    if rows.shape != like.shape:
+        raise UserError(f"{key} has shape {list(rows.shape)} in the checkpoint and {list(like.shape)} in this run")
+    return rows
+
+
+def _load_optimizer(saved: SavedState, method: nn.Module, optimizer: Optimizer) -> None:
+    assert saved.numbers is not None
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    groups, values = saved.numbers["groups"], saved.numbers["values"]
+    mine = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    if mine != [group["params"] for group in groups]:
+        raise UserError(f"{saved.checkpoint / STATE} has other parameter groups than this run")
+    state: dict[int, dict[str, Any]] = {}
+    wanted: dict[str, list[str]] = {}
+    for key in saved.keys("optimizer/"):
+        name, _, field = key.rpartition("/")
+        wanted.setdefault(name, []).append(field)
+    number, described = 0, []
+    for group, stored in zip(optimizer.param_groups, groups, strict=True):
+        kept = {key: group.get(key) for key in ("fused", "foreach")}  # how it computes belongs to this machine
+        values_now = {key: _like(value, group.get(key)) for key, value in stored.items() if key != "params"}
+        described.append({**values_now, **kept, "params": list(range(number, number + len(group["params"])))})
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            found = {field: _state_of(saved, name, field, parameter) for field in wanted.get(name, [])}
+            if found or name in values:
+                state[number] = {**found, **values.get(name, {})}
+            number += 1
+    optimizer.load_state_dict({"state": state, "param_groups": described})
+
+
+def _state_of(saved: SavedState, name: str, field: str, parameter: Tensor) -> Tensor:
+    """One tensor of a parameter's state, sharded as the parameter where it has the parameter's shape."""
+    key = f"optimizer/{name}/{field}"
+    if not isinstance(parameter, DTensor) or field == "step":
+        return saved.rows(key)
+    rows = (
+        saved.rows(key, *owned_rows(parameter)) if parameter.to_local().numel() else parameter.to_local().detach().cpu()
+    )
+    return DTensor.from_local(
+        _shaped(rows, parameter.to_local(), key).to(parameter.to_local().device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def _like(value: Any, now: Any) -> Any:
+    """JSON has no tuples: as the group of this run has it."""
+    return tuple(value) if isinstance(now, tuple) and isinstance(value, list) else value
+
+
+def _load_old_optimizer(path: Path, optimizer: Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    own = [{key: group.get(key) for key in ("fused", "foreach")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(content["optimizer"])
+    for group, kept in zip(optimizer.param_groups, own, strict=True):
+        group.update(kept)
+    if scaler is not None and content["scaler"] is not None:
+        scaler.load_state_dict(content["scaler"])
 
 
 def is_own_state(folder: Path) -> bool:
-    """Whether one process or DDP wrote this folder: FSDP and DeepSpeed write more files, some under the same names."""
-    ours = {METHOD_FILE, OPTIMIZER_FILE, Path(TRAINER_FILE).name, Path(EVALUATED_FILE).name}
-    return {path.name for path in folder.iterdir()} <= ours
+    """Whether one process, DDP or FSDP2 wrote this folder; DeepSpeed names its files otherwise."""
+    return (folder / OPTIMIZER_JSON).is_file() or (folder / OLD_OPTIMIZER_FILE).is_file()
 
 
-def load_engine_state(checkpoint: Path, accelerator: Accelerator, ema: AveragedModel | None) -> None:
-    """Load what FSDP or DeepSpeed wrote; every process calls. Raises UserError for files that hold code."""
-    folder = checkpoint / "state"
-    check_harmless(folder)
-    accelerator.load_state(str(folder))
-    if ema is not None:
-        ema.module.load_state_dict(read_weights(checkpoint / "model"))
-        ema.n_averaged.copy_(_read_tensors(folder / METHOD_FILE)[AVERAGED])
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is missing or damaged ({first_line(error)}); resume from another checkpoint"
-        ) from error
+def load_averaged(checkpoint: Path, ema: AveragedModel) -> None:
+    """Load an average that `write_averaged` counted, and the weights of `model/`."""
+    with damage_named(checkpoint):
+        ema.module.load_state_dict(read_weights(checkpoint / MODEL))
+        ema.n_averaged.copy_(load_file(checkpoint / STATE / METHOD_FILE)[AVERAGED])
 
 
 @contextmanager
-def _damage_named(checkpoint: Path) -> Iterator[None]:
-    """Turn a library's error about a file's content into a UserError; a pickle that holds code is one of them."""
+def plain_data_only() -> Iterator[None]:
+    """Let every `torch.load` inside read tensors and plain values alone; anything else raises UnpicklingError.
+
+    DeepSpeed reads its files with `weights_only=False`
+    (https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/checkpoint_engine/torch_checkpoint_engine.py).
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # an extra
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    trusting = torch.load
+
+    def plain(*arguments: Any, **keywords: Any) -> Any:
+        return trusting(*arguments, **{**keywords, "weights_only": True})
+
+    torch.load = plain  # type: ignore[assignment]
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        torch.load = trusting
+
+
+@contextmanager
+def damage_named(checkpoint: Path) -> Iterator[None]:
+    """Turn a library's error about a file's content into a UserError; a pickle that contains code is one of them."""
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except DAMAGE as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{checkpoint / 'state'} does not fit this run or is damaged ({first_line(error)}); resume from another "
+            f"{checkpoint / STATE} does not fit this run or is damaged ({first_line(error)}); resume from another "
             f"checkpoint"
         ) from error
 
 
-def _copy(value: Any) -> Any:
-    """A copy in CPU memory of nested dicts, lists and tuples of tensors and plain values."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copy(entry) for entry in value)
-    return value
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in CPU memory."""
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}

@@ -9,11 +9,11 @@ protocols are refused. Intervals need the samples that `amltrain evaluate` write
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from amltrain.errors import UserError, one_line_errors
+from amltrain.run_folder import RESULTS_FILE
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,21 +31,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        from amltrain.evaluation.compare import compare, comparison_dict, comparison_latex, comparison_markdown
-        from amltrain.evaluation.metrics import list_metrics
-        from amltrain.evaluation.results import write_text
+        from amltrain.api import compare
 
-        if args.draws < 1:
-            raise UserError(f"--draws is {args.draws} and must be at least 1")
-        unknown = sorted(set(args.metrics) - set(list_metrics()))
-        if unknown:
-            raise UserError(f"--metrics: no metric {unknown[0]!r}; there are {', '.join(list_metrics())}")
-        comparison = compare(parse_groups(args.models), draws=args.draws, seed=args.seed, metrics=args.metrics)
-        print(comparison_markdown(comparison))
-        if args.output:
-            write_text(args.output / "comparison.md", comparison_markdown(comparison) + "\n")
-            write_text(args.output / "comparison.tex", comparison_latex(comparison))
-            write_text(args.output / "comparison.json", json.dumps(comparison_dict(comparison), indent=2) + "\n")
+        groups = parse_groups(args.models)
+        print(compare(groups, draws=args.draws, seed=args.seed, metrics=args.metrics, output=args.output))
 
 
 def parse_groups(models: Sequence[str]) -> dict[str, list[str]]:
@@ -55,7 +44,7 @@ def parse_groups(models: Sequence[str]) -> dict[str, list[str]]:
         name, equals, places = text.partition("=")
         if not equals:
             path = Path(text)
-            name, places = (path.parent if path.name == "results.json" else path).name, text
+            name, places = (path.parent if path.name == RESULTS_FILE else path).name, text
         if not name or name in groups:
             raise UserError(f"{text}: the model's name {name!r} is missing or taken; write NAME=RESULTS")
         groups[name] = [place for place in places.split(",") if place]

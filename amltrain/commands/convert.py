@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="amltrain convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="registered model; `amltrain models` lists them")
+    parser.add_argument("--model", required=True, help="registered model; `amltrain list models` lists them")
     parser.add_argument("--file", required=True, help="official .pth, .pt, .bin or .safetensors file")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--kwargs", type=_json_object, default={}, help="arguments of the model's builder, as JSON")

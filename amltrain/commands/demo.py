@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from amltrain.config.fields import check_number
 from amltrain.errors import one_line_errors
-from amltrain.hub.model_folder import find_model_folder
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:

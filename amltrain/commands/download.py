@@ -1,7 +1,7 @@
 """Download the original files of RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO and COCO's train2014 images.
 
-    amltrain download refcoco refcoco+ refcocog grefcoco coco --root data/refer
-    amltrain prepare --dataset refcoco --refer_root data/refer
+    amltrain data download refcoco refcoco+ refcocog grefcoco coco --root data/refer
+    amltrain data prepare --dataset refcoco --refer_root data/refer
 
 Known mirrors are tried in order, interrupted downloads resume, and the archives' checksums are verified before anything
 is unpacked. COCO's images need about 28 GB while they are unpacked, 14 GB afterwards.
@@ -18,7 +18,7 @@ from amltrain.errors import one_line_errors
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="amltrain download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(SOURCES))
     parser.add_argument("--root", type=Path, default=Path("data/refer"), help="folder for the files (data/refer)")

@@ -7,48 +7,19 @@
 Prints a table and adds its rows to OUTPUT/results.json, which keeps its other rows. Next to it: the tables as Markdown,
 LaTeX and CSV, one row per sample as Parquet (samples/), and pictures. Scores are the same at any number of processes. A
 model is scored on the data sets that it was trained on unless --data.datasets names others.
-
-Score a model or predictions: what `amltrain evaluate` does after its arguments are read.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import fields
 
-import torch
-from accelerate import Accelerator, PartialState
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from jsonargparse import ArgumentParser, set_parsing_settings
 
-from amltrain.config.fields import ANY, check_number
 from amltrain.config.files import Groups, read_config_files
 from amltrain.config.parse import one_line
-from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess, Protocol, ProtocolOverrides
-from amltrain.data.catalog import find_spec
-from amltrain.data.loaders import build_eval_loaders, resolve_splits
-from amltrain.data.prepare import check_scenes, ensure_prepared
-from amltrain.distributed import PREPARATION, on_main_process
+from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.errors import UserError, one_line_errors
-from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
-from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
-from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions
-from amltrain.evaluation.results import (
-    PROTOCOLS,
-    Results,
-    merge_results,
-    named_preprocess,
-    named_protocol,
-    read_results,
-    run_protocol,
-)
-from amltrain.evaluation.samples import sample_table, write_samples
-from amltrain.evaluation.tables import table, write_tables
-from amltrain.hub.model_card import write_eval_results
-from amltrain.hub.model_folder import RESULTS_FILE, find_model_folder, load_pretrained, read_training
-from amltrain.paper.analysed import trained_data
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> ArgumentParser:
@@ -75,7 +46,7 @@ def build_parser() -> ArgumentParser:
     add(
         "--preset",
         type=str | None,
-        help="score as the official code of this family of models does, e.g. lavt; `amltrain models` lists them",
+        help="score as the official code of this family of models does, e.g. lavt; `amltrain list models` lists them",
     )
     parser.add_class_arguments(ProtocolOverrides, "protocol")
     add("--batch_size", type=int, default=16, help="samples per forward pass on one process")
@@ -95,7 +66,6 @@ def build_parser() -> ArgumentParser:
         "is covered, 0 to 1",
     )
     add("--encode_once", type=bool, default=True, help="run the image encoder once for all sentences of an image")
-    add("--hub_benchmark", type=str | None, help="also write .eval_results/*.yaml for this Hub benchmark data set")
     return parser
 
 
@@ -108,240 +78,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checkpoint = parser.parse_args(arguments).checkpoint
             if checkpoint:
                 find_model_folder(checkpoint)  # before the imports
-            from amltrain.commands import (
-                evaluate as evaluate_splits,  # imports torch, once the arguments are known to be good
-            )
+            from accelerate import PartialState  # these import torch, once the arguments are known to be good
+
+            from amltrain.evaluation.tables import table
+            from amltrain.inference import evaluate as evaluation
 
             if checkpoint:
-                parser.set_defaults(evaluate_splits.as_trained(checkpoint))
+                parser.set_defaults(evaluation.as_trained(checkpoint))
             parsed = parser.parse_args(arguments)
             if not checkpoint and not parsed.predictions:
                 raise UserError("give --checkpoint RUN (or a folder of masks as --predictions)")
-            args = parser.instantiate(parsed)
+            values = parser.instantiate(parsed)
+            options = evaluation.EvaluateOptions(**{f.name: values[f.name] for f in fields(evaluation.EvaluateOptions)})
         except UserError:
             raise
         except Exception as error:  # jsonargparse raises its own types; all are about the command line
             raise UserError(one_line(str(error), parser)) from error
-        evaluate_splits.run(args)
-
-
-class Source(NamedTuple):
-    """Subject of an evaluation: a model, or predictions in files (then `model` and `folder` are None)."""
-
-    model: nn.Module | None
-    tokenizer: Any
-    preprocess: Preprocess
-    protocol: Protocol
-    folder: Path | None
-
-
-class NoText:
-    """Stands in for a tokenizer where no model reads the sentences."""
-
-    max_tokens = 1
-
-    def __call__(self, sentence: str) -> tuple[Tensor, Tensor]:
-        return torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
-
-
-def run(args: Namespace) -> None:
-    """Check the flags, score, and print the table on the main process."""
-    _check_flags(args)
-    results = evaluate(args)
-    if PartialState().is_main_process:
-        print(table(results))
-        print(f"results -> {_output(args)}")
-
-
-def evaluate(args: Namespace) -> list[Results]:
-    """Score every split under every perturbation; every process returns the same results, the main one writes them."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    output = _output(args)
-    perturbations = _perturbations(args)
-    splits = evaluation_splits(args.splits, args.data)
-    source = _source(args)
-    protocol = run_protocol(source.protocol, args.data, args.protocol)
-    if source.model is None:
-        for dataset, split, _ in resolve_splits(splits, args.data.datasets, args.data.prepared):
-            find_predictions(args.predictions, dataset, split)
-    on_main_process(accelerator, lambda: _check_output(output))
-    on_main_process(accelerator, lambda: ensure_prepared(args.data, accelerator.print), wait=PREPARATION)
-    check_scenes(args.data)
-    if source.model is not None:
-        source = source._replace(model=accelerator.prepare_model(source.model, evaluation_mode=True))
-    results: list[Results] = []
-    for perturbation in perturbations:
-        for loader in _loaders(args, splits, source, protocol, perturbation).values():
-            result = _score(accelerator, args, source, protocol, loader, perturbation, output)
-            results.append(result)
-            if accelerator.is_main_process:  # after every split, so a failed evaluation keeps finished splits
-                rows = merge_results(output / RESULTS_FILE, [result])
-                write_tables(output, rows)
-                if args.hub_benchmark:
-                    write_eval_results(output, args.hub_benchmark, rows)
-    return results
-
-
-def _score(
-    accelerator: Accelerator,
-    args: Namespace,
-    source: Source,
-    protocol: Protocol,
-    loader: DataLoader,
-    perturbation: Perturbation | None,
-    output: Path,
-) -> Results:
-    """Score one split, and write its samples, picture and predictions on the main process."""
-    dataset: Any = loader.dataset
-    provenance = _provenance(args, source, perturbation)
-    if source.model is None:
-        first = dataset.info(0)
-        predictions = find_predictions(args.predictions, first.dataset, first.split)
-        result = evaluate_predictions(
-            accelerator, predictions, loader, protocol, pictures=args.pictures, provenance=provenance
-        )
-        writer = None
-    else:
-        writer = _writer(accelerator, args, dataset, output)
-        result = evaluate_model(
-            accelerator,
-            source.model,
-            loader,
-            protocol,
-            pictures=args.pictures,
-            provenance=provenance,
-            writer=writer,
-            encode_once=args.encode_once,
-        )
-    files = {"samples": f"samples/{result.stem()}.parquet"}
-    if writer is not None:
-        files["predictions"] = f"predictions/{writer.finish(output / 'predictions' / result.stem()).name}"
-    if args.pictures:
-        files["picture"] = f"pictures/{result.stem()}.png"
-    if accelerator.is_main_process:
-        write_samples(output / files["samples"], sample_table(result, dataset))
-        if args.pictures:
-            from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
-
-            save_picture(prediction_sheet(result, dataset), output / files["picture"])
-    return replace(result, files=files)
-
-
-def _writer(accelerator: Accelerator, args: Namespace, dataset: Any, output: Path) -> PredictionWriter | None:
-    if args.save_predictions is None:
-        return None
-    return PredictionWriter(output / "predictions", args.save_predictions, accelerator)
-
-
-def _source(args: Namespace) -> Source:
-    own = named_protocol(args.preset) if args.preset else None
-    if args.predictions:
-        if own is None:
-            raise UserError(f"--predictions needs a protocol: give --preset ({', '.join(PROTOCOLS)})")
-        return Source(None, NoText(), named_preprocess(args.preset), own, None)
-    pretrained = load_pretrained(args.checkpoint)
-    if pretrained.tokenizer is None:
-        raise UserError(f"{args.checkpoint} has no tokenizer files; save or convert it again with a tokenizer")
-    folder = find_model_folder(args.checkpoint)
-    return Source(pretrained.model, pretrained.tokenizer, pretrained.preprocess, own or pretrained.protocol, folder)
-
-
-def evaluation_splits(names: Sequence[str], data: DataConfig) -> list[str]:
-    """The splits named, each once; `all`: every evaluation split of every data set. Raises UserError for any other."""
-    if "all" in names:
-        specs = {name: find_spec(name, data.prepared) for name in data.datasets}
-        names = [f"{name}:{split}" for name, spec in specs.items() for split in spec.evaluation_splits]
-    resolve_splits(names, data.datasets, data.prepared)
-    return list(dict.fromkeys(names))
-
-
-def _perturbations(args: Namespace) -> list[Perturbation | None]:
-    """None is the image as it is; `all` the seven of the paper; every one at every severity."""
-    names = [n for name in args.perturbations or ["none"] for n in (PAPER if name == "all" else [name])]
-    found: list[Perturbation | None] = []
-    for name in dict.fromkeys(names):
-        severities = args.severity or [None]
-        found += [None] if name == "none" else [build_perturbation(name, s, args.seed) for s in severities]
-    return found
-
-
-def _loaders(
-    args: Namespace, splits: list[str], source: Source, protocol: Protocol, perturbation: Perturbation | None
-) -> dict[str, DataLoader]:
-    evaluation = EvaluationConfig(
-        splits=splits,
-        batch_size=args.batch_size,
-        max_samples=args.max_samples,
-        shuffle_sentences=args.shuffle_sentences,
-    )
-    return build_eval_loaders(
-        args.data, source.preprocess, evaluation, protocol, source.tokenizer, seed=args.seed, perturb=perturbation
-    )
-
-
-def _provenance(args: Namespace, source: Source, perturbation: Perturbation | None) -> dict[str, Any]:
-    described = {
-        "max_samples": args.max_samples,
-        "perturbation": perturbation.describe() if perturbation else None,
-        "seed": args.seed,
-    }
-    if source.folder is None:
-        return {"predictions": args.predictions, **described}
-    training = read_training(source.folder)
-    data = training["recipe"]["data"] if training else {}
-    return {
-        "checkpoint": args.checkpoint,
-        "trained_on": data.get("datasets"),
-        "train_split": data.get("train_split"),
-        "leak_filter": data.get("leak_filter"),
-        "train_seed": training["recipe"]["seed"] if training else None,
-        "commit": training["commit"] if training else None,
-        **described,
-    }
-
-
-def as_trained(checkpoint: str) -> dict[str, Any]:
-    """Return default data settings: the model's training data sets and their place."""
-    data = trained_data(checkpoint)
-    shapes = {f"data.shapes.{key}": value for key, value in data.get("shapes", {}).items()}
-    return {f"data.{name}": data[name] for name in ("datasets", "prepared") if name in data} | shapes
-
-
-def _check_flags(args: Namespace) -> None:
-    if not args.checkpoint and not args.predictions:
-        raise UserError("give --checkpoint (a run or model folder) or --predictions (masks to score)")
-    if args.checkpoint and args.predictions:
-        raise UserError("give --checkpoint or --predictions, not both")
-    if args.severity and not args.perturbations:
-        raise UserError("--severity belongs to perturbations; give --perturbations as well")
-    if args.predictions:
-        for flag in ("perturbations", "save_predictions", "shuffle_sentences"):
-            if args[flag]:
-                raise UserError(f"--{flag} needs a model; it cannot be used with --predictions")
-    for flag, low in (("batch_size", 1), ("max_samples", 1), ("pictures", 0)):
-        check_number(f"--{flag}", args[flag], low, ANY)
-    for severity in args.severity:
-        check_number("--severity", severity, 0, ANY)
-    check_number("--protocol.threshold", args.protocol.threshold, 0, 1)
-
-
-def _output(args: Namespace) -> Path:
-    return Path(args.output or _default_output(args.checkpoint or args.predictions))
-
-
-def _default_output(source: str) -> str:
-    """evaluation/RUN-best for RUN and RUN/best/model, evaluation/user-name for a Hub repository."""
-    if (Path(source) / "best" / "model").is_dir():
-        source = str(Path(source) / "best")
-    parts = [part for part in Path(source).parts if part not in ("/", "..", "model")]
-    return str(Path("evaluation") / "-".join(parts[-2:]))
-
-
-def _check_output(folder: Path) -> None:
-    """Make the folder, and raise UserError if it cannot be written or holds a damaged results.json."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
-    if (folder / RESULTS_FILE).exists():
-        read_results(folder / RESULTS_FILE)
+        results = evaluation.evaluate(options)
+        if PartialState().is_main_process:
+            print(table(results))
+            print(f"results -> {options.folder}")

@@ -9,12 +9,10 @@ Every file is loaded again and compared with the model. ONNX needs `pip install 
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from amltrain.config.fields import ANY, check_number
-from amltrain.errors import UserError, one_line_errors
-from amltrain.hub.model_folder import find_model_folder
-from amltrain.inference.export import FORMATS
+from amltrain.errors import one_line_errors
+from amltrain.inference import FORMATS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,16 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         check_number("--runs", args.runs, 1, ANY)
-        folder = Path(args.output)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is not an empty folder; choose another --output")
-        find_model_folder(args.checkpoint, args.revision)  # before the imports
-        from amltrain.hub.model_folder import load_pretrained
-        from amltrain.inference.export import export_folder, table  # imports torch
+        checkpoint = args.checkpoint if args.revision is None else f"{args.checkpoint}@{args.revision}"
+        from amltrain.api import export
 
-        rows = export_folder(load_pretrained(args.checkpoint, revision=args.revision), folder, args.formats, args.runs)
+        rows = export(checkpoint, args.output, formats=args.formats, runs=args.runs)
+        from amltrain.inference.export import table
+
         print(table(rows))
         for row in rows:
             if row.note:
                 print(f"{row.format}: {row.note}", file=sys.stderr)
-        print(f"-> {folder}")
+        print(f"-> {args.output}")

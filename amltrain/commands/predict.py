@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Sequence
 
 from amltrain.errors import one_line_errors
-from amltrain.hub.model_folder import find_model_folder
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,4 +62,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         find_model_folder(args.checkpoint, args.revision)  # before the imports
         from amltrain.inference import predict as predict_images  # imports torch
 
-        predict_images.run(args)
+        predict_images.run(predict_images.PredictOptions(**vars(args)))

@@ -1,4 +1,4 @@
-"""Prepare own and published data: what `amltrain prepare` does after its arguments are read."""
+"""Prepare own and published data: what `amltrain data prepare` does after its arguments are read."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,16 +8,18 @@ from typing import Any
 from amltrain.config.schema import COMBINED
 from amltrain.data.catalog import dataset_spec, describe, find_spec
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
-from amltrain.data.prepare import available_cores, prepare, prepare_files
+from amltrain.data.prepare import available_cores, prepare_files
+from amltrain.data.sources.frame import FrameRule
+from amltrain.data.sources.importing import Describe, Source, read_source
 from amltrain.data.sources.own import SHARES
-from amltrain.data.sources.published import READERS
-from amltrain.data.sources.refer import refer_paths
-from amltrain.data.sources.table import read_folder, read_table
+from amltrain.data.sources.refer import read_hub_schema, read_refer, refer_paths
+from amltrain.data.sources.table import ReadOptions
 from amltrain.errors import UserError
+from amltrain.registry import READERS
 
 GROUPS = {"combined": True, "combined-unfiltered": False}
 """Names for RefCOCO, RefCOCO+ and RefCOCOg (umd) together, and whether the leak filter is on."""
-OWN = ("table", "folder", "hf")
+OWN = ("path", "table", "folder", "hf")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     args.workers = args.workers or available_cores()
     given = [f"--{source}" for source in OWN if getattr(args, source) is not None]
     if len(given) + bool(args.dataset) != 1:
-        raise UserError("give one of --table, --folder, --hf (own data) and --dataset (published data sets)")
+        raise UserError("give one of a path, --table, --folder, --hf (own data) and --dataset (published data sets)")
     if given:
         _prepare_own(args)
     else:
@@ -39,34 +41,54 @@ def run(args: argparse.Namespace) -> None:
 def _prepare_own(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UserError("give --name, under which every command will know the data set")
-    options: dict[str, Any] = {"mask_threshold": args.mask_threshold, "seed": args.seed}
-    options["shares"] = _shares(args.split_shares) if args.split_shares else SHARES
+    shares = _shares(args.split_shares) if args.split_shares else SHARES
+    options = ReadOptions(
+        args.mask_threshold, args.seed, shares, args.encoding, FrameRule(args.exif), args.follow_links
+    )
     columns = dict(_pairs(args.columns, "--columns", "image=photo"))
-    with_columns = {**options, "columns": columns}
-    if args.table is not None:
-        images = args.images or args.table.parent
-        files = read_table(args.table, images, args.name, masks=args.masks, **with_columns)
-    elif args.folder is not None:
-        images = args.folder
-        files = read_folder(args.folder, args.name, **options)
-    else:
+    scratch = args.output / "source" / args.name
+    if args.hf is not None:
         from amltrain.data.sources.hf_table import read_hf  # imports datasets
 
-        images = args.output / "source" / args.name
-        files = read_hf(args.hf, images, args.name, **with_columns)
+        source = Source(read_hf(args.hf, scratch, args.name, columns=columns, options=options), scratch, "")
+    else:
+        path = args.path or args.table or args.folder
+        form = args.form or ("table" if args.table else "folder" if args.folder else None)
+        source = read_source(
+            path,
+            args.name,
+            scratch,
+            form=form,
+            images=args.images,
+            masks=args.masks,
+            columns=columns,
+            label_field=args.label_field,
+            options=options,
+            describe=_describer(args) if args.describe else None,
+        )
+    if args.path is not None:
+        print(source.said)
     manifest = prepare_files(
-        files,
+        source.annotations,
         args.output,
-        images,
+        source.images,
         max_skipped=args.max_skipped,
         workers=args.workers,
-        image_option="--images" if args.table else "the data set's images",
+        image_option="the data set's images" if args.hf or args.folder else "--images",
     )
     print(describe(manifest))
     _show_next(args.output, args.name)
     where = "" if args.output == Path("prepared") else f" --data.prepared {args.output}"
     command = f"amltrain train --config quickstart --data.datasets '[{args.name}]'{where}"
     print(f"then train on it, a tiny model first: {command}")
+
+
+def _describer(args: argparse.Namespace) -> Describe:
+    from amltrain.data.sources.describe import DescribeOptions
+    from amltrain.data.sources.describe_rows import describe_rows
+
+    choice = DescribeOptions(args.sentences, args.negatives, args.seed)
+    return lambda imported: describe_rows(imported, choice, links=args.follow_links)
 
 
 def _show_next(output: Path, name: str) -> None:
@@ -155,13 +177,19 @@ def _check_sources(names: Sequence[str], sources: Sequence[str | None], refer_ro
 
 
 def _prepare(name: str, source: str | None, args: argparse.Namespace) -> dict[str, Any]:
-    options = {"max_skipped": args.max_skipped, "workers": args.workers, "image_option": "--image_root"}
     layout = dataset_spec(name).layout
-    if source is None and layout == "refer":
-        return prepare(name, args.refer_root, args.output, image_root=args.image_root, **options)
-    if source is None:
-        files = READERS[layout](args.refer_root, name)
-        return prepare_files(files, args.output, args.image_root or args.refer_root, **options)
-    from amltrain.data.sources.refer import read_hub_schema  # imports torchvision
-
-    return prepare_files(read_hub_schema(source, name), args.output, args.image_root, **options)
+    if source is not None:
+        files, images = read_hub_schema(source, name), args.image_root
+    elif layout == "refer":
+        files, images = read_refer(args.refer_root, name), args.image_root or args.refer_root
+    else:
+        files, images = READERS[layout].value(args.refer_root, name), args.image_root or args.refer_root
+    files = files._replace(links=args.follow_links)
+    return prepare_files(
+        files,
+        args.output,
+        images,
+        max_skipped=args.max_skipped,
+        workers=args.workers,
+        image_option="--image_root",
+    )

@@ -1,7 +1,7 @@
 """Resize the images and masks of prepared data once, so that training reads them about ten times faster.
 
-    amltrain presize --dataset refcoco --model caris_swin_base
-    amltrain presize --prepared prepared --dataset refcoco --splits train val --size 448 --resize square
+    amltrain data presize --dataset refcoco --model caris_swin_base
+    amltrain data presize --prepared prepared --dataset refcoco --splits train val --size 448 --resize square
 
 Writes prepared/DATASET/presized/...; a run with the same settings finds it by itself (`data.presized`). The tensors are
 exactly those of the uncached path. One image takes 3 x size x size bytes: RefCOCO's 17,000 training images take 9.6 GiB
@@ -60,7 +60,7 @@ def presize(options: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line's parser."""
     parser = argparse.ArgumentParser(
-        prog="amltrain presize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data presize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True, help="a prepared data set")
     parser.add_argument("--prepared", default="prepared", help="folder with the prepared data (default: prepared)")

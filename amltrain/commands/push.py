@@ -32,8 +32,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        from amltrain.checkpoints.run_folder import MANIFEST, find_fault
         from amltrain.hub.push import push_model  # once the arguments are known to be good: torch takes a while
+        from amltrain.run_folder import MANIFEST, find_fault
 
         for checkpoint in (args.folder, args.folder.parent):
             if (checkpoint / MANIFEST).is_file() and (fault := find_fault(checkpoint)):

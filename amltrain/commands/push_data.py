@@ -1,6 +1,6 @@
 """Publish prepared data as a HuggingFace Hub data set, with a card that shows every split and its pictures.
 
-    amltrain push-data prepared user/my-data --private
+    amltrain data push prepared user/my-data --private
     amltrain train --data.prepared user/my-data --data.datasets '[mine]'
 
 Parquet files, manifests and the card are pushed; `source/` and everything else stays here. Rerun the same command after
@@ -17,7 +17,7 @@ from amltrain.errors import one_line_errors
 def build_parser() -> argparse.ArgumentParser:
     """The command line, whose help is this file's docstring."""
     parser = argparse.ArgumentParser(
-        prog="amltrain push-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the prepared folder")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; created if it does not exist")

@@ -1,6 +1,6 @@
 """Rank the training images for every sentence and every image by a dual encoder, for the mosaic augmentation.
 
-    amltrain rank --dataset refcoco --model openai/clip-vit-base-patch32 --output rankings
+    amltrain data rank --dataset refcoco --model openai/clip-vit-base-patch32 --output rankings
     amltrain train ... --data.augment '[mosaic]' --mosaic.retrieval 0.5 --mosaic.rankings rankings
 
 The model is a CLIP-style model of transformers (CLIP, SigLIP, ...), a folder or a Hub id. Writes two Parquet files,
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from amltrain.data.mosaic import ranking_path
 from amltrain.errors import UserError, first_line, one_line_errors
+from amltrain.files import cure
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -116,7 +117,7 @@ def write_ranking(path: Path, keys: NDArray[np.int64], images: NDArray[np.int64]
         pq.write_table(pa.table(columns), partial)
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"could not write {path} ({error.strerror or error}); make room and try again") from error
+        raise UserError(f"could not write {path} ({error.strerror or error}); {cure(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -170,7 +171,7 @@ def _unit(features: Any) -> Any:
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line's parser."""
     parser = argparse.ArgumentParser(
-        prog="amltrain rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="amltrain data rank", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", required=True, help="a prepared data set")
     parser.add_argument("--model", required=True, help="folder or Hub id of a CLIP-style model of transformers")

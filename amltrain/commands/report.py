@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amltrain.errors import one_line_errors
-from amltrain.hub.model_folder import find_model_folder
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         if not Path(args.run).exists():
             find_model_folder(args.run)  # before the imports
-        from amltrain.report.page import report  # imports torch
+        from amltrain.report.page import ReportOptions, report  # imports torch
 
-        path = report(args)
+        path = report(ReportOptions(**vars(args)))
         print(f"report -> {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -8,11 +8,9 @@ from dataclasses import replace
 
 from jsonargparse import ArgumentParser
 
-from amltrain.config.parse import as_yaml, build_run_parser, parse_config
+from amltrain.config.parse import as_yaml, build_run_parser, checked
 from amltrain.config.schema import RunConfig
-from amltrain.data.augment import augmentation_sections
 from amltrain.errors import one_line_errors
-from amltrain.methods.registry import check_options, method_sections
 from amltrain.training.preemption import exit_on_signals
 
 QUICKSTART = "quickstart"
@@ -31,9 +29,7 @@ def read_run(argv: Sequence[str] | None = None) -> RunConfig:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != PRINT]
-    config = parse_config(arguments, methods=method_sections(), augmentations=augmentation_sections())
-    for options in (config.method_options, *config.augment_options.values()):
-        check_options(options)
+    config = checked(arguments)
     if PRINT in given:
         options = config.method_options
         complete = options.complete() if options is not None and hasattr(options, "complete") else options

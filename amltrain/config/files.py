@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from amltrain.config.scalars import check_flags, expand_arguments, field_types, plain_scalar
 from amltrain.errors import UserError
 
 Groups = Mapping[str, type]
@@ -76,7 +77,7 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
     """
     path = folder / Path(name).expanduser()
     if not path.name:
-        raise UserError(f"{asked_by}: {name!r} names no file; `amltrain configs` lists the shipped names")
+        raise UserError(f"{asked_by}: {name!r} names no file; `amltrain list configs` lists the shipped names")
     for candidate in (path, path.with_name(f"{path.name}.yaml")):
         if candidate.exists() and not candidate.is_dir():
             return candidate
@@ -86,7 +87,7 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
         return shipped[wanted]
     same_end = [known for known in shipped if known.endswith(f"/{wanted}")]
     close = same_end or difflib.get_close_matches(wanted, shipped, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain configs` lists the shipped names"
+    hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain list configs` lists the shipped names"
     raise UserError(f"{asked_by}: there is no file and no shipped config {name}; {hint}")
 
 
@@ -99,6 +100,8 @@ def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
     replaced: list[str] = []
     places: dict[str, str] = {}
     values: dict[str, Any] = {}
+    arguments = expand_arguments(arguments)
+    check_flags(arguments, lambda key: field_types(groups.get(key.partition(".")[0])).get(key.partition(".")[2]))
     rest = iter(arguments)
     for argument in rest:
         name = next(rest, None) if argument == "--config" else None
@@ -130,7 +133,7 @@ def _read(path: Path, groups: Groups, asked_by: str, above: tuple[Path, ...], pl
                 base = find_config(name, place, path.parent)
                 layers += _read(base, groups, place, (*above, path.resolve()), places)
     content.value = [(key, value) for key, value in content.value if key.value != BASE]
-    _check_keys(content, groups, path, "", places)
+    _check_keys(content, groups, path, "", places, {})
     return [*layers, yaml.serialize(content, Dumper=yaml.SafeDumper)] if content.value else layers
 
 
@@ -194,8 +197,13 @@ def _check_size(content: yaml.Node | None) -> None:
         count(content, ())
 
 
-def _check_keys(mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: str, places: dict[str, str]) -> None:
-    """Refuse repeated keys and groups given as text; record where each key is set. prefix: `model.`"""
+def _check_keys(
+    mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: str, places: dict[str, str], kinds: Mapping[str, Any]
+) -> None:
+    """Reject repeated keys, groups given as text and values that YAML reads otherwise; record where each key is set.
+
+    prefix: `model.` kinds: the types of the mapping's keys, as far as they are known.
+    """
     seen: dict[str, int] = {}
     for key, value in mapping.value:
         name, line = f"{prefix}{key.value}", key.start_mark.line + 1
@@ -204,8 +212,12 @@ def _check_keys(mapping: yaml.MappingNode, groups: Groups, path: Path, prefix: s
         seen[name] = line
         places[name] = f"{path}, line {line}"
         group = groups.get(str(key.value))
+        for scalar in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(scalar, yaml.ScalarNode):
+                plain_scalar(scalar, kinds.get(str(key.value)), f"{path}, line {line}: {name}")
         if isinstance(value, yaml.MappingNode):
-            _check_keys(value, groups_of(group) if group else {}, path, f"{name}.", places)
+            below = groups_of(group) if group else {}
+            _check_keys(value, below, path, f"{name}.", places, field_types(group))
         elif group and isinstance(value, yaml.ScalarNode):
             raise UserError(
                 f"{path}, line {line}: {name} is a group of keys, not {value.value or 'empty'}; "

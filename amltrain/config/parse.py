@@ -1,9 +1,11 @@
 """Reads a run from a command line and config files. The only file that knows the config library (jsonargparse)."""
 
 import difflib
+import json
 import re
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,61 +13,87 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from amltrain.config.files import groups_of, read_config_files, read_flags
+from amltrain.config.fields import ANY, POSITIVE, RANGES
+from amltrain.config.files import BASE, groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
-from amltrain.config.sections import NoGroups, Sections, find_option, refuse_unused
 from amltrain.errors import UserError, unknown_name
+from amltrain.registry import AUGMENTATIONS, CALLBACKS, METHODS, MODELS, Registry, check_options, imported_plugins
 
-DERIVED = ("method_options", "augment_options")
+DERIVED = ("method_options", "augment_options", "callback_options")
 """Fields of a run that are read from sections."""
+SECTIONED: tuple[Registry, ...] = (METHODS, AUGMENTATIONS, CALLBACKS)
+"""Kinds whose options are sections of a run."""
+DIALECT = "$schema"
 
 
-def parse_config(
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str = "amltrain train",
-    methods: Sections | None = None,
-    augmentations: Sections | None = None,
-) -> RunConfig:
+class NoGroups:
+    """Placeholder for a section whose values are not groups."""
+
+
+def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain train") -> RunConfig:
     """Read a run from a command line: `--config` files and their bases (later ones win), then flags.
 
-    methods, augmentations: where the sections of options come from. Raises UserError for a key or a value that does not
-    fit, naming it. `--help` prints and exits.
+    Options of methods and augmentations are sections of their names. Raises UserError for a key or a value that does
+    not fit, naming it. `--help` prints and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    methods, augmentations = methods or Sections("method"), augmentations or Sections("augmentation")
-    kinds = (methods, augmentations)
-    sections = {name: NoGroups for kind in kinds for name in kind.names}
+    sections = {name: NoGroups for registry in SECTIONED for name in registry.names()}
     layers = read_config_files(argv, {**sections, **groups_of(RunConfig)})
     flags, files = read_flags(argv), layers.values
     method = str(flags.get("method") or files.get("method") or RunConfig.method)
-    if methods.names and method not in methods.names:
-        raise unknown_name("training method (method)", method, methods.names)
+    if method not in METHODS:
+        raise UserError(f"{layers.place('method')}{unknown_name(METHODS.kind, method, METHODS.names())}")
     mentioned = {method, *files, *(key.split(".")[0] for key in flags)}
-    options = {name: kind.options(name) for kind in kinds for name in kind.names if name in mentioned}
+    options = {name: kind.options(name) for kind in SECTIONED for name in kind.names() if name in mentioned}
     parser = build_run_parser(prog, options)
     try:
         parsed = parser.instantiate(parser.parse_args(layers.arguments))
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
     except Exception as error:  # jsonargparse raises its own types; all are about the command line
-        message = one_line(str(error), parser, kinds)
+        message = one_line(str(error), parser)
         raise UserError(f"{layers.place(message)}{message}") from error
     values = {f.name: parsed[f.name] for f in fields(RunConfig) if f.name not in DERIVED}
-    augment = values["data"].augment
-    refuse_unused(flags, [method], methods)
-    refuse_unused(flags, augment, augmentations)
-    for name in augment:
-        if name not in augmentations.names:
-            raise unknown_name("augmentation (data.augment)", name, augmentations.names)
+    values["imports"] = list(dict.fromkeys([*values["imports"], *imported_plugins()]))
+    reject_unused(flags, [method], METHODS)
     own = _section(parsed, method, options) if method in options else None
-    augment_options = {
-        name: _section(parsed, name, options) if name in options else augmentations.options(name)() for name in augment
-    }
+    lists = {"augment_options": (AUGMENTATIONS, "data.augment"), "callback_options": (CALLBACKS, "train.callbacks")}
+    for field_name, (registry, key) in lists.items():
+        group, _, name_of_key = key.partition(".")
+        used = getattr(values[group], name_of_key)
+        reject_unused(flags, used, registry)
+        for name in used:
+            if name not in registry:
+                raise unknown_name(f"{registry.kind} ({key})", name, registry.names())
+        values[field_name] = {
+            name: _section(parsed, name, options) if name in options else registry.options(name)() for name in used
+        }
     try:
-        return RunConfig(**values, method_options=own, augment_options=augment_options)
+        return RunConfig(**values, method_options=own)
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
+
+
+def config_of(values: Mapping[str, Any] | str | Path, base: str | None) -> RunConfig:
+    """Read a run from nested values, or from the path or shipped name of a file, through the same checks.
+
+    base: a shipped config or file below it. Raises UserError.
+    """
+    layers = [] if base is None else ["--config", base]
+    if isinstance(values, (str, Path)):
+        return checked([*layers, "--config", str(values)])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "settings.yaml"
+        file.write_text(yaml.safe_dump(_plain(dict(values)), sort_keys=False), encoding="utf-8")
+        return checked([*layers, *(["--config", str(file)] if values else [])])
+
+
+def checked(argv: Sequence[str]) -> RunConfig:
+    """`parse_config`, and the options of its method, augmentations and callbacks checked. Raises UserError."""
+    config = parse_config(argv)
+    for options in (config.method_options, *config.augment_options.values(), *config.callback_options.values()):
+        check_options(options)
+    return config
 
 
 def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:
@@ -105,7 +133,7 @@ def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
     return parser
 
 
-def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] = ()) -> str:
+def one_line(message: str, parser: ArgumentParser) -> str:
     """jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|Option '([^']+)' is not accepted", message)
     nested = re.search(r"Group '([^']+)' does not accept (?:option|nested key) '([^']+)'", message)
@@ -120,7 +148,7 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
         option = "--config" if "train.epochs" in keys else "--checkpoint"
         return f"unexpected argument {stray[1][:100]}; did you mean {option} {stray[1][:100]}?"
     if key is not None:
-        close = nearest_keys(key, keys, sections)
+        close = nearest_keys(key, keys)
         return f"unknown key {key[:100]}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
     value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
     if value:
@@ -138,7 +166,7 @@ def one_line(message: str, parser: ArgumentParser, sections: Sequence[Sections] 
     return " ".join(message.split())
 
 
-def nearest_keys(key: str, keys: Sequence[str], sections: Sequence[Sections]) -> list[str]:
+def nearest_keys(key: str, keys: Sequence[str]) -> list[str]:
     """Keys that may be meant: the same name in a group, a typo, an option of an unused method, something like it.
 
     The methods' options are looked at only after the first two, because some import torch.
@@ -146,7 +174,7 @@ def nearest_keys(key: str, keys: Sequence[str], sections: Sequence[Sections]) ->
     last = key.split(".")[-1]
     typos = difflib.get_close_matches(key, keys, n=2, cutoff=0.85)
     grouped = [known for known in keys if known.split(".")[-1] == last and "." not in key]
-    return grouped[:3] or typos or find_option(last, sections) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
+    return grouped[:3] or typos or find_option(last) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
 
 
 def _plain(value: Any) -> Any:
@@ -154,3 +182,91 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def reject_unused(flags: Iterable[str], used: Collection[str], registry: Registry) -> None:
+    """Raise UserError for a command-line option of a section that the run does not use.
+
+    flags: keys on the command line, without dashes, e.g. "aml.tau". Config files may contain such sections, because a
+    file can be layered under another method.
+    """
+    names = registry.names()
+    for key in flags:
+        name, _, option = key.partition(".")
+        if option and name in names and name not in used:
+            uses = f"this run uses {', '.join(used)}" if used else "this run uses none"
+            raise UserError(
+                f"--{key} is an option of {registry.kind} {name}, and {uses}; leave it out or choose {name}"
+            )
+
+
+def find_option(key: str) -> list[str]:
+    """Full keys, e.g. "aml.tau", of options called `key` in any section, for messages about unknown keys."""
+    return [
+        f"{name}.{key}"
+        for registry in SECTIONED
+        for name in registry.names()
+        if key in getattr(registry.options(name), "__dataclass_fields__", {})
+    ]
+
+
+def config_schema() -> dict[str, Any]:
+    """Build the JSON Schema of config files, for editors: it completes keys and marks mistakes while a file is written.
+
+    Made from the config's types: all keys of a run, every method's and augmentation's section, `base`. No key is
+    required, because a file can be layered under another.
+    """
+    options = {name: kind.options(name) for kind in SECTIONED for name in kind.names()}
+    schema: dict[str, Any] = json.loads(build_run_parser("amltrain train", options).get_completion_script("jsonschema"))
+    for group in schema["properties"].values():
+        _drop_dialects(group)
+    schema["title"] = "amltrain config"
+    schema["description"] = "A run of `amltrain train`, or a layer of one."
+    name = {"type": "string"}
+    schema["properties"][BASE] = {
+        "description": "Files or shipped configs that this file starts from. Later ones win; this file wins over all.",
+        "anyOf": [name, {"type": "array", "items": name, "minItems": 1}],
+    }
+    for key, (low, high) in RANGES.items():
+        _limit(_find(schema, key), low, high)
+    _find(schema, "method")["enum"] = METHODS.names()
+    _find(schema, "model.name")["enum"] = MODELS.names()
+    _find(schema, "data.augment")["items"] = {"enum": AUGMENTATIONS.names()}
+    return schema
+
+
+def _drop_dialects(group: dict[str, Any]) -> None:
+    """Leave `$schema` at the top alone."""
+    properties = group.get("properties", {})
+    properties.pop(DIALECT, None)
+    for value in properties.values():
+        _drop_dialects(value)
+
+
+def _find(schema: dict[str, Any], key: str) -> dict[str, Any]:
+    for part in key.split("."):
+        schema = schema["properties"][part]
+    return schema
+
+
+def _limit(value: dict[str, Any], low: float, high: float) -> None:
+    """Add a number's range; of a list, to its entries. JSON Schema ignores it for null."""
+    if low == POSITIVE:
+        limits: dict[str, Any] = {"exclusiveMinimum": 0}
+    else:
+        limits = {"minimum": low}
+    if high != ANY:
+        limits["maximum"] = high
+    for item in _numbers(value):
+        item.update(limits)
+
+
+def _numbers(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every place in a value's schema that takes a number."""
+    kinds = value.get("type", [])
+    if {"number", "integer"} & set([kinds] if isinstance(kinds, str) else kinds):
+        return [value]
+    inner = [*value.get("anyOf", []), *value.get("prefixItems", [])]
+    if isinstance(value.get("items"), dict):
+        inner.append(value["items"])
+    return [found for item in inner for found in _numbers(item)]

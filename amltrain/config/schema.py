@@ -3,6 +3,7 @@
 Leaf functions take plain values; only `build_*` functions and commands see a config.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -67,14 +68,14 @@ class DataConfig:
     """Pixels covered by two polygons of one object: foreground (union) or background (exclusive: LAVT, CGFormer).
     null = the model's own; the evaluation's protocol may override it."""
     augment: list[str] = field(default_factory=list)
-    """Augmentations of the training samples, in order; `amltrain augmentations` lists them. Options of each are in the
-    section of its name."""
+    """Augmentations of the training samples, in order; `amltrain list augmentations` lists them. Options of each are in
+    the section of its name."""
     streaming: bool = False
     """Read the Parquet files as a stream instead of from a memory-mapped copy."""
     decoder: Literal["pil", "torchvision"] = "pil"
     """torchvision decodes and resizes about twice as fast; square images differ by at most one grey level of 255."""
     presized: bool | None = None
-    """Read images and masks that were resized once (`amltrain presize`): the same numbers, about ten times faster.
+    """Read images and masks that were resized once (`amltrain data presize`): the same numbers, about ten times faster.
     null = where they are there; true = stop if they are not; false = never."""
     workers: int = 2
     """Data loading processes per training process."""
@@ -153,7 +154,7 @@ class ModelConfig:
     """The registered model and its initial weights."""
 
     name: str = "caris_tiny"
-    """A registered model; `amltrain models` lists them."""
+    """A registered model; `amltrain list models` lists them."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model's builder, e.g. drop_path_rate."""
     vision_weights: str | None = None
@@ -251,6 +252,9 @@ class TrainConfig:
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
     collective_timeout: float = 10.0
     """Minutes that processes wait for one that does not answer before the run ends."""
+    callbacks: list[str] = field(default_factory=list)
+    """Callbacks of your own or of plugins, by name; `amltrain list callbacks` lists them. Options of each are in the
+    section of its name."""
     time_limit: float | None = None
     """Hours after which the run saves and stops with exit code 75 (requeue me); null = none."""
 
@@ -332,11 +336,15 @@ class RunConfig:
     """auto: resume from output/last if it exists; never: start a new run (refuses a folder that has checkpoints); or a
     checkpoint folder."""
     method: str = "aml"
-    """Training method; `amltrain methods` lists them. Its options are in the section of the same name, e.g. aml.tau."""
+    """Training method; `amltrain list methods` lists them. Its options are in the section of its name, e.g. aml.tau."""
     method_options: Any = None
     """Options of the chosen method, read from its section; None = the method's defaults."""
     augment_options: dict[str, Any] = field(default_factory=dict)
     """Options of the augmentations that data.augment names, read from the sections of the same names."""
+    callback_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the callbacks that train.callbacks names, read from the sections of the same names."""
+    imports: list[str] = field(default_factory=list)
+    """Plugins that the run was started with (--import), for the record. A config never imports them by itself."""
     data: DataConfig = field(default_factory=DataConfig)
     preprocess: PreprocessOverrides = field(default_factory=PreprocessOverrides)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -366,8 +374,22 @@ def sectioned(config: RunConfig) -> dict[str, Any]:
     """A run as plain nested values, with the options of its method and augmentations in sections of their own names."""
     values = asdict(config)
     options, augmentations = values.pop("method_options"), values.pop("augment_options")
-    sections = {config.method: options, **augmentations}
+    sections = {config.method: options, **augmentations, **values.pop("callback_options")}
     return {**values, **{name: section for name, section in sections.items() if section}}
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values as in a YAML file, where dotted keys ("train.max_steps") may stand for groups too."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        group, _, rest = str(key).partition(".")
+        inner = {rest: value} if rest else value
+        if isinstance(inner, Mapping):
+            before = result.get(group)
+            result[group] = {**(before if isinstance(before, dict) else {}), **nested(inner)}
+        else:
+            result[group] = inner
+    return result
 
 
 def free_options(config: RunConfig) -> list[str]:

@@ -1,2 +1,1 @@
-# each import registers an augmentation
-from amltrain.data import mosaic  # noqa: F401
+"""Annotations to Parquet rows, rows to samples, samples to batches."""

@@ -14,15 +14,14 @@ This file and the files of augmentations do not import torch, so that a command 
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from amltrain.config.sections import Sections
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError
+from amltrain.registry import AUGMENTATIONS
 
 if TYPE_CHECKING:
     from amltrain.records import Draw
@@ -83,15 +82,6 @@ class Augmentation(Protocol):
     def __call__(self, sample: RawSample, draw: "Draw", dataset: RawDataset) -> RawSample: ...
 
 
-@dataclass(frozen=True)
-class AugmentationEntry:
-    """A registered augmentation: its builder and its options dataclass."""
-
-    build: Callable[[Any], Augmentation]
-    options: type[Any]
-
-
-_AUGMENTATIONS: dict[str, AugmentationEntry] = {}
 Builder = TypeVar("Builder", bound=Callable[[Any], Augmentation])
 
 
@@ -103,25 +93,10 @@ def register_augmentation(options: type[Any]) -> Callable[[Builder], Builder]:
     """
 
     def register(build: Builder) -> Builder:
-        name = build.__name__
-        if name in _AUGMENTATIONS:
-            raise KeyError(f"augmentation {name!r} is registered twice")
-        _AUGMENTATIONS[name] = AugmentationEntry(build, options)
+        AUGMENTATIONS.add(build.__name__, build, options=options)
         return build
 
     return register
-
-
-def list_augmentations() -> list[str]:
-    """Names of all registered augmentations, sorted."""
-    return sorted(_AUGMENTATIONS)
-
-
-def augmentation_entry(name: str) -> AugmentationEntry:
-    """Builder and options dataclass of a registered augmentation. Raises UserError for an unknown name."""
-    if name not in _AUGMENTATIONS:
-        raise unknown_name("augmentation", name, _AUGMENTATIONS)
-    return _AUGMENTATIONS[name]
 
 
 def build_augmentations(names: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Augmentation]:
@@ -137,14 +112,9 @@ def build_augmentations(names: Sequence[str], options: Mapping[str, Any] | None 
     given = options or {}
     built = []
     for name in names:
-        entry = augmentation_entry(name)
-        built.append(entry.build(given[name] if name in given else entry.options()))
+        options_of_name = given[name] if name in given else AUGMENTATIONS.options(name)()
+        built.append(AUGMENTATIONS[name].value(options_of_name))
     return built
-
-
-def augmentation_sections() -> Sections:
-    """Options' sections of all augmentations, for the command line."""
-    return Sections("augmentation", tuple(list_augmentations()), lambda name: augmentation_entry(name).options)
 
 
 def random_generator(name: str, seed: int, draw: "Draw") -> np.random.Generator:

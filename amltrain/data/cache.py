@@ -30,6 +30,7 @@ from amltrain.data.rows import Rows
 from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
+from amltrain.files import cure
 
 FORMAT = 1
 FOLDER = "presized"
@@ -140,7 +141,7 @@ def write_presized(
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
     except OSError as error:
-        raise UserError(f"could not write {final} ({error.strerror or error}); make room and try again") from error
+        raise UserError(f"could not write {final} ({error.strerror or error}); {cure(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final

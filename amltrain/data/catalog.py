@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import hf_hub_download
@@ -22,9 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from amltrain.errors import UserError, first_line, unknown_name
 from amltrain.files import load_json
-
-Layout = Literal["refer", "phrasecut", "refcoco-m", "reasonseg", "refsegrs", "table"]
-"""Which reader understands the files: REFER's own, one in `amltrain.data.sources.published`, or a table of your own."""
+from amltrain.registry import DATASETS, READERS
 
 SPECIAL_KEYS = ("exist", "no_target", "source", "negative", "ignore")
 """Keys that change what a ref or a sentence means. A data set must list the ones that it uses."""
@@ -38,13 +36,19 @@ class Counts(NamedTuple):
     images: int | None = None
 
 
+FORM_NAMES = ("labelme", "cvat", "label-studio", "yolo", "coco", "voc", "fiftyone", "table", "folder", "hf")
+"""Forms of own annotations, in `amltrain.data.sources.detect`; here, because a command line lists them quickly."""
+
+
 class DatasetSpec(NamedTuple):
     """A data set: `<root>/<folder>/refs(<split_by>).p` (or grefs) and `instances.json` if the layout is "refer".
 
     published: what the full files hold, by split; empty for synthetic and own data. generalised: several targets or
     none. shares_images: training and evaluation images overlap. special_keys: those of SPECIAL_KEYS that the files use.
     metrics: further metrics that its papers report, registered in `amltrain.evaluation.metrics`. exact_splits: a ref
-    belongs to the split of the same name only. image_folders: where its images lie, below the image root.
+    belongs to the split of the same name only. image_folders: where its images lie, below the image root. stretch: some
+    pictures as published have other proportions than their annotations state; the official code resizes both apart.
+    synthetic: drawn by `amltrain.data.sources.shapes`. layout: "refer", "table" (own data), or a registered reader.
     """
 
     folder: str
@@ -53,11 +57,13 @@ class DatasetSpec(NamedTuple):
     published: dict[str, Counts] = {}  # noqa: RUF012 - never mutated
     generalised: bool = False
     shares_images: bool = False
-    layout: Layout = "refer"
+    layout: str = "refer"
     special_keys: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     exact_splits: bool = False
     image_folders: tuple[str, ...] = ()
+    stretch: bool = False
+    synthetic: bool = False
 
     @property
     def refs_name(self) -> str:
@@ -90,7 +96,7 @@ _UMD = ("train", "val", "test")
 _GREF_KEYS = ("exist", "no_target")
 _ROBUST = ("r", "rIoU", "target mIoU", "target oIoU")
 
-DATASETS: dict[str, DatasetSpec] = {
+_SPECS: dict[str, DatasetSpec] = {
     "refcoco": DatasetSpec(
         "refcoco",
         "unc",
@@ -144,6 +150,7 @@ DATASETS: dict[str, DatasetSpec] = {
         _UMD,
         {"train": Counts(expressions=12181), "val": Counts(expressions=1740), "test": Counts(expressions=3481)},
         image_folders=("images/rrsisd/JPEGImages", "JPEGImages"),
+        stretch=True,
     ),
     "ref-zom": DatasetSpec(
         "ref-zom",
@@ -188,11 +195,18 @@ DATASETS: dict[str, DatasetSpec] = {
         layout="refsegrs",
         exact_splits=True,
     ),
-    "refshapes": DatasetSpec("refshapes", "unc", _UNC),
-    "refshapes+": DatasetSpec("refshapes+", "unc", _UNC),
-    "refshapesg": DatasetSpec("refshapesg", "umd", _UMD),
-    "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS),
+    "refshapes": DatasetSpec("refshapes", "unc", _UNC, synthetic=True),
+    "refshapes+": DatasetSpec("refshapes+", "unc", _UNC, synthetic=True),
+    "refshapesg": DatasetSpec("refshapesg", "umd", _UMD, synthetic=True),
+    "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS, synthetic=True),
 }
+
+
+def register_dataset(name: str, spec: DatasetSpec) -> None:
+    """Add a data set to the table. Its files are read by the reader that `spec.layout` names."""
+    if spec.layout not in READERS:
+        raise unknown_name(f"layout of data set {name}", spec.layout, READERS.names())
+    DATASETS.add(name, spec)
 
 
 def dataset_spec(name: str) -> DatasetSpec:
@@ -201,15 +215,16 @@ def dataset_spec(name: str) -> DatasetSpec:
     A data set of your own is not in the table; `amltrain.data.catalog.find_spec` also looks in the prepared folder.
     """
     if name in DATASETS:
-        return DATASETS[name]
+        return DATASETS[name].value
     folder, _, split_by = name.rpartition("-")
-    pairs = {(spec.folder, spec.split_by): known for known, spec in DATASETS.items()}
+    specs = {entry.name: entry.value for entry in DATASETS.entries()}
+    pairs = {(spec.folder, spec.split_by): known for known, spec in specs.items()}
     if (folder, split_by) in pairs:
         raise UserError(f"{name!r} is called {pairs[folder, split_by]!r} here")
-    of_folder = [f"{known} ({spec.split_by})" for known, spec in DATASETS.items() if spec.folder == folder]
+    of_folder = [f"{known} ({spec.split_by})" for known, spec in specs.items() if spec.folder == folder]
     if of_folder:
         raise UserError(f"{folder} has no split by {split_by!r}; it has {', '.join(of_folder)}")
-    raise unknown_name("data set", name, DATASETS)
+    raise unknown_name("data set", name, specs)
 
 
 def belongs(ref_split: str, split: str) -> bool:
@@ -257,7 +272,7 @@ def find_spec(name: str, prepared: str | None = None) -> DatasetSpec:
             return dataset_spec(name)
         except UserError as error:
             held = f"; {prepared} holds {', '.join(own)}" if own else ""
-            raise UserError(f"{error}{held}; prepare your own data with amltrain prepare --table") from None
+            raise UserError(f"{error}{held}; prepare your own data with amltrain data prepare --table") from None
     return spec_of(manifest, f"{prepared}/{name}/{MANIFEST}")
 
 
@@ -341,7 +356,7 @@ def describe(manifest: dict[str, Any]) -> str:
 
 
 CARD = "README.md"
-_MARK = "<!-- written by amltrain prepare; remove this line to keep your own text -->"
+_MARK = "<!-- written by amltrain data prepare; remove this line to keep your own text -->"
 _LOADING = """```python
 from amltrain import decode_mask
 from datasets import load_dataset
@@ -408,3 +423,7 @@ def _section(name: str, manifest: dict[str, Any]) -> str:
     source = ", ".join(re.sub(r".*[/\\]", "", place) for place in manifest["sources"])
     lost = sum(entry["expressions"] for entry in manifest["skipped"])
     return "\n".join([f"## {name}", "", *table, "", f"Made from {source}; {lost:,} sentences could not be used."])
+
+
+for _name, _spec in _SPECS.items():
+    register_dataset(_name, _spec)

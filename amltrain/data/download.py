@@ -17,6 +17,7 @@ from tqdm import tqdm
 from urllib3.util import Retry
 
 from amltrain.errors import UserError, first_line, unknown_name
+from amltrain.files import cure
 
 _ARCHIVE = "https://web.archive.org/web/20220413/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
 _HUB = "https://huggingface.co/datasets"
@@ -70,7 +71,7 @@ SOURCES: dict[str, tuple[Source, ...]] = {
         ),
     ),
 }  # fmt: skip
-"""By the name that `amltrain download` takes."""
+"""By the name that `amltrain data download` takes."""
 
 
 def download(
@@ -98,7 +99,7 @@ def download(
         for source in todo:
             log(f"{source.name}: {_fetch(source, root, keep_archives, progress)}")
     except OSError as error:
-        raise UserError(f"could not write below {root} ({error.strerror or error}); make room") from error
+        raise UserError(f"could not write below {root} ({error.strerror or error}); {cure(error)}") from error
     if not todo:
         log(f"everything is in {root} already")
 

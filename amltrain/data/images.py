@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -81,7 +82,14 @@ def _decode_jpeg(content: bytes) -> Tensor:
 MAX_FILE_BYTES = 2**29
 MAX_PIXELS = 2 * 89_478_485
 """Pillow's own limit, above which it takes an image for a decompression bomb."""
-_EXIF_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
+"""The EXIF tag: 1 = as stored, 2 to 8 = mirrored or turned, 5 to 8 exchange the sides."""
+
+
+def exif_turn(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1 where the tag is missing or is none of these."""
+    value = image.getexif().get(EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 class FileFault(Exception):  # noqa: N818 - a reason, counted and shown
@@ -89,18 +97,19 @@ class FileFault(Exception):  # noqa: N818 - a reason, counted and shown
 
 
 class ImageFile(NamedTuple):
-    """content: the file's own bytes. rotated: its EXIF data asks viewers to turn it, which nothing here does."""
+    """content: the file's own bytes. height, width: of the stored pixels. turn: its EXIF orientation, 1 to 8."""
 
     content: bytes
     height: int
     width: int
-    rotated: bool = False
+    turn: int = 1
 
 
-def path_below(root: Path, name: str) -> Path:
+def path_below(root: Path, name: str, links: bool = False) -> Path:
     """`root / name`, which must lie below `root`. Raises FileFault for an absolute path, `..`, or a link that leaves.
 
-    root: resolved. Messages give its name, not its path, because they are published with the data.
+    root: resolved. links: links may lead anywhere. Messages give its name, not its path, because they are published
+    with the data.
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     if not pure.parts or "\0" in name or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
@@ -111,14 +120,17 @@ def path_below(root: Path, name: str) -> Path:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a circle of links, half of a surrogate pair
         raise FileFault(f"the file cannot be reached ({first_line(error)})") from error
-    if real != path and not real.is_relative_to(root):
-        raise FileFault(f"it is a link that leads outside the folder {root.name}")
+    if real != path and not links and not real.is_relative_to(root):
+        raise FileFault(
+            f"it is a link that leads outside the folder {root.name}; where you trust the links' targets (the Hub's "
+            f"cache, DVC, git-annex), prepare with --follow_links"
+        )
     return real
 
 
-def read_file_below(root: Path, name: str) -> bytes:
+def read_file_below(root: Path, name: str, links: bool = False) -> bytes:
     """The bytes of a regular file below `root`. Raises FileFault; never waits for a pipe or a device."""
-    path = path_below(root, name)
+    path = path_below(root, name, links)
     try:
         # opened without waiting and checked when open, so that the file cannot be exchanged in between
         with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
@@ -134,16 +146,16 @@ def read_file_below(root: Path, name: str) -> bytes:
         raise FileFault(f"the file cannot be read ({error.strerror or error})") from error
 
 
-def read_image_file(root: Path, name: str) -> ImageFile:
+def read_image_file(root: Path, name: str, links: bool = False) -> ImageFile:
     """Read an image and decode it once. Raises FileFault if it cannot be used later."""
-    content = read_file_below(root, name)
+    content = read_file_below(root, name, links)
     image = decode_file(content)
     if image.mode not in ("RGB", "L"):
         try:
             to_rgb(image, "it")
         except Exception as error:  # a mode or a palette that Pillow cannot convert
             raise FileFault(f"the file is damaged ({first_line(error)})") from error
-    return ImageFile(content, image.height, image.width, image.getexif().get(_EXIF_ORIENTATION, 1) not in (0, 1))
+    return ImageFile(content, image.height, image.width, exif_turn(image))
 
 
 def read_mask_file(
@@ -151,29 +163,46 @@ def read_mask_file(
     name: str,
     value: int | None = None,
     threshold: int | None = None,
-    size: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """A mask file as [height, width] uint8, 0 or 1.
+    links: bool = False,
+) -> NDArray[np.uint8]:
+    """A mask file as [height, width] uint8, 0 or 1, at its own size.
 
-    value: the pixel value that marks the object. threshold: pixels of at least this value are the object. With neither,
-    the file must hold one value besides 0. size: the image's height and width. Raises FileFault.
+    value: the pixel value that marks the object (of colours: red * 65536 + green * 256 + blue). threshold: pixels of at
+    least this grey level are the object. With neither, the file must have one value besides 0. Raises FileFault.
     """
-    image = decode_file(read_file_below(root, name))
-    if size is not None and (image.height, image.width) != size:
-        raise FileFault(f"it is {image.height} x {image.width} pixels, its image {size[0]} x {size[1]}")
+    image = decode_file(read_file_below(root, name, links))
     if image.format == "JPEG" and value is None and threshold is None:
         raise FileFault("it is a JPEG, whose pixel values are not exact; save masks as PNG, or give --mask_threshold")
-    pixels = np.asarray(image if image.mode in ("1", "L", "P", "I", "I;16", "I;16B") else image.convert("L"))
-    pixels = pixels.astype(np.int64)
+    if threshold is not None:
+        grey = image if image.mode in _INDICES else image.convert("L")
+        return (np.asarray(grey).astype(np.int64) >= threshold).astype(np.uint8)
+    pixels = pixel_values(image)
     if value is not None:
         return (pixels == value).astype(np.uint8)
-    if threshold is not None:
-        return (pixels >= threshold).astype(np.uint8)
     levels = np.unique(pixels[pixels != 0])
     if len(levels) > 1:
         listed = ", ".join(map(str, levels[:5].tolist())) + (", ..." if len(levels) > 5 else "")
         raise FileFault(f"its pixels have the values {listed} beside 0; give --mask_threshold, or a column mask_value")
     return (pixels != 0).astype(np.uint8)
+
+
+_INDICES = ("1", "L", "P", "I", "I;16", "I;16B", "F")
+
+
+def pixel_values(image: Image.Image) -> NDArray[np.int64]:
+    """One whole number per pixel, [h, w]: palette index, grey level, or red * 65536 + green * 256 + blue.
+
+    An alpha channel hides what it makes transparent; a picture that is equal in its three colours counts as grey.
+    """
+    if image.mode in _INDICES:
+        return np.asarray(image).astype(np.int64)
+    rgba = np.asarray(image.convert("RGBA")).astype(np.int64)
+    red, green, blue, alpha = (rgba[..., channel] for channel in range(4))
+    grey = bool(((red == green) & (green == blue)).all())
+    values = red if grey else (red << 16) + (green << 8) + blue
+    if bool((alpha == 0).any()) and not values[alpha > 0].any():
+        return (alpha > 0).astype(np.int64)  # drawn in the alpha channel alone
+    return np.where(alpha > 0, values, 0)
 
 
 def decode_file(content: bytes) -> Image.Image:

@@ -144,7 +144,7 @@ def build_train_loader(
     first_step: int,
 ) -> DataLoader:
     """Build the loader of a whole run's micro-batches from `first_step` on; Accelerate deals them to the processes in
-    turn. Images are uint8; see `normalise_batch`."""
+    turn. Images are uint8; see `prepare_batch`."""
     sampler = build_sampler(
         dataset,
         data,
@@ -250,7 +250,8 @@ def _open_presized(
         raise UserError(
             f"data.presized is true, but {data.prepared}/{name} has no up-to-date presized images of {split} at "
             f"{transform.size} px ({transform.resize}, masks {mask_parts}, decoder {data.decoder}); write them with "
-            f"amltrain presize --dataset {name} --splits {split} --size {transform.size}, or leave data.presized out"
+            f"amltrain data presize --dataset {name} --splits {split} --size {transform.size}, or leave data.presized "
+            f"out"
         )
     return found
 

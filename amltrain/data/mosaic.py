@@ -46,7 +46,7 @@ class MosaicOptions:
     grids: list[int] = field(default_factory=lambda: [4])
     """Numbers of cells to choose from, each a square: [4], or [4, 9] for both equally often."""
     rankings: str | None = None
-    """Folder with ranking files of `amltrain rank`; needed for retrieval only."""
+    """Folder with ranking files of `amltrain data rank`; needed for retrieval only."""
     retrieval: float = 0.0
     """Share of mosaics whose companions come from the ranking of images for the sentence; the rest is random."""
     retrieval_epoch: int = 0
@@ -73,7 +73,7 @@ class MosaicOptions:
         if self.top_k < 1 or self.retrieval_epoch < 0 or self.blur < 0:
             raise UserError("mosaic.top_k must be at least 1, mosaic.retrieval_epoch and mosaic.blur at least 0")
         if self.retrieval and self.rankings is None:
-            raise UserError("mosaic.retrieval needs mosaic.rankings, a folder of files written by amltrain rank")
+            raise UserError("mosaic.retrieval needs mosaic.rankings, a folder of files written by amltrain data rank")
 
 
 class Ranked(NamedTuple):
@@ -94,7 +94,7 @@ class Ranking:
         try:
             table = pq.read_table(path, columns=["key", "image_ids", "scores"]).combine_chunks()
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"ranking {path} cannot be read ({error}); write it with amltrain rank") from error
+            raise UserError(f"ranking {path} cannot be read ({error}); write it with amltrain data rank") from error
         order = np.argsort(np.asarray(table.column("key"), np.int64), kind="stable")
         self._keys = np.asarray(table.column("key"), np.int64)[order]
         self._order = order

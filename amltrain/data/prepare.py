@@ -11,6 +11,7 @@ Prepare missing data sets of a run.
 
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,6 @@ from tqdm import tqdm
 
 from amltrain.config.schema import DataConfig, ShapesConfig
 from amltrain.data.catalog import (
-    DATASETS,
     MANIFEST,
     Counts,
     check_split,
@@ -51,10 +51,11 @@ from amltrain.data.sources.annotations import (
     read_job,
     read_jobs,
 )
-from amltrain.data.sources.published import READERS
 from amltrain.data.sources.refer import read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
+from amltrain.files import cure
+from amltrain.registry import DATASETS, READERS
 
 FORMAT = 1
 IMAGE_FOLDERS = (
@@ -68,6 +69,7 @@ IMAGE_FOLDERS = (
     "images",
 )
 """Where official code, and people who follow it, keep COCO's train2014."""
+_COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg")
 JOBS_PER_TASK = 16
 IMAGES_PER_WORKER = 250
 """A further process is worth its start only for this many images."""
@@ -156,7 +158,7 @@ def prepare_files(
     folder = Path(output) / files.name
     manifest = read_manifest(folder)
     if manifest is None:
-        images = find_images(files, Path(image_root), image_option)
+        files, images = find_images(files, Path(image_root), image_option)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             # one of several runs that start together prepares, the others find it done; the lock's file stays, because
@@ -170,8 +172,8 @@ def prepare_files(
                     return manifest
         except OSError as error:
             raise UserError(
-                f"could not write {folder} ({error.strerror or error}); nothing was left there; make room, or choose "
-                f"another output"
+                f"could not write {folder} ({error.strerror or error}); nothing was left there; "
+                f"{cure(error, 'choose another output')}"
             ) from error
     if manifest["sources"] != files.sources or manifest["format"] != FORMAT:
         raise UserError(f"{folder} was prepared from other files; remove the folder or choose another output")
@@ -224,10 +226,11 @@ def _prepare_atomically(
     return manifest
 
 
-def find_images(files: Annotations, root: Path, option: str = "image_root") -> Path:
-    """The folder under `root` that holds the images; official code puts them in different places.
+def find_images(files: Annotations, root: Path, option: str = "image_root") -> tuple[Annotations, Path]:
+    """The files and the folder under `root` that holds the images; official code puts them in different places.
 
-    option: the flag or key that sets `root`, for the error. Raises UserError.
+    COCO published the pictures of 2014 again in 2017, as 000000000009.jpg: such a folder is found too, and the names in
+    the files are changed. option: the flag or key that sets `root`, for the error. Raises UserError.
     """
     some = [image["file_name"] for image in islice(files.images.values(), 100)]
     spec = files.spec
@@ -237,7 +240,12 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> P
         folders = ("",) if spec.layout == "table" else ("", "images", spec.folder, f"{spec.folder}/images")
     for folder in (root / sub for sub in folders):
         if any(os.path.isfile(folder / name) for name in some):  # False also for what cannot be a name
-            return folder
+            return files, folder
+    if spec.layout == "refer" and (named := _names_of_2017(files)) is not None:
+        some_2017 = [image["file_name"] for image in islice(named.images.values(), 100)]
+        for folder in (root / sub for sub in (*folders, "train2017", "images/train2017", "coco/train2017")):
+            if any(os.path.isfile(folder / name) for name in some_2017):
+                return named, folder
     tried = ", ".join(sub or "." for sub in folders)
     kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"
     fix = (
@@ -245,6 +253,17 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> P
     )
     example = some[0][:200] if some else "?"
     raise UserError(f"found no image such as {example} under {root} (looked in {tried}); {fix}")
+
+
+def _names_of_2017(files: Annotations) -> Annotations | None:
+    """The files with COCO 2017's names of the same pictures; None where some name is not one of 2014."""
+    images = {}
+    for image_id, image in files.images.items():
+        match = _COCO_2014.fullmatch(image["file_name"])
+        if match is None:
+            return None
+        images[image_id] = {**image, "file_name": f"{match[1]}.jpg"}
+    return files._replace(images=images, notes=(*files.notes, "the pictures have the names of COCO 2017"))
 
 
 class _Reader:
@@ -350,7 +369,9 @@ def ensure_prepared(data: DataConfig, log: Callable[[str], None]) -> None:
             if dataset_spec(name).layout == "refer":
                 manifest = prepare(name, root, prepared, image_root=images, **options)
             else:
-                manifest = prepare_files(READERS[dataset_spec(name).layout](root, name), prepared, images, **options)
+                manifest = prepare_files(
+                    READERS[dataset_spec(name).layout].value(root, name), prepared, images, **options
+                )
         log(describe(manifest))
 
 
@@ -362,7 +383,7 @@ def _check_source(name: str, data: DataConfig) -> None:
     if data.refer_root is None:
         raise UserError(
             f"{Path(data.prepared) / name} is not prepared; give data.refer_root (and data.image_root), or run "
-            f"amltrain prepare --dataset {name}"
+            f"amltrain data prepare --dataset {name}"
         )
     if dataset_spec(name).layout == "refer":
         refer_paths(Path(data.refer_root), name)
@@ -390,7 +411,7 @@ def _draw_scenes(name: str, data: DataConfig) -> Path:
         write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed, style=scenes.style)
     except OSError as error:
         raise UserError(
-            f"could not draw scenes into {source} ({error.strerror or error}); make room, or choose another "
+            f"could not draw scenes into {source} ({error.strerror or error}); {cure(error, 'choose another')} "
             f"data.prepared"
         ) from error
     return source
@@ -418,7 +439,7 @@ def check_scenes(data: DataConfig) -> None:
 
 
 def _is_synthetic(name: str) -> bool:
-    return name in DATASETS and "shapes" in name
+    return name in DATASETS.names() and dataset_spec(name).synthetic
 
 
 def _synthetic(data: DataConfig) -> bool:

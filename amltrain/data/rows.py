@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from amltrain.data.catalog import check_split, find_manifest
 from amltrain.errors import UserError, first_line
-from amltrain.files import sha256
+from amltrain.files import NO_LOCKS, cure, sha256
 
 ROWS_PER_GROUP = 64
 SHARD_BYTES = 512 * 2**20
@@ -174,7 +174,8 @@ def check_columns(place: str, columns: Sequence[str]) -> None:
     missing = sorted(set(FEATURES) - set(columns))
     if missing:
         raise UserError(
-            f"{place} has no column {', '.join(missing)} (it has {', '.join(columns)}); make it with amltrain prepare"
+            f"{place} has no column {', '.join(missing)} (it has {', '.join(columns)}); make it with "
+            f"amltrain data prepare"
         )
 
 
@@ -333,16 +334,16 @@ def open_prepared(prepared: str, dataset: str, split: str, *, streaming: bool = 
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         why = shorten(str(cause), 300)  # `datasets` prints whole schemas
-        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+        if isinstance(cause, OSError) and cause.errno in (*_NO_ROOM, *NO_LOCKS):
+            otherwise = "set HF_DATASETS_CACHE to another folder, or set data.streaming true, which needs no copy"
             raise UserError(
                 f"could not write the memory-mapped copy of {dataset}/{split} below "
-                f"{datasets.config.HF_DATASETS_CACHE} ({cause.strerror or why}); make room there, set "
-                f"HF_DATASETS_CACHE to another folder, or set data.streaming true, which needs no copy"
+                f"{datasets.config.HF_DATASETS_CACHE} ({cause.strerror or why}); {cure(cause, otherwise)}"
             ) from error
         fix = (
             f"copy it again, or remove {prepared}/{dataset} and prepare it again"
             if shards is not None
-            else "it is not a folder here either: run amltrain prepare first"
+            else "it is not a folder here either: run amltrain data prepare first"
         )
         raise UserError(f"could not read {dataset}/{split} from {prepared} ({why}); {fix}") from error
 
@@ -357,12 +358,12 @@ def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
             there = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
             raise UserError(
                 f"{prepared} has no {dataset}/{split}-*.parquet (it holds {', '.join(there) or 'nothing prepared'}); "
-                f"run amltrain prepare --dataset {dataset}"
+                f"run amltrain data prepare --dataset {dataset}"
             )
         return paths
     if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
         return None
-    raise UserError(f"{prepared} is no folder; run amltrain prepare --dataset {dataset} --output {prepared}")
+    raise UserError(f"{prepared} is no folder; run amltrain data prepare --dataset {dataset} --output {prepared}")
 
 
 def _hashes(prepared: str, dataset: str) -> dict[str, Any] | None:

@@ -134,8 +134,10 @@ def _components(segmentation: Any, height: int, width: int) -> tuple[list[Rle], 
 
 def _fault(polygon: Any, height: int, width: int) -> str | None:
     """Return the fault of a polygon, None if it is valid."""
+    if isinstance(polygon, list) and len(polygon) == 4:  # pycocotools would read them as a box
+        return "a polygon has four numbers, which are two points; it needs three (a box belongs in the column `box`)"
     if not isinstance(polygon, list) or len(polygon) < 6:
-        return "a polygon has fewer than 3 points"  # pycocotools would read four numbers as a box
+        return "a polygon has fewer than 3 points"
     if len(polygon) % 2:
         return "a polygon has an odd number of coordinates"
     if not set(map(type, polygon)) <= {int, float}:

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import csr_matrix
@@ -303,11 +304,13 @@ def normalise(pixels: Tensor, normalization: Normalization) -> Tensor:
     return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
-def normalise_batch(batch: Batch, normalization: Normalization) -> Batch:
-    """Normalise the images of a batch, on the device that the batch is on; the first thing to do with a batch there.
+def prepare_batch(batch: Batch, normalization: Normalization, device: torch.device | None = None) -> Batch:
+    """Move a batch as a loader gives it to a device, and normalise its images there: [B, 3, H, W] uint8 to float32.
 
-    Models, losses and methods expect a batch that went through this.
+    Models, losses and methods expect a batch that went through this. device: None = where the batch is.
     """
+    if device is not None:
+        batch = send_to_device(batch, device, non_blocking=True)
     return batch._replace(image=normalise(batch.image, normalization))
 
 

@@ -23,6 +23,7 @@ from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
 from amltrain.evaluation.results import Results, read_results
 from amltrain.evaluation.samples import read_samples, scored_samples
 from amltrain.evaluation.tables import cell, latex, markdown
+from amltrain.run_folder import BEST, MODEL, RESULTS_FILE
 
 
 class PairedTest(NamedTuple):
@@ -85,14 +86,18 @@ class Comparison(NamedTuple):
     differences: list[Difference]
     notes: list[str]
 
+    def __str__(self) -> str:
+        """The comparison as a Markdown table."""
+        return comparison_markdown(self)
+
 
 def find_results(place: str | Path) -> Path:
     """The results.json of a file, an evaluation's folder, or a run (run, best or model folder). Raises UserError."""
     place = Path(place)
     if place.is_file():
         return place
-    for inner in ("", "best/model", "model"):
-        if (path := place / inner / "results.json").is_file():
+    for inner in ("", f"{BEST}/{MODEL}", MODEL):
+        if (path := place / inner / RESULTS_FILE).is_file():
             return path
     raise UserError(f"{place} has no results.json; write it with amltrain evaluate --checkpoint RUN --output {place}")
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,10 +29,10 @@ from tqdm.auto import tqdm
 
 from amltrain import __version__
 from amltrain.config.schema import Protocol
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
-from amltrain.evaluation.masks import Masks, count_pixels, network_size, original_probability, output_masks, to_original
+from amltrain.evaluation.masks import Masks, count_pixels, find_referents, network_size, output_masks, to_original
 from amltrain.evaluation.metrics import metric_terms, number_refs, scored_columns
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
@@ -177,8 +177,7 @@ def _score_split(
     split = f" {about.dataset} {about.split}" if about is not None else ""
     with torch.no_grad():
         for host in tqdm(shard, desc=f"evaluate{split}", unit="batch", leave=False, disable=quiet):
-            batch = send_to_device(host, accelerator.device, non_blocking=True)
-            batch = normalise_batch(batch, normalization)
+            batch = prepare_batch(host, normalization, accelerator.device)
             masks, output = predict(batch, host)
             rows.append(count_pixels(masks, batch, protocol))
             kept += _keep(masks, output, host, rows[-1], protocol, wanted)
@@ -201,13 +200,13 @@ def _keep(
         geometry = host.geometry[row].tolist()
         mask = masks.masks[row]
         if protocol.frame == "network" and output is not None:
-            logits = output.logits[row : row + 1]
-            probability = original_probability(logits, network_size(host), [geometry], protocol.interpolation)[0]
-            mask = probability > protocol.threshold
+            one = ModelOutput(output.logits[row : row + 1], {})
+            mask = find_referents(one, network_size(host), [geometry], protocol)[0].mask
         elif protocol.frame == "network":
             mask = to_original(mask.float(), geometry, "bilinear") > 0.5
         truth = to_original(host.target[row].float() / 255, geometry, "bilinear") > 0.5
         predicted_none = bool(scored[row, SAMPLE_COLUMNS.index("predicted_no_target")])
+        mask = mask & (not predicted_none)
         predictions.append(Prediction(sample_id, mask.cpu().numpy(), truth.numpy(), predicted_none))
     return predictions
 

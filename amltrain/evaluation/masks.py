@@ -13,7 +13,8 @@ The way back follows the geometry of the sample. A stretched square is stretched
 inverse affine map; bicubic then repeats OpenCV 4's `warpAffine` (a = -0.75, coordinates on a grid of 1/32 pixel, 0
 outside), which the CRIS family's evaluation uses, to float rounding and without OpenCV.
 
-One batch: masks in the frame of the protocol, and pixels counted against the ground truth.
+This file decides what a model found, or that it found nothing; evaluation, predictor, report, figures and the ONNX
+script (which repeats it without torch; a test compares them) all ask it.
 """
 
 import math
@@ -165,6 +166,49 @@ def output_masks(output: ModelOutput, batch: Batch, geometry: Sequence[Sequence[
     return Masks(masks, None if head is None else head.argmax(1) == 1, output.logits.isfinite().flatten(1).all(1))
 
 
+def says_nothing(head: Tensor | None, area: Tensor, protocol: Protocol) -> Tensor:
+    """[B] bool, the sentence refers to nothing in the image: by the model's head, else by the protocol's pixel count.
+
+    head: [B] bool, what the no-target head says; None without one. area: [B] pixels of the mask, in any frame.
+    """
+    return area < (protocol.no_target_pixels or 0) if head is None else head
+
+
+class Found(NamedTuple):
+    """What a model found for one sentence, at the image's own size.
+
+    probability  [h0, w0] float32 in 0..1 of the referent
+    mask         [h0, w0] bool, the probability exceeds the threshold; all False where `nothing`
+    nothing      the sentence refers to nothing here, by `says_nothing`
+    head         probability of that by the model's head, 0..1; None without a head
+    """
+
+    probability: Tensor
+    mask: Tensor
+    nothing: bool
+    head: float | None
+
+
+def find_referents(
+    output: ModelOutput, size: tuple[int, int], geometry: Sequence[Sequence[float]], protocol: Protocol
+) -> list[Found]:
+    """Decide what a model found for every sentence of a batch, at each image's own size; waits for the device.
+
+    size: (H, W) of the network input. geometry: B rows of `Batch.geometry` as Python numbers.
+    """
+    maps = original_probability(output.logits, size, geometry, protocol.interpolation)
+    logits = output.aux.get("no_target")
+    shares = None if logits is None else logits.float().softmax(1)[:, 1].tolist()
+    found = []
+    for i, probability in enumerate(maps):
+        mask = probability > protocol.threshold
+        says = None if logits is None else logits[i : i + 1].argmax(1) == 1
+        nothing = bool(says_nothing(says, mask.sum()[None], protocol))
+        share = None if shares is None else shares[i]
+        found.append(Found(probability.clamp(0, 1), mask & (not nothing), nothing, share))
+    return found
+
+
 def count_pixels(predicted: Masks, batch: Batch, protocol: Protocol) -> Tensor:
     """Return a row of `SAMPLE_COLUMNS` per sample, [B, 7] int64 on the device of the masks."""
     if protocol.frame == "network":
@@ -175,6 +219,6 @@ def count_pixels(predicted: Masks, batch: Batch, protocol: Protocol) -> Tensor:
         raise UserError('protocol.frame="original" needs a loader that gives the masks at their original size')
     pixels = torch.stack([torch.stack([(m & t).sum(), (m | t).sum(), m.sum()]) for m, t in pairs])
     area = pixels[:, 2]
-    no_target = area < (protocol.no_target_pixels or 0) if predicted.no_target is None else predicted.no_target
+    no_target = says_nothing(predicted.no_target, area, protocol)
     columns = (batch.sample_id, pixels[:, 0], pixels[:, 1], batch.no_target, no_target, predicted.finite, area)
     return torch.stack([c.to(pixels.device, torch.int64) for c in columns], dim=1)

@@ -32,7 +32,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError
+from amltrain.registry import METRICS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 GENERALIZED_THRESHOLDS = (0.7, 0.8, 0.9)
@@ -117,7 +118,6 @@ class Ratio(NamedTuple):
 
 
 Metric = Callable[[Scored], Ratio]
-METRICS: dict[Kind, dict[str, Metric]] = {"classic": {}, "generalized": {}}
 ON_REQUEST: set[str] = set()
 """Metrics that only data sets whose papers use them report."""
 
@@ -125,7 +125,7 @@ ON_REQUEST: set[str] = set()
 def register_metric(name: str, *kinds: Kind, on_request: bool = False) -> Callable[[Metric], Metric]:
     """Decorate a function of `Scored` that returns a `Ratio`: every evaluation of these kinds then reports it.
 
-    kinds: "classic", "generalized", or both. on_request: report it only for data sets that name it. Raises ValueError
+    kinds: "classic", "generalized", or both. on_request: report it only for data sets that name it. Raises UserError
     for a name that is taken.
     """
     if on_request:
@@ -133,9 +133,7 @@ def register_metric(name: str, *kinds: Kind, on_request: bool = False) -> Callab
 
     def register(metric: Metric) -> Metric:
         for kind in kinds:
-            if name in METRICS[kind]:
-                raise ValueError(f"{kind} metric {name!r} is already registered")
-            METRICS[kind][name] = metric
+            METRICS[kind].add(name, metric)
         return metric
 
     return register
@@ -143,14 +141,12 @@ def register_metric(name: str, *kinds: Kind, on_request: bool = False) -> Callab
 
 def list_metrics() -> list[str]:
     """Names of all metrics, classic ones first."""
-    return list(dict.fromkeys(name for table in METRICS.values() for name in table))
+    return list(dict.fromkeys(entry.name for table in METRICS.values() for entry in table.registered()))
 
 
 def metric_terms(name: str, samples: Scored, kind: Kind) -> Ratio:
     """Return a metric before the division. Raises UserError for an unknown name."""
-    if name not in METRICS[kind]:
-        raise unknown_name(f"{kind} metric", name, METRICS[kind])
-    return METRICS[kind][name](samples)
+    return METRICS[kind][name].value(samples)
 
 
 def compute_scores(samples: Scored, kind: Kind) -> dict[str, float]:
@@ -160,7 +156,11 @@ def compute_scores(samples: Scored, kind: Kind) -> dict[str, float]:
     """
     if (samples.intersection > samples.union).any() or (samples.intersection < 0).any():
         raise UserError("an intersection must lie between 0 and its union; were the two columns exchanged?")
-    return {name: metric(samples).percent() for name, metric in METRICS[kind].items() if name not in ON_REQUEST}
+    return {
+        entry.name: entry.value(samples).percent()
+        for entry in METRICS[kind].registered()
+        if entry.name not in ON_REQUEST
+    }
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -151,6 +151,11 @@ class Results:
         digest = hashlib.sha256(self.key().encode()).hexdigest()[:6]
         return "-".join(part for part in (self.dataset, self.split, changed, digest) if part)
 
+    def sample_iou(self) -> NDArray[np.float64]:
+        """IoU of every sample in 0..1, [N], with the no-target rule where the generalized metrics are computed."""
+        scored = self.scored()
+        return scored.ruled.iou if self.kind == "generalized" else scored.iou
+
     def scored(self) -> Scored:
         """The samples as columns for metrics; the generalized rules know only the arithmetic "ge"."""
         columns = dict(zip(SAMPLE_COLUMNS, self.samples.T, strict=True))

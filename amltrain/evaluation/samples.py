@@ -41,7 +41,6 @@ def sample_table(results: Results, dataset: Any) -> pa.Table:
     scored = results.scored()
     ids = results.samples[:, 0].tolist()
     infos = [dataset.info(i) for i in ids]
-    iou = scored.ruled.iou if results.kind == "generalized" else scored.iou
     if hasattr(dataset, "annotation"):
         notes = [dataset.annotation(i) for i in ids]
         if results.protocol["frame"] == "original":
@@ -58,7 +57,7 @@ def sample_table(results: Results, dataset: Any) -> pa.Table:
         **{name: [getattr(i, name) for i in infos] for name in ("image_id", "ref_id", "sent_id", "sentence")},
         "intersection": scored.intersection,
         "union": scored.union,
-        "iou": iou,
+        "iou": results.sample_iou(),
         "area": scored.area,
         "truth_area": scored.truth_area,
         "truth_share": scored.truth_area / pixels,

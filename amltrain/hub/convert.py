@@ -17,10 +17,11 @@ from torch import Tensor
 from amltrain.config.fields import override
 from amltrain.config.schema import PreprocessOverrides
 from amltrain.errors import UserError
-from amltrain.hub.model_folder import CONVERSION_FILE, INITIAL_WEIGHTS, load_weights, save_pretrained
+from amltrain.hub.model_folder import INITIAL_WEIGHTS, load_weights, save_pretrained
 from amltrain.models.backbones.weights import load_plain
 from amltrain.models.base import Conversion
 from amltrain.models.registry import create_model, model_info
+from amltrain.run_folder import CONVERSION_FILE
 
 ENTRIES = ("state_dict", "model", "model_state_dict")
 """Keys of the weights in official files: CRIS family; LAVT, CARIS, ReLA, MagNet; CGFormer."""

@@ -1,10 +1,4 @@
-"""The Hub's `.eval_results/*.yaml`: scores that a benchmark data set collects on its leaderboard.
-
-The format is that of https://huggingface.co/docs/hub/eval-results, written by huggingface_hub. It needs a data set on
-the Hub that is registered as a benchmark; no RefCOCO data set was, as far as known here. Task ids are ours:
-`DATASET_SPLIT_METRIC`, to be changed to those of the benchmark's eval.yaml.
-
-The page of a pushed model: what it is, how to use it, its scores and their protocol, how it was trained.
+"""The page of a pushed model: what it is, how to use it, its scores and their protocol, how it was trained.
 
 Everything in it is read from the model folder; facts that the folder does not record are shown as unknown.
 """
@@ -12,7 +6,6 @@ Everything in it is read from the model folder; facts that the folder does not r
 import math
 import re
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +14,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from amltrain import __version__
 from amltrain.errors import UserError
-from amltrain.evaluation.results import Results, write_text
-from amltrain.evaluation.tables import describe, table
-from amltrain.hub.model_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE, read_object, read_training
-from amltrain.methods.registry import list_methods, method_info
+from amltrain.evaluation.results import Results
+from amltrain.evaluation.tables import table
+from amltrain.hub.model_folder import read_object, read_training
 from amltrain.models.registry import ModelInfo, model_info
-
-FOLDER = ".eval_results"
-
-
-def eval_results_yaml(results: Sequence[Results], benchmark: str, main_metrics: Sequence[str] = ()) -> str:
-    """The YAML of all rows that are scores; perturbed, shuffled and partial rows are left out.
-
-    benchmark: Hub id of the data set. main_metrics: names to write; empty = the two IoUs of each row.
-    """
-    try:
-        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-    except ImportError as error:
-        raise UserError(
-            "the installed huggingface_hub cannot write .eval_results; upgrade it to 1.3 or later"
-        ) from error
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-    entries = []
-    for result in results:
-        if not result.is_score:
-            continue
-        names = [n for n in result.metrics if n in (main_metrics or ("oIoU", "mIoU", "cIoU", "gIoU"))]
-        for name in names:
-            task = f"{result.dataset}_{result.split}_{name}"
-            value, notes = round(result.metrics[name], 2), describe(result)
-            entries.append(EvalResultEntry(dataset_id=benchmark, task_id=task, value=value, date=date, notes=notes))
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, width=1000)
-
-
-def write_eval_results(folder: Path, benchmark: str, results: Sequence[Results]) -> Path:
-    """Write `.eval_results/amltrain.yaml` in a folder and return its path."""
-    path = folder / FOLDER / "amltrain.yaml"
-    write_text(path, eval_results_yaml(results, benchmark))
-    return path
-
+from amltrain.registry import METHODS
+from amltrain.run_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE
 
 HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0", "GPL-3.0": "gpl-3.0"}
 TASK = "referring image segmentation"
@@ -160,7 +120,7 @@ def _origin(folder: Path, training: dict[str, Any] | None) -> str:
             f"; its weights are those of the official checkpoint `{file}`, converted by amltrain and not trained by it"
         )
     method = training["recipe"].get("method")
-    paper = method_info(method).paper if method in list_methods() else ""
+    paper = METHODS[method].details.paper if method in METHODS else ""
     named = f" by the method `{method}`" + (f" ({paper})" if paper else "") if method else ""
     return f", trained with amltrain{named}"
 
@@ -174,7 +134,7 @@ def _source(paper: str) -> str:
 def _citation(paper: str, recipe: dict[str, Any]) -> str:
     """BibTeX of amltrain, the model's paper and the method's, by title; every key once."""
     method = recipe.get("method")
-    papers = [paper, *([method_info(method).paper] if method in list_methods() else [])]
+    papers = [paper, *([METHODS[str(method)].details.paper] if method in METHODS else [])]
     software = "@software{amltrain,\n  title = {{amltrain}},\n  version = {" + __version__ + "}\n}"
     entries = {"amltrain": software, **dict(_bibtex(paper) for paper in papers if has_paper(paper))}
     return "```bibtex\n" + "\n".join(entries.values()) + "\n```"

@@ -26,7 +26,8 @@ from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
 from amltrain.hub.model_card import build_model_card
-from amltrain.hub.model_folder import (
+from amltrain.run_folder import (
+    MODEL,
     MODEL_FILES,
     PREPROCESS_FILE,
     RESULTS_FILE,
@@ -170,7 +171,7 @@ class Version(NamedTuple):
 
 
 def _version(checkpoint: Path) -> Version:
-    return Version(checkpoint.name, (checkpoint / "model").stat().st_ctime_ns)
+    return Version(checkpoint.name, (checkpoint / MODEL).stat().st_ctime_ns)
 
 
 class Publisher:
@@ -194,7 +195,7 @@ class Publisher:
         try:
             version = _version(checkpoint)
             copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
-            shutil.copytree(checkpoint / "model", copy, copy_function=_link, dirs_exist_ok=True)
+            shutil.copytree(checkpoint / MODEL, copy, copy_function=_link, dirs_exist_ok=True)
         except OSError as error:
             self.log(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training continues")
             return

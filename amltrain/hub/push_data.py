@@ -60,7 +60,7 @@ def _folders(prepared: Path, names: Sequence[str]) -> list[Path]:
     there = sorted(path.parent for path in prepared.glob(f"*/{MANIFEST}"))
     known = {folder.name: folder for folder in there}
     if not there:
-        raise UserError(f"{prepared} holds nothing prepared; run amltrain prepare first")
+        raise UserError(f"{prepared} holds nothing prepared; run amltrain data prepare first")
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"{prepared} has no data set {unknown[0]!r}; it has {', '.join(known)}")

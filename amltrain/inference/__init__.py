@@ -1,1 +1,4 @@
-"""Use a trained model: predictor, demo, exported files."""
+"""Use a trained model: predictor, evaluation, demo, exported files."""
+
+FORMATS = ("torch", "onnx")
+"""Of exported models."""

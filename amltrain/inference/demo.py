@@ -13,11 +13,12 @@ from PIL import Image
 from amltrain.environment import choose_device
 from amltrain.errors import UserError
 from amltrain.evaluation.draw import tint
-from amltrain.hub.model_folder import find_model_folder, load_pretrained, read_training
+from amltrain.hub.model_folder import load_pretrained, read_training
 from amltrain.inference.predict import describe, unread
 from amltrain.inference.predictor import Predictor, load_image
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import onto_image
+from amltrain.run_folder import find_model_folder
 
 SIDE = 800
 ALIGNMENT = "Alignment scores, dark 0 to bright 1 (temperature solved on this image)"

@@ -33,10 +33,9 @@ from amltrain.config.schema import Preprocess
 from amltrain.data.transforms import MEAN_STD
 from amltrain.errors import UserError, first_line
 from amltrain.hub.model_folder import Pretrained
+from amltrain.inference import FORMATS
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
-
-FORMATS = ("torch", "onnx")
 
 
 def run_onnx_path() -> Path:
@@ -302,6 +301,7 @@ def _write_files(pretrained: Pretrained, folder: Path, rows: Sequence[Exported],
         "keeps_end_token": pretrained.tokenizer.keeps_end,
         "threshold": rule.threshold,
         "interpolation": rule.interpolation,
+        "no_target_pixels": rule.no_target_pixels,
         "files": [row._asdict() for row in rows],
     }
     try:

@@ -5,13 +5,13 @@ The folder that `amltrain predict` writes: pictures with names of their own, and
 Load a model and segment images: what `amltrain predict` does after its arguments are read.
 """
 
-import argparse
 import glob
 import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -25,7 +25,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.environment import choose_device
 from amltrain.errors import UserError
 from amltrain.evaluation.draw import OVERLAY_SIDE, overlay
-from amltrain.inference.predictor import INSIDE, Predictor, Segmentation, read_image
+from amltrain.inference.predictor import INSIDE, Precision, Predictor, Segmentation, read_image
 
 
 def find_images(sources: Sequence[str]) -> list[str]:
@@ -256,32 +256,49 @@ def read_sentences(sentences: Sequence[str], file: str | None) -> list[str]:
     return found
 
 
-def run(args: argparse.Namespace) -> None:
+@dataclass(kw_only=True)
+class PredictOptions:
+    """What to segment; fields as the flags of `amltrain predict`, with the same defaults."""
+
+    checkpoint: str
+    image: Sequence[str]
+    sentence: Sequence[str] = ()
+    sentences_file: str | None = None
+    revision: str | None = None
+    output: str = "predictions"
+    write: Sequence[str] = ("masks", "overlays")
+    overlay_side: int = 1600
+    device: str | None = None
+    mixed_precision: Precision = "no"
+    batch_size: int = 8
+
+
+def run(options: PredictOptions) -> None:
     """Check the arguments, load the model, and predict."""
-    if args.batch_size < 1 or args.overlay_side < 0:
+    if options.batch_size < 1 or options.overlay_side < 0:
         raise UserError("--batch_size must be 1 or more, and --overlay_side 0 or more")
-    sentences = read_sentences(args.sentence, args.sentences_file)
-    images = find_images(args.image)
+    sentences = read_sentences(options.sentence, options.sentences_file)
+    images = find_images(options.image)
     if len(images) == 1:
         read_image(images[0])  # before the model is loaded
     predictor = Predictor.from_pretrained(
-        args.checkpoint,
-        choose_device(args.device),
-        revision=args.revision,
-        batch_size=args.batch_size,
-        precision=args.mixed_precision,
+        options.checkpoint,
+        choose_device(options.device),
+        revision=options.revision,
+        batch_size=options.batch_size,
+        precision=options.mixed_precision,
     )
     for sentence in sentences:
         for line in unread(predictor.tokenizer, sentence):
             print(f"warning: {line}", file=sys.stderr)
-    with PredictionFolder(args.output, images, sentences, args.checkpoint) as output:
+    with PredictionFolder(options.output, images, sentences, options.checkpoint) as output:
         failures = predict(
-            predictor, images, sentences, output, write=args.write, overlay_side=args.overlay_side or None
+            predictor, images, sentences, output, write=options.write, overlay_side=options.overlay_side or None
         )
     if len(failures) == len(images):
         raise UserError(f"none of the {len(images)} images could be read; the first: {failures[0]}")
     if len(images) > 1:
-        read, written = len(images) - len(failures), ", ".join([str(output.rows_file), *args.write])
+        read, written = len(images) - len(failures), ", ".join([str(output.rows_file), *options.write])
         print(f"{read} images, {len(sentences)} sentences -> {written}")
     if failures:
         print(f"{len(failures)} of {len(images)} images could not be read (named above)", file=sys.stderr)

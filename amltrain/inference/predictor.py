@@ -19,7 +19,7 @@ from amltrain.data.images import to_rgb
 from amltrain.data.loaders import build_transform
 from amltrain.data.transforms import normalise
 from amltrain.errors import UserError, first_line
-from amltrain.evaluation.masks import original_probability
+from amltrain.evaluation.masks import Found, find_referents, network_size
 from amltrain.hub.model_folder import Pretrained, load_pretrained
 from amltrain.records import Batch, ModelOutput
 
@@ -129,21 +129,18 @@ class Predictor:
         )
 
     def _segmentations(self, output: ModelOutput, batch: Batch) -> list[Segmentation]:
-        size = (batch.image.shape[-2], batch.image.shape[-1])
-        maps = original_probability(output.logits, size, batch.geometry.tolist(), self.protocol.interpolation)
-        head = output.aux["no_target"].float().softmax(1)[:, 1].tolist() if "no_target" in output.aux else None
-        return [self._segmentation(p.clamp(0, 1), head[i] if head else None) for i, p in enumerate(maps)]
+        found = find_referents(output, network_size(batch), batch.geometry.tolist(), self.protocol)
+        return [_segmentation(one) for one in found]
 
-    def _segmentation(self, probability: Tensor, none: float | None) -> Segmentation:
-        values = probability.cpu().numpy()
-        mask = values > self.protocol.threshold
-        area = np.count_nonzero(mask)
-        if none is not None and none > 0.5:
-            return Segmentation(np.zeros_like(mask), values, none, True, NO_TARGET)
-        if area < (max(1, self.protocol.no_target_pixels) if none is None else 1):
-            # a head that sees a target overrules the empty mask: not "nothing", only not found
-            return Segmentation(np.zeros_like(mask), values, float(1 - values.max()), none is None, NO_PIXEL)
-        return Segmentation(mask, values, float(values[mask].mean(dtype=np.float64)), False, INSIDE)
+
+def _segmentation(found: Found) -> Segmentation:
+    values, mask = found.probability.cpu().numpy(), found.mask.cpu().numpy()
+    if found.nothing and found.head is not None:
+        return Segmentation(mask, values, found.head, True, NO_TARGET)
+    if not mask.any():
+        # a head that sees a target overrules the empty mask: not "nothing", only not found
+        return Segmentation(mask, values, float(1 - values.max()), found.head is None, NO_PIXEL)
+    return Segmentation(mask, values, float(values[mask].mean(dtype=np.float64)), False, INSIDE)
 
 
 def load_image(source: ImageSource) -> Image.Image:

@@ -74,6 +74,13 @@ def probability(logits, back, settings):
     return values if cubic else 1 / (1 + np.exp(-values))
 
 
+def found(logits, no_target, back, settings):
+    """[H, W] bool: empty where the model's head, or else the number of pixels, says that there is nothing."""
+    mask = probability(logits, back, settings) > settings["threshold"]
+    nothing = mask.sum() < settings["no_target_pixels"] if no_target is None else no_target[0].argmax() == 1
+    return mask & (not nothing)
+
+
 def main():
     if len(sys.argv) != 4:
         sys.exit(__doc__)
@@ -86,10 +93,12 @@ def main():
     ids, text_mask = tokens(sentence, settings, folder)
     given = {"image": pixels, "input_ids": ids, "text_mask": text_mask}
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    logits = session.run(["logits"], {entry.name: given[entry.name] for entry in session.get_inputs()})[0][0]
-    mask = probability(logits, back, settings) > settings["threshold"]
+    names = [entry.name for entry in session.get_outputs()]
+    values = session.run(names, {entry.name: given[entry.name] for entry in session.get_inputs()})
+    output = dict(zip(names, values, strict=True))
+    mask = found(output["logits"][0], output.get("no_target"), back, settings)
     Image.fromarray(mask).convert("L").save(mask_file)
-    print(f"{100 * mask.mean():.1f} % of the image -> {mask_file}")
+    print(f"{100 * mask.mean():.1f} % of the image -> {mask_file}" if mask.any() else f"nothing found -> {mask_file}")
 
 
 if __name__ == "__main__":

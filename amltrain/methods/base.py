@@ -1,4 +1,4 @@
-"""The contract of a training method.
+"""The contract of a training method, its registration, and the plain baseline.
 
 A method is an nn.Module around a model and its loss. The trainer calls `forward(batch)` once per micro-batch and
 `backward` once on what it returns, so Accelerate, DDP, FSDP2 and DeepSpeed see one forward and one backward, whatever
@@ -7,14 +7,16 @@ the method does inside. It knows no method by name; everything that it asks is o
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from amltrain.data.dataset import ReferDataset
+from amltrain.losses import check_channels
 from amltrain.models.base import RISModel
-from amltrain.records import Batch
+from amltrain.records import Batch, Vocabulary
+from amltrain.registry import METHODS, NoOptions, check_options
 
 Reduce = Callable[[Tensor], Tensor]
 """Averages or sums a tensor over the processes, e.g. `accelerator.reduce`; every process must call it."""
@@ -91,3 +93,57 @@ class Method(nn.Module):
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class MethodInfo(NamedTuple):
+    """One sentence about a method, and its paper ("" = none)."""
+
+    summary: str
+    paper: str
+
+
+Builder = TypeVar("Builder", bound=Callable[..., Method])
+
+
+def register_method(*, summary: str, paper: str = "", options: type = NoOptions) -> Callable[[Builder], Builder]:
+    """Register a function `build(model, loss, options, vocabulary) -> Method` under its own name.
+
+    options: a dataclass whose fields all have defaults; it is the section of a run that bears the method's name. A
+    `check()` on it raises UserError for values that cannot work, before any data is read. `presets()` on it returns
+    named complete settings, which `amltrain list methods NAME` shows.
+    """
+
+    def register(build: Builder) -> Builder:
+        METHODS.add(build.__name__, build, MethodInfo(summary, paper), options=options)
+        return build
+
+    return register
+
+
+def build_method(
+    name: str, model: RISModel, loss: nn.Module, options: Any = None, vocabulary: Vocabulary | None = None
+) -> Method:
+    """Build a method around a model and its loss.
+
+    options: of the method's own type; None = its defaults. vocabulary: of the run's tokenizer, for methods that change
+    sentences. Raises UserError for options that this model cannot have, and for a loss that does not fit the model.
+    """
+    check_channels(loss, type(model).__name__, model.mask_channels)
+    options = METHODS.options(name)() if options is None else options
+    check_options(options)
+    method = METHODS[name].value(model, loss, options, vocabulary)
+    method.name = name
+    return method
+
+
+class Supervised(Method):
+    """The model's own loss on the batch as it is."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.loss(self.model(batch), batch)
+
+
+@register_method(summary="the model's own loss, nothing else")
+def supervised(model: RISModel, loss: nn.Module, options: NoOptions, vocabulary: Vocabulary | None) -> Supervised:
+    """Build the plain baseline."""
+    return Supervised(model, loss)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
-from amltrain.methods.base import Method
-from amltrain.methods.registry import register_method
+from amltrain.methods.base import Method, register_method
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Vocabulary
 

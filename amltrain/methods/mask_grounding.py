@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
 from amltrain.losses import at_least_float32
-from amltrain.methods.base import Method
-from amltrain.methods.registry import register_method
+from amltrain.methods.base import Method, register_method
 from amltrain.models.base import RISModel
 from amltrain.randomness import uniform
 from amltrain.records import Batch, Vocabulary

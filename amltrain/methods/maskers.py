@@ -6,7 +6,6 @@ A masker decides per block of `block` x `block` pixels; the method applies the d
 one with `@register_masker` on a function `build(model, options) -> Masker` and one line in `MASKERS`.
 """
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, Protocol, TypeVar, get_type_hints
@@ -17,6 +16,7 @@ from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.methods.base import Reduce
 from amltrain.models.base import RISModel
 from amltrain.records import Batch, Features, ModelOutput
+from amltrain.registry import MASKERS
 
 
 def spread_blocks(blocks: Tensor, size: tuple[int, int], block: int) -> Tensor:
@@ -30,12 +30,6 @@ def mask_image(image: Tensor, blocks: Tensor, block: int) -> Tensor:
     """image [B, 3, H, W] with the blocks [B, r, c] bool set to zero, which is the mean colour once normalised."""
     pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
     return image.masked_fill(pixels[:, None], 0.0)
-
-
-MASKERS = {
-    "random": "amltrain.methods.maskris",
-    "aml": "amltrain.methods.aml.masker",
-}
 
 
 class Masking(NamedTuple):
@@ -75,12 +69,6 @@ class Masker(nn.Module):
         return {}
 
 
-class _MaskerInfo(NamedTuple):
-    build: Callable[..., Masker]
-    options: type
-
-
-_MASKERS: dict[str, _MaskerInfo] = {}
 Builder = TypeVar("Builder", bound=Callable[..., Masker])
 
 
@@ -88,7 +76,7 @@ def register_masker(name: str, *, options: type) -> Callable[[Builder], Builder]
     """Register a function `build(model, options) -> Masker`."""
 
     def register(build: Builder) -> Builder:
-        _MASKERS[name] = _MaskerInfo(build, options)
+        MASKERS.add(name, build, options=options)
         return build
 
     return register
@@ -96,10 +84,7 @@ def register_masker(name: str, *, options: type) -> Callable[[Builder], Builder]
 
 def build_masker(name: str, model: RISModel, options: Mapping[str, Any]) -> Masker:
     """Build a masker by name. options: plain values by field name. Raises UserError for unknown options."""
-    if name not in MASKERS:
-        raise unknown_name("masker", name, MASKERS)
-    importlib.import_module(MASKERS[name])
-    build, kind = _MASKERS[name]
+    build, kind = MASKERS[name].value, MASKERS.options(name)
     hints = get_type_hints(kind)
     for key, value in options.items():
         if key not in {field.name for field in fields(kind)}:

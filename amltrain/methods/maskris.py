@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
 from amltrain.losses import at_least_float32
-from amltrain.methods.base import Method, Reduce
+from amltrain.methods.base import Method, Reduce, register_method
 from amltrain.methods.maskers import Masker, Masking, build_masker, mask_image, register_masker
-from amltrain.methods.registry import register_method
 from amltrain.models.base import RISModel
 from amltrain.randomness import uniform
 from amltrain.records import Batch, Features, ModelOutput, Vocabulary

@@ -1,23 +1,5 @@
-"""Registered models. Importing this package fills the registry; a new baseline adds one file and one line here."""
+"""Models, one file per family; `amltrain.registry.MODELS` names the file of each."""
 
-from amltrain.models import (  # noqa: F401 - they register their models
-    barleria,
-    beit3,
-    c3vg,
-    caris,
-    cgformer,
-    cris,
-    deris,
-    detris,
-    dual,
-    etris,
-    evfsam,
-    lavt,
-    magnet,
-    rela,
-    remamber,
-    sam3,
-)
 from amltrain.models.base import Conversion, RISModel, check_param_groups
 from amltrain.models.registry import ModelInfo, create_model, list_models, model_builder, model_info, register_model
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
+from amltrain.errors import UserError
 from amltrain.models.backbones.clip import OFFICIAL_NAMES, CLIPText, load_clip_text
 from amltrain.models.backbones.resnet import OFFICIAL_VISION_NAMES, CLIPResNet, load_clip_resnet
 from amltrain.models.base import Conversion, convert
@@ -77,6 +78,11 @@ class SentencePyramid(nn.Module):
     def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
         """maps at strides 8, 16 and 32, sentence [B, E] -> [B, D, h, w] at stride 16."""
         fine, middle, coarse = maps
+        if self.training and len(sentence) == 1:
+            raise UserError(
+                "CRIS normalises the sentence over the images of a micro batch, which needs at least 2 of them; set "
+                "train.micro_batch_size (and train.global_batch_size) to 2 or more"
+            )
         gate = self.sentence(sentence)[..., None, None]
         coarse = F.relu(self.gated_norm(self.coarse(coarse) * gate))
         middle = self.middle_join(torch.cat([self.middle(middle), _twice(coarse)], dim=1))

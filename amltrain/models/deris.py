@@ -141,16 +141,18 @@ class DeRIS(RISModel):
         return self.encode_with_image(batch, self.encode_image(batch.image))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W], padded to multiples of 32 -> mask features at stride 4, maps at strides 8, 16 and 32."""
-        mask_features, scales = self.pixel_decoder(self.swin(_padded(image)))
-        return (mask_features, *scales[::-1])
+        """image [B, 3, H, W], padded to multiples of 32 -> mask features at stride 4, maps at strides 8, 16 and 32, and
+        BEiT-3's picture, which is not encoded yet.
+        """
+        image = _padded(image)
+        return (*self._perceive(image), self.small_picture(image))
 
     def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         """The perception branch's maps as `visual`; BEiT-3's words [B, L, C] as `text`, its map in extra["image"]."""
-        small = self.small_picture(_padded(batch.image))
+        *maps, small = image
         visual, words, _ = self.beit3.encode_together(small, batch.input_ids, batch.text_mask)[-1]
         understood = self.image(visual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return Features(image, self.words(words), batch.text_mask, {"image": understood})
+        return Features(tuple(maps), self.words(words), batch.text_mask, {"image": understood})
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 1, H, W]; aux: masks0.. [B, Q, h, w] at stride 4 and refer0.. [B, Q, 2] of every step, existence
@@ -184,7 +186,7 @@ class DeRIS(RISModel):
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         """The perception branch sees another image; what was understood of the first one is kept."""
-        return features._replace(visual=self.encode_image(batch.image))
+        return features._replace(visual=self._perceive(_padded(batch.image)))
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -211,6 +213,11 @@ class DeRIS(RISModel):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         self.beit3.gradient_checkpointing = enabled
         self.swin.set_gradient_checkpointing(enabled)
+
+    def _perceive(self, image: Tensor) -> tuple[Tensor, ...]:
+        """A padded image -> mask features at stride 4, maps at strides 8, 16 and 32."""
+        mask_features, scales = self.pixel_decoder(self.swin(image))
+        return (mask_features, *scales[::-1])
 
 
 def _padded(image: Tensor) -> Tensor:

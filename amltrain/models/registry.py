@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, fits, type_name, unknown_name
 from amltrain.models.base import RISModel
+from amltrain.registry import MODELS
 
 NETWORK_FRAME = Protocol(
     frame="network", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="union"
@@ -44,8 +45,6 @@ class ModelInfo:
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-_BUILDERS: dict[str, Callable[..., RISModel]] = {}
-_INFOS: dict[str, ModelInfo] = {}
 Builder = TypeVar("Builder", bound=Callable[..., RISModel])
 
 
@@ -53,10 +52,7 @@ def register_model(info: ModelInfo) -> Callable[[Builder], Builder]:
     """Register a function that builds a model; the function's name is the model's name."""
 
     def register(builder: Builder) -> Builder:
-        name = builder.__name__
-        if name in _BUILDERS:
-            raise KeyError(f"model {name!r} is registered twice")
-        _BUILDERS[name], _INFOS[name] = builder, info
+        MODELS.add(builder.__name__, builder, info)
         return builder
 
     return register
@@ -64,21 +60,17 @@ def register_model(info: ModelInfo) -> Callable[[Builder], Builder]:
 
 def list_models() -> list[str]:
     """Names of all registered models, sorted."""
-    return sorted(_BUILDERS)
+    return MODELS.names()
 
 
 def model_info(name: str) -> ModelInfo:
-    """Return the entry of a registered model. Raises UserError for an unknown name."""
-    if name not in _INFOS:
-        raise unknown_name("model", name, _INFOS)
-    return _INFOS[name]
+    """Return the facts about a registered model. Raises UserError for an unknown name."""
+    return MODELS[name].details
 
 
 def model_builder(name: str) -> Callable[..., RISModel]:
-    """The function that builds a registered model. Raises UserError for an unknown name."""
-    if name not in _BUILDERS:
-        raise unknown_name("model", name, _BUILDERS)
-    return _BUILDERS[name]
+    """Return the function that builds a registered model. Raises UserError for an unknown name."""
+    return MODELS[name].value
 
 
 def create_model(name: str, **kwargs: Any) -> RISModel:

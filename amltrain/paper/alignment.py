@@ -90,7 +90,7 @@ CANDIDATES: dict[str, AMLOptions] = {
     "grounded": AMLOptions(projection="grounded", dim=256),
     "grounded_late": AMLOptions(features="late", projection="grounded", dim=256),
 }
-"""Scores by name that `amltrain diagnose` compares."""
+"""Scores by name that `amltrain analyse diagnose` compares."""
 FIT_STEPS, FIT_RATE, FIT_BATCH = 500, 3e-3, 64
 """How `fit_grounded` trains a projection on features of a finished model."""
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import nn
 
 from amltrain.config.schema import DataConfig, LossConfig, ProtocolOverrides, RunConfig
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.results import run_protocol, write_text
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.model_folder import read_training
 from amltrain.models import model_info
 from amltrain.paper.alignment import (
     candidate_masker,
@@ -44,6 +43,7 @@ from amltrain.paper.analysed import (
 )
 from amltrain.paper.grids import draw_losses, losses_table
 from amltrain.records import Batch
+from amltrain.run_folder import MODEL, find_model_folder
 from amltrain.training.build import build_loss
 
 NOTE = "Scores of the paper's PMME on early features; temperature solved on the first batches of {}."
@@ -96,7 +96,7 @@ def run_checkpoints(run: Path) -> list[tuple[int, Path]]:
     found = []
     for folder in run.glob("step-*"):
         number = re.fullmatch(r"step-(\d+)", folder.name)
-        if number and (folder / "model").is_dir():
+        if number and (folder / MODEL).is_dir():
             found.append((int(number[1]), folder))
     if len(found) < 2:
         kept = ", ".join(folder.name for _, folder in found) or "none"
@@ -115,7 +115,7 @@ def _batches(args: argparse.Namespace, accelerator: Accelerator, data: DataConfi
         return fixed_pairs(loader.dataset, args.pairs, args.batch_size, accelerator.device)
     normalization = model.pretrained.preprocess.normalization
     batches = itertools.islice(loader, args.batches)
-    return [normalise_batch(send_to_device(batch, accelerator.device), normalization) for batch in batches]
+    return [prepare_batch(batch, normalization, accelerator.device) for batch in batches]
 
 
 def _write_json(args: argparse.Namespace, name: str, values: dict[str, Any]) -> None:

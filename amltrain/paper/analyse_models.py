@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 
 from amltrain.config.schema import ProtocolOverrides
 from amltrain.data.loaders import collate
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.compare import read_runs
 from amltrain.evaluation.evaluator import evaluate_model
@@ -19,7 +18,8 @@ from amltrain.evaluation.metrics import list_metrics
 from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
 from amltrain.evaluation.results import Results, merge_results, run_protocol, write_text
 from amltrain.evaluation.tables import describe
-from amltrain.hub.model_folder import find_model_folder, read_training
+from amltrain.hub.model_folder import read_training
+from amltrain.inference.evaluate import trained_data
 from amltrain.paper.analysed import (
     Analysed,
     data_of,
@@ -30,7 +30,6 @@ from amltrain.paper.analysed import (
     parse_models,
     parse_seeds,
     single_process,
-    trained_data,
 )
 from amltrain.paper.breakdown import break_down, breakdown_markdown, draw_breakdown, worst_cases
 from amltrain.paper.figures import Evidence, draw_activation, evidence
@@ -43,10 +42,11 @@ from amltrain.paper.grids import (
     epoch_losses,
     level_table,
     read_epoch_losses,
-    read_log,
+    read_losses,
     robustness_table,
     steps_per_epoch,
 )
+from amltrain.run_folder import RESULTS_FILE, find_model_folder
 
 
 def robustness(args: argparse.Namespace) -> str:
@@ -100,7 +100,7 @@ def _grid(args: argparse.Namespace, perturbations: dict[str, Perturbation | None
                 }
                 result = evaluate_model(accelerator, moved(accelerator, model), loader, protocol, provenance=provenance)
                 scored.append(result)
-                merge_results(args.output / "results.json", [result])
+                merge_results(args.output / RESULTS_FILE, [result])
                 place = f"{result.dataset} {result.split}"
                 of_model = values.setdefault(place, {}).setdefault(name, {})
                 of_model.setdefault(model.name, []).append(result.score(args.metric))
@@ -148,8 +148,8 @@ def activation(args: argparse.Namespace) -> str:
 
 
 def _evidence(accelerator: Accelerator, model: Analysed, dataset: Any, chosen: Sequence[int]) -> Evidence:
-    batch = send_to_device(collate([dataset[i] for i in chosen]), accelerator.device)
-    batch = normalise_batch(batch, dataset.describe()["normalization"])
+    samples = collate([dataset[i] for i in chosen])
+    batch = prepare_batch(samples, dataset.describe()["normalization"], accelerator.device)
     with torch.no_grad():
         return evidence(moved(accelerator, model)(batch).logits, batch.image.shape[-2:])
 
@@ -161,7 +161,9 @@ def convergence(args: argparse.Namespace) -> str:
         training = read_training(find_model_folder(place))
         batch = training["recipe"]["train"]["global_batch_size"] if training else 1
         losses[name] = list(read_epoch_losses(place).values())
-        losses[name] = losses[name] or epoch_losses(read_log(place), steps_per_epoch(place, trained_data(place), batch))
+        losses[name] = losses[name] or epoch_losses(
+            read_losses(place), steps_per_epoch(place, trained_data(place), batch)
+        )
     text = convergence_table(losses)
     write_text(args.output / "convergence.md", text + "\n")
     draw_convergence(losses, args.output / f"convergence.{args.format}")

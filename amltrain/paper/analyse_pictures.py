@@ -2,23 +2,23 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
 from amltrain.config.schema import Protocol, ProtocolOverrides
 from amltrain.data.loaders import collate
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
-from amltrain.evaluation.masks import network_size, original_probability, to_original
-from amltrain.evaluation.results import run_protocol, write_text
+from amltrain.evaluation.masks import count_pixels, find_referents, network_size, output_masks, to_original
+from amltrain.evaluation.metrics import scored_columns
+from amltrain.evaluation.results import SAMPLE_COLUMNS, run_protocol, write_text
 from amltrain.evaluation.tables import markdown
 from amltrain.paper.analysed import Analysed, data_of, load_models, loaders_of, moved, single_process
-from amltrain.paper.figures import PaperExample, draw_examples, iou
+from amltrain.paper.figures import PaperExample, draw_examples
 
 
 def pictures(args: argparse.Namespace) -> str:
@@ -32,17 +32,16 @@ def pictures(args: argparse.Namespace) -> str:
     for name in sets[models[0].name]:
         dataset: Any = sets[models[0].name][name].dataset
         chosen = choose_samples(dataset, args.count, args.samples)
-        masks = {m.name: predict(accelerator, m, sets[m.name][name].dataset, chosen, rules[m.name]) for m in models}
+        found = {m.name: predict(accelerator, m, sets[m.name][name].dataset, chosen, rules[m.name]) for m in models}
         infos = [dataset.info(i) for i in chosen]
         examples = [
-            PaperExample(dataset.picture(i), info.sentence, truth_of(dataset, i), {m: masks[m][k] for m in masks})
+            PaperExample(dataset.picture(i), info.sentence, truth_of(dataset, i), {m: found[m][k].mask for m in found})
             for k, (i, info) in enumerate(zip(chosen, infos, strict=True))
         ]
         draw_examples(examples, args.output / f"pictures-{infos[0].dataset}-{infos[0].split}.{args.format}")
-        for i, info, e in zip(chosen, infos, examples, strict=True):
-            scores = [f"{iou(mask, e.truth):.1f}" for mask in e.predictions.values()]
-            rows.append((info.dataset, str(i), info.sentence, *scores))
-    text = "\n".join([*markdown(rows, text_columns=3), "", "IoU of each sample at the image's own size."])
+        for k, (i, info) in enumerate(zip(chosen, infos, strict=True)):
+            rows.append((info.dataset, str(i), info.sentence, *(f"{100 * found[m][k].iou:.1f}" for m in found)))
+    text = "\n".join([*markdown(rows, text_columns=3), "", "IoU of each sample as `amltrain evaluate` scores it."])
     write_text(args.output / "pictures.md", text + "\n")
     return text
 
@@ -66,20 +65,39 @@ def choose_samples(dataset: Any, count: int, wanted: Sequence[int]) -> list[int]
     return [spread[i * len(spread) // min(count, len(spread))] for i in range(min(count, len(spread)))]
 
 
+class Prediction(NamedTuple):
+    """mask: [h0, w0] bool at the image's own size; iou: 0..1 by the protocol and its no-target rule."""
+
+    mask: NDArray[np.bool_]
+    iou: float
+
+
 def predict(
     accelerator: Accelerator, model: Analysed, dataset: Any, chosen: Sequence[int], protocol: Protocol
-) -> list[NDArray[np.bool_]]:
-    """Masks of the chosen samples at their images' own size."""
-    masks = []
+) -> list[Prediction]:
+    """What a model finds in the chosen samples, and its score on each."""
+    predictions = []
     for sample in chosen:
         host = collate([dataset[sample]])
-        batch = normalise_batch(send_to_device(host, accelerator.device), dataset.describe()["normalization"])
+        batch = prepare_batch(host, dataset.describe()["normalization"], accelerator.device)
         with torch.no_grad():
-            logits = moved(accelerator, model)(batch).logits
+            output = moved(accelerator, model)(batch)
         geometry = host.geometry.tolist()
-        [probability] = original_probability(logits, network_size(host), geometry, protocol.interpolation)
-        masks.append((probability > protocol.threshold).cpu().numpy())
-    return masks
+        [found] = find_referents(output, network_size(host), geometry, protocol)
+        masks = output_masks(output, host, geometry, protocol)
+        row = dict(zip(SAMPLE_COLUMNS, count_pixels(masks, batch, protocol).cpu().numpy().T, strict=True))
+        scored = scored_columns(
+            row["intersection"],
+            row["union"],
+            row["no_target"],
+            row["predicted_no_target"],
+            row["area"],
+            ties=protocol.ties,
+        )
+        generalized = masks.no_target is not None or bool(row["no_target"].any())
+        iou = (scored.ruled.iou if generalized else scored.iou)[0]
+        predictions.append(Prediction(found.mask.cpu().numpy(), float(iou)))
+    return predictions
 
 
 def truth_of(dataset: Any, sample: int) -> NDArray[np.bool_]:

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -20,37 +18,11 @@ from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, Shape
 from amltrain.data.loaders import build_eval_loaders, collate, resolve_splits
 from amltrain.data.prepare import ensure_prepared
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
-from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.hub.model_folder import Pretrained, load_pretrained
+from amltrain.inference.evaluate import trained_data
 from amltrain.records import Batch
-
-RUN_CONFIG = "config.yaml"
-
-
-def trained_data(place: str) -> dict[str, Any]:
-    """The `data` section of a model's recipe; empty where the model folder does not record it.
-
-    A model folder leaves out paths, because it may be published; `prepared` comes from the config.yaml of the run that
-    the folder lies in, and is only there where that path exists.
-    """
-    folder = find_model_folder(place)
-    training = read_training(folder)
-    data = {} if training is None else {k: v for k, v in training["recipe"]["data"].items() if k != "prepared"}
-    prepared = _prepared(folder)
-    return data | ({"prepared": prepared} if data and prepared else {})
-
-
-def _prepared(folder: Path) -> str | None:
-    """RUN/config.yaml for RUN/model, RUN/best/model and RUN/step-N/model."""
-    for run in folder.absolute().parents[:2]:
-        try:
-            config = yaml.safe_load((run / RUN_CONFIG).read_text(encoding="utf-8"))
-            prepared = config["data"]["prepared"]
-        except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
-            continue
-        return prepared if isinstance(prepared, str) and Path(prepared).is_dir() else None
-    return None
 
 
 class Analysed(NamedTuple):
@@ -134,7 +106,7 @@ def fixed_pairs(dataset: Any, count: int, batch_size: int, device: torch.device)
     places = [i * len(dataset) // count for i in range(count)]
     normalization = dataset.describe()["normalization"]
     collated = (collate([dataset[i] for i in places[s : s + batch_size]]) for s in range(0, count, batch_size))
-    return [normalise_batch(send_to_device(batch, device), normalization) for batch in collated]
+    return [prepare_batch(batch, normalization, device) for batch in collated]
 
 
 def single_process(data: DataConfig) -> Accelerator:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from amltrain.errors import UserError, fits
 from amltrain.evaluation.tables import cell, markdown
 from amltrain.paper.figures import COLOURS, saved_figure
-
-LOG = "log.jsonl"
+from amltrain.run_folder import LOG_FILE, read_log
 
 
 def read_epoch_losses(place: str | Path) -> dict[int, float]:
@@ -25,29 +24,25 @@ def read_epoch_losses(place: str | Path) -> dict[int, float]:
     return {int(row["step"]): float(row["epoch_loss"]) for row in rows if row.get("epoch_loss") is not None}
 
 
-def read_log(place: str | Path) -> list[tuple[int, float]]:
+def read_losses(place: str | Path) -> list[tuple[int, float]]:
     """(step, loss) of every log line of a run. place: a run, or a checkpoint or model folder in it.
 
     Raises UserError if the log is missing or has no loss.
     """
     losses = [(int(row["step"]), float(row["loss"])) for row in _read_lines(place) if row.get("loss") is not None]
     if not losses:
-        raise UserError(f"the {LOG} of {place} holds no loss yet; let the run log a few steps (train.log_every)")
+        raise UserError(f"the {LOG_FILE} of {place} holds no loss yet; let the run log a few steps (train.log_every)")
     return losses
 
 
 def _read_lines(place: str | Path) -> list[dict[str, Any]]:
-    folder = next((p for p in (Path(place), *Path(place).resolve().parents[:2]) if (p / LOG).is_file()), None)
+    folder = next((p for p in (Path(place), *Path(place).resolve().parents[:2]) if (p / LOG_FILE).is_file()), None)
     if folder is None:
-        raise UserError(f"{place} has no {LOG}; convergence needs the folder of a run")
+        raise UserError(f"{place} has no {LOG_FILE}; convergence needs the folder of a run")
     rows = []
-    for line in (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # a run that was killed leaves half a line
-            continue
-        numbers = [row.get(key) for key in ("loss", "epoch_loss")] if isinstance(row, dict) else []
-        if numbers and fits(row.get("step"), int) and all(n is None or fits(n, float) for n in numbers):
+    for row in read_log(folder):
+        numbers = [row.get(key) for key in ("loss", "epoch_loss")]
+        if all(number is None or fits(number, float) for number in numbers):
             rows.append(row)
     return rows
 

@@ -19,7 +19,7 @@ def table_list() -> str:
 
 def recipe_table() -> str:
     """The tables for docs/paper.md: one row each with its command, its recipes, and its status at full scale."""
-    rows = [(t.paper, t.what, f"`amltrain reproduce {t.name}`", _recipes(t), "not run") for t in TABLES]
+    rows = [(t.paper, t.what, f"`amltrain paper reproduce {t.name}`", _recipes(t), "not run") for t in TABLES]
     header = ("Paper", "What", "Command", "Recipes", "At full scale")
     lines = ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)

@@ -20,12 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from amltrain.checkpoints.run_folder import FINISHED_FILE
 from amltrain.config.files import read_config_files
 from amltrain.config.schema import COMBINED
 from amltrain.data.catalog import read_manifest
 from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
+from amltrain.run_folder import FINISHED_FILE, RESULTS_FILE, RUN_CONFIG
 
 SHAPES = {
     "refcoco": "refshapes",
@@ -113,7 +113,7 @@ robustness  `analyse robustness`: mean over the seven perturbations; "refcoco:va
 occlusion   `analyse occlusion`; "refcoco+:testA/oIoU, 30 %" or "..., drop at 30 %"
 activation  `analyse activation`; "positive in truth" or "positive outside", percent of the pixels
 histogram   `analyse histogram`; "score_mean"
-cost        `amltrain benchmark`, relative to the baseline's step; "time", "memory" or "FLOPs"
+cost        `python launch/benchmark.py`, relative to the baseline's step; "time", "memory" or "FLOPs"
 bound       computed: the Johnson-Lindenstrauss distortion of the recipe's projections; "distortion bound"
 """
 SHARED: tuple[Kind, ...] = ("robustness", "occlusion", "activation", "histogram")
@@ -270,8 +270,8 @@ def check_data(table: Table, settings: Settings) -> None:
     missing = sorted(name for name in needed if read_manifest(Path(settings.prepared) / name) is None)
     if missing:
         raise UserError(
-            f"{table.name} at full scale needs {', '.join(missing)} in {settings.prepared}; run amltrain download "
-            f"{' '.join(missing)} coco --root data/refer, then amltrain prepare --dataset {' '.join(missing)} "
+            f"{table.name} at full scale needs {', '.join(missing)} in {settings.prepared}; run amltrain data download "
+            f"{' '.join(missing)} coco --root data/refer, then amltrain data prepare --dataset {' '.join(missing)} "
             f"--refer_root data/refer --output {settings.prepared}"
         )
 
@@ -290,7 +290,7 @@ def _finished(folder: Path, arguments: Sequence[str], stop_after: int | None) ->
     stop = arguments.index("--train.stop_after") if "--train.stop_after" in arguments else None
     if stop is not None:
         stop_after = int(arguments[stop + 1])
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
     return config["train"].get("stop_after") == stop_after
 
 
@@ -345,7 +345,7 @@ def _evaluate(folder: Path, splits: Sequence[str], settings: Settings) -> list[C
     """Evaluate the splits that the run's results lack."""
     wanted = [shown_split(split, settings) for split in splits]
     output = folder / "reproduce"
-    results = output / "results.json"
+    results = output / RESULTS_FILE
     there = {f"{r.dataset}:{r.split}" for r in read_results(results)} if _newer(results, folder) else set()
     missing = [split for split in wanted if split not in there]
     arguments = ("--checkpoint", str(folder), "--splits", *(missing or wanted), "--output", str(output))

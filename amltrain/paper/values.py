@@ -8,7 +8,6 @@ two matrices. It does not cover inner products `<Wi v, Wt t>` across modalities:
 have mean 0 and variance `|v|^2 |t|^2 / D`, whatever v and t are.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -32,6 +31,7 @@ from amltrain.paper.plan import (
     shared_folder,
     shown_split,
 )
+from amltrain.run_folder import RESULTS_FILE, read_log
 
 PAPER_DIM = 2048
 PATCH = 32
@@ -57,7 +57,7 @@ def row_values(table: Table, row: Row, seed: int, settings: Settings) -> dict[st
 def _scores(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
     split, metric = measure.split("/")
     folder = run_folder(row.run, seed, settings) / "reproduce"
-    for result in _results(folder / "results.json"):
+    for result in _results(folder / RESULTS_FILE):
         if f"{result.dataset}:{result.split}" == shown_split(split, settings) and result.is_score:
             return Value(result.score(metric), _scored(result))
     return None
@@ -65,7 +65,7 @@ def _scores(table: Table, row: Row, measure: str, seed: int, settings: Settings)
 
 def _log(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
     name, epoch = _epoch(measure)
-    records = {line["step"]: line[name] for line in _lines(run_folder(row.run, seed, settings)) if name in line}
+    records = {line["step"]: line[name] for line in read_log(run_folder(row.run, seed, settings)) if name in line}
     what = "mean over the epoch's steps" if name == "epoch_loss" else "evaluated during training"
     return _at(records, epoch, row, what)
 
@@ -176,7 +176,7 @@ def _name(row: Row) -> str:
 def _analysis_rows(table: Table, row: Row, split: str, seed: int, settings: Settings) -> list[Results]:
     """Rows of a shared analysis of one model and split."""
     place = str(run_folder(row.run, seed, settings))
-    rows = _results(shared_folder(row.kind, table, seed, settings) / "results.json")
+    rows = _results(shared_folder(row.kind, table, seed, settings) / RESULTS_FILE)
     wanted = shown_split(split, settings)
     return [r for r in rows if f"{r.dataset}:{r.split}" == wanted and r.provenance.get("checkpoint") == place]
 
@@ -187,13 +187,6 @@ def _scored(result: Results) -> str:
 
 def _results(path: Path) -> list[Results]:
     return read_results(path) if path.is_file() else []
-
-
-def _lines(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; half a line, which a kill leaves, is left out."""
-    path = run / "log.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def failure_probability(points: int, dim: int, epsilon: float) -> float:

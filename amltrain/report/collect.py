@@ -17,23 +17,22 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from amltrain.config.schema import Protocol
 from amltrain.data.loaders import collate
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError
 from amltrain.evaluation.compare import Run, read_runs
 from amltrain.evaluation.draw import PAPER, PREDICTION, TRUTH, Colour, shrink
-from amltrain.evaluation.masks import original_probability
+from amltrain.evaluation.masks import find_referents, network_size
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
-from amltrain.hub.model_folder import find_model_folder
 from amltrain.methods.maskers import Masking, MaskingMaps
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
+from amltrain.run_folder import find_model_folder
 
 RIGHT: Colour = (0, 158, 96)
 MISSED: Colour = (0, 114, 178)
@@ -161,15 +160,11 @@ class Card(NamedTuple):
 def sample_rows(results: Results, dataset: Any) -> Rows:
     """Turn results into rows; a no-target sentence counts 1 if it was recognised and 0 if not, as in gIoU."""
     column = dict(zip(SAMPLE_COLUMNS, results.samples.T, strict=True))
-    union = column["union"]
-    iou = column["intersection"] / np.maximum(union, 1)
-    none, predicted = column["no_target"].astype(bool), column["predicted_no_target"].astype(bool)
-    iou = np.where(none, predicted.astype(float), np.where(predicted, 0.0, iou))
     infos = [dataset.info(i) for i in column["sample_id"].tolist()]
     return Rows(
         column["sample_id"],
         np.array([i.ref_id for i in infos], np.int64),
-        iou,
+        results.sample_iou(),
         np.array([len(i.sentence.split()) for i in infos], np.int64),
     )
 
@@ -222,14 +217,10 @@ def predict_cards(
         with accelerator.autocast():
             output = model(batch)
             maps = None if aligner is None else aligner(batch)
-        size = (batch.image.shape[-2], batch.image.shape[-1])
-        masks = original_probability(output.logits, size, batch.geometry.tolist(), rule.interpolation)
-        head = output.aux["no_target"].argmax(1).tolist() if "no_target" in output.aux else [None] * len(part)
+        found = find_referents(output, network_size(batch), batch.geometry.tolist(), rule)
         for i, sample_id in enumerate(part):
-            mask = (masks[i] > rule.threshold).cpu().numpy()
-            nothing = mask.sum() < rule.no_target_pixels if head[i] is None else head[i] == 1
             picture = Picked(sample_id, picked[sample_id], float(rows.iou[position[sample_id]]))
-            yield _card(dataset, picture, mask & (not nothing), nothing, batch, i, maps, side)
+            yield _card(dataset, picture, found[i].mask.cpu().numpy(), found[i].nothing, batch, i, maps, side)
 
 
 def _card(
@@ -246,7 +237,7 @@ def _card(
     truth = batch.original_target[index].cpu().numpy() > 0
     scores = masked = None
     if maps is not None and maps.scores is not None:
-        network = (batch.image.shape[-2], batch.image.shape[-1])
+        network = network_size(batch)
         geometry = batch.geometry[index].tolist()
         scores = onto_image(maps.scores[index].float().cpu().numpy(), network, geometry)
         masked = onto_image(maps.blocks[index].cpu().numpy(), network, geometry)
@@ -292,8 +283,7 @@ def onto_image(
 
 
 def _batch(accelerator: Accelerator, dataset: Any, ids: Sequence[int]) -> Batch:
-    batch = send_to_device(collate([dataset[i] for i in ids]), accelerator.device)
-    return normalise_batch(batch, dataset.transform.normalization)
+    return prepare_batch(collate([dataset[i] for i in ids]), dataset.transform.normalization, accelerator.device)
 
 
 def _parts(ids: Sequence[int], size: int) -> Iterator[Sequence[int]]:

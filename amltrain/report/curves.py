@@ -2,11 +2,9 @@
 
 import html
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -14,8 +12,6 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-
-from amltrain.errors import UserError
 
 INK, GRID = "#010203", "#010204"
 SERIES = ("#010205", "#010206", "#010207", "#010208", "#010209", "#01020a")
@@ -34,23 +30,9 @@ class Chart(NamedTuple):
 Row = Mapping[str, float]
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    """Read log.jsonl: rows with a step and numbers, without a cut last line. Raises UserError for a damaged one."""
-    if not path.is_file():
-        return []
-    rows: list[dict[str, float]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({k: float(v) for k, v in row.items() if isinstance(v, (int, float))})
-            rows[-1]["step"]
-        except (ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-            if number == len(lines):
-                rows = [r for r in rows if "step" in r]
-                break  # the run was killed while it wrote this line
-            raise UserError(f"{path}, line {number} is damaged; remove that line") from error
-    return rows
+def numbers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Keep the numbers of every row of a log."""
+    return [{k: float(v) for k, v in row.items() if isinstance(v, (int, float))} for row in rows]
 
 
 def training_charts(rows: Sequence[Row]) -> list[Chart]:

@@ -3,11 +3,10 @@
 Score a model and write the HTML page: what `amltrain report` does after its arguments are read.
 """
 
-import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,10 +25,11 @@ from amltrain.errors import UserError, first_line
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import describe, split_label
-from amltrain.hub.model_folder import Pretrained, find_model_folder, load_pretrained, read_training
+from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
-from amltrain.report.curves import Chart, by_length, histogram, read_log, training_charts
+from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
+from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, find_model_folder, read_log
 
 GROUPS = ("chosen", "best", "worst", "random")
 
@@ -132,35 +132,55 @@ class Source(NamedTuple):
     settings: dict[str, Any]
 
 
-def report(args: argparse.Namespace) -> Path:
+@dataclass(kw_only=True)
+class ReportOptions:
+    """What a page shows; fields as the flags of `amltrain report`, with the same defaults. None = as the run has it."""
+
+    run: str
+    checkpoint: str = BEST
+    splits: Sequence[str] | None = None
+    datasets: Sequence[str] | None = None
+    prepared: str | None = None
+    results: str | None = None
+    output: str | None = None
+    pictures: int = 60
+    samples: Sequence[int] = ()
+    side: int = 320
+    max_samples: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+
+def report(options: ReportOptions) -> Path:
     """Write the page and return its path."""
     for flag, low in (("pictures", 0), ("side", 32), ("batch_size", 1), ("max_samples", 1)):
-        check_number(f"--{flag}", getattr(args, flag), low, ANY)
-    if args.results and args.max_samples:
+        check_number(f"--{flag}", getattr(options, flag), low, ANY)
+    if options.results and options.max_samples:
         raise UserError("--results holds scores of whole splits; leave --max_samples out")
-    source = find_source(args.run, args.checkpoint)
-    output = Path(args.output) if args.output else (source.run or Path(".")) / "report.html"
+    source = find_source(options.run, options.checkpoint)
+    output = Path(options.output) if options.output else (source.run or Path(".")) / "report.html"
     find_model_folder(source.model)  # a name that is nothing at all is refused as such
-    if source.run is None and not args.output:
+    if source.run is None and not options.output:
         raise UserError(
-            f"{source.model} is not the folder of a run: it has no log.jsonl; correct it, or give --output for a page "
+            f"{source.model} is not the folder of a run: it has no {LOG_FILE}; correct it, or give --output for a page "
             "about a model alone"
         )
     check_writable(output)
     pretrained = load_pretrained(source.model)
     training = read_training(find_model_folder(source.model))
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
     model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
     aligner = build_aligner(pretrained.model, training)
-    data = find_data(source, training, args)
-    splits = args.splits or source.settings.get("evaluation", {}).get("splits") or ["val"]
-    options = (data, pretrained, splits, args)
-    scored, shown = _loaders(*options, pretrained.protocol.frame), _loaders(*options, "original")
+    data = find_data(source, training, options)
+    splits = options.splits or source.settings.get("evaluation", {}).get("splits") or ["val"]
+    shared = (data, pretrained, splits, options)
+    scored, shown = _loaders(*shared, pretrained.protocol.frame), _loaders(*shared, "original")
     parts = [
-        _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, args, source, first=i == 0)
+        _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, options, source, first=i == 0)
         for i, name in enumerate(scored)
     ]
-    curves = training_charts(read_log(source.run / "log.jsonl")) if source.run else []
+    curves = training_charts(numbers(read_log(source.run))) if source.run else []
     tau = aligner.tau if aligner is not None else None
     page = render(_title(source), _facts(source, pretrained, aligner), curves, parts, tau)
     write_page(output, page)
@@ -170,30 +190,33 @@ def report(args: argparse.Namespace) -> Path:
 def find_source(run: str, checkpoint: str) -> Source:
     """Find the model of a run, or take `run` itself as a model. Raises UserError if a run has no checkpoint."""
     folder = Path(run)
-    if not (folder / "log.jsonl").is_file() and not (folder / "config.yaml").is_file():
+    if not (folder / LOG_FILE).is_file() and not (folder / RUN_CONFIG).is_file():
         return Source(None, run, {})
     settings: Any = {}
     try:
-        if (folder / "config.yaml").is_file():
-            settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if (folder / RUN_CONFIG).is_file():
+            settings = yaml.safe_load((folder / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder / 'config.yaml'} cannot be read ({first_line(error)})") from error
-    names = [checkpoint, *(["last"] if checkpoint == "best" else [])]
+    names = [checkpoint, *([LAST] if checkpoint == BEST else [])]
     for name in names:
         if (folder / name).exists():
             return Source(folder, str(folder / name), settings if isinstance(settings, dict) else {})
     raise UserError(f"the run {run} has no checkpoint {' or '.join(names)}; it has saved nothing yet, or name another")
 
 
-def find_data(source: Source, training: dict[str, Any] | None, args: argparse.Namespace) -> DataConfig:
+def find_data(source: Source, training: dict[str, Any] | None, options: ReportOptions) -> DataConfig:
     """The data that the run used, unless the arguments name others."""
     data = {**((training or {}).get("recipe", {}).get("data") or {}), **(source.settings.get("data") or {})}
-    datasets = args.datasets or data.get("datasets")
+    datasets = options.datasets or data.get("datasets")
     if not datasets:
         raise UserError("nothing names the data sets to score on; give --datasets and --prepared")
     shapes = ShapesConfig(**(data.get("shapes") or {}))
     return DataConfig(
-        datasets=list(datasets), prepared=args.prepared or data.get("prepared") or "prepared", shapes=shapes, workers=0
+        datasets=list(datasets),
+        prepared=options.prepared or data.get("prepared") or "prepared",
+        shapes=shapes,
+        workers=0,
     )
 
 
@@ -201,12 +224,12 @@ def _loaders(
     data: DataConfig,
     pretrained: Pretrained,
     splits: Sequence[str],
-    args: argparse.Namespace,
+    options: ReportOptions,
     frame: Literal["network", "original"],
 ) -> dict[str, DataLoader]:
     if pretrained.tokenizer is None:
         raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
-    evaluation = EvaluationConfig(splits=list(splits), batch_size=args.batch_size, max_samples=args.max_samples)
+    evaluation = EvaluationConfig(splits=list(splits), batch_size=options.batch_size, max_samples=options.max_samples)
     protocol = replace(pretrained.protocol, frame=frame)
     return build_eval_loaders(data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer)
 
@@ -218,26 +241,26 @@ def _split_part(
     scored: DataLoader,
     shown: DataLoader,
     aligner: Aligner | None,
-    args: argparse.Namespace,
+    options: ReportOptions,
     source: Source,
     *,
     first: bool,
 ) -> SplitPart:
     rule = pretrained.protocol
-    if args.results:
-        results = read_evaluation(args.results, source.model, rule, scored.dataset)
+    if options.results:
+        results = read_evaluation(options.results, source.model, rule, scored.dataset)
     else:
-        provenance = {"checkpoint": str(args.run), "max_samples": args.max_samples}
+        provenance = {"checkpoint": str(options.run), "max_samples": options.max_samples}
         results = evaluate_model(accelerator, model, scored, rule, provenance=provenance)
     rows = sample_rows(results, scored.dataset)
-    chosen = list(dict.fromkeys(args.samples)) if first else []
+    chosen = list(dict.fromkeys(options.samples)) if first else []
     unknown = set(chosen) - set(rows.sample_id.tolist())
     if unknown:
         raise UserError(f"--samples {min(unknown)} is not a sample id of {results.dataset} {results.split}")
-    picked = choose(rows, args.pictures, args.seed, chosen)
+    picked = choose(rows, options.pictures, options.seed, chosen)
     cards = predict_cards(
         accelerator, model, shown, rule, rows, picked, aligner,
-        batch_size=args.batch_size, side=args.side,
+        batch_size=options.batch_size, side=options.side,
     )  # fmt: skip
     lengths = by_length("IoU by length of the sentence", rows.iou, rows.words)
     charts = [histogram("Distribution of IoU", rows.iou), lengths]

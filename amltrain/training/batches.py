@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.loaders import build_train_loader
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.distributed import BatchPlan
 from amltrain.records import Batch
-from amltrain.training.callbacks import Meter
 from amltrain.training.preemption import Preemption
+from amltrain.training.tracking import Meter
 
 
 def step_batches(
@@ -50,7 +50,7 @@ def step_batches(
             alone = accelerator.num_processes == 1
             with meter.waiting(), preemption.leaving_at_once(stop) if alone else nullcontext():
                 try:
-                    step.append(normalise_batch(next(batches), dataset.transform.normalization))
+                    step.append(prepare_batch(next(batches), dataset.transform.normalization))
                 except StopIteration:
                     return
         yield step

@@ -1,6 +1,7 @@
 """Build the components of a run from its config. Only `build_*` functions see the config."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.evaluation.results import run_protocol
 from amltrain.files import write_text
-from amltrain.hub.model_folder import TRAINING_FILE, load_pretrained, load_weights, save_pretrained
+from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
-from amltrain.methods.base import Method
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import Method, build_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
+from amltrain.records import Vocabulary
+from amltrain.run_folder import MODEL, TRAINING_FILE
 
 
 class RunComponents(NamedTuple):
@@ -39,12 +41,23 @@ class RunComponents(NamedTuple):
     model_kwargs: dict[str, Any]
 
 
+MethodBuilder = Callable[[RISModel, nn.Module, Any, Vocabulary], Method]
+"""What `register_method` registers: (model, loss, options, vocabulary) -> method."""
+
+
 def build_components(
-    config: RunConfig, *, processes: int, on_cuda: bool, resume_from: Path | None = None
+    config: RunConfig,
+    *,
+    processes: int,
+    on_cuda: bool,
+    resume_from: Path | None = None,
+    model: RISModel | None = None,
+    method: MethodBuilder | None = None,
 ) -> RunComponents:
     """Build model, loss, method and data; the random start of the weights is a function of the seed.
 
-    resume_from: the checkpoint to resume from; its tokenizer is used.
+    resume_from: the checkpoint to resume from; its tokenizer is used. model, method: used instead of building those
+    that the config names.
     """
     check_scenes(config.data)
     info = model_info(config.model.name)
@@ -52,12 +65,16 @@ def build_components(
     protocol = run_protocol(info.protocol, config.data, config.evaluation.protocol)
     tokenizer = choose_tokenizer(config, preprocess, resume_from)
     torch.manual_seed(config.seed)
-    model, kwargs = build_model(config, tokenizer)
+    given, kwargs = build_model(config, tokenizer) if model is None else (model, config.model.kwargs)
     loss = build_loss(config, info)
-    method = build_method(config.method, model, loss, config.method_options, tokenizer.vocabulary)
+    if method is None:
+        built = build_method(config.method, given, loss, config.method_options, tokenizer.vocabulary)
+    else:
+        built = method(given, loss, config.method_options, tokenizer.vocabulary)
+        built.name = config.method
     if config.train.sync_batchnorm and processes > 1 and on_cuda:
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
-        method = convert_sync_batchnorm(method)
+        built = convert_sync_batchnorm(built)
     mask_parts = train_mask_parts(config)
     dataset = build_train_dataset(
         config.data,
@@ -69,13 +86,13 @@ def build_components(
         max_samples=config.train.limit_samples,
     )
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
-    return RunComponents(method, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
+    return RunComponents(built, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
 
 
 def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Path | None) -> SentenceTokenizer:
     """Take the tokenizer that the weights were trained with, or else the model's own."""
     if resume_from is not None:
-        return SentenceTokenizer.load(resume_from / "model")
+        return SentenceTokenizer.load(resume_from / MODEL)
     if config.model.checkpoint is not None and config.preprocess.tokenizer is None:
         trained_with = load_pretrained(config.model.checkpoint).tokenizer
         if trained_with is not None:

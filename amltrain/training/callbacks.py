@@ -1,312 +1,207 @@
-"""The header, the log lines and the log file of a run. Only the main process writes.
+"""What happens beside the loop: log, method statistics, weight average, pictures, trackers, the Hub, the profiler.
 
-The trackers of a run (TensorBoard, wandb, trackio, ...). Only the main process starts and writes them.
-
-Measures how fast a run trains: images per second, time spent waiting for data, memory.
-
-Profiles a few steps with torch.profiler.
+Each is a callback; `Callback` in run.py is the contract. Your own is a class under `@register_callback`, in a file that
+`--import` names, and `train.callbacks: [its name]`.
 """
 
-import html
-import json
-import os
-import resource
-import secrets
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from PIL import Image
 from torch.profiler import ProfilerActivity, profile, schedule
 from tqdm.auto import tqdm
 
-from amltrain import __version__
-from amltrain.checkpoints.run_folder import checkpoint_name
-from amltrain.config.schema import RunConfig, sectioned
-from amltrain.distributed import BatchPlan, precision_of
-from amltrain.errors import UserError, first_line
+from amltrain.config.schema import RunConfig
 from amltrain.evaluation.results import Results
-from amltrain.evaluation.tables import table
-from amltrain.files import write_text
-from amltrain.training.build import RunComponents
-from amltrain.training.checks import weights_origin
+from amltrain.hub.push import Publisher, build_publisher
+from amltrain.methods.base import Recorder
+from amltrain.registry import CALLBACKS, NoOptions
+from amltrain.run_folder import LAST, PICTURES, PROFILE, checkpoint_name, step_of
+from amltrain.training.run import Callback, Run, Step
+from amltrain.training.tracking import banner, log_line, track_evaluation
+
+Kind = TypeVar("Kind", bound=Callable[..., Callback])
 
 
-def banner(
-    config: RunConfig,
-    components: RunComponents,
-    accelerator: Accelerator,
-    plan: BatchPlan,
-    total_steps: int,
-    last_step: int,
-) -> str:
-    """Everything that decides a run's numbers, printed at its start. total_steps: of the schedule."""
-    model = components.method.model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    counts = components.dataset.counts()
-    epochs = last_step * plan.samples / len(components.dataset)
-    schedule = f", on the schedule of {total_steps:,}" if total_steps > last_step else ""
-    p = components.preprocess
-    sets: dict[str, Any] = {name: loader.dataset for name, loader in components.eval_loaders.items()}
-    splits = [f"{name} ({len(dataset):,})" for name, dataset in sets.items()]
-    precision = precision_of(accelerator).replace("no", "fp32")
-    if accelerator.device.type == "cuda":
-        precision += f", TF32 {'on' if config.train.tf32 else 'off'}"
-    lines = {
-        "model": f"{config.model.name}, {trained / 1e6:.2f} M parameters trained, {frozen / 1e6:.2f} M frozen",
-        "weights": weights_origin(config, model),
-        "method": components.method.summary(),
-        "data": f"{' + '.join(config.data.datasets)} {config.data.train_split}: {counts['images']:,} images, "
-        f"{counts['refs']:,} refs, {counts['expressions']:,} expressions",
-        "epoch": f"every {config.data.train_unit} once",
-        "evaluate": ", ".join(splits),
-        "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
-        "batch": str(plan),
-        "steps": f"{last_step:,} ({epochs:.1f} epochs){schedule}",
-        "precision": precision,
-        "device": _device(accelerator),
-        "output": "none: train.dry_run keeps nothing" if config.train.dry_run else str(config.folder),
-    }
-    return f"amltrain {__version__}\n" + "\n".join(f"  {key:10} {value}" for key, value in lines.items())
+def register_callback(name: str, *, options: type = NoOptions) -> Callable[[Kind], Kind]:
+    """Register a class (or function) that makes a callback from its options: `Kind(options)`.
 
-
-def _device(accelerator: Accelerator) -> str:
-    """Where a run computes; `accelerate launch` gives it one CPU thread by default."""
-    spread = "one process" if accelerator.num_processes == 1 else accelerator.distributed_type.value.lower()
-    name = f"{accelerator.device}, {spread}"
-    if accelerator.device.type != "cpu":
-        return name
-    threads, cores = torch.get_num_threads(), (os.cpu_count() or 1) // accelerator.num_processes
-    return f"{name}, {threads} threads" + (f" (OMP_NUM_THREADS={cores} uses every core)" if threads < cores else "")
-
-
-def log_line(step: int, total_steps: int, images_per_step: int, values: dict[str, float]) -> str:
-    """Format a step as one plain line, for outputs without a progress bar. The time left is that of training alone."""
-    left = timedelta(seconds=round((total_steps - step) * images_per_step / values["images_per_second"]))
-    return (
-        f"step {step:,}/{total_steps:,} ({step / total_steps:.0%}), epoch {values['epoch']:.2f}, "
-        f"loss {values['loss']:.4f}, lr {values['lr']:.1e}, {values['images_per_second']:.1f} images/s, "
-        f"{values['data_wait_percent']:.0f} % waiting for data, {values['memory_gib']:.1f} GiB, {left} left"
-    )
-
-
-class History:
-    """`log.jsonl`: one line per logged step and evaluation.
-
-    A resumed run keeps the first `keep` lines, those that its checkpoint knew, and writes the rest again. `lines` is
-    their number. Processes other than the main one pass enabled=False, and write nothing.
+    options: a dataclass whose fields all have defaults; it is the section of a run that bears the callback's name.
     """
 
-    def __init__(self, path: Path, keep: int, *, enabled: bool) -> None:
-        self.path, self.enabled, self.lines = path, enabled, 0
-        if enabled and path.is_file():
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep]
-            kept = [line for line in kept if line.endswith("\n")]  # the last one may be truncated by a power failure
-            write_text(path, "".join(kept))
-            self.lines = len(kept)
+    def register(kind: Kind) -> Kind:
+        CALLBACKS.add(name, kind, options=options)
+        return kind
 
-    def add(self, step: int, values: dict[str, Any]) -> None:
-        """Append a line."""
-        if not self.enabled:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self.lines += 1
+    return register
 
 
-TRACKERS_FILE = "trackers.json"
-"""Ids of the run in trackers that continue a run by its id."""
+def build_callbacks(config: RunConfig) -> list[Callback]:
+    """Build the callbacks of every run, in the order in which they are called, then those that the config names."""
+    always: list[Callback] = [
+        WeightAverage(),
+        StepLog(),
+        MethodStatistics(),
+        Profile(),
+        Pictures(),
+        Trackers(),
+        Publish(),
+    ]
+    options = config.callback_options
+    named = [CALLBACKS[name].value(options.get(name) or CALLBACKS.options(name)()) for name in config.train.callbacks]
+    return [*always, *named]
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int, log: Callable[[str], None]) -> None:
-    """Start the trackers that the run names; a resumed run continues its run in each of them. Main process only.
+class WeightAverage(Callback):
+    """Updates the moving average of the weights (train.ema_decay) after every finite step."""
 
-    first_step: steps done; TensorBoard drops what a killed run had logged beyond them. Raises UserError for a tracker
-    that cannot start, unless tracking.optional leaves it out.
-    """
-    wanted, started = list(accelerator.log_with), []
-    options = _tracker_options(config, first_step)
-    for tracker in wanted:
-        accelerator.log_with, accelerator.trackers = [tracker], []
-        try:
-            accelerator.init_trackers(config.tracking.project, config=_flat(sectioned(config)), init_kwargs=options)
-            started += accelerator.trackers
-        except Exception as error:  # each tracker's client raises its own errors
-            accelerator.trackers = started  # without this one, which end_training could not finish
-            reason = f"tracking.trackers: {tracker_name(tracker)} could not start ({first_line(error)})"
-            if not config.tracking.optional:
-                raise UserError(
-                    f"{reason}; log in or configure it, leave it out, or set tracking.optional to true"
-                ) from error
-            log(f"WARNING: {reason}; the run continues without it")
-    accelerator.log_with, accelerator.trackers = wanted, started
+    def on_step(self, run: Run, step: Step) -> None:
+        if run.ema is not None and step.finite:
+            run.ema.update_parameters(run.bare_method.model)
 
 
-def tracker_name(tracker: Any) -> str:
-    """The name of one of Accelerate's trackers as tracking.trackers spells it."""
-    return str(getattr(tracker, "value", tracker))
+class StepLog(Callback):
+    """Prints the header, the progress bar or plain lines, and writes log.jsonl and the trackers' values."""
 
+    bar: tqdm | None = None
 
-def _tracker_options(config: RunConfig, first_step: int) -> dict[str, dict[str, Any]]:
-    """Arguments of each tracker's start; the ids of the run are made once and kept in the output folder."""
-    path = config.folder / TRACKERS_FILE
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        ids = {}
-    name = config.tracking.name or config.folder.name
-    group = {} if config.tracking.group is None else {"group": config.tracking.group}
-    options: dict[str, dict[str, Any]] = {}
-    if "tensorboard" in config.tracking.trackers:
-        options["tensorboard"] = {"purge_step": first_step + 1}
-    if "wandb" in config.tracking.trackers:
-        ids.setdefault("wandb", secrets.token_hex(4))
-        options["wandb"] = {"id": ids["wandb"], "name": name, "resume": "allow", "dir": str(config.folder), **group}
-    if "trackio" in config.tracking.trackers:
-        ids.setdefault("trackio", f"{name}-{secrets.token_hex(4)}")  # trackio knows a run by its name
-        options["trackio"] = {"name": ids["trackio"], "resume": "allow", **group}
-    if ids:
-        write_text(path, json.dumps(ids, indent=1) + "\n")
-    return options
-
-
-def track_evaluation(accelerator: Accelerator, output: Path, results: list[Results], step: int) -> None:
-    """Send an evaluation's table and pictures to the trackers that take text and pictures."""
-    if not accelerator.is_main_process or not accelerator.trackers:
-        return
-    prefix = f"{checkpoint_name(step)}-"
-    pictures = {
-        f"predictions/{sheet.stem.removeprefix(prefix)}": np.asarray(Image.open(sheet).convert("RGB"))
-        for sheet in sorted((output / "pictures").glob(f"{prefix}*.png"))
-    }
-    for tracker in accelerator.trackers:
-        if send := _SENDERS.get(tracker.name):
-            send(tracker, table(results), pictures, step)
-
-
-Pictures = dict[str, np.ndarray]
-"""Tag -> [height, width, 3] uint8."""
-
-
-def _to_tensorboard(tracker: Any, text: str, pictures: Pictures, step: int) -> None:
-    tracker.writer.add_text("evaluation", text, global_step=step)
-    for tag, picture in pictures.items():
-        tracker.writer.add_image(tag, picture, global_step=step, dataformats="HWC")
-
-
-def _to_wandb(tracker: Any, text: str, pictures: Pictures, step: int) -> None:
-    import wandb  # an extra
-
-    images = {tag: wandb.Image(picture) for tag, picture in pictures.items()}
-    tracker.log({"evaluation": wandb.Html(f"<pre>{html.escape(text)}</pre>"), **images}, step=step)
-
-
-def _to_trackio(tracker: Any, text: str, pictures: Pictures, step: int) -> None:
-    import trackio  # an extra
-
-    images = {tag: trackio.Image(picture) for tag, picture in pictures.items()}
-    tracker.log({"evaluation": trackio.Markdown(text), **images}, step=step)
-
-
-_SENDERS = {"tensorboard": _to_tensorboard, "wandb": _to_wandb, "trackio": _to_trackio}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, (int, float, str, bool, torch.Tensor)) else str(value)
-    return flat
-
-
-MEASURED = ("images_per_second", "data_wait_percent", "memory_gib")
-"""Names in log rows that differ between two runs of the same training."""
-
-
-class Meter:
-    """A stopwatch over the steps since the last `read`, without pauses for evaluation and saving."""
-
-    def __init__(self, images_per_step: int, device: torch.device) -> None:
-        self.images_per_step, self.device = images_per_step, device
-        self._reset()
-
-    def step(self) -> None:
-        """Count an optimizer step."""
-        self._steps += 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time that passes here was spent waiting for data."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that passes here does not count."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._start += time.perf_counter() - start
-
-    def read(self) -> dict[str, float]:
-        """Images per second over all processes, percent of the time spent waiting, GiB at most; then start again.
-
-        Memory is what this process allocated on its GPU, or its resident memory on a CPU.
-        """
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        values = (
-            self._steps * self.images_per_step / seconds,
-            100 * min(1.0, self._waited / seconds),
-            peak_memory(self.device) / 2**30,
+    def on_start(self, run: Run) -> None:
+        run.log(banner(run.config, run.components, run.accelerator, run.plan, run.total_steps, run.last_step))
+        self.bar = tqdm(
+            total=run.last_step,
+            initial=run.progress.step,
+            desc="train",
+            unit="step",
+            smoothing=0.05,
+            disable=None if run.is_main else True,  # None: no bar unless on a terminal
         )
-        self._reset()
-        return dict(zip(MEASURED, values, strict=True))
 
-    def _reset(self) -> None:
-        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+    def on_step(self, run: Run, step: Step) -> None:
+        assert self.bar is not None
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{step.loss:.4f}", lr=f"{step.lr:.1e}", refresh=False)
+        progress = run.progress
+        progress.add_loss(step.loss)
+        if progress.step % run.config.train.log_every == 0 or progress.step == run.last_step:
+            rate = {"lr_factor": step.lr_factor, "lr": step.lr, "epoch": progress.step / run.steps_per_epoch}
+            measured = {"loss": step.loss, "grad_norm": step.grad_norm, **rate, **step.extras, **run.meter.read()}
+            run.track(measured)
+            if self.bar.disable:
+                run.log(log_line(progress.step, run.last_step, run.plan.samples, measured))
+        if progress.step % run.steps_per_epoch == 0:
+            run.track({"epoch_loss": progress.take_mean_loss()})
+
+    def on_finish(self, run: Run) -> None:
+        self.on_stop(run)
+
+    def on_stop(self, run: Run) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+class MethodStatistics(Callback):
+    """Feeds the method's recorder, if it has one, and logs its rows."""
+
+    recorder: Recorder | None = None
+
+    def on_start(self, run: Run) -> None:
+        self.recorder = run.bare_method.recorder(run.components.dataset, run.output, run.accelerator.device)
+        if self.recorder is not None and run.resumed:
+            self.recorder.restore(run.progress.window, run.accelerator.device)
+
+    def on_step(self, run: Run, step: Step) -> None:
+        if self.recorder is None:
+            return
+        for values in step.results:
+            self.recorder.update({name: value for name, value in values.items() if name != "loss"})
+        row = self.recorder.after_step(run.progress.step, run.method, run.accelerator.reduce, run.is_main)
+        if row is not None:
+            run.track(row)
+
+    def before_save(self, run: Run) -> None:
+        run.progress.window = None if self.recorder is None else self.recorder.window(run.accelerator.reduce)
+
+
+class Profile(Callback):
+    """Profiles `train.profile` steps with torch.profiler."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def on_start(self, run: Run) -> None:
+        self._profiler = self._stack.enter_context(profiled(run)) if run.config.train.profile and run.is_main else None
+
+    def on_step(self, run: Run, step: Step) -> None:
+        if self._profiler is not None:
+            self._profiler.step()
+
+    def on_stop(self, run: Run) -> None:
+        self._stack.close()
+
+
+class Pictures(Callback):
+    """Draws the predictions that an evaluation kept."""
+
+    def on_evaluation(self, run: Run, results: dict[str, Results]) -> None:
+        if not run.is_main:
+            return
+        for name, result in results.items():
+            if result.predictions:
+                from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
+
+                picture = f"{checkpoint_name(run.progress.step)}-{name.replace(':', '-')}.png"
+                sheet = prediction_sheet(result, run.components.eval_loaders[name].dataset)
+                save_picture(sheet, run.output / PICTURES / picture)
+
+
+class Trackers(Callback):
+    """Sends an evaluation's scores, table and pictures to the trackers, and its scores to log.jsonl."""
+
+    def on_evaluation(self, run: Run, results: dict[str, Results]) -> None:
+        if run.progress.evaluated == run.progress.step:
+            return  # a finished run that is started again logs nothing twice
+        run.track(
+            {f"{name}/{metric}": value for name, result in results.items() for metric, value in result.metrics.items()}
+        )
+        track_evaluation(run.accelerator, run.output, list(results.values()), run.progress.step)
+
+
+class Publish(Callback):
+    """Pushes every new best, or every new last checkpoint's model, to the Hub in the background (hub.push)."""
+
+    publisher: Publisher | None = None
+
+    def on_start(self, run: Run) -> None:
+        if run.is_main:
+            self.publisher = build_publisher(run.config.hub, tqdm.write)
+
+    def on_save(self, run: Run, checkpoint: Path) -> None:
+        scores_follow = bool(run.components.eval_loaders) and run.falls_on(run.evaluation_interval, step_of(checkpoint))
+        if self.publisher is not None and run.config.hub.push == LAST and not scores_follow:
+            self.publisher.submit(checkpoint)
+
+    def on_scores(self, run: Run, checkpoint: Path, *, best: bool) -> None:
+        if self.publisher is not None and (best or run.config.hub.push == LAST):
+            self.publisher.submit(checkpoint)
+
+    def on_finish(self, run: Run) -> None:
+        if self.publisher is not None:
+            final = run.output / run.config.hub.push
+            self.publisher.finish(final, f"push it later: amltrain push {final} {run.config.hub.repo}")
 
 
 SKIPPED = 2
 """Steps before the profiled ones."""
 
 
-class _NoProfiler:
-    def step(self) -> None:
-        """Do nothing."""
-
-
-@contextmanager
-def profiled(steps: int | None, output: Path, accelerator: Accelerator) -> Iterator[Any]:
-    """Profile `steps` optimizer steps on the main process; None profiles nothing. Call `step()` after each of them.
+def profiled(run: Run) -> Any:
+    """Return a profiler of `train.profile` optimizer steps, after SKIPPED others; call `step()` after each of them.
 
     Writes OUTPUT/profile/trace.json, for chrome://tracing or ui.perfetto.dev, and OUTPUT/profile/operators.txt.
     """
-    if steps is None or not accelerator.is_main_process:
-        yield _NoProfiler()
-        return
-    folder = output / "profile"
+    steps, folder = run.config.train.profile, run.output / PROFILE
     folder.mkdir(exist_ok=True)
     on_cuda = torch.cuda.is_available()
 
@@ -317,7 +212,5 @@ def profiled(steps: int | None, output: Path, accelerator: Accelerator) -> Itera
         tqdm.write(f"profile of {steps} steps: {folder}/operators.txt and {folder}/trace.json")
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with profile(
-        activities=kinds, schedule=schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1), on_trace_ready=write
-    ) as profiler:
-        yield profiler
+    plan = schedule(wait=SKIPPED - 1, warmup=1, active=steps or 1, repeat=1)
+    return profile(activities=kinds, schedule=plan, on_trace_ready=write)

@@ -17,9 +17,9 @@ from amltrain.data.dataset import ReferDataset
 from amltrain.data.loaders import resolve_splits
 from amltrain.distributed import BatchPlan, check_trackers
 from amltrain.errors import UserError
-from amltrain.methods.registry import check_options, options_type
 from amltrain.models import model_info
 from amltrain.models.registry import model_builder
+from amltrain.registry import METHODS, check_options
 from amltrain.training.build import RunComponents, build_loss
 from amltrain.training.validation import check_best_metric, check_metric_name
 
@@ -34,7 +34,7 @@ PREFETCHED = 2
 def check_before_data(config: RunConfig) -> None:
     """Raise UserError for a value or combination that cannot work, before anything is prepared or built."""
     info = model_info(config.model.name)
-    kind = options_type(config.method)
+    kind = METHODS.options(config.method)
     check_options(config.method_options if config.method_options is not None else kind())
     build_loss(config, info)
     check_metric_name(config.evaluation)

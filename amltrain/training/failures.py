@@ -4,6 +4,7 @@ Undo the changes of a non-finite step, list its samples, and detect non-finite w
 """
 
 import errno
+import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
+from amltrain.distributed import plan_batches
 from amltrain.errors import UserError
 from amltrain.files import FORBIDDEN, NO_ROOM, free_space, way_out
 
@@ -29,12 +31,12 @@ LOST_PROCESS = ("gloo", "Application timeout", "Connection closed by peer")
 
 
 @contextmanager
-def explained(config: RunConfig, micro: int) -> Iterator[None]:
-    """Turn these errors of a run into a UserError. micro: samples per forward pass."""
+def explained(config: RunConfig) -> Iterator[None]:
+    """Turn these errors of a run into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(_out_of_memory(config, micro)) from error
+        raise UserError(_out_of_memory(config)) from error
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             raise UserError(_out_of_files(config)) from error
@@ -78,8 +80,9 @@ def drop_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _out_of_memory(config: RunConfig, micro: int) -> str:
-    ways = []
+def _out_of_memory(config: RunConfig) -> str:
+    processes, ways = int(os.environ.get("WORLD_SIZE", "1")), []
+    micro = plan_batches(config.train, processes).micro
     if micro > 1:
         ways.append(
             f"set train.micro_batch_size to {micro // 2} (the rest of the global batch of "

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 FUSED_DEVICES = {"cuda"}
 """Devices whose fused Adam kernel is used: one kernel for all tensors, several times faster."""
@@ -70,6 +71,26 @@ def build_optimizer(
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     fused = devices <= FUSED_DEVICES or None  # None: torch chooses; a CPU's fused kernel sums in another order
     return kind(groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, fused=fused)
+
+
+TensorList = tuple[Tensor, ...] | list[Tensor]
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """Return a copy of a model that follows its weights: average = decay x average + (1 - decay) x weights.
+
+    Buffers follow too. Integer buffers are copied: they are counts and tables, whose average has no meaning.
+    """
+
+    @torch.no_grad()
+    def follow(averaged: TensorList, current: TensorList, steps: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - decay)
+            return
+        for own, new in zip(averaged, current, strict=True):
+            own.copy_(new)
+
+    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
 
 
 def set_lr(optimizer: Optimizer, factor: float, base_lr: float | None = None) -> None:

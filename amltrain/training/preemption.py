@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from amltrain.checkpoints.run_folder import mark_requeue
+from amltrain.run_folder import mark_requeue
 
 REQUEUE_EXIT_CODE = 75
 CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130

@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from amltrain.checkpoints.run_folder import checkpoint_name, find_resumable, step_of
 from amltrain.config.schema import CheckpointConfig, EvaluationConfig, HubConfig, RunConfig, TrackingConfig
 from amltrain.data.prepare import read_manifest
 from amltrain.errors import UserError, unknown_name
@@ -22,15 +21,15 @@ from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.metrics import list_metrics
 from amltrain.evaluation.results import Results, write_results
 from amltrain.evaluation.tables import table
-from amltrain.hub.model_folder import RESULTS_FILE
 from amltrain.hub.push import check_access
+from amltrain.run_folder import RESULTS_FILE, find_resumable, step_of
 from amltrain.training.build import RunComponents
 
 
 def evaluate_splits(
     accelerator: Accelerator, model: nn.Module, components: RunComponents, config: RunConfig, step: int
-) -> tuple[dict[str, float], list[Results]]:
-    """Score every split; the main process writes results.json and pictures. Returns `split/metric` -> percent, results.
+) -> dict[str, Results]:
+    """Score every split; the main process writes results.json. Returns the results by split.
 
     model: whole, on the accelerator's device.
     """
@@ -53,15 +52,7 @@ def evaluate_splits(
     if accelerator.is_main_process:
         tqdm.write(f"step {step}\n{table(results)}")
         write_results(config.folder / RESULTS_FILE, results)
-        for name, result in scored.items():
-            if result.predictions:
-                from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
-
-                picture = f"{checkpoint_name(step)}-{name.replace(':', '-')}.png"
-                sheet = prediction_sheet(result, components.eval_loaders[name].dataset)
-                save_picture(sheet, config.folder / "pictures" / picture)
-    values = {f"{name}/{metric}": value for name, result in scored.items() for metric, value in result.metrics.items()}
-    return values, results
+    return scored
 
 
 def check_metric_name(evaluation: EvaluationConfig) -> None:
@@ -107,7 +98,7 @@ def dry_run(config: RunConfig) -> Iterator[RunConfig]:
     if missing and (prepared.exists() or config.data.prepared.count("/") != 1 or config.data.refer_root):
         raise UserError(
             f"{', '.join(missing)}: not prepared in {prepared}, and train.dry_run writes nothing; prepare the data "
-            f"first (amltrain prepare, or a run without train.dry_run)"
+            f"first (amltrain data prepare, or a run without train.dry_run)"
         )
     if config.hub.push != "never":
         check_access(str(config.hub.repo))

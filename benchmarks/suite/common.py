@@ -12,7 +12,7 @@ from amltrain.config.schema import OptimConfig
 from amltrain.distributed import set_tf32
 from amltrain.losses import create_loss
 from amltrain.methods.base import Method
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import create_model, model_info
 from amltrain.records import Batch
 from amltrain.training.optim import build_optimizer

@@ -16,7 +16,7 @@ from amltrain.data.prepare import available_cores, prepare_files
 from amltrain.data.rows import open_rows
 from amltrain.data.sources.table import read_table
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import ImageTransform, normalise_batch
+from amltrain.data.transforms import ImageTransform, prepare_batch
 from amltrain.environment import choose_device
 
 BATCH = 16
@@ -62,7 +62,7 @@ def _rate(dataset: ReferDataset, workers: int, device: torch.device, seconds: fl
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         batch = next(batches).mapped(lambda part: part.to(device, non_blocking=True))
-        normalise_batch(batch, dataset.transform.normalization)
+        prepare_batch(batch, dataset.transform.normalization)
         count += 1
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -4,14 +4,13 @@ import os
 import platform
 from typing import Any
 import torch
-from benchmarks.steps import hardware
 from amltrain.data.prepare import available_cores
-from amltrain.environment import choose_device
+from amltrain.environment import choose_device, processor_name
 
 def describe(*, device: str) -> dict[str, Any]:
     """Name, memory, cores and versions. Raises UserError for a device that is not there."""
     chosen = choose_device(device)
-    processor = hardware(torch.device("cpu")).split(", ")[0]
+    processor = processor_name()
     facts: dict[str, Any] = {
         "name": processor,
         "cpu": processor,

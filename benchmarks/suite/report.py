@@ -28,7 +28,7 @@ def _heading(machine: dict[str, Any]) -> str:
     return (
         f"## {machine['name']}\n\n{machine['name']}{memory}{cuda}; {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['threads']} threads; torch {machine['torch']}, Python {machine['python']}. "
-        f"`amltrain benchmark suite`"
+        f"`python launch/benchmark.py suite`"
     )
 
 

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from amltrain.checkpoints import run_folder as checkpoints
-from amltrain.checkpoints.lock import LOCK_FILE, OutputLock
-from amltrain.checkpoints.state import Progress
+from amltrain import run_folder as checkpoints
+from amltrain.checkpoints.lock import OutputLock
+from amltrain.checkpoints.progress import Progress
 from amltrain.data.prepare import prepare_files
 from amltrain.data.sources.table import read_folder, read_table
 from amltrain.errors import UserError
 from amltrain.evaluation.prediction_files import find_predictions
-from amltrain.paper.grids import read_log as read_losses
-from amltrain.report.curves import read_log
+from amltrain.paper.grids import read_losses
+from amltrain.run_folder import LOCK_FILE, read_log
 from tests.attack.cases import DAMAGED, Case, Place, odd
 from tests.data.original import HEIGHT, IMAGES, WIDTH
 
@@ -183,7 +183,12 @@ def cases() -> Iterator[Case]:
             expected,
             _file("p.jsonl", content, lambda path: find_predictions(path, "refcoco", "val")),
         )
-        yield Case("files of a run", f"log.jsonl: {name}", "either", _file("log.jsonl", content, read_log))
+        yield Case(
+            "files of a run",
+            f"log.jsonl: {name}",
+            "either",
+            _file("log.jsonl", content, lambda path: read_log(path.parent)),
+        )
         yield Case(
             "files of a run",
             f"log.jsonl, convergence: {name}",

@@ -6,17 +6,14 @@ import pytest
 import yaml
 
 from amltrain.config.files import shipped_configs
-from amltrain.config.json_schema import config_schema
-from amltrain.data.augment import augmentation_sections
-from amltrain.methods.registry import method_sections
-from amltrain.models.registry import list_models
+from amltrain.config.parse import config_schema
 
 jsonschema = pytest.importorskip("jsonschema")
 
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    schema = config_schema(method_sections(), augmentation_sections(), list_models())
+    schema = config_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 

@@ -10,14 +10,13 @@ from PIL import Image
 
 from amltrain.data.augment import (
     RawSample,
-    augmentation_entry,
     build_augmentations,
-    list_augmentations,
     random_generator,
     register_augmentation,
 )
 from amltrain.errors import UserError
 from amltrain.records import Draw
+from amltrain.registry import AUGMENTATIONS
 from tests.data.stand_in import shapes_dataset
 
 
@@ -29,7 +28,7 @@ def test_unknown_names_list_close_matches() -> None:
 
 
 def test_a_name_is_registered_once() -> None:
-    assert "mosaic" in list_augmentations()
+    assert "mosaic" in AUGMENTATIONS.names()
     with pytest.raises(KeyError, match="twice"):
 
         @register_augmentation(options=dict)
@@ -39,13 +38,13 @@ def test_a_name_is_registered_once() -> None:
 def test_options_are_built_with_their_defaults_or_as_given() -> None:
     (default,), (given,) = (
         build_augmentations(["mosaic"], options)
-        for options in (None, {"mosaic": augmentation_entry("mosaic").options(probability=0.1)})
+        for options in (None, {"mosaic": AUGMENTATIONS.options("mosaic")(probability=0.1)})
     )
     assert (default.options.probability, given.options.probability) == (0.5, 0.1)
 
 
 def test_the_registry_does_not_import_torch() -> None:
-    code = "import sys, amltrain.data.augment as a; assert a.list_augmentations(); assert 'torch' not in sys.modules"
+    code = "import sys, amltrain.data.augment as a; assert a.AUGMENTATIONS.entries(); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -64,7 +64,9 @@ def test_the_command_writes_what_a_run_finds(own: str, capsys: pytest.CaptureFix
         return build_train_dataset(data, preprocess, word_tokenizer(), mask_parts="union", seed=0)
 
     assert build().splits[0].presized is None
-    with pytest.raises(UserError, match=r"presized images of train at 32 px .*amltrain presize --dataset refshapes"):
+    with pytest.raises(
+        UserError, match=r"presized images of train at 32 px .*amltrain data presize --dataset refshapes"
+    ):
         build(presized=True)
     main(["--prepared", own, "--dataset", "refshapes", "--splits", "train", "--size", "32"])
     assert "presized/train-32-square-union-pil: 0.0" in capsys.readouterr().out

@@ -208,7 +208,7 @@ def test_split_names() -> None:
         ({"train_split": "testC"}, "has no split 'testC'"),
         ({"datasets": ["refcoco", "refshapes"]}, "no refcoco/train"),
         ({"datasets": ["refcoco-unk"]}, "has no split by"),
-        ({"prepared": "not-there"}, "amltrain prepare"),
+        ({"prepared": "not-there"}, "amltrain data prepare"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

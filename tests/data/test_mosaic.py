@@ -136,7 +136,9 @@ def test_retrieval_begins_at_its_epoch(prepared: str, tmp_path: Path) -> None:
         Mosaic(MosaicOptions(**ALWAYS, rankings=str(tmp_path / "none"), retrieval=1.0, retrieval_epoch=5))
     ]
     dataset[Draw(4, 0)]
-    with pytest.raises(UserError, match=r"ranking .*refshapes-train-sentences\.parquet cannot be read.*amltrain rank"):
+    with pytest.raises(
+        UserError, match=r"ranking .*refshapes-train-sentences\.parquet cannot be read.*amltrain data rank"
+    ):
         dataset[Draw(5, 0)]
 
 

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from amltrain.commands.evaluate import main as evaluate
 from amltrain.commands.prepare import main
 from amltrain.commands.train import read_run
-from amltrain.data.catalog import DATASETS, read_manifest
+from amltrain.data.catalog import dataset_spec, read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask
 from amltrain.evaluation.results import read_results
@@ -32,18 +32,18 @@ def referents(prepared: Path, name: str, split: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_split_is_read(name: str, tmp_path: Path) -> None:
     prepared = prepare(name, tmp_path)
-    for split in DATASETS[name].splits:
+    for split in dataset_spec(name).splits:
         found = referents(prepared, name, split)
         assert found and all(referent["sentences"] for referent in found)
         assert all(decode_mask(r["mask"]).any() != r["no_target"] for r in found)
     manifest = read_manifest(prepared / name)
-    assert manifest["skipped"] == [] and manifest["spec"]["metrics"] == list(DATASETS[name].metrics)
+    assert manifest["skipped"] == [] and manifest["spec"]["metrics"] == list(dataset_spec(name).metrics)
     assert all(verdict.startswith("published: ") for verdict in manifest["published"].values())
 
 
 @pytest.mark.parametrize("name", ["rrsis-d", "refclef", "refcoco-m", "refsegrs"])
 def test_run_lengths_and_mask_files_are_exact(name: str, tmp_path: Path) -> None:
-    for referent in referents(prepare(name, tmp_path), name, DATASETS[name].splits[-1]):
+    for referent in referents(prepare(name, tmp_path), name, dataset_spec(name).splits[-1]):
         assert np.array_equal(decode_mask(referent["mask"]), square())
 
 
@@ -75,9 +75,11 @@ def test_the_wrong_name_for_a_file_is_refused(tmp_path: Path, capsys: pytest.Cap
     """R-RefCOCO and Ref-ZOM filed as RefCOCO would train sentences about nothing as positives."""
     for name, key in (("r-refcoco", "exist"), ("ref-zom", "source")):
         LAYOUTS[name](tmp_path / name)
-        folder = tmp_path / name / DATASETS[name].folder
+        folder = tmp_path / name / dataset_spec(name).folder
         folder.rename(tmp_path / name / "refcoco")
-        (tmp_path / name / "refcoco" / f"{DATASETS[name].refs_name}.p").rename(tmp_path / name / "refcoco/refs(unc).p")
+        (tmp_path / name / "refcoco" / f"{dataset_spec(name).refs_name}.p").rename(
+            tmp_path / name / "refcoco/refs(unc).p"
+        )
         with pytest.raises(SystemExit):
             main(["--dataset", "refcoco", "--refer_root", str(tmp_path / name), "--output", str(tmp_path / "out")])
         said = capsys.readouterr().err
@@ -121,7 +123,7 @@ def test_prepared_trained_and_evaluated(
     prepared = str(prepare(name, tmp_path))
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    last_split = DATASETS[name].splits[-1]
+    last_split = dataset_spec(name).splits[-1]
     train(read_run([
         "--config", str(repository / "configs/recipes/refer_mini.yaml"),
         "--config", str(repository / f"configs/models/{model}.yaml"), "--preprocess.size", "64",
@@ -139,6 +141,6 @@ def test_prepared_trained_and_evaluated(
     assert (result.dataset, result.split, result.counts["samples"]) == (name, split, sum(sentences))
     absent = sum(len(r["sentences"]) for r in referents(tmp_path / "prepared", name, split) if r["no_target"])
     assert result.counts["no_target"] == absent
-    assert (absent > 0) == bool(DATASETS[name].special_keys)
-    assert set(DATASETS[name].metrics) <= result.metrics.keys()
+    assert (absent > 0) == bool(dataset_spec(name).special_keys)
+    assert set(dataset_spec(name).metrics) <= result.metrics.keys()
     assert all(0 <= value <= 100 for value in result.metrics.values())

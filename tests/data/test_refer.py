@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.data.catalog import DATASETS, belongs, dataset_spec
+from amltrain.data.catalog import belongs, dataset_spec
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.sources.annotations import Annotations
 from amltrain.data.sources.refer import read_refer
@@ -25,7 +25,7 @@ def groups(files: Annotations, split: str = "train") -> list:
 @pytest.mark.parametrize("dataset", ["refcoco", "refcoco+", "refcocog", "refcocog-google", "grefcoco"])
 def test_every_data_set_is_read_from_its_own_files(dataset: str, tmp_path: Path) -> None:
     files = read_refer(Original(tmp_path, dataset).write().root, dataset)
-    for split in DATASETS[dataset].splits:
+    for split in dataset_spec(dataset).splits:
         found = groups(files, split)
         assert len(found) == 3 and not any(group.skipped for group in found)
         for group in found:

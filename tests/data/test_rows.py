@@ -76,7 +76,7 @@ def test_several_files_on_a_remote_file_system(prepared: str) -> None:
 
 
 def test_what_is_missing_is_said(prepared: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"refshapesg/val.*amltrain prepare"):
+    with pytest.raises(UserError, match=r"refshapesg/val.*amltrain data prepare"):
         open_rows(prepared, "refshapesg", "val", streaming=True)
     with pytest.raises(UserError, match=r"could not read Hub data set nobody/nothing"):
         open_rows("nobody/nothing", "refshapes", "val", streaming=True)

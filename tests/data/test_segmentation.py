@@ -68,13 +68,15 @@ def test_no_segmentation_is_an_empty_mask() -> None:
 def test_a_broken_polygon_beside_a_good_one_is_dropped_aloud() -> None:
     found = referent_mask([[[1, 2, 3, 4], SQUARE]], HEIGHT, WIDTH)
     assert np.array_equal(decode_rle(found.union), square_mask())
-    assert found.dropped == ("a polygon has fewer than 3 points",)
+    (why,) = found.dropped
+    assert why.startswith("a polygon has four numbers, which are two points")
 
 
 @pytest.mark.parametrize(
     ("segmentation", "why"),
     [
-        ([[5, 5, 25, 5]], "fewer than 3 points"),
+        ([[5, 5, 25, 5]], "four numbers, which are two points"),
+        ([[5, 5]], "fewer than 3 points"),
         ([[5, 5, 25, 5, 25, 25, 5]], "odd number"),
         ([[5, 5, 25, 5, 25, float("nan")]], "no finite number"),
         ([[5, 5, 25, 5, 25, "x"]], "no number"),

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from amltrain.commands.evaluate import evaluation_splits
 from amltrain.commands.prepare import main
 from amltrain.commands.presize import main as presize
 from amltrain.config.schema import DataConfig
@@ -22,6 +21,7 @@ from amltrain.data.catalog import find_spec, read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask
 from amltrain.data.sources.own import assign_splits
+from amltrain.inference.evaluate import evaluation_splits
 
 HEIGHT, WIDTH = 30, 40
 BOX = [5, 6, 20, 10]
@@ -213,7 +213,7 @@ GOOD = {"image": "0.jpg", "sentence": "x", "mask": "masks/0.png"}
         ([GOOD | {"sentence": ""}], (), "row 1 of image 0.jpg: it is empty"),
         ([GOOD | {"sentence": None}, GOOD], (), "row 1 of image 0.jpg: it is empty"),
         ([GOOD | {"mask": [5, 6, -3, 10]}], (), r"row 1: the box \[5, 6, -3, 10\] has no width or no height"),
-        ([GOOD | {"ref_id": "seven"}], (), "row 1: ref_id is 'seven', not a whole number"),
+        ([GOOD | {"ref_id": "7.5"}], (), "row 1: ref_id is '7.5', not a whole number"),
         ([GOOD | {"ref_id": 2**70}], (), "row 1: ref_id needs more than 64 bits"),
         ([GOOD | {"image": None}], (), "row 1: the image is None, not a path"),
         ([GOOD | {"split": "train"}, GOOD | {"image": "1.jpg"}], (), "row 2: no split, but other rows have one"),
@@ -229,8 +229,8 @@ GOOD = {"image": "0.jpg", "sentence": "x", "mask": "masks/0.png"}
         ([GOOD | {"mask": "masks/9.png"}], (), "row 1 of image 0.jpg: mask masks/9.png: the file is missing in photos"),
         ([GOOD | {"mask": "0.jpg"}], (), "it is a JPEG, whose pixel values are not exact"),
         ([GOOD | {"mask": "masks/grey.png"}], (), "values 1, 2 beside 0; give --mask_threshold, or"),
-        ([GOOD | {"mask": "masks/small.png"}], (), "mask masks/small.png: it is 3 x 4 pixels, its image 30 x 40"),
-        ([GOOD | {"mask": {"size": [3, 4], "counts": "abc"}}], (), r"its run lengths are for size \[3, 4\]"),
+        ([GOOD | {"mask": "masks/small.png"}], (), r"mask masks/small.png: its mask is for size \[4, 4\], the picture"),
+        ([GOOD | {"mask": {"size": [4, 4], "counts": [8, 8]}}], (), r"its mask is for size \[4, 4\]"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(
@@ -243,7 +243,7 @@ def test_what_is_wrong_is_named(
     grey = np.zeros((HEIGHT, WIDTH), np.uint8)
     grey[0, :2] = 1, 2
     Image.fromarray(grey).save(folder / "photos/masks/grey.png")
-    Image.fromarray(square()[:3, :4]).save(folder / "photos/masks/small.png")
+    Image.fromarray(square()[:4, :4]).save(folder / "photos/masks/small.png")
     rows = [*rows, GOOD | {"image": "2.jpg"}] if "9.jpg" in message or "outside" in message else rows
     table = write(folder / "my.jsonl", rows)
     with pytest.raises(SystemExit) as stop:
@@ -257,13 +257,23 @@ def test_what_is_wrong_is_named(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"image/sentence/mask\n0.jpg/x/masks-0.png\n", "has no column 'image'; it has image/sentence/mask"),
+        (b'image,sentence,mask\n0.jpg,"stop" sign,masks/0.png\n', "line 2 cannot be read as csv .*write quotes inside"),
         (
-            b"image;sentence;mask\n0.jpg;x;masks/0.png\n",
-            "has the one column 'image;sentence;mask'; separate the columns",
+            b'image,sentence,mask\n0.jpg,"a,masks/0.png\n1.jpg,b",masks/1.png\n',
+            "line 3: the cell 'a,masks.* several rows",
         ),
+        (b"image,mask,mask\n", "has the column 'mask' twice"),
+        (b"image,sentence,mask\n0.jpg,x,masks/0.png\n\x81,y,z\n", "line 3 is not UTF-8"),
         (b"image,sentence,mask\n0.jpg,x,[5,6,20,10]\n", "Expected 3 columns, got 6.*; put cells that hold commas in"),
-        ("image,sentence,mask\n0.jpg,caf\xe9,masks/0.png\n".encode("latin-1"), "invalid UTF8 data.*; save it as UTF-8"),
-        ("image,sentence,mask\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        (
+            "image,sentence,mask\n0.jpg,caf\xe9,masks/0.png\n".encode("latin-1"),
+            "line 2 is not UTF-8; .*--encoding cp1252",
+        ),
+        (
+            "image,sentence,mask\n".encode("utf-16-le"),
+            "UTF-16 without a byte-order mark; name it: --encoding utf-16-le",
+        ),
     ],
 )
 def test_what_spreadsheets_write(

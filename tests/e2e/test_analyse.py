@@ -1,4 +1,4 @@
-"""`amltrain analyse` and `amltrain diagnose` on an untrained model and a few scenes: a table and a picture each."""
+"""`amltrain analyse` on an untrained model and a few scenes: a table and a picture each."""
 
 import csv
 import json

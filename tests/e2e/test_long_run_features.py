@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.commands.evaluate import main as evaluate
 from amltrain.data.prepare import prepare
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes

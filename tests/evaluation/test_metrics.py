@@ -160,10 +160,10 @@ def test_the_page_on_adding_a_metric(repository: Path):
         exec(compile(code, "adding-a-metric.md", "exec"), {})
         scores = compute_scores(scored_columns([4, 0], [10, 6], areas=[6, 2]), "classic")
         assert scores["Dice"] == pytest.approx(100 * 2 * 4 / (6 + 8 + 2 + 4))
-        with pytest.raises(ValueError, match="already registered"):
+        with pytest.raises(UserError, match="registered already"):
             exec(compile(code, "adding-a-metric.md", "exec"), {})
     finally:
-        METRICS["classic"].pop("Dice", None)
+        METRICS["classic"].remove("Dice")
     assert "Dice" not in classic_scores([1], [2])
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from amltrain.hub.model_card import HUB_LICENCES, _bibtex, build_model_card, has_paper
-from amltrain.hub.model_folder import CONFIG_FILE, TRAINING_FILE
-from amltrain.methods.registry import list_methods, method_info
 from amltrain.models import list_models, model_info
+from amltrain.registry import METHODS
+from amltrain.run_folder import CONFIG_FILE, TRAINING_FILE
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -34,7 +34,7 @@ def test_readme_says_the_same_licences(repository: Path) -> None:
         assert licence == model_info(name).licence, name
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", METHODS.names())
 @pytest.mark.parametrize("name", list_models())
 def test_every_bibtex_key_is_there_once(name: str, method: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"model": name}))
@@ -46,7 +46,7 @@ def test_every_bibtex_key_is_there_once(name: str, method: str, tmp_path: Path) 
     keys = [key for key, _ in entries]
     assert len(keys) == len(set(keys)) == text.count("@")
     assert all(body.count("{") == body.count("}") and "none" not in body for _, body in entries)
-    assert len(keys) == 1 + has_paper(model_info(name).paper) + has_paper(method_info(method).paper)
+    assert len(keys) == 1 + has_paper(model_info(name).paper) + has_paper(METHODS[method].details.paper)
 
 
 def test_a_citation_has_title_venue_and_year() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.base import build_method
 from amltrain.methods.contrastive import ContrastiveOptions, contrast, late_interaction
-from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
 from amltrain.records import AlignmentFeatures
 from tests.methods.aml.test_method import make_batch

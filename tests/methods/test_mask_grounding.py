@@ -5,13 +5,13 @@ import torch
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.base import build_method
 from amltrain.methods.mask_grounding import (
     MaskGroundingOptions,
     PixelAlignment,
     WordPredictor,
     hide_words,
 )
-from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
 from amltrain.randomness import random_key
 from amltrain.records import Vocabulary

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
+from amltrain.methods.base import build_method
 from amltrain.methods.maskers import Masker, Masking, mask_image
 from amltrain.methods.maskris import (
     MaskRIS,
@@ -19,7 +20,6 @@ from amltrain.methods.maskris import (
     hide_by_rank,
     mask_words,
 )
-from amltrain.methods.registry import build_method
 from amltrain.models import create_model, model_info
 from amltrain.records import Vocabulary
 from tests.methods.aml.test_method import make_batch

@@ -5,13 +5,13 @@ from dataclasses import fields, is_dataclass
 import pytest
 import torch
 
-from amltrain.config.sections import find_option
+from amltrain.config.parse import find_option
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
-from amltrain.methods.base import Method
-from amltrain.methods.registry import build_method, list_methods, method_info, method_sections, options_type
+from amltrain.methods.base import Method, build_method
 from amltrain.models import create_model, model_info
 from amltrain.records import Vocabulary
+from amltrain.registry import METHODS
 from tests.methods.aml.test_method import make_batch
 
 WORDS = Vocabulary(size=500, padding=0, mask=103, special=(0, 100, 101, 102, 103))
@@ -28,7 +28,7 @@ def build(name: str) -> Method:
     return build_method(name, create_model(model), create_loss(info.loss, **info.loss_kwargs), None, WORDS)
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_one_step_trains_every_parameter_and_repeats(name: str) -> None:
     method, batch = build(name).train(), make_batch()
     lines = method.setup(iter([batch]))
@@ -44,28 +44,28 @@ def test_one_step_trains_every_parameter_and_repeats(name: str) -> None:
     assert torch.equal(again(batch)["loss"], result["loss"])
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_it_describes_itself_and_exports_only_the_model(name: str) -> None:
     method = build(name)
     assert method.summary().split(",")[0] == name
-    assert method_info(name).summary
+    assert METHODS[name].details.summary
     assert method.model.state_dict().keys() == create_model(MODELS.get(name, "caris_tiny")).state_dict().keys()
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", METHODS.names())
 def test_options_have_defaults_and_help(name: str) -> None:
-    kind = options_type(name)
+    kind = METHODS.options(name)
     assert is_dataclass(kind)
     kind()
-    assert kind is method_info(name).options
+    assert kind is METHODS[name].options
     assert all(field.name.isidentifier() for field in fields(kind))
 
 
 def test_an_unknown_method_names_the_close_match() -> None:
-    with pytest.raises(UserError, match=r"unknown training method .*'maskriss'; did you mean maskris"):
-        method_info("maskriss")
+    with pytest.raises(UserError, match=r"unknown method 'maskriss'; did you mean maskris"):
+        METHODS["maskriss"]
 
 
 def test_an_option_is_found_in_the_section_that_has_it() -> None:
-    assert find_option("tau", [method_sections()]) == ["aml.tau"]
-    assert find_option("text_ratio", [method_sections()]) == ["maskris.text_ratio"]
+    assert find_option("tau") == ["aml.tau"]
+    assert find_option("text_ratio") == ["maskris.text_ratio"]

@@ -13,7 +13,7 @@ from torch import nn
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import RISModel, check_param_groups, create_model
 from amltrain.models.backbones.resnet import CLIPResNet, load_clip_resnet
 from tests.models.recorded import full_size_batch, full_size_weights

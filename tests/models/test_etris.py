@@ -13,7 +13,7 @@ from torch import nn
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import create_model
 from amltrain.models.backbones.clip import CLIPText, CLIPViT, load_clip_vit, resample
 from amltrain.models.etris import ETRIS

@@ -17,7 +17,7 @@ from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.methods.aml.method import AML
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import RISModel, check_param_groups, create_model, list_models, model_builder, model_info
 from amltrain.records import Batch
 

@@ -1,4 +1,4 @@
-"""`amltrain reproduce`: what it would run, what it writes, and one table made from nothing."""
+"""`amltrain paper reproduce`: what it would run, what it writes, and one table made from nothing."""
 
 import argparse
 import json
@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.checkpoints.run_folder import FINISHED_FILE
 from amltrain.commands.train import read_run
 from amltrain.errors import UserError
 from amltrain.paper.files import collect, latex_table, markdown_page, status_page, write_table
 from amltrain.paper.plan import Command, Row, Run, Settings, Table, check_data, plan, run_folder
-from amltrain.paper.reproduce import build_parser, main, reproduce, run_command
+from amltrain.paper.reproduce import build_parser, main
+from amltrain.paper.run_tables import reproduce, run_command
 from amltrain.paper.tables import BY_NAME, TABLE_4, TABLE_5, TABLE_14, TABLES
+from amltrain.run_folder import FINISHED_FILE
 
 TINY = Settings("tiny", Path("out"), steps=8)
 FULL = Settings("full", Path("out"))
@@ -73,8 +74,8 @@ def test_missing_data_names_the_commands(tmp_path: Path) -> None:
         check_data(BY_NAME["table15"], settings)
     message = str(caught.value)
     assert "needs refcoco, refcoco+, refcocog" in message and "\n" not in message
-    assert "amltrain download refcoco refcoco+ refcocog coco --root data/refer" in message
-    assert "amltrain prepare --dataset refcoco refcoco+ refcocog --refer_root data/refer" in message
+    assert "amltrain data download refcoco refcoco+ refcocog coco --root data/refer" in message
+    assert "amltrain data prepare --dataset refcoco refcoco+ refcocog --refer_root data/refer" in message
     check_data(BY_NAME["table15"], TINY)
 
 
@@ -101,12 +102,12 @@ def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_an_empty_table_shows_what_is_published(tmp_path: Path) -> None:
     settings = FULL._replace(root=tmp_path)
-    content = collect(TABLE_4, settings, "amltrain reproduce table4")
+    content = collect(TABLE_4, settings, "amltrain paper reproduce table4")
     text = markdown_page(content)
     assert [row["ours"] for row in content["rows"]] == [[]] * 6
     assert "| tau 0.4 | refcoco+:testB/oIoU |     59.51 |    - |  not run |" in text
     assert r"\toprule" in latex_table(content) and "59.51" in latex_table(content)
-    write_table(TABLE_4, settings, "amltrain reproduce table4")
+    write_table(TABLE_4, settings, "amltrain paper reproduce table4")
     assert "| 0 of 6 |" in status_page(tmp_path)
 
 

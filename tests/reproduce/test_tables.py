@@ -99,4 +99,4 @@ def test_the_page_is_made_from_the_definition(repository: Path) -> None:
     text = (repository / "docs" / "paper.md").read_text(encoding="utf-8")
     assert text == updated(text), "run: python -m amltrain.paper.page docs/paper.md"
     for table in TABLES:
-        assert f"`amltrain reproduce {table.name}`" in text
+        assert f"`amltrain paper reproduce {table.name}`" in text

@@ -26,7 +26,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.data.prepare import prepare
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.training.preemption import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from tests.training import runs
 from tests.training.faults import draw_scenes
 

@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
-from amltrain.training.callbacks import MEASURED
+from amltrain.training.tracking import MEASURED
 from amltrain.training.trainer import train
 
 SHORT_RUN = Path(__file__).with_name("short_run.yaml")

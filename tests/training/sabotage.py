@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.data.dataset import ReferDataset
 from amltrain.evaluation import evaluator
 from amltrain.methods.aml.method import AML
@@ -94,7 +94,7 @@ def ask_to_stop(step: int) -> None:
 
     def asked(self: Trainer, batches: list[Any]) -> Any:
         if self.progress.step + 1 == step and self.accelerator.is_last_process:
-            self.preemption.reason = "a test"
+            self.run.preemption.reason = "a test"
         return sound(self, batches)
 
     Trainer._optimizer_step = asked  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.errors import UserError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from amltrain import distributed
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.errors import UserError
 from amltrain.training.preemption import REQUEUE_EXIT_CODE

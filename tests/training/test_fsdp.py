@@ -1,98 +1,99 @@
-"""FSDP2 as configured in configs/accelerate/fsdp2.yaml, on one CPU process; several GPUs were not available."""
+"""FSDP2 on CPU processes: it trains as DDP does, and resumes at any number of processes and under any engine."""
 
-import traceback
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from accelerate import FullyShardedDataParallelPlugin, PartialState
-from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.optim.swa_utils import AveragedModel
 
-from amltrain.checkpoints.harmless import check_harmless
-from amltrain.checkpoints.state import is_own_state, write_averaged
-from amltrain.losses import create_loss
-from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
-from amltrain.models import create_model, model_info
-from benchmarks.steps import random_batch
-from tests.training.runs import FORKS
+from amltrain.training.preemption import REQUEUE_EXIT_CODE
+from tests.training import runs, sabotage
+from tests.training.sharding import FSDP2, AllowCPU
 
-PRESETS = {
-    "off": ("supervised", None),
-    "paper": ("aml", AMLOptions(temperature=0.01)),
-    "released": ("aml", AMLOptions(preset="released")),
-}
+STEPS = 6
+SPREAD = ("--train.micro_batch_size", "2", "--train.max_steps", str(STEPS), "--evaluation.every_steps", str(STEPS))
+MODELS = ("caris_tiny", "lavt_tiny", "cgformer_tiny", "rela_tiny", "cris_tiny", "etris_tiny", "detris_tiny",
+          "dual_tiny", "magnet_tiny", "barleria_tiny", "remamber_tiny", "beit3_tiny", "sam3_tiny")  # fmt: skip
+METHODS = ("supervised", "maskris", "mask_grounding", "aml --aml.temperature 0.01", "aml --aml.preset released",
+           "aml --aml.projection learnable --aml.temperature 0.01")  # fmt: skip
 
 
-def test_the_task_is_sharded_as_one_whole(repository: Path) -> None:
+def sharded(shapes: Path, output: Path, *extra: str, processes: int = 2, stop: int = 0) -> str:
+    """Train under FSDP2. stop: ask to stop in this step."""
+    before = AllowCPU(partial(sabotage.ask_to_stop, stop) if stop else None)
+    code = REQUEUE_EXIT_CODE if stop else 0
+    return runs.finished(shapes, output, *extra, processes=processes, environment=FSDP2, before=before, expected=code)
+
+
+@pytest.fixture(scope="module")
+def ddp(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("fsdp") / "ddp"
+    runs.finished(shapes, output, *SPREAD, processes=2)
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("fsdp") / "whole"
+    said = sharded(shapes, output, *SPREAD)
+    assert ", fsdp" in said
+    return output
+
+
+def test_the_configuration_is_the_one_tested(repository: Path) -> None:
     settings = yaml.safe_load((repository / "configs" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-    assert (settings["fsdp_version"], settings["fsdp_auto_wrap_policy"]) == (2, "NO_WRAP")
+    assert {f"FSDP_{key.removeprefix('fsdp_').upper()}": str(value).lower() for key, value in settings.items()} == {
+        key: value.lower() for key, value in FSDP2.items() if key.startswith("FSDP_")
+    } | {"FSDP_AUTO_WRAP_POLICY": "no_wrap", "FSDP_STATE_DICT_TYPE": "full_state_dict"}
 
 
-@pytest.mark.parametrize("model", ["caris_tiny", "lavt_tiny", "cgformer_tiny"])
-def test_a_sharded_task_trains_as_a_whole_one(model: str, tmp_path: Path) -> None:
-    """In a process of its own: a process group stays for good."""
-    ours, theirs = FORKS.Pipe()
-    process = FORKS.Process(target=_train_sharded, args=(model, tmp_path / "store", theirs))
-    process.start()
-    theirs.close()
-    outcome = ours.recv()
-    process.join()
-    assert isinstance(outcome, dict), outcome
-    for preset, (whole, sharded) in outcome.items():
-        assert sharded == pytest.approx(whole, rel=1e-5), preset
+def test_it_follows_ddp(ddp: Path, whole: Path) -> None:
+    assert runs.losses(whole) == pytest.approx(runs.losses(ddp), abs=5e-5)
+    assert runs.largest_difference(whole, ddp) < 2e-3
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_what_accelerate_writes_is_not_taken_for_our_own_state(kind: str, tmp_path: Path) -> None:
-    process = FORKS.Process(target=_save_sharded, args=(kind, tmp_path))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    assert (tmp_path / "state" / "optimizer.bin").is_file() == (kind == "FULL_STATE_DICT")
-    assert not is_own_state(tmp_path / "state")
-    check_harmless(tmp_path / "state")
+def test_it_resumes_bit_for_bit(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    sharded(shapes, output, *SPREAD, stop=3)
+    names = {path.name for path in (output / "last" / "state").iterdir()}
+    assert names == {
+        "rank-00000-of-00002.safetensors",
+        "rank-00001-of-00002.safetensors",
+        "optimizer.json",
+        "trainer.json",
+    }
+    assert "step-000003 at step 3" in sharded(shapes, output, *SPREAD)
+    assert runs.same_weights(output, whole)
 
 
-def _save_sharded(kind: str, folder: Path) -> None:
-    """Save a sharded model and its optimizer as `Accelerator.save_state` does, with weight averaging on top."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
-    model = torch.nn.Linear(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-    state = folder / "state"
-    save_fsdp_model(plugin, PartialState(), model, state)
-    save_fsdp_optimizer(plugin, PartialState(), optimizer, model, state)
-    write_averaged(state, AveragedModel(torch.nn.Linear(4, 4)))
+def test_its_state_continues_on_one_process_then_sharded_on_four(whole: Path, shapes: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    sharded(shapes, output, *SPREAD, stop=2)
+    runs.finished(shapes, output, *SPREAD, before=partial(sabotage.ask_to_stop, 4), expected=REQUEUE_EXIT_CODE)
+    said = sharded(shapes, output, *SPREAD, processes=4)
+    assert "step-000003 at step 3" in said
+    assert runs.losses(output) == pytest.approx(runs.losses(whole), abs=5e-5)
+    assert runs.largest_difference(output, whole) < 2e-3
 
 
-def _train_sharded(model: str, store: Path, outcome: Connection) -> None:
-    """Send (loss and gradient norm) of one step, whole and sharded, by preset; or the trace of what went wrong."""
-    try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-        info, found = model_info(model), {}
-        batch = random_batch(2, info.preprocess.size, 12, 500, torch.device("cpu"))
-        for preset, (method, options) in PRESETS.items():
-            steps = []
-            for sharded in (False, True):
-                torch.manual_seed(0)
-                task = build_method(method, create_model(model), create_loss(info.loss, **info.loss_kwargs), options)
-                if sharded:
-                    fully_shard(task, mesh=init_device_mesh("cpu", (1,)))
-                torch.manual_seed(1)
-                loss = task(batch)["loss"]
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(task.parameters(), torch.inf)
-                steps.append([loss.item(), float(norm.full_tensor() if sharded else norm)])
-            found[preset] = steps
-        outcome.send(found)
-    except BaseException:
-        outcome.send(traceback.format_exc())
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_follows_ddp_and_resumes(model: str, shapes: Path, tmp_path: Path) -> None:
+    extra = ("--train.micro_batch_size", "2", "--train.max_steps", "3", "--evaluation.splits", "[]", "--method")
+    extra += ("supervised", "--model.name", model, "--model.kwargs", "{}", "--preprocess.size", "null")
+    runs.finished(shapes, tmp_path / "ddp", *extra, processes=2)
+    sharded(shapes, tmp_path / "whole", *extra)
+    sharded(shapes, tmp_path / "cut", *extra, stop=2)
+    sharded(shapes, tmp_path / "cut", *extra)
+    assert runs.losses(tmp_path / "whole") == pytest.approx(runs.losses(tmp_path / "ddp"), rel=2e-4)
+    assert runs.same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_follows_ddp(method: str, shapes: Path, tmp_path: Path) -> None:
+    extra = ("--train.micro_batch_size", "2", "--train.max_steps", "3", "--evaluation.splits", "[]", "--method")
+    extra += tuple(method.split())
+    runs.finished(shapes, tmp_path / "ddp", *extra, processes=2)
+    sharded(shapes, tmp_path / "fsdp", *extra)
+    assert runs.losses(tmp_path / "fsdp") == pytest.approx(runs.losses(tmp_path / "ddp"), rel=2e-4)

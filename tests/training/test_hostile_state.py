@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.checkpoints import run_folder as checkpoints
-from amltrain.checkpoints.harmless import check_harmless
+from amltrain import run_folder
+from amltrain.checkpoints.state import damage_named, plain_data_only
 from amltrain.errors import UserError
 from amltrain.files import sha256
 from amltrain.hub.model_folder import load_pretrained
@@ -20,11 +20,11 @@ from tests.traps import Touch
 
 def reseal(checkpoint: Path) -> None:
     """Make the manifest fit again, as an attacker would."""
-    manifest = json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    manifest = json.loads((checkpoint / run_folder.MANIFEST).read_text())
     for name, entry in manifest["files"].items():
         path = checkpoint / name
         entry |= {"size": path.stat().st_size, "sha256": sha256(path)}
-    (checkpoint / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    (checkpoint / run_folder.MANIFEST).write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +35,22 @@ def averaged(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_the_state_holds_no_pickle_but_the_optimizer(averaged: Path) -> None:
+def test_the_state_contains_no_pickle(averaged: Path) -> None:
     names = {path.name for path in (averaged / "last" / "state").iterdir()}
-    assert names == {"method.safetensors", "optimizer.bin", "trainer.json", "evaluated.json"}
+    ours = {"method.safetensors", "optimizer.safetensors", "optimizer.json"}
+    assert names == ours | {"trainer.json", "evaluated.json"}
 
 
 def test_a_planted_pickle_is_never_run(averaged: Path, shapes: Path, tmp_path: Path) -> None:
     """In every file of `state/` and `model/`, in turn, as a bare pickle and as torch.save writes it."""
     marker = tmp_path / "executed"
     whole = (averaged / "last").resolve()
-    files = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.is_file() and p.name != checkpoints.MANIFEST]
+    files = [p.relative_to(whole) for p in sorted(whole.rglob("*")) if p.is_file() and p.name != run_folder.MANIFEST]
     assert len(files) > 6
     for file in files:
         checkpoint = tmp_path / "step-000001"
         shutil.copytree((averaged / "last").resolve(), checkpoint)
-        if file.suffix == ".bin":
-            torch.save({"optimizer": Touch(marker)}, checkpoint / file)
-        else:
-            (checkpoint / file).write_bytes(pickle.dumps(Touch(marker)))
+        (checkpoint / file).write_bytes(pickle.dumps(Touch(marker)))
         reseal(checkpoint)
         resume = ("--resume", str(checkpoint), "--train.max_steps", "2", "--train.ema_decay", "0.5")
         with suppress(UserError):  # a file that nothing reads is no error
@@ -64,18 +62,49 @@ def test_a_planted_pickle_is_never_run(averaged: Path, shapes: Path, tmp_path: P
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+def test_a_pickle_of_version_0_1_is_read_as_plain_data(averaged: Path, shapes: Path, tmp_path: Path) -> None:
+    """optimizer.bin in the place of the files of this version, with code in it."""
+    marker, checkpoint = tmp_path / "executed", tmp_path / "step-000001"
+    shutil.copytree((averaged / "last").resolve(), checkpoint)
+    (checkpoint / "state" / "optimizer.json").unlink()
+    (checkpoint / "state" / "optimizer.safetensors").unlink()
+    torch.save({"optimizer": Touch(marker)}, checkpoint / "state" / "optimizer.bin")
+    manifest = json.loads((checkpoint / run_folder.MANIFEST).read_text())
+    manifest["files"] = {name: {} for name in manifest["files"] if "/optimizer." not in name}
+    manifest["files"]["state/optimizer.bin"] = {}
+    (checkpoint / run_folder.MANIFEST).write_text(json.dumps(manifest))
+    reseal(checkpoint)
+    resume = ("--resume", str(checkpoint), "--train.max_steps", "2", "--train.ema_decay", "0.5")
+    with pytest.raises(UserError, match=r"does not fit this run or is damaged"):
+        runs.run(shapes, tmp_path / "run", *resume)
+    assert not marker.exists()
+
+
 @pytest.mark.parametrize("as_zip", [True, False])
-def test_engine_files_are_looked_at_before_they_are_loaded(tmp_path: Path, as_zip: bool) -> None:
+def test_engine_files_are_read_as_plain_data(tmp_path: Path, as_zip: bool) -> None:
+    """What DeepSpeed loads with `weights_only=False`, and every file beside it that it may look at."""
+    pytest.importorskip("deepspeed")
     marker = tmp_path / "executed"
-    folder = tmp_path / "state"
-    folder.mkdir()
-    path = folder / "mp_rank_00_model_states.pt"
+    path = tmp_path / "mp_rank_00_model_states.pt"
     if as_zip:
         torch.save({"weights": torch.zeros(2), "more": Touch(marker)}, path)
     else:
         path.write_bytes(pickle.dumps(Touch(marker)))
-    with pytest.raises(UserError, match=r"would run (posix|nt)\.mkdir"):
-        check_harmless(folder)
+    with pytest.raises(UserError, match="damaged"), damage_named(tmp_path), plain_data_only():
+        torch.load(path, weights_only=False)
     assert not marker.exists()
     torch.save({"weights": torch.zeros(2), "shape": torch.Size([2]), "type": torch.float32}, path)
-    check_harmless(folder)
+    with plain_data_only():
+        assert torch.load(path, weights_only=False)["shape"] == torch.Size([2])
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "extra/optimizer.json", "rank-00000-of-00001.bin"])
+def test_other_files_in_the_state_are_never_read(averaged: Path, shapes: Path, tmp_path: Path, name: str) -> None:
+    marker, checkpoint = tmp_path / "executed", tmp_path / "step-000001"
+    shutil.copytree((averaged / "last").resolve(), checkpoint)
+    trap = checkpoint / "state" / name
+    trap.parent.mkdir(exist_ok=True)
+    trap.write_bytes(pickle.dumps(Touch(marker)))
+    resume = ("--resume", str(checkpoint), "--train.max_steps", "2", "--train.ema_decay", "0.5")
+    runs.run(shapes, tmp_path / "run", *resume)
+    assert not marker.exists()

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from amltrain.checkpoints import lock as locks
-from amltrain.checkpoints.lock import LOCK_FILE, OutputLock
+from amltrain.checkpoints.lock import OutputLock
 from amltrain.checkpoints.resume import prepare_output
 from amltrain.commands.train import read_run
 from amltrain.errors import UserError
+from amltrain.run_folder import LOCK_FILE
 
 
 def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.errors import UserError
 from amltrain.training.preemption import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_costs_its_steps_only(
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(whole, output, symlinks=True)
-    victim = output / "step-000008" / "state" / "optimizer.bin"
+    victim = output / "step-000008" / "state" / "optimizer.safetensors"
     victim.write_bytes(victim.read_bytes()[:-100])
     runs.run(shapes, output)
     assert "skipping a damaged checkpoint" in capsys.readouterr().out

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from amltrain.checkpoints.run_folder import FINISHED_FILE, checkpoints, step_of
 from amltrain.errors import UserError
+from amltrain.run_folder import FINISHED_FILE, checkpoints, step_of
 from tests.training import runs
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from amltrain.errors import UserError
-from amltrain.training.callbacks import TRACKERS_FILE
+from amltrain.run_folder import TRACKERS_FILE
 from tests.training import runs
 
 SHORT = ("--train.max_steps", "12", "--evaluation.every_steps", "6", "--evaluation.pictures", "2")

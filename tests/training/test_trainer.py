@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from amltrain.checkpoints import run_folder as checkpoints
+from amltrain import run_folder as checkpoints
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.records import Batch
-from amltrain.training.trainer import StepStats, Trainer
+from amltrain.training.run import Step
+from amltrain.training.trainer import Trainer
 from tests.training import runs, sabotage
 
 
@@ -92,7 +93,7 @@ def test_every_group_may_start_at_the_full_rate_for_one_epoch(
     rates: list[tuple[int, list[float]]] = []
     sound = Trainer._optimizer_step
 
-    def watched(self: Trainer, batches: list[Batch]) -> StepStats:
+    def watched(self: Trainer, batches: list[Batch]) -> Step:
         stats = sound(self, batches)
         epoch = (self.progress.step - 1) // self.steps_per_epoch
         rates.append((epoch, [group["lr"] for group in self.optimizer.param_groups]))

@@ -6,14 +6,30 @@
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from amltrain.data.catalog import SPECIAL_KEYS, DatasetSpec
 from amltrain.data.images import FileFault, ImageFile, read_image_file, read_mask_file
 from amltrain.data.segmentation import BrokenSegmentationError, area, encode_mask, referent_mask
+from amltrain.data.sources.cells import text_fault
+from amltrain.data.sources.frame import (
+    COCO_RULE,
+    RESIZED,
+    Frame,
+    FrameRule,
+    Size,
+    establish,
+    fit_bitmap,
+    in_frame,
+    scale_box,
+    stated_by_mask,
+    upright_content,
+)
 from amltrain.errors import UserError
+from amltrain.registry import READERS
 
 LARGE_SHARE = 0.95
 """A mask that covers more of its image is counted and shown: it is often an inverted mask."""
@@ -48,7 +64,8 @@ class Annotations(NamedTuple):
     refs: as in REFER, see `check_refs`; an optional `place` names the ref in messages ("row 3"). images: file_name,
     height, width; the last two may be None, the image's own size then counts. annotations: segmentation (polygons,
     RLE, or a MaskFile), bbox, category_id, iscrowd. sources: what was read and its SHA-256, by file name. place: where
-    the annotations came from, for messages. notes: what a person should know of how the files were read.
+    the annotations came from, for messages. notes: what a person should know of how the files were read. rule: what
+    decides a picture's frame where sizes do not. links: pictures and masks may be links that leave their folder.
     """
 
     name: str
@@ -60,6 +77,8 @@ class Annotations(NamedTuple):
     sources: dict[str, str]
     place: str
     notes: tuple[str, ...] = ()
+    rule: FrameRule = COCO_RULE
+    links: bool = False
 
     @property
     def expressions(self) -> int:
@@ -67,15 +86,30 @@ class Annotations(NamedTuple):
         return sum(len(ref["sentences"]) for ref in self.refs)
 
 
+Reader = TypeVar("Reader", bound=Callable[[Path, str], Annotations])
+
+
+def register_reader(layout: str) -> Callable[[Reader], Reader]:
+    """Register a function `read(root, data set) -> Annotations` as the reader of a layout (`DatasetSpec.layout`)."""
+
+    def register(read: Reader) -> Reader:
+        READERS.add(layout, read)
+        return read
+
+    return register
+
+
 class ImageJob(NamedTuple):
     """Everything that one image's row is made of. image: its entry, None if the files do not list it. place: name of
-    the annotations' file or folder, for messages that are published with the data."""
+    the annotations' file or folder, for messages that are published with the data. rule, links: see `Annotations`."""
 
     image_id: int
     image: dict[str, Any] | None
     refs: list[dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     place: str
+    rule: FrameRule = COCO_RULE
+    links: bool = False
 
 
 class ImageGroup(NamedTuple):
@@ -101,9 +135,11 @@ def image_jobs(files: Annotations, split: str) -> Iterator[ImageJob]:
         if files.spec.has(ref["split"], split):
             by_image.setdefault(ref["image_id"], []).append(ref)
     for image_id, refs in by_image.items():
-        ids = {ann_id for ref in refs for ann_id in _ann_ids(ref)}
+        ids = {ann_id for ref in refs for ann_id in referred_ids(ref)}
         named = {ann_id: files.annotations[ann_id] for ann_id in ids if ann_id in files.annotations}
-        yield ImageJob(image_id, files.images.get(image_id), refs, named, Path(files.place).name)
+        yield ImageJob(
+            image_id, files.images.get(image_id), refs, named, Path(files.place).name, files.rule, files.links
+        )
 
 
 def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> ImageGroup:
@@ -114,12 +150,12 @@ def read_job(job: ImageJob, image_root: Path, categories: dict[int, str]) -> Ima
         return ImageGroup(job.image_id, "", 0, 0, [], None, skipped, [])
     name = job.image["file_name"]
     try:
-        file = read_image_file(image_root, name)
-        _check_size(job.image, file.height, file.width)
+        file = read_image_file(image_root, name, job.links)
+        frame = _frame(job, file)
     except FileFault as fault:
         skipped = [Skipped(f"image {_shown(name)} with {len(job.refs)} refs", str(fault), lost)]
         return ImageGroup(job.image_id, name, 0, 0, [], None, skipped, [])
-    return job_group(job, file, categories)
+    return job_group(job, file, categories, frame)
 
 
 def read_jobs(jobs: Sequence[ImageJob], image_root: Path, categories: dict[int, str]) -> list[ImageGroup]:
@@ -127,43 +163,66 @@ def read_jobs(jobs: Sequence[ImageJob], image_root: Path, categories: dict[int, 
     return [read_job(job, image_root, categories) for job in jobs]
 
 
-def job_group(job: ImageJob, file: ImageFile, categories: dict[int, str]) -> ImageGroup:
-    """The group of a job whose image was read: every referent's mask, and what cannot be used."""
+def job_group(job: ImageJob, file: ImageFile, categories: dict[int, str], frame: Frame | None = None) -> ImageGroup:
+    """The group of a job whose image was read: every referent's mask, and what cannot be used. frame: None = stored."""
     assert job.image is not None
     name = job.image["file_name"]
+    frame = frame or Frame(file.height, file.width)
+    height, width = frame.height, frame.width
+    noticed = [(kind, name) for kind in frame.noticed]
     referents: list[dict[str, Any]] = []
     skipped: list[Skipped] = []
     for ref in job.refs:
-        found, reasons = _referents(ref, job, (file.height, file.width), categories)
+        found, reasons = _referents(ref, job, frame, categories, noticed)
         referents += found
         skipped += reasons
-    noticed = _notice(name, referents, file.height, file.width)
-    if file.rotated:
-        noticed.append(("images whose EXIF data asks to turn them; they are used as stored", name))
-    content = file.content if referents else None
-    return ImageGroup(job.image_id, name, file.height, file.width, referents, content, skipped, noticed)
+    noticed += _notice(name, referents, height, width)
+    content = (upright_content(file.content) if frame.rewrite else file.content) if referents else None
+    return ImageGroup(job.image_id, name, height, width, referents, content, skipped, noticed)
 
 
-def _check_size(image: dict[str, Any], height: int, width: int) -> None:
-    wanted = (image.get("height"), image.get("width"))
-    if None not in wanted and wanted != (height, width):
-        raise FileFault(f"it is {height} x {width} pixels, its annotations say {wanted[0]} x {wanted[1]}")
+def _frame(job: ImageJob, file: ImageFile) -> Frame:
+    """The frame of a job's picture. Raises FileFault."""
+    assert job.image is not None
+    stored = (file.height, file.width)
+    height, width = job.image.get("height"), job.image.get("width")
+    stated = None if height is None or width is None else (height, width)
+    if file.turn == 1 and (stated is None or stated == stored):
+        return Frame(*stored)
+    if stated is None and job.rule.exif == "auto":
+        stated = next(
+            filter(None, (_size_of_mask(a["segmentation"], job.links) for a in job.annotations.values())), None
+        )
+    return establish(stored, file.turn, stated, job.rule)
+
+
+def _size_of_mask(segmentation: Any, links: bool) -> Size | None:
+    """Height and width that a mask states, a mask file's too."""
+    if not isinstance(segmentation, MaskFile):
+        return stated_by_mask(segmentation)
+    image = read_image_file(segmentation.root, segmentation.name, links)
+    return (image.height, image.width)
 
 
 def _referents(
-    ref: dict[str, Any], job: ImageJob, size: tuple[int, int], categories: dict[int, str]
+    ref: dict[str, Any],
+    job: ImageJob,
+    frame: Frame,
+    categories: dict[int, str],
+    noticed: list[tuple[str, str]],
 ) -> tuple[list[dict[str, Any]], list[Skipped]]:
     """The referent of a ref; two where some of its sentences refer to nothing in the image (R-RefCOCO)."""
+    size = (frame.height, frame.width)
     name = f"{ref.get('place') or 'ref ' + str(ref['ref_id'])} of image {ref.get('image_name') or ref['image_id']}"
     real, absent, skipped = _sentences(ref, name)
     if not real and not absent:
         return [], [*skipped, Skipped(name, "it has no sentence", 0)]
     referents = []
     if real:
-        ann_ids = _ann_ids(ref)
+        ann_ids = referred_ids(ref)
         try:
             annotations = _annotations(ann_ids, job)
-            masks = referent_mask([_segmentation(a, size) for a in annotations], *size)
+            masks = referent_mask([_segmentation(a, frame, job.links, name, noticed) for a in annotations], *size)
         except FileFault as fault:
             skipped.append(Skipped(name, str(fault), len(real)))
         except BrokenSegmentationError as error:
@@ -171,7 +230,7 @@ def _referents(
         else:
             skipped += [Skipped(f"a polygon of {name}", why, 0) for why in masks.dropped]
             named = dict.fromkeys(categories.get(a["category_id"], "?") for a in annotations)
-            box = _joint_box([a["bbox"] for a in annotations])
+            box = _joint_box([scale_box(a["bbox"], frame.scale) for a in annotations])
             referents.append(_row(ref, ann_ids, ", ".join(named), box, (masks.union, masks.exclusive), real))
     if absent:
         referents.append(_row(ref, [], "", [], (referent_mask([], *size).union, None), absent))
@@ -198,7 +257,7 @@ def _sentences(ref: dict[str, Any], name: str) -> tuple[list[dict[str, Any]], li
     real: list[dict[str, Any]] = []
     absent: list[dict[str, Any]] = []
     skipped = []
-    no_target = not _ann_ids(ref)
+    no_target = not referred_ids(ref)
     for sentence in ref["sentences"]:
         sent = str(sentence.get("sent") or "").strip()
         raw = str(sentence.get("raw") or sent).strip()
@@ -216,14 +275,10 @@ def _text_fault(sent: str, raw: str) -> str | None:
         return "it is empty"
     if len(sent) > LONGEST_SENTENCE or len(raw) > LONGEST_SENTENCE:
         return f"it has more than {LONGEST_SENTENCE:,} characters"
-    try:
-        (sent + raw).encode()
-    except UnicodeEncodeError:
-        return "it holds half of a surrogate pair, which is not valid text"
-    return None
+    return text_fault(sent + raw)
 
 
-def _ann_ids(ref: dict[str, Any]) -> list[int]:
+def referred_ids(ref: dict[str, Any]) -> list[int]:
     """The annotations of a ref; none where it refers to nothing."""
     if ref.get("source") == "zero":
         return []
@@ -248,14 +303,24 @@ def _annotations(ann_ids: list[int], job: ImageJob) -> list[dict[str, Any]]:
     return kept
 
 
-def _segmentation(annotation: dict[str, Any], size: tuple[int, int]) -> Any:
-    """Return the input of `referent_mask`; read a mask file."""
+def _segmentation(
+    annotation: dict[str, Any], frame: Frame, links: bool, place: str, noticed: list[tuple[str, str]]
+) -> Any:
+    """Return the input of `referent_mask`: a mask of any form in the frame's pixels, a mask file read."""
     segmentation = annotation["segmentation"]
     if not isinstance(segmentation, MaskFile):
-        return segmentation
+        fitted, kinds = in_frame(segmentation, frame)
+        noticed += [(kind, place) for kind in kinds]
+        return fitted
     root, name, value, threshold = segmentation
     try:
-        return encode_mask(read_mask_file(root, name, value, threshold, size))
+        mask = read_mask_file(root, name, value, threshold, links)
+        fitted_mask = fit_bitmap(mask, frame)
+        if fitted_mask is not mask:
+            noticed.append((RESIZED, place))
+        return encode_mask(fitted_mask)
+    except BrokenSegmentationError as error:
+        raise FileFault(f"mask {_shown(name)}: {error}") from error
     except FileFault as fault:
         raise FileFault(f"mask {_shown(name)}: {fault}") from fault
 
@@ -300,12 +365,35 @@ def _notice(image: str, referents: list[dict[str, Any]], height: int, width: int
     return noticed
 
 
-def by_id(entries: Sequence[Any], kind: str, keys: Sequence[str], place: str) -> dict[int, dict[str, Any]]:
-    """Return entries by their `id`. Raises UserError for a missing key or an unusable value."""
+def by_id(
+    entries: Sequence[Any], kind: str, keys: Sequence[str], place: str, used: AbstractSet[int] | None = None
+) -> dict[int, dict[str, Any]]:
+    """Return entries by their `id`.
+
+    used: ids that refs name; None = all. Others are left out unchecked: an unused bad row stops nothing. Raises
+    UserError for a missing key or an unusable value, and for two different entries of one id.
+    """
     needed = ("id", *keys)
+    found: dict[int, dict[str, Any]] = {}
     for number, entry in enumerate(entries):
+        if used is not None and (not isinstance(entry, dict) or not _names_one_of(entry.get("id"), used)):
+            continue
         check_entry(entry, needed, f"{kind} number {number}", place)
-    return {entry["id"]: entry for entry in entries}
+        other = found.setdefault(entry["id"], entry)
+        if other is not entry and any(other[key] != entry[key] for key in keys):
+            raise UserError(
+                f"{place}: {kind} number {number} has the id {entry['id']}, which another {kind} with other values "
+                f"has; give each its own id"
+            )
+    return found
+
+
+def _names_one_of(value: Any, used: AbstractSet[int]) -> bool:
+    """Whether an id is, or was meant to be, one that refs name: 7.0 and "7" are checked, and named, too."""
+    try:
+        return value in used or (isinstance(value, str) and value.strip().lstrip("-").isdigit() and int(value) in used)
+    except TypeError:  # a list
+        return False
 
 
 def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) -> None:
@@ -334,7 +422,7 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
             _check_meaning(sentence, foreign, of_ref, name, place)
         if ref["ann_id"] == [] and ref.get("source") != "zero":
             raise UserError(f"{place}: {what} has an empty ann_id; write [-1] where the sentence refers to nothing")
-        if ref.get("no_target") is not None and bool(ref["no_target"]) != (not _ann_ids(ref)):
+        if ref.get("no_target") is not None and bool(ref["no_target"]) != (not referred_ids(ref)):
             given, ids = reprlib.repr(ref["no_target"]), reprlib.repr(ref["ann_id"])
             raise UserError(f"{place}: {what} has no_target {given}, but ann_id {ids}")
     if not any(ref["sentences"] for ref in refs):

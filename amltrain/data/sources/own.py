@@ -6,11 +6,16 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from amltrain.data.catalog import DATASETS, DatasetSpec
+from amltrain.data.catalog import DatasetSpec
 from amltrain.data.sources.annotations import Annotations, MaskFile
+from amltrain.data.sources.cells import split_name
+from amltrain.data.sources.frame import SIZES_DECIDE, FrameRule
+from amltrain.data.sources.pictures import PictureFinder, same_pictures
 from amltrain.errors import UserError
+from amltrain.registry import DATASETS
 
 SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -22,8 +27,9 @@ _RESERVED = {"combined", "combined-unfiltered", "source"}
 class TableRow(NamedTuple):
     """One object of one image. place: names the row in messages. image: path below the image folder.
 
-    segmentation: polygons, an RLE or a MaskFile; None = the sentences refer to nothing in the image. box: x, y, width,
-    height in pixels, or empty. split: None = assigned by hash. size: height and width, where the table states them.
+    segmentation: a mask of any form of `mask_forms`, or a MaskFile; None = the sentences refer to nothing in the image.
+    box: x, y, width, height in pixels, or empty. split: None = assigned by hash. size: height and width, where
+    the annotations state them. crowd: several objects of the class in one annotation, not to be told apart.
     """
 
     place: str
@@ -36,6 +42,7 @@ class TableRow(NamedTuple):
     category: str = ""
     box: tuple[float, ...] = ()
     size: tuple[int, int] | None = None
+    crowd: bool = False
 
 
 def check_name(name: str) -> None:
@@ -56,12 +63,21 @@ def build_annotations(
     seed: int = 0,
     shares: Mapping[str, float] = SHARES,
     notes: tuple[str, ...] = (),
+    rule: FrameRule = SIZES_DECIDE,
+    links: bool = False,
+    pictures: Path | None = None,
 ) -> Annotations:
     """Group rows into refs. Rows of one image with the same ref_id, or the same mask, are one ref with all sentences.
 
     spec: of a published data set; None = own data, whose splits are those of the rows, or `shares` of the images by a
-    hash of their names and `seed`. Raises UserError naming the row.
+    hash of their names and `seed`. rule, links: see `Annotations`. pictures: the folder of own data's pictures, in
+    which names that are spelled otherwise are found and names of one picture are joined. Raises UserError naming the
+    row.
     """
+    twins: dict[str, str] = {}
+    if pictures is not None:
+        rows, twins, found_notes = _one_name_each(list(rows), pictures)
+        notes = (*notes, *found_notes)
     refs: dict[tuple[str, str], dict[str, Any]] = {}
     images: dict[int, dict[str, Any]] = {}
     annotations: dict[int, dict[str, Any]] = {}
@@ -92,7 +108,7 @@ def build_annotations(
         raise UserError(f"{place} holds no sentence at all")
     found = list(refs.values())
     if spec is None:
-        spec, more = _own_spec(name, found, seed, shares, place)
+        spec, more = _own_spec(name, found, seed, shares, place, twins)
         notes = (*notes, *more)
     return Annotations(
         name,
@@ -104,7 +120,26 @@ def build_annotations(
         sources,
         place,
         notes,
+        rule,
+        links,
     )
+
+
+def _one_name_each(rows: list[TableRow], pictures: Path) -> tuple[list[TableRow], dict[str, str], tuple[str, ...]]:
+    """Rows with one name for each picture and one for each split, copies of a picture by name, and what to note."""
+    finder = PictureFinder(pictures)
+    names = {name: finder.find(name) or name for name in dict.fromkeys(row.image for row in rows)}
+    same_file, copies = same_pictures(pictures, names.values())
+    names = {name: same_file.get(found, found) for name, found in names.items()}
+    splits = {split: split_name(split) for split in dict.fromkeys(row.split for row in rows)}
+    notes = []
+    respelled = [name for name, found in names.items() if name != found]
+    if respelled:
+        example = f"{respelled[0][:100]!r} is {names[respelled[0]]!r}"
+        notes.append(f"{len(respelled)} picture names were read as those of the files (e.g. {example})")
+    if listed := ", ".join(f"{given!r} as {split}" for given, split in splits.items() if given != split):
+        notes.append(f"splits were read in one spelling: {listed[:200]}")
+    return [row._replace(image=names[row.image], split=splits[row.split]) for row in rows], copies, tuple(notes)
 
 
 def _new_ref(row: TableRow, number: int, image_id: int) -> dict[str, Any]:
@@ -161,9 +196,9 @@ def _image_id(row: TableRow, ids: dict[str, int], images: dict[int, dict[str, An
 
 
 def _own_spec(
-    name: str, refs: list[dict[str, Any]], seed: int, shares: Mapping[str, float], place: str
+    name: str, refs: list[dict[str, Any]], seed: int, shares: Mapping[str, float], place: str, twins: Mapping[str, str]
 ) -> tuple[DatasetSpec, list[str]]:
-    """The spec of own data; refs without a split get one."""
+    """The spec of own data; refs without a split get one. twins: names of pictures with the bytes of another one."""
     given = [ref for ref in refs if ref["split"] is not None]
     notes = []
     if given and len(given) < len(refs):
@@ -176,16 +211,19 @@ def _own_spec(
             raise UserError(f"{place}: the split {bad[:50]!r} should be letters, digits and _ only")
         by_image: dict[str, set[str]] = {}
         for ref in refs:
-            by_image.setdefault(ref["image_name"], set()).add(ref["split"])
+            image = ref["image_name"]
+            by_image.setdefault(twins.get(image, image), set()).add(ref["split"])
         shared = [image for image, found in by_image.items() if len(found) > 1]
         if shared:
-            notes.append(f"{len(shared)} images are in more than one split (e.g. {shared[0]})")
+            copied = ", copies under other names included" if twins else ""
+            notes.append(f"{len(shared)} images are in more than one split{copied} (e.g. {shared[0]})")
         splits = tuple(sorted(splits, key=lambda split: (split != "train", split != "val")))
     else:
         _check_shares(shares)
-        split_of = assign_splits(dict.fromkeys(ref["image_name"] for ref in refs), seed, shares)
+        originals = {ref["image_name"]: twins.get(ref["image_name"], ref["image_name"]) for ref in refs}
+        split_of = assign_splits(dict.fromkeys(originals.values()), seed, shares)
         for ref in refs:
-            ref["split"] = split_of[ref["image_name"]]
+            ref["split"] = split_of[originals[ref["image_name"]]]
         splits = tuple(split for split in shares if split in split_of.values())
         notes += _splits_noted(split_of, seed, shares)
     generalised = any(ref["ann_id"] == -1 for ref in refs)

@@ -31,7 +31,6 @@ Layout: the data set JessicaYuan/RefSegRS. Every line is a sample of its own; se
 Readers of data sets that are not in the REFER layout, one file each: (root, name) -> Annotations.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from PIL import Image, ImageDraw
 
 from amltrain.data.catalog import dataset_spec
 from amltrain.data.segmentation import MAX_PIXELS, encode_mask
-from amltrain.data.sources.annotations import Annotations, MaskFile, check_entry
+from amltrain.data.sources.annotations import Annotations, MaskFile, check_entry, register_reader
 from amltrain.data.sources.own import TableRow, build_annotations
 from amltrain.errors import UserError, first_line
 from amltrain.files import load_json, read_bytes, sha256
@@ -50,6 +49,7 @@ from amltrain.files import load_json, read_bytes, sha256
 _FILES = {"train": ("train",), "val": ("val", "miniv"), "test": ("test",)}
 
 
+@register_reader("phrasecut")
 def read_phrasecut(root: Path, name: str) -> Annotations:
     """Read every split that is there. Raises UserError."""
     spec = dataset_spec(name)
@@ -97,6 +97,7 @@ def _phrasecut_row(entry: Any, number: int, path: Path, split: str, ref_id: int)
     )
 
 
+@register_reader("reasonseg")
 def read_reasonseg(root: Path, name: str) -> Annotations:
     """Read every split that is there. Raises UserError."""
     import hashlib
@@ -109,18 +110,33 @@ def read_reasonseg(root: Path, name: str) -> Annotations:
         raise UserError(f"{folder} has no train/*.json; put ReasonSeg's folders there")
     ignored = 0
     rows = []
+    without: list[str] = []
     digest = hashlib.sha256()
     for split, paths in files.items():
         for path in paths:
             content = load_json(path, encodings=("utf-8", "cp1252"))
             digest.update(f"{split}/{path.name} {content}".encode(errors="replace"))
+            if isinstance(content, dict) and "text" in content and not _targets(content.get("shapes")):
+                without.append(f"{split}/{path.name}")
+                continue
             row, has_ignored = _reasonseg_row(content, path, split)
             rows.append(row)
             ignored += has_ignored
-    notes = (f"{ignored} images have `ignore` regions; here they are background",) if ignored else ()
+    notes: tuple[str, ...] = (f"{ignored} images have `ignore` regions; here they are background",) if ignored else ()
+    if without:
+        notes = (*notes, f"{len(without)} files as published have no target shape and were left out ({without[0]})")
     used = spec._replace(splits=tuple(files), published={s: spec.published[s] for s in files})
     sources = {spec.folder: digest.hexdigest()}
     return build_annotations(rows, name, sources=sources, place=str(folder), spec=used, notes=notes)
+
+
+def _targets(shapes: Any) -> bool:
+    """Whether some shape is a target; what is no list of shapes is named where it is read."""
+    if shapes is None:
+        return False
+    if not isinstance(shapes, list):
+        return True
+    return any(not isinstance(s, dict) or "target" in str(s.get("label", "target")).lower() for s in shapes)
 
 
 def _reasonseg_row(content: Any, path: Path, split: str) -> tuple[TableRow, bool]:
@@ -180,6 +196,7 @@ def _mask(shapes: Any, size: tuple[int, int], path: Path) -> tuple[dict[str, Any
 _COLUMNS = ("image", "image_id", "file_name", "samples")
 
 
+@register_reader("refcoco-m")
 def read_refcoco_m(root: Path, name: str) -> Annotations:
     """Read the Parquet files and write out their images. Raises UserError."""
     spec = dataset_spec(name)
@@ -234,6 +251,7 @@ def _refcoco_m_row(row: dict[str, Any], place: str, shard: Path, images: Path) -
     return found
 
 
+@register_reader("refsegrs")
 def read_refsegrs(root: Path, name: str) -> Annotations:
     """Read every split that is there. Raises UserError."""
     spec = dataset_spec(name)
@@ -259,12 +277,3 @@ def _refsegrs_rows(path: Path, split: str, folder: Path) -> list[TableRow]:
         mask = MaskFile((folder / "masks").resolve(), f"{key}.tif")
         rows.append(TableRow(f"line {number} of {path.name}", f"images/{key}.tif", (sentence.strip(),), mask, split))
     return rows
-
-
-READERS: dict[str, Callable[[Path, str], Annotations]] = {
-    "phrasecut": read_phrasecut,
-    "reasonseg": read_reasonseg,
-    "refcoco-m": read_refcoco_m,
-    "refsegrs": read_refsegrs,
-}
-"""By `DatasetSpec.layout`."""

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from amltrain.data.catalog import dataset_spec
-from amltrain.data.sources.annotations import Annotations, by_id, check_refs
+from amltrain.data.sources.annotations import Annotations, by_id, check_refs, referred_ids, register_reader
+from amltrain.data.sources.frame import FrameRule
 from amltrain.errors import UserError
 from amltrain.files import load_json, load_pickle, sha256
 
@@ -46,6 +46,7 @@ def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:
     return refs_path, instances_path
 
 
+@register_reader("refer")
 def read_refer(root: Path, dataset: str) -> Annotations:
     """Read the files of `dataset` under a REFER root. Raises UserError that names the file and what is missing."""
     spec = dataset_spec(dataset)
@@ -59,15 +60,18 @@ def read_refer(root: Path, dataset: str) -> Annotations:
         raise UserError(f"{refs_path} holds a {type(refs).__name__}, not a list of refs")
     check_refs(refs, spec, dataset, str(refs_path))
     place = str(instances_path)
+    images = {ref["image_id"] for ref in refs}
+    annotations = {number for ref in refs for number in referred_ids(ref)}
     return Annotations(
         dataset,
         spec,
         refs,
-        by_id(instances["images"], "image", ("file_name", "height", "width"), place),
-        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), place),
+        by_id(instances["images"], "image", ("file_name", "height", "width"), place, images),
+        by_id(instances["annotations"], "annotation", ("segmentation", "bbox", "category_id"), place, annotations),
         {key: entry["name"] for key, entry in by_id(instances["categories"], "category", ("name",), place).items()},
         {path.name: sha256(path) for path in (refs_path, instances_path)},
         place,
+        rule=FrameRule("stored", spec.stretch),
     )
 
 
@@ -141,4 +145,6 @@ def _json(row: dict[str, Any], column: str, place: str) -> dict[str, Any]:
 
 def _coco_categories() -> dict[int, str]:
     """COCO's names by id, 1 to 90; the rows hold ids alone."""
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights  # takes a second
+
     return dict(enumerate(MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from amltrain.data.catalog import dataset_spec
 from amltrain.data.segmentation import decode_rle, referent_mask
+from amltrain.data.sources.referring import Thing, fitting, relation, side_word, unique_words
 from amltrain.data.sources.shape_styles import OUTLINES, SIMPLE, STYLES, SceneStyle
 from amltrain.errors import UserError
 
 TEXTURES = ("plain", "striped", "dotted")
 SIZES = ("small", "big")
-PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 SPLIT_SIZES = {"train": 4000, "val": 250, "testA": 250, "testB": 250, "test": 250}
 SMALLEST_SCENE = 16
 """Side in pixels; below half of it a shape may cover no pixel."""
@@ -53,8 +53,10 @@ class Shape:
     radius: float
     polygon: tuple[float, ...]
 
-    def fits(self, words: dict[str, str]) -> bool:
-        return all(getattr(self, kind) == value for kind, value in words.items())
+    def thing(self) -> Thing:
+        """What expressions about it can claim."""
+        words = {"size": self.size, "texture": self.texture, "colour": self.colour, "form": self.form}
+        return Thing(words, self.centre)
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Scene:
     image: np.ndarray
     masks: list[np.ndarray]
     style: SceneStyle = SIMPLE
+
+    @property
+    def things(self) -> list[Thing]:
+        """The shapes as expressions see them."""
+        return [shape.thing() for shape in self.shapes]
 
 
 def write_refshapes(
@@ -295,13 +302,8 @@ def _surface(
 
 def _unique_words(scene: Scene, target: int) -> list[dict[str, str]]:
     """Return sets of attribute words that fit only the target: colour, form, and further attributes."""
-    shape = scene.shapes[target]
-    found = []
-    for extra in ((), ("texture",), ("size",), ("size", "texture")):
-        words = {kind: getattr(shape, kind) for kind in (*extra, "colour", "form")}
-        if sum(other.fits(words) for other in scene.shapes) == 1:
-            found.append(words)
-    return found
+    extras = ((), ("texture",), ("size",), ("size", "texture"))
+    return unique_words(scene.things, target, [(*extra, "colour", "form") for extra in extras])
 
 
 def _phrase(words: dict[str, str]) -> str:
@@ -310,13 +312,9 @@ def _phrase(words: dict[str, str]) -> str:
 
 def _place_word(scene: Scene, target: int, words: dict[str, str]) -> str | None:
     """A location word that tells the target from all others that the words fit, by a clear margin."""
-    shape = scene.shapes[target]
-    rivals = [other for other in scene.shapes if other is not shape and other.fits(words)]
-    margin = 0.12 * scene.image.shape[0]
-    for word, (axis, sign) in PLACES.items():
-        if rivals and all(sign * (shape.centre[axis] - other.centre[axis]) > margin for other in rivals):
-            return word
-    return None
+    things = scene.things
+    rivals = [other for other in fitting(things, words) if other != target]
+    return side_word(things, target, rivals, 0.12 * scene.image.shape[0])
 
 
 def _descriptions(generator: np.random.Generator, scene: Scene, target: int, flavour: str) -> list[str]:
@@ -342,10 +340,7 @@ def _with_neighbour(generator: np.random.Generator, scene: Scene, target: int, w
         return f"{start} that you can see somewhere in the picture"
     other = scene.shapes[others[int(generator.integers(len(others)))]]
     named = _phrase(_unique_words(scene, scene.shapes.index(other))[0])
-    offset = [shape.centre[axis] - other.centre[axis] for axis in (0, 1)]
-    axis = int(abs(offset[1]) > abs(offset[0]))
-    relation = (("to the left of", "to the right of"), ("above", "below"))[axis][int(offset[axis] > 0)]
-    return f"{start} which is {relation} the {named}"
+    return f"{start} which is {relation(shape.centre, other.centre)} the {named}"
 
 
 def _generalised(generator: np.random.Generator, scene: Scene) -> list[tuple[list[int], list[str]]]:
@@ -367,7 +362,7 @@ def _generalised(generator: np.random.Generator, scene: Scene) -> list[tuple[lis
         f"{colour} {form}"
         for colour in scene.style.colours
         for form in scene.style.forms
-        if not any(shape.fits({"colour": colour, "form": form}) for shape in scene.shapes)
+        if not fitting(scene.things, {"colour": colour, "form": form})
     ]
     phrase = absent[int(generator.integers(len(absent)))]
     found.append(([], [phrase, f"the {phrase}"]))

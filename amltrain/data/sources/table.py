@@ -1,29 +1,36 @@
-"""Your own data: a table (JSONL, CSV, Parquet), a COCO-style JSON, or a folder of image, mask and text files.
+"""Your own data: a table (JSONL, CSV, Parquet) or a COCO-style JSON.
 
     image      path below the image folder
     sentence   a text; or `sentences`: several
-    mask       a PNG file, COCO run lengths, polygons, or a box; empty where `no_target` is true
-    split, ref_id, category, image_id, mask_value, no_target   optional
+    mask       a PNG file, COCO run lengths, polygons, a bitmap, or a box; empty where `no_target` is true
+    split, ref_id, category, image_id, mask_value, no_target, height, width   optional
 
 Cells of a CSV file may hold JSON. docs/data.md shows each form.
 """
 
-import codecs
-import json
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
+from typing import Any, NamedTuple
 
 from amltrain.data.sources.annotations import Annotations, MaskFile
+from amltrain.data.sources.cells import (
+    cell_value,
+    clean_sentence,
+    hashed_id,
+    is_absent,
+    is_number_text,
+    truth,
+    whole_number,
+)
+from amltrain.data.sources.coco_export import id_key, images_by_id
+from amltrain.data.sources.frame import SIZES_DECIDE, FrameRule, Size
 from amltrain.data.sources.own import SHARES, TableRow, build_annotations, check_name
-from amltrain.errors import UserError, first_line
-from amltrain.files import load_json, read_bytes, sha256
+from amltrain.data.sources.pictures import tidy_name
+from amltrain.data.sources.table_files import read_table_file
+from amltrain.errors import UserError
+from amltrain.files import sha256
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "image": ("image", "file_name", "image_path"),
@@ -36,15 +43,37 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "category": ("category", "label"),
     "image_id": ("image_id",),
     "mask_value": ("mask_value",),
+    "height": ("height", "image_height"),
+    "width": ("width", "image_width"),
 }
-"""The names under which a column is found, first match first."""
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_CSV_FIXES = {
-    "invalid UTF8": "save it as UTF-8",
-    "Expected": "put cells that hold commas in double quotes",
-}
-"""What to do about the messages of the CSV reader."""
-_YES, _NO = {"1", "true", "yes"}, {"0", "false", "no", ""}
+"""The names under which a column is found, first match first; capitals and small letters are equal."""
+
+
+class ReadOptions(NamedTuple):
+    """How own data are read. mask_threshold: mask pixels of at least this value are the object. seed, shares: how
+    images are assigned to splits where there are none. encoding: of text files that are not UTF-8. rule, links: see
+    `Annotations`."""
+
+    mask_threshold: int | None = None
+    seed: int = 0
+    shares: Mapping[str, float] = SHARES
+    encoding: str | None = None
+    rule: FrameRule = SIZES_DECIDE
+    links: bool = False
+
+
+AS_WRITTEN = ReadOptions()
+"""Nothing is asked for: sizes decide, splits are drawn with seed 0."""
+
+
+class _Reading(NamedTuple):
+    """What every row of a table is read with. names: columns of the table by the key of COLUMNS."""
+
+    table: str
+    names: dict[str, tuple[str, ...]]
+    images: Path
+    folders: Sequence[Path]
+    threshold: int | None
 
 
 def read_table(
@@ -54,112 +83,86 @@ def read_table(
     *,
     masks: Path | None = None,
     columns: Mapping[str, str] | None = None,
-    mask_threshold: int | None = None,
-    seed: int = 0,
-    shares: Mapping[str, float] = SHARES,
+    options: ReadOptions = AS_WRITTEN,
 ) -> Annotations:
     """Read a table or a COCO-style JSON.
 
     images, masks: folders that paths are relative to; masks: default `images`, then the table's own folder. columns:
-    {"image": "photo"} renames. mask_threshold: mask pixels of at least this value are the object. seed, shares: how
-    images are assigned to splits where the table has none. Raises UserError naming the file and the row.
+    {"image": "photo"} renames. Raises UserError naming the file and the row.
     """
     check_name(name)
-    rows = list(read_rows(table))
+    rows, notes = read_rows(table, columns or {}, options.encoding)
     if not rows:
         raise UserError(f"{table} has no rows")
     names = _find_columns(list(dict.fromkeys(key for row in rows for key in row)), columns or {}, str(table))
     folders = [folder for folder in (masks, images, table.parent) if folder is not None]
-    parsed = [
-        _parse(row, names, f"row {number}", str(table), images, folders, mask_threshold)
-        for number, row in enumerate(rows, 1)
-    ]
-    boxes = sum(bool(box) for _, box in parsed)
-    notes = (f"{boxes:,} masks are boxes",) if boxes else ()
+    reading = _Reading(str(table), names, images, folders, options.mask_threshold)
+    filled = [(number, row) for number, row in enumerate(rows, 1) if not all(is_absent(cell) for cell in row.values())]
+    parsed = [_parse(row, f"row {number}", reading) for number, row in filled]
+    if len(filled) < len(rows):
+        notes.append(f"{len(rows) - len(filled):,} rows are empty and were left out")
+    if boxes := sum(is_box for _, is_box in parsed):
+        notes.append(f"{boxes:,} masks are boxes")
+    ids = (row.get(key) for key in names.get("ref_id", ()) for row in rows)
+    if any(isinstance(cell, str) and not is_number_text(cell) for cell in ids):
+        notes.append("ref_id has texts; they were numbered by their hash")
     return build_annotations(
         [row for row, _ in parsed],
         name,
         sources={table.name: sha256(table)},
         place=str(table),
-        seed=seed,
-        shares=shares,
-        notes=notes,
+        seed=options.seed,
+        shares=options.shares,
+        notes=tuple(notes),
+        rule=options.rule,
+        links=options.links,
+        pictures=images,
     )
 
 
-def read_rows(table: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl, .json (a list, or COCO-style), .csv, .tsv or .parquet file. Raises UserError."""
-    if table.exists() and not table.is_file():
-        raise UserError(f"could not read {table} (not a regular file); for a folder of files give --folder")
-    if not table.is_file():
-        raise UserError(f"there is no table {table}")
-    kind = table.suffix.lower()
-    if kind == ".jsonl":
-        yield from _json_lines(table)
-    elif kind == ".json":
-        content = load_json(table)
-        yield from _coco_rows(content, table) if isinstance(content, dict) else _list_rows(content, table)
-    elif kind in (".csv", ".tsv", ".parquet"):
-        try:
-            read = _read_parquet if kind == ".parquet" else _read_csv
-            yield from read(table).to_pylist()
-        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-            why = first_line(error)
-            hint = next((f"; {fix}" for sign, fix in _CSV_FIXES.items() if kind == ".csv" and sign in why), "")
-            raise UserError(f"{table} cannot be read as {kind[1:]} ({why}){hint}") from error
-    else:
-        raise UserError(f"{table}: the table should be .jsonl, .json, .csv, .tsv or .parquet")
-
-
-def _json_lines(table: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(read_bytes(table).decode("utf-8-sig", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{table}, line {number} is not JSON ({first_line(error)})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{table}, line {number} holds a {type(row).__name__}, not an object")
-        yield row
-
-
-def _list_rows(content: Any, table: Path) -> Iterator[dict[str, Any]]:
+def read_rows(
+    table: Path, columns: Mapping[str, str], encoding: str | None = None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a .jsonl, .json (a list, or COCO-style), .csv, .tsv or .parquet file, and notes. Raises UserError."""
+    content = read_table_file(table, encoding)
+    if isinstance(content, dict):
+        found = list(_coco_rows(content, table, columns))
+        described = [row for row in found if row is not None]
+        left_out = len(found) - len(described)
+        if found and not described:
+            raise UserError(
+                f"{table} has {left_out:,} annotations and no sentence; to write sentences from their classes and "
+                f"places, give --describe"
+            )
+        return described, [f"{left_out:,} annotations have no sentence and were left out"] if left_out else []
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise UserError(f"{table} should hold a list of objects, or be COCO-style (images, annotations)")
-    yield from content
+    return content, []
 
 
-def _read_csv(table: Path) -> pa.Table:
-    """Read all columns as text, so that `007` stays a name."""
-    with table.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError("it is UTF-16; save it as UTF-8")
-    parse = pyarrow.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",", newlines_in_values=True)
-    with pyarrow.csv.open_csv(table, parse_options=parse) as reader:
-        names = reader.schema.names
-    types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-    return pyarrow.csv.read_csv(table, parse_options=parse, convert_options=types)
-
-
-def _read_parquet(table: Path) -> pa.Table:
-    return pq.read_table(table, page_checksum_verification=True)
-
-
-def _coco_rows(content: dict[str, Any], table: Path) -> Iterator[dict[str, Any]]:
-    """COCO-style: annotations with `sentence` or `sentences` (or `caption`), a segmentation and an image."""
+def _coco_rows(content: dict[str, Any], table: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any] | None]:
+    """COCO-style: annotations with `sentence` or `sentences` (or `caption`), a segmentation and an image. None stands
+    for an annotation without a sentence."""
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list) or not all(isinstance(entry, dict) for entry in content[key]):
             raise UserError(f"{table} has no list {key!r} of objects (it has {', '.join(content) or 'nothing'})")
-    images = {image.get("id"): image for image in content["images"]}
+    images = images_by_id(content["images"], table)
     categories = {c.get("id"): c.get("name") for c in content.get("categories") or [] if isinstance(c, dict)}
+    kept = {*(key for names in COLUMNS.values() for key in names), *columns.values()}
+    texts = (columns["sentence"],) if "sentence" in columns else COLUMNS["sentence"]
     for number, annotation in enumerate(content["annotations"], 1):
-        image = images.get(annotation.get("image_id"))
-        if image is None or "file_name" not in image:
+        if all(annotation.get(key) in (None, "", []) for key in texts):
+            yield None
+            continue
+        image = images.get(id_key(annotation.get("image_id")))
+        if image is None:
             raise UserError(f"{table}, annotation {number}: image {annotation.get('image_id')!r} is not listed")
-        row = {key: annotation[key] for names in COLUMNS.values() for key in names if key in annotation}
-        row.pop("bbox", None)  # of the segmentation, not instead of it
+        row = {key: annotation[key] for key in annotation if key in kept}
+        row.pop("image_id", None)
+        if annotation.get("segmentation"):
+            row.pop("bbox", None)  # of the segmentation, not instead of it
         row |= {"image": image["file_name"], "split": annotation.get("split", image.get("split"))}
+        row |= {side: image[side] for side in ("height", "width") if image.get(side)}
         if isinstance(image.get("id"), int):
             row["image_id"] = image["id"]
         if annotation.get("category_id") in categories:
@@ -174,16 +177,21 @@ def _find_columns(there: Sequence[str], renamed: Mapping[str, str], place: str) 
     if unknown:
         raise UserError(f"--columns {unknown[0]}: the columns are {', '.join(COLUMNS)}")
     found = {}
+    folded: dict[str, list[str]] = {}
+    for name in there:
+        folded.setdefault(str(name).strip().casefold(), []).append(name)
     for column, names in COLUMNS.items():
         wanted = (renamed[column],) if column in renamed else names
-        matches = tuple(name for name in wanted if name in there)
+        exact = tuple(name for name in wanted if name in there)
+        alike = tuple(match for name in wanted for match in folded.get(name, ()) if column not in renamed)
+        if not exact and len(set(alike)) > 1:
+            raise UserError(f"{place} has the columns {', '.join(alike)}; choose one: --columns {column}={alike[0]}")
+        matches = exact or alike
         if not matches and column in renamed:
             raise UserError(f"{place} has no column {renamed[column]!r}; it has {has}")
         if matches:
             found[column] = matches
     for column in ("image", "sentence"):
-        if column not in found and len(there) == 1 and ";" in has:
-            raise UserError(f"{place} has the one column {has!r}; separate the columns by commas")
         if column not in found:
             raise UserError(f"{place} has no column {column!r}; it has {has} (rename with --columns {column}=NAME)")
     if not found.keys() & {"mask", "box", "no_target"}:
@@ -191,29 +199,24 @@ def _find_columns(there: Sequence[str], renamed: Mapping[str, str], place: str) 
     return found
 
 
-def _parse(
-    row: dict[str, Any],
-    names: dict[str, tuple[str, ...]],
-    place: str,
-    table: str,
-    images: Path,
-    folders: Sequence[Path],
-    threshold: int | None,
-) -> tuple[TableRow, bool]:
+def _parse(row: dict[str, Any], place: str, reading: _Reading) -> tuple[TableRow, bool]:
     """Parse one row; return it and whether its mask is a box. Raises UserError naming the row."""
-    where = f"{table}, {place}"
+    where = f"{reading.table}, {place}"
     cell = {
-        column: next((row[name] for name in found if not _empty(row.get(name))), None)
-        for column, found in names.items()
+        column: next((row[name] for name in found if not is_absent(row.get(name))), None)
+        for column, found in reading.names.items()
+        if column != "sentence"
     }
     image = cell["image"]
-    if not isinstance(image, str) or not image:
+    if isinstance(image, dict):
+        raise UserError(f"{where}: the pictures lie inside the table; read it as a data set: --hf FOLDER")
+    if not isinstance(image, str) or not image.strip():
         raise UserError(f"{where}: the image is {reprlib.repr(image)}, not a path")
-    value = _number(cell.get("mask_value"), "mask_value", where)
-    box = _numbers(_json(cell.get("box")))
-    mask = _json(cell.get("mask"))
-    no_target = _truth(cell.get("no_target"), where)
-    segmentation = None if _empty(mask) else _segmentation(mask, folders, value, threshold, where)
+    value = whole_number(cell.get("mask_value"), "mask_value", where)
+    box = _numbers(cell_value(cell.get("box"), f"{where}: the box"))
+    mask = cell_value(cell.get("mask"), f"{where}: the mask")
+    no_target = truth(cell.get("no_target"), "no_target", where)
+    segmentation = None if is_absent(mask) else _segmentation(mask, value, reading, where)
     is_box = len(_numbers(mask)) == 4
     box = _numbers(mask) if is_box else box
     if segmentation is None and len(box) == 4:
@@ -226,16 +229,34 @@ def _parse(
         raise UserError(f"{where}: the mask is empty; where the sentence refers to nothing, set no_target to true")
     parsed = TableRow(
         place=place,
-        image=_relative(image, images),
-        sentences=_texts(_json(cell["sentence"]), where),
+        image=_relative(image, reading.images),
+        sentences=_texts(row, reading.names["sentence"], where),
         segmentation=segmentation,
-        split=str(cell["split"]) if cell.get("split") not in (None, "") else None,
-        ref_id=_number(cell.get("ref_id"), "ref_id", where),
-        image_id=_number(cell.get("image_id"), "image_id", where),
+        split=None if is_absent(cell.get("split")) else str(cell["split"]),
+        ref_id=_id(cell.get("ref_id"), "ref_id", where),
+        image_id=_id(cell.get("image_id"), "image_id", where),
         category=str(cell.get("category") or ""),
         box=tuple(box) if len(box) == 4 else (),
+        size=_size(cell, where),
     )
     return parsed, is_box
+
+
+def _id(cell: Any, column: str, where: str) -> int | None:
+    """An id as a number; a text that is no number by its hash."""
+    if isinstance(cell, str) and not is_absent(cell) and not is_number_text(cell):
+        return hashed_id(cell.strip())
+    return whole_number(cell, column, where)
+
+
+def _size(cell: Mapping[str, Any], where: str) -> Size | None:
+    """Height and width of the picture that the annotations were made on, where the table states both."""
+    height, width = (whole_number(cell.get(side), side, where) for side in ("height", "width"))
+    if height is None or width is None:
+        return None
+    if min(height, width) < 1:
+        raise UserError(f"{where}: the height {height} and width {width} are not a picture's size")
+    return (height, width)
 
 
 def _relative(name: str, folder: Path) -> str:
@@ -246,42 +267,36 @@ def _relative(name: str, folder: Path) -> str:
     return name
 
 
-def _segmentation(mask: Any, folders: Sequence[Path], value: int | None, threshold: int | None, where: str) -> Any:
-    """A mask cell as polygons, an RLE or a MaskFile. Its values are checked where it is decoded."""
+def _segmentation(mask: Any, value: int | None, reading: _Reading, where: str) -> Any:
+    """A mask cell as a MaskFile or, in any form, as it is: its form is told where its picture is read."""
     if isinstance(mask, str):
-        found = (folder for folder in folders if os.path.isfile(folder / _relative(mask, folder)))
-        folder = next(found, folders[0])
-        return MaskFile(folder.resolve(), _relative(mask, folder), value, threshold)
-    if isinstance(mask, dict):
-        return mask
+        names = dict.fromkeys((mask, tidy_name(mask)))
+        for name in names:
+            for folder in reading.folders:
+                if _is_file(folder / _relative(name, folder)):
+                    return MaskFile(folder.resolve(), _relative(name, folder), value, reading.threshold)
+        if mask.startswith(("iVBOR", "data:image")) or not any(sign in mask for sign in "./\\"):
+            return mask  # base64 of a PNG, or a text that is named where it is read
+        return MaskFile(reading.folders[0].resolve(), _relative(mask, reading.folders[0]), value, reading.threshold)
     flat = _numbers(mask)
-    if flat:
-        return box_polygon(flat) if len(flat) == 4 else [flat]
-    if isinstance(mask, list) and all(len(_numbers(point)) == 2 for point in mask):
-        return [[number for point in mask for number in point]]  # one polygon of [x, y] points
-    if isinstance(mask, list):
+    if len(flat) == 4:
+        return box_polygon(flat)
+    if isinstance(mask, (list, dict, bytes)):
         return mask
     raise UserError(f"{where}: the mask is a {type(mask).__name__}; give a file, run lengths, polygons or a box")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:  # a NUL in the name
+        return False
 
 
 def box_polygon(box: Sequence[float]) -> list[list[float]]:
     """A box (x, y, width, height) as a polygon."""
     x, y, width, height = box
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
-
-
-def _json(cell: Any) -> Any:
-    """A cell of text that looks like JSON is read as JSON."""
-    if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            return cell
-    return cell
-
-
-def _empty(cell: Any) -> bool:
-    return cell is None or cell == "" or cell == []
 
 
 def _numbers(cell: Any) -> list[float]:
@@ -291,89 +306,12 @@ def _numbers(cell: Any) -> list[float]:
     return []
 
 
-def _number(cell: Any, column: str, where: str) -> int | None:
-    if cell is None or cell == "":
-        return None
-    try:
-        if isinstance(cell, bool) or (isinstance(cell, float) and not cell.is_integer()):
-            raise ValueError
-        number = int(cell)
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{where}: {column} is {str(cell)[:50]!r}, not a whole number") from None
-    if not -(2**63) <= number < 2**63:
-        raise UserError(f"{where}: {column} needs more than 64 bits")
-    return number
-
-
-def _truth(cell: Any, where: str) -> bool:
-    text = "" if cell is None else str(cell).strip().lower()
-    if text not in _YES | _NO:
-        raise UserError(f"{where}: no_target is {str(cell)[:50]!r}, not true or false")
-    return text in _YES
-
-
-def _texts(cell: Any, where: str) -> tuple[str, ...]:
-    cell = "" if cell is None else cell  # counted as empty where sentences are read
+def _texts(row: dict[str, Any], names: Sequence[str], where: str) -> tuple[str, ...]:
+    """The sentences of a row. A sentence may be the word `none`, so only an empty cell is empty."""
+    cell = next((row[name] for name in names if row.get(name) not in (None, "", []) and row[name] == row[name]), "")
+    cell = cell_value(cell, f"{where}: the sentence")
     texts = cell if isinstance(cell, list) else [cell]
     texts = [entry.get("raw", entry.get("sent")) if isinstance(entry, dict) else entry for entry in texts]
     if not all(isinstance(text, str) for text in texts) or not texts:
         raise UserError(f"{where}: the sentence is {str(cell)[:50]!r}, not a text or a list of texts")
-    return tuple(" ".join(text.split()) for text in texts)
-
-
-def read_folder(
-    folder: Path,
-    name: str,
-    *,
-    mask_threshold: int | None = None,
-    seed: int = 0,
-    shares: Mapping[str, float] = SHARES,
-) -> Annotations:
-    """Read a folder of files: for every `X.txt` (a sentence a line) an image `X.jpg` and a mask `X_mask.png`.
-
-    They may lie side by side, or in `images/`, `masks/X.png` and `texts/`; all of it may lie in folders named after the
-    splits. Raises UserError naming the file that is missing.
-    """
-    check_name(name)
-    texts = sorted(path for path in folder.rglob("*.txt") if path.is_file())
-    if not texts:
-        raise UserError(f"{folder} has no .txt file; put the sentences of X.jpg in X.txt, one a line")
-    splits = {path.name for path in folder.iterdir() if path.is_dir()} - {"images", "masks", "texts"}
-    rows = [_folder_row(path, folder, splits, mask_threshold) for path in texts]
-    listed = json.dumps([[row.image, row.sentences, str(row.segmentation.name)] for row in rows])
-    return build_annotations(
-        rows,
-        name,
-        sources={folder.name: _sha256_text(listed)},
-        place=str(folder),
-        seed=seed,
-        shares=shares,
-    )
-
-
-def _folder_row(text: Path, folder: Path, splits: Iterable[str], threshold: int | None) -> TableRow:
-    sentences = [line.strip() for line in read_bytes(text).decode("utf-8-sig", errors="replace").splitlines()]
-    beside = text.parent.name != "texts"
-    base = text.parent if beside else text.parent.parent
-    images = [(base if beside else base / "images") / f"{text.stem}{ending}" for ending in IMAGE_ENDINGS]
-    masks = [base / f"{text.stem}{end}" for end in ("_mask.png", ".mask.png")] + [base / "masks" / f"{text.stem}.png"]
-    image = next((path for path in images if path.is_file()), None)
-    mask = next((path for path in masks if path.is_file()), None)
-    if image is None or mask is None:
-        wanted = "image" if image is None else "mask"
-        raise UserError(f"{text} has no {wanted}; expected {(images if image is None else masks)[0]}")
-    relative = str(image.relative_to(folder))
-    first = relative.split("/")[0]
-    return TableRow(
-        place=str(text.relative_to(folder)),
-        image=relative,
-        sentences=tuple(sentence for sentence in sentences if sentence),
-        segmentation=MaskFile(folder.resolve(), str(mask.relative_to(folder)), None, threshold),
-        split=first if first in splits else None,
-    )
-
-
-def _sha256_text(text: str) -> str:
-    import hashlib
-
-    return hashlib.sha256(text.encode()).hexdigest()
+    return tuple(clean_sentence(text) for text in texts)

@@ -13,7 +13,7 @@ from typing import Literal
 from amltrain.config.fields import Partial, override, partial_of
 from amltrain.config.schema import FREE_TO_CHANGE
 from amltrain.errors import UserError, unknown_name
-from amltrain.methods.registry import register_options
+from amltrain.registry import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,6 @@ def check_pairs(config: AMLSettings) -> None:
         )
 
 
-@register_options("aml")
 @partial_of(AMLSettings)
 class AMLOptions(Partial):
     """Alignment-aware masked learning (arXiv 2602.22740). null = the preset's value; the default preset is paper."""
@@ -237,3 +236,6 @@ class AMLOptions(Partial):
     def check(self) -> None:
         """Raise UserError for values that cannot work, alone or together."""
         resolve(self)
+
+
+METHODS.add_options("aml", AMLOptions)

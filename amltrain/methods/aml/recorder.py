@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.loaders import collate
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.files import write_text
 from amltrain.methods.aml.masking import weak_pixels
 from amltrain.methods.maskers import spread_blocks
@@ -307,7 +307,7 @@ def build_alignment_diagnostics(
     indices = [i * len(dataset) // count for i in range(min(count, len(dataset)))]
     batch = collate([dataset[i] for i in indices])
     images = [dataset.transform.denormalise(image) for image in batch.image]
-    moved = normalise_batch(batch.mapped(lambda part: part.to(device)), dataset.transform.normalization)
+    moved = prepare_batch(batch, dataset.transform.normalization, device)
     samples = FixedSamples(moved, images, [dataset.info(i).sentence for i in indices], tau)
     return AlignmentDiagnostics(folder, every_steps, samples, block=block)
 

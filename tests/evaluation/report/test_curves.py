@@ -1,13 +1,10 @@
 """Charts hold the values of the log and nothing that leaves the page."""
 
 import re
-from pathlib import Path
 
 import numpy as np
-import pytest
 
-from amltrain.errors import UserError
-from amltrain.report.curves import VARIABLES, by_length, histogram, read_log, training_charts
+from amltrain.report.curves import VARIABLES, by_length, histogram, training_charts
 
 ROWS = [
     {"step": 10.0, "loss": 0.5, "lr_factor": 1.0, "masked_share": 0.1, "mean_score": 0.7},
@@ -36,13 +33,3 @@ def test_the_page_gives_the_colours() -> None:
         assert not any(colour in chart.svg for colour in VARIABLES)
         assert "var(--ink)" in chart.svg
         assert not re.search(r'(?:href|src)="(?!#)', chart.svg)
-
-
-def test_a_log_that_was_cut_or_damaged(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    assert read_log(log) == []
-    log.write_text('{"step": 1, "loss": 0.5, "note": "x"}\n{"step": 2, "lo')
-    assert read_log(log) == [{"step": 1.0, "loss": 0.5}]
-    log.write_text('{"step": 1\n{"step": 2, "loss": 1}\n')
-    with pytest.raises(UserError, match="line 1 is damaged"):
-        read_log(log)

@@ -9,7 +9,7 @@ from amltrain.config.schema import DataConfig, Preprocess
 from amltrain.data.loaders import build_tokenizer, build_train_dataset, collate
 from amltrain.data.prepare import prepare
 from amltrain.data.sources.shapes import write_refshapes
-from amltrain.data.transforms import normalise_batch
+from amltrain.data.transforms import prepare_batch
 from amltrain.methods.aml.similarity import TARGET_MEAN_SCORE
 from benchmarks.steps import random_batch
 from tests.methods.aml.test_method import make_task
@@ -38,8 +38,8 @@ def test_mean_score_after_calibration(prepared, tmp_path: Path, shared_dir: Path
     dataset = build_train_dataset(data, preprocess, tokenizer, mask_parts="union", seed=0)
     task = make_task({"vocab_size": tokenizer.vocab_size})
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    task.calibrate([normalise_batch(collate([dataset[i] for i in order[:64]]), "imagenet")])
-    everything = normalise_batch(collate([dataset[i] for i in range(len(dataset))]), "imagenet")
+    task.calibrate([prepare_batch(collate([dataset[i] for i in order[:64]]), "imagenet")])
+    everything = prepare_batch(collate([dataset[i] for i in range(len(dataset))]), "imagenet")
     scores = task.score(everything)
     assert scores.mean().item() == pytest.approx(TARGET_MEAN_SCORE, abs=0.02)
     assert 0 < task.blocks(scores, everything).float().mean() < 0.5

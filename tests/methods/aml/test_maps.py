@@ -6,7 +6,7 @@ from amltrain.losses import create_loss
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.methods.aml.method import AML
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import build_method
 from amltrain.models import create_model
 from amltrain.records import Batch
 

@@ -7,8 +7,7 @@ from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.methods.aml.method import AML
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.registry import build_method
-from amltrain.methods.supervised import Supervised
+from amltrain.methods.base import Supervised, build_method
 from amltrain.models import create_model
 from amltrain.models.base import check_param_groups
 from amltrain.randomness import random_key

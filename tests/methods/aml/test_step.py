@@ -8,8 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.base import Method
-from amltrain.methods.registry import build_method
+from amltrain.methods.base import Method, build_method
 from tests.methods.aml.test_method import make_batch, make_task
 from tests.methods.aml.toy import Toy
 

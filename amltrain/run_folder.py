@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent.
+"""Every file of a run's folder: names, checkpoints, the log. Nothing here imports torch.
 
     OUTPUT/
       step-000400/
@@ -9,12 +9,17 @@
       step-000800/
       last -> step-000800
       best -> step-000400
+      config.yaml       the run, as `--config` takes it
+      log.jsonl         one line per logged step and evaluation
+      results.json      the last evaluation
+      pictures/ logs/ profile/ trackers.json
+      finished          empty: the run reached its end
+      requeue           empty: a job script shall start the run again
+      .lock             which process trains here
 
-A checkpoint is written to a temporary folder, flushed to disk, given its manifest and renamed. Scores arrive later:
-their files get new names, and then the manifest is replaced atomically. So a kill at any moment leaves a complete
-checkpoint, with or without scores; files that the manifest does not list are ignored.
-
-The mark of a finished run. Imports nothing, so that a command can look for it quickly.
+A checkpoint is complete or absent: it is written to a temporary folder, flushed to disk, given its manifest and
+renamed. Scores arrive later: their files get new names, and then the manifest is replaced atomically. So a kill at any
+moment leaves a complete checkpoint, with or without scores; files that the manifest does not list are ignored.
 """
 
 import json
@@ -32,7 +37,17 @@ from amltrain.files import flush, replacing, sha256, way_out, write_text
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
-TRAINER_FILE, EVALUATED_FILE = "state/trainer.json", "state/evaluated.json"
+MODEL, STATE, PICTURES, LOGS, PROFILE = "model", "state", "pictures", "logs", "profile"
+LAST, BEST = "last", "best"
+TRAINER_FILE, EVALUATED_FILE = f"{STATE}/trainer.json", f"{STATE}/evaluated.json"
+RUN_CONFIG, LOG_FILE, TRACKERS_FILE = "config.yaml", "log.jsonl", "trackers.json"
+FINISHED_FILE, REQUEUE_FILE, LOCK_FILE = "finished", "requeue", ".lock"
+SEEN_FILE = ".seen-by-all"
+"""A probe: every machine of a run must see what the main process writes."""
+WEIGHTS_FILE, CONFIG_FILE, PREPROCESS_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+RESULTS_FILE, TRAINING_FILE, CONVERSION_FILE = "results.json", "training.json", "conversion.json"
+MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
+"""Patterns of a model folder's files: what goes to the Hub and comes from it."""
 Log = Callable[[str], None]
 
 
@@ -51,6 +66,11 @@ def step_of(checkpoint: Path) -> int:
     if match is None:
         raise UserError(f"{checkpoint} is not a checkpoint; name a step-N folder, or last or best")
     return int(match[1])
+
+
+def newest(output: Path) -> str:
+    """The newest checkpoint, for messages: weights that are not finite are never saved."""
+    return next((str(path) for path in reversed(checkpoints(output))), "none yet")
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -143,7 +163,7 @@ def finish_checkpoint(output: Path, step: int) -> Path:
     temporary, final = _temporary(output, step), output / checkpoint_name(step)
     _write_manifest(temporary)
     _rename(temporary, final)
-    point(output, "last", final)
+    point(output, LAST, final)
     return final
 
 
@@ -163,9 +183,9 @@ def add_scores(checkpoint: Path, trainer_state: dict[str, Any], write_results: C
     manifest_path = checkpoint / MANIFEST
     try:
         write_text(checkpoint / EVALUATED_FILE, json.dumps(trainer_state, indent=1))
-        write_results(checkpoint / "model" / "results.json")
+        write_results(checkpoint / MODEL / RESULTS_FILE)
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        for name in (EVALUATED_FILE, "model/results.json"):
+        for name in (EVALUATED_FILE, f"{MODEL}/{RESULTS_FILE}"):
             manifest["files"][name] = _entry(checkpoint / name)
             flush(checkpoint / name)
         _replace_manifest(manifest_path, manifest)
@@ -199,7 +219,7 @@ def prune(output: Path, keep: int | Literal["all"]) -> None:
     """Remove all but the newest `keep` checkpoints and the ones that `last` and `best` point at."""
     if keep == "all":
         return
-    pointed = {(output / name).resolve() for name in ("last", "best")}
+    pointed = {(output / name).resolve() for name in (LAST, BEST)}
     for checkpoint in checkpoints(output)[: -keep or None]:
         if checkpoint.resolve() not in pointed:
             _put_away(checkpoint)
@@ -220,7 +240,7 @@ def _temporary(output: Path, step: int) -> Path:
 
 def _make_room(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "state").mkdir(parents=True)
+    (temporary / STATE).mkdir(parents=True)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -257,13 +277,6 @@ def _put_away(checkpoint: Path) -> None:
     os.replace(checkpoint, _removing(checkpoint))
 
 
-FINISHED_FILE = "finished"
-"""An empty file in the folder of a run that has trained all its steps and been evaluated."""
-
-
-REQUEUE_FILE = "requeue"
-
-
 def mark_requeue(output: Path, wanted: bool) -> None:
     """Tell a job script whether to queue the run again."""
     if wanted:
@@ -271,3 +284,67 @@ def mark_requeue(output: Path, wanted: bool) -> None:
         (output / REQUEUE_FILE).touch()
     else:
         (output / REQUEUE_FILE).unlink(missing_ok=True)
+
+
+def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
+    """Find a model's local folder: `source`, its `model/`, a run's `best/model/`, or a Hub repository in the cache.
+
+    A repository may carry its revision: "user/name@v1". An explicit `revision` wins.
+    """
+    local = Path(source)
+    for folder in (local, local / MODEL, local / BEST / MODEL):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    if local.exists():
+        raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
+    _refuse_checkpoint(local)
+    import huggingface_hub  # only where a name is no folder
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    repo, _, named = str(source).partition("@")
+    revision = revision or named or None
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
+    except HFValidationError as error:
+        raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"no folder {source} here, and no Hub repository of that name in the cache while the Hub is out of reach; "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+    except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
+        raise UserError(
+            f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+
+
+def _refuse_checkpoint(place: Path) -> None:
+    """Raise UserError for a checkpoint that its run does not have, with the names of those that are there."""
+    models = (path.parent.name for path in place.parent.glob("*/model"))
+    present = sorted(name for name in models if re.fullmatch(r"best|last|step-\d+", name))
+    if present:
+        why = "; the first evaluation makes it" if place.name == BEST else ""
+        raise UserError(f"{place.parent} has no checkpoint {place.name}{why}; it has {', '.join(present)}")
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log, each with its integer "step"; a last line that a kill cut off is left out.
+
+    Returns [] for a run without a log. Raises UserError for a damaged line.
+    """
+    path = run / LOG_FILE
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("it has no step")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is damaged ({first_line(error)}); remove that line") from error
+    return rows

@@ -1,0 +1,171 @@
+"""The package from Python: what the commands do, without a command line.
+
+    import amltrain
+    results = amltrain.train({"model": {"name": "caris_tiny"}, "train": {"max_steps": 200}}, base="quickstart")
+    results = amltrain.evaluate("runs/quickstart", splits=["val"])
+    print(amltrain.compare({"one": ["evaluation/a"], "other": ["evaluation/b"]}))
+    page = amltrain.report("runs/quickstart")
+    files = amltrain.export("runs/quickstart/best", "exported")
+    [found] = amltrain.Predictor.from_pretrained("runs/quickstart/best")("photo.jpg", "the dog on the left")
+
+Errors that a user can fix are `amltrain.UserError`. Calls in one Python process do not disturb each other: each starts
+Accelerate anew, so that precision and device may differ.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amltrain.config.parse import config_of
+from amltrain.config.schema import DataConfig, ProtocolOverrides, RunConfig, nested
+from amltrain.errors import UserError
+from amltrain.registry import import_plugin
+from amltrain.run_folder import find_model_folder
+
+Settings = RunConfig | Mapping[str, Any] | str | Path
+"""A run: its dataclass, nested values as in a YAML file, or the path or shipped name of a YAML file."""
+
+
+def train(
+    config: Settings = "quickstart",
+    *,
+    base: str | None = None,
+    callbacks: Sequence[Any] = (),
+    model: Any = None,
+    method: Any = None,
+    plugins: Sequence[str] = (),
+) -> list[Any]:
+    """Train a run, or resume it from its output folder; returns the last evaluation's `Results`, one per split.
+
+    config: the run. base: a shipped config or file that nested values start from. callbacks: of
+    `amltrain.training.run.Callback`, besides those that the config names. model: a built `RISModel`, trained instead of
+    building `model.name`; the model folder still names that. method: builds the method from (model, loss, options,
+    vocabulary), instead of the registered one. plugins: files or modules to import first, as `--import`. Raises
+    UserError for anything that you can fix, SystemExit(75) where the run was asked to stop and saved.
+    """
+    for plugin in plugins:
+        import_plugin(plugin)
+    run = read_config(config, base=base)
+    from amltrain.training.trainer import train as train_run  # imports torch
+
+    forget_processes()
+    return train_run(run, callbacks=callbacks, model=model, method=method)
+
+
+def read_config(config: Settings, *, base: str | None = None) -> RunConfig:
+    """Return a run from any of its forms, with all values checked. Raises UserError."""
+    if isinstance(config, RunConfig):
+        return config
+    return config_of(config if isinstance(config, (str, Path)) else nested(config), base)
+
+
+def evaluate(
+    checkpoint: str | Path | None = None,
+    *,
+    predictions: str | Path | None = None,
+    data: DataConfig | Mapping[str, Any] | None = None,
+    protocol: ProtocolOverrides | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Any]:
+    """Score a model, or masks in files, on splits; returns a `Results` per split and perturbation.
+
+    data: where and which; values that are not given are those that the model was trained with. options: the other
+    fields of `amltrain.inference.evaluate.EvaluateOptions`, e.g. splits=["val", "testA"], batch_size=32. Writes the
+    files of `amltrain evaluate`. Raises UserError.
+    """
+    from amltrain.inference import evaluate as evaluation  # imports torch
+
+    if checkpoint is not None:
+        find_model_folder(checkpoint)
+    if not isinstance(data, DataConfig):
+        trained = {} if checkpoint is None else evaluation.trained_data(str(checkpoint))
+        given = {key: trained[key] for key in ("datasets", "prepared", "shapes") if key in trained} | dict(data or {})
+        data = config_of(nested({"data": given}), None).data
+    if not isinstance(protocol, ProtocolOverrides):
+        protocol = ProtocolOverrides(**(protocol or {}))
+    forget_processes()
+    chosen = evaluation.EvaluateOptions(
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        predictions=None if predictions is None else str(predictions),
+        data=data,
+        protocol=protocol,
+        **options,
+    )
+    return evaluation.evaluate(chosen)
+
+
+def compare(
+    models: Mapping[str, Sequence[str | Path] | str | Path],
+    *,
+    metrics: Sequence[str] = (),
+    draws: int = 2000,
+    seed: int = 0,
+    output: str | Path | None = None,
+) -> Any:
+    """Compare models over seeds; the first is the reference. Returns a `Comparison`, which prints as a Markdown table.
+
+    models: name -> folders of evaluations, results.json files or runs, one for each seed. output: folder for
+    comparison.md, .tex and .json; None = nothing is written. Raises UserError for results of different protocols.
+    """
+    from amltrain.evaluation import compare as comparing
+    from amltrain.evaluation.metrics import list_metrics
+    from amltrain.evaluation.results import write_text
+
+    if draws < 1:
+        raise UserError(f"draws is {draws} and must be at least 1")
+    unknown = sorted(set(metrics) - set(list_metrics()))
+    if unknown:
+        raise UserError(f"there is no metric {unknown[0]!r}; there are {', '.join(list_metrics())}")
+    groups = {
+        name: [str(place) for place in ([places] if isinstance(places, (str, Path)) else places)]
+        for name, places in models.items()
+    }
+    comparison = comparing.compare(groups, draws=draws, seed=seed, metrics=metrics)
+    if output is not None:
+        folder = Path(output)
+        write_text(folder / "comparison.md", comparing.comparison_markdown(comparison) + "\n")
+        write_text(folder / "comparison.tex", comparing.comparison_latex(comparison))
+        write_text(folder / "comparison.json", json.dumps(comparing.comparison_dict(comparison), indent=2) + "\n")
+    return comparison
+
+
+def report(run: str | Path, **options: Any) -> Path:
+    """Write the HTML page of a run, or of a model with `output`, and return its path.
+
+    options: fields of `amltrain.report.page.ReportOptions`, e.g. splits=["val"], pictures=30. Raises UserError.
+    """
+    from amltrain.report.page import ReportOptions
+    from amltrain.report.page import report as write_report  # imports torch
+
+    forget_processes()
+    return write_report(ReportOptions(run=str(run), **options))
+
+
+def export(
+    checkpoint: str | Path, output: str | Path, *, formats: Sequence[str] | None = None, runs: int = 5
+) -> list[Any]:
+    """Write a model as torch.export program and ONNX into a new folder; returns a row per format, compared with it.
+
+    runs: images that are timed for each format. Raises UserError for a folder that is not empty.
+    """
+    from amltrain.hub.model_folder import load_pretrained
+    from amltrain.inference import FORMATS
+    from amltrain.inference.export import export_folder
+
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder; choose another output")
+    find_model_folder(checkpoint)
+    return export_folder(load_pretrained(checkpoint), folder, list(formats or FORMATS), runs)
+
+
+def forget_processes() -> None:
+    """Let the next Accelerator choose precision and device again; inside a launched run there is nothing to forget."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
