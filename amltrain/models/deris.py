@@ -16,8 +16,8 @@ Kept, because the released weights were trained with it:
 
 Not kept: the box head, whose loss has weight 0, and heads without effect. A batch has one picture, so BEiT-3's is made
 from the network's input, bilinearly, not from the original; `small_picture` is where another one can be given.
-Points of the loss are functions of the sample's key, not of a global generator. Swin starts from a Swin file; the
-official one comes from Mask2Former's pickle. Sentences of other images as "no target" are not drawn here.
+Points of the loss are functions of the sample's key, not of a global generator. Sentences of other images as "no
+target" are not drawn here. The perception branch starts from Mask2Former, as the official one, or from a Swin file.
 
 Referents one by one (gRefCOCO) are an argument of the loss; without them the target mask is the only referent.
 
@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
 from amltrain.matching import enlarge_masks
+from amltrain.models.backbones.mask2former import load_mask2former
 from amltrain.models.backbones.swin import Swin
-from amltrain.models.backbones.weights import load_swin
+from amltrain.models.backbones.weights import is_file, load_swin
 from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.beit3 import BEiT3Encoder, load_beit3
 from amltrain.models.layers.deformable import PixelDecoder
@@ -236,12 +237,15 @@ def _build(
     predictor: Mapping[str, Any],
     **model: Any,
 ) -> DeRIS:
-    if vision_weights is not None:
-        load_swin(swin, vision_weights)
     if text_weights is not None:
         load_beit3(encoder, text_weights)
     pixels = BiasedPixelDecoder(tuple(swin.channels), **pixel_decoder)
-    return DeRIS(encoder, swin, pixels, LoopbackDecoder(**predictor), **model)
+    built = DeRIS(encoder, swin, pixels, LoopbackDecoder(**predictor), **model)
+    if vision_weights is not None and is_file(vision_weights):
+        load_swin(swin, vision_weights)
+    elif vision_weights is not None:
+        load_mask2former(built, vision_weights)
+    return built
 
 
 def _info(size: int, tokenizer: str, max_tokens: int, points: int = 12544) -> ModelInfo:
@@ -279,7 +283,8 @@ def deris_b(
 ) -> DeRIS:
     """DeRIS-B: BEiT-3 base at 224 pixels, Swin-S at 384.
 
-    vision_weights: Swin-S's, a timm name or a file. text_weights: BEiT-3's file (beit3_base_patch16_224.pth), of which
+    vision_weights: transformers' Mask2Former, a Hub id or a folder, for the whole perception branch; or a Swin file.
+    text_weights: BEiT-3's file (beit3_base_patch16_224.pth), of which
     image and words are used. queries: 20 for gRefCOCO, 10 for RefCOCO. mixing: see `layers/loopback_decoder.py`.
     dropout: of the aligner. drop_path_rate: BEiT-3's.
     """
@@ -316,7 +321,7 @@ def deris_l(
 ) -> DeRIS:
     """DeRIS-L: BEiT-3 large at 224 pixels without drop path, as released, Swin-B with window 12 at 384.
 
-    vision_weights: Swin-B's; text_weights: beit3_large_patch16_224.pth; the rest as in `deris_b`.
+    vision_weights: of Swin-B; text_weights: beit3_large_patch16_224.pth; all as in `deris_b`.
     """
     encoder = BEiT3Encoder(dim=1024, depth=24, heads=16, vocab_size=max(vocab_size, 64010))
     swin = Swin(

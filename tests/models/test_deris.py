@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import create_model
+from amltrain.models.backbones.mask2former import load_mask2former
 from amltrain.records import ModelOutput
 from tests.models.test_registry import make_batch
 from tests.parity import compare
@@ -134,3 +136,70 @@ def test_loss_refuses_a_model_without_its_heads():
     batch = make_batch("deris_tiny", 96, 96)
     with pytest.raises(UserError, match="queries of several steps"):
         create_loss("deris")(ModelOutput(torch.zeros(2, 1, 24, 24)), batch)
+
+
+@pytest.fixture
+def mask2former():
+    """As deris_tiny, with more layers and queries than it takes."""
+    torch.manual_seed(1)
+    stages = [f"stage{i + 1}" for i in range(4)]
+    swin = SwinConfig(
+        embed_dim=32,
+        depths=[1, 1, 2, 1],
+        num_heads=[2, 4, 8, 8],
+        window_size=4,
+        out_features=stages,
+        drop_path_rate=0.0,
+    )
+    config = Mask2FormerConfig(
+        backbone_config=swin,
+        feature_size=64,
+        mask_feature_size=64,
+        hidden_dim=64,
+        num_attention_heads=4,
+        encoder_layers=2,
+        encoder_feedforward_dim=128,
+        decoder_layers=5,
+        dim_feedforward=128,
+        num_queries=9,
+    )
+    theirs = Mask2FormerForUniversalSegmentation(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return theirs
+
+
+@torch.no_grad()
+def test_perception_starts_from_transformers_mask2former(mask2former, tmp_path):
+    """Swin's maps, the pixel decoder's scales and a whole query layer equal transformers'."""
+    mask2former.save_pretrained(tmp_path / "mask2former")
+    model = create_model("deris_tiny", vocab_size=64, vision_weights=str(tmp_path / "mask2former")).eval()
+    image = torch.randn(2, 3, 128, 128)
+    pixels = mask2former.model.pixel_level_module
+    maps = model.swin(image)
+    for ours, theirs in zip(maps, pixels.encoder(image).feature_maps, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    _, scales = model.pixel_decoder(maps)
+    for ours, theirs in zip(scales, pixels.decoder(list(maps)).multi_scale_features, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    predictor, decoder = model.predictor, mask2former.model.transformer_module.decoder
+    x, place = torch.randn(2, 5, 64), predictor.query_embed.weight
+    torch.testing.assert_close(place, mask2former.model.transformer_module.queries_embedder.weight[:5])
+    layer = decoder.layers[1]
+    read, _ = layer.self_attn(x.transpose(0, 1), position_embeddings=place[:, None].expand(-1, 2, -1))
+    expected = layer.self_attn_layer_norm(x + read.transpose(0, 1))
+    ours = predictor.read_queries[1](x, x + place, x + place, x)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    expected = layer.final_layer_norm(ours + layer.fc2(layer.activation_fn(layer.fc1(ours))))
+    torch.testing.assert_close(predictor.feedforward[1](ours), expected, rtol=1e-4, atol=1e-5)
+    embedder = decoder.mask_predictor.mask_embedder
+    torch.testing.assert_close(predictor.mask_embed(x), embedder(x), rtol=1e-4, atol=1e-5)
+    assert model.pixel_decoder.lateral[0].bias.abs().max() == model.pixel_decoder.merge[0].bias.abs().max() == 0
+
+
+def test_mask2former_of_another_size_is_refused(mask2former, tmp_path):
+    mask2former.save_pretrained(tmp_path / "mask2former")
+    with torch.device("meta"):
+        model = create_model("deris_b")
+    with pytest.raises(UserError, match="Mask2Former of the same sizes"):
+        load_mask2former(model, str(tmp_path / "mask2former"))
