@@ -19,7 +19,7 @@ _EXPORTS = {
     "Callback": "amltrain.training.run",
     "register_model": "amltrain.models.registry",
     "register_method": "amltrain.methods.base",
-    "register_masker": "amltrain.methods.maskers",
+    "register_masker": "amltrain.methods.base",
     "register_augmentation": "amltrain.data.augment",
     "register_metric": "amltrain.evaluation.metrics",
     "register_loss": "amltrain.losses",

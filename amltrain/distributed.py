@@ -144,12 +144,10 @@ def precision_of(accelerator: Accelerator) -> str:
 def shard(accelerator: Accelerator, method: nn.Module, blocks: Iterable[nn.Module]) -> None:
     """Shard a method with FSDP2: each of `blocks` alone, so that one of them is whole at a time, and the rest last.
 
-    Does nothing under other engines. Parameters without dimensions, which FSDP2 cannot shard
+    Parameters without dimensions, which FSDP2 cannot shard
     (https://github.com/pytorch/pytorch/blob/main/torch/distributed/fsdp/_fully_shard/_fsdp_param.py), stay whole, and
     their gradients are averaged by themselves. Accelerate takes a method that is sharded already as it is.
     """
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return
     plugin = accelerator.state.fsdp_plugin
     scalars = {parameter for parameter in method.parameters() if parameter.ndim == 0}
     settings = {

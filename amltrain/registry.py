@@ -202,6 +202,7 @@ def check_options(options: Any) -> None:
         check()
 
 
+_given: list[str] = []
 _imported: dict[str, ModuleType] = {}
 _broken: dict[str, str] = {}
 _installed_loaded = False
@@ -219,7 +220,13 @@ def take_imports(arguments: Sequence[str]) -> list[str]:
         if not name:
             raise UserError(f"{FLAG} needs a Python file or the name of a module")
         import_plugin(name)
+        _given.append(name)
     return rest
+
+
+def import_flags() -> list[str]:
+    """The `--import` arguments that this process was started with, for processes that it starts."""
+    return [part for name in _given for part in (FLAG, name)]
 
 
 def import_plugin(name: str) -> None:

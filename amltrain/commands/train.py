@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser
 from amltrain.config.parse import as_yaml, build_run_parser, checked
 from amltrain.config.schema import RunConfig
 from amltrain.errors import one_line_errors
-from amltrain.training.preemption import exit_on_signals
+from amltrain.registry import import_flags
+from amltrain.training.stopping import exit_on_signals
 
 QUICKSTART = "quickstart"
 PRINT = "--print_config"
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from amltrain.training.launcher import launch_processes, take_launch_options
 
         rest, processes, file = take_launch_options(arguments)
-        launch_processes(rest, processes, file)
+        launch_processes([*import_flags(), *rest], processes, file)
         return
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from amltrain.config.scalars import check_flags, expand_arguments, field_types, plain_scalar
+from amltrain.config.fields import check_flags, expand_arguments, field_types, plain_scalar
 from amltrain.errors import UserError
 
 Groups = Mapping[str, type]

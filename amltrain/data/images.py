@@ -108,13 +108,14 @@ class ImageFile(NamedTuple):
 def path_below(root: Path, name: str, links: bool = False) -> Path:
     """`root / name`, which must lie below `root`. Raises FileFault for an absolute path, `..`, or a link that leaves.
 
-    root: resolved. links: links may lead anywhere. Messages give its name, not its path, because they are published
-    with the data.
+    root: resolved, or relative to the working folder. links: links may lead anywhere. Messages give its name, not its
+    path, because they are published with the data.
     """
     pure = PurePosixPath(name.replace("\\", "/"))
     if not pure.parts or "\0" in name or pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
         shown = pure.name if pure.is_absolute() else name[:200]
         raise FileFault(f"the path {shown!r} leads outside the folder {root.name}")
+    root = root if root.is_absolute() else root.resolve()
     path = root / pure
     try:
         real = path.resolve()

@@ -32,6 +32,7 @@ from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.files import replacing
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
+from amltrain.registry import MODELS, missing_plugins
 from amltrain.run_folder import CONFIG_FILE, PREPROCESS_FILE, TRAINING_FILE, WEIGHTS_FILE, find_model_folder
 
 if TYPE_CHECKING:
@@ -151,7 +152,9 @@ def _build(name: str, kwargs: dict[str, Any], path: Path) -> RISModel:
     try:
         return create_model(name, **kwargs)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        training = read_training(path.parent) if name not in MODELS else None
+        plugins = missing_plugins((training or {}).get("recipe", {}).get("imports", []))
+        raise UserError(f"{path}: {error}" + (f" {plugins}" if plugins else "")) from error
     except Exception as error:  # sizes that fit no layer end in errors of torch, timm and transformers
         raise UserError(
             f"{path}: its kwargs do not describe a {name} ({type(error).__name__}: {first_line(error)}); download it "

@@ -25,8 +25,16 @@ from torch import Tensor, nn
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError
 from amltrain.losses import at_least_float32
-from amltrain.methods.base import Method, Reduce, register_method
-from amltrain.methods.maskers import Masker, Masking, build_masker, mask_image, register_masker
+from amltrain.methods.base import (
+    Masker,
+    Masking,
+    Method,
+    Reduce,
+    build_masker,
+    mask_image,
+    register_masker,
+    register_method,
+)
 from amltrain.models.base import RISModel
 from amltrain.randomness import uniform
 from amltrain.records import Batch, Features, ModelOutput, Vocabulary

@@ -17,7 +17,7 @@ from amltrain.errors import UserError, one_line_errors
 from amltrain.paper.files import STATUS, write_table
 from amltrain.paper.plan import TINY_STEPS, Command, Settings, Table, check_data, plan
 from amltrain.run_folder import LAST
-from amltrain.training.preemption import REQUEUE_EXIT_CODE
+from amltrain.training.stopping import REQUEUE_EXIT_CODE
 
 MODULES = {
     "train": "amltrain.commands.train",

@@ -29,7 +29,7 @@ from amltrain.evaluation.compare import Run, read_runs
 from amltrain.evaluation.draw import PAPER, PREDICTION, TRUTH, Colour, shrink
 from amltrain.evaluation.masks import find_referents, network_size
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
-from amltrain.methods.maskers import Masking, MaskingMaps
+from amltrain.methods.base import Masking, MaskingMaps
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
 from amltrain.run_folder import find_model_folder

@@ -14,7 +14,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from amltrain.training.preemption import REQUEUE_EXIT_CODE
+from amltrain.training.stopping import REQUEUE_EXIT_CODE
 
 TERMINATED = -15
 """How the other processes end when the launcher stops them after the first failure."""
@@ -28,7 +28,7 @@ def launch_processes(arguments: Sequence[str], processes: int | None, config_fil
     """
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the run has printed its own error
-    module = ["-m", "amltrain.commands.train", *arguments]
+    module = ["-m", "amltrain", "train", *arguments]
     try:
         if config_file is None:
             torchrun(["--standalone", "--nproc_per_node", str(processes or 1), *module])

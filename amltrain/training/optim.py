@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from amltrain.models.base import eval_mode
+from amltrain.records import Batch
+
 FUSED_DEVICES = {"cuda"}
 """Devices whose fused Adam kernel is used: one kernel for all tensors, several times faster."""
 Schedule = Literal["poly", "poly_caris", "multistep", "cosine", "constant"]
@@ -112,6 +115,43 @@ def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
         inner = list(repeated_blocks(child))
         repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and kinds.count(type(child)) > 1
         yield from inner or ([child] if repeated and _layers(child) >= LEAST_LAYERS else [])
+
+
+@torch.no_grad()
+def blocks_called_whole(method: nn.Module, batch: Batch) -> list[nn.Module]:
+    """Repeated blocks of a method's model whose parts run only inside the block's own forward.
+
+    Some encoders call a block's attention or norms by themselves; FSDP2 would not gather those. One pass in evaluation
+    mode shows which. batch: the same on every process.
+    """
+    blocks = list(repeated_blocks(method))
+    running, ran, torn = dict.fromkeys(blocks, 0), set(), set()
+    handles: list[Any] = []
+
+    def watch(block: nn.Module) -> None:
+        def enter(*_: Any) -> None:
+            running[block] += 1
+            ran.add(block)
+
+        def leave(*_: Any) -> None:
+            running[block] -= 1
+
+        def part(*_: Any) -> None:
+            if not running[block]:
+                torn.add(block)
+
+        handles.extend([block.register_forward_pre_hook(enter), block.register_forward_hook(leave)])
+        handles.extend(inner.register_forward_pre_hook(part) for inner in block.modules() if inner is not block)
+
+    for block in blocks:
+        watch(block)
+    try:
+        with eval_mode(method):
+            method(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [block for block in blocks if block in ran - torn]
 
 
 def compile_blocks(module: nn.Module, backend: str = "inductor") -> int:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from amltrain.checkpoints.lock import OutputLock
-from amltrain.checkpoints.progress import Progress
-from amltrain.checkpoints.resume import check_shared, prepare_output, resume_progress, write_config
+from amltrain.checkpoints.resume import Progress, check_shared, prepare_output, resume_progress, write_config
 from amltrain.checkpoints.saver import Saver
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.data.loaders import build_sampler, collate
@@ -41,13 +41,18 @@ from amltrain.evaluation.results import Results
 from amltrain.hub.push import check_access
 from amltrain.methods.base import Method
 from amltrain.models.base import RISModel
-from amltrain.records import Batch
+from amltrain.records import Batch, Draw
 from amltrain.run_folder import LOG_FILE, step_of
-from amltrain.training.build import MethodBuilder, RunComponents, build_components, write_model_folder
-from amltrain.training.checks import check_before_data, check_components
-from amltrain.training.failures import check_weights
-from amltrain.training.optim import average_weights, build_optimizer, compile_blocks, repeated_blocks
-from amltrain.training.preemption import Preemption
+from amltrain.training.build import (
+    MethodBuilder,
+    RunComponents,
+    build_components,
+    check_before_data,
+    check_components,
+    write_model_folder,
+)
+from amltrain.training.optim import average_weights, blocks_called_whole, build_optimizer, compile_blocks
+from amltrain.training.stopping import Preemption, check_weights
 from amltrain.training.tracking import History, Meter, start_trackers
 
 SETUP_SAMPLES = 64
@@ -273,7 +278,8 @@ def build_run(
         )
     if config.train.compile:
         log(f"compiling {compile_blocks(bare)} blocks as they are first used")
-    shard(accelerator, bare, repeated_blocks(bare.model))
+    if accelerator.distributed_type == DistributedType.FSDP:
+        shard(accelerator, bare, blocks_called_whole(bare, _two_samples(components, accelerator)))
     o = config.optim
     optimizer = build_optimizer(
         bare.param_groups(o.lr, o.weight_decay), o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad
@@ -336,6 +342,12 @@ def _average(accelerator: Accelerator, config: RunConfig, model: nn.Module) -> A
     if is_sharded(accelerator):
         raise UserError("train.ema_decay needs whole weights on every process: use DDP, or leave it out")
     return average_weights(model, decay)
+
+
+def _two_samples(components: RunComponents, accelerator: Accelerator) -> Batch:
+    """The same two samples on every process."""
+    samples = [components.dataset[Draw(0, index)] for index in (0, len(components.dataset) - 1)]
+    return prepare_batch(collate(samples), components.preprocess.normalization, accelerator.device)
 
 
 def _first_batches(

@@ -29,8 +29,7 @@ from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
 from amltrain.files import write_text
 from amltrain.run_folder import PICTURES, TRACKERS_FILE, checkpoint_name
-from amltrain.training.build import RunComponents
-from amltrain.training.checks import weights_origin
+from amltrain.training.build import RunComponents, weights_origin
 
 
 def banner(

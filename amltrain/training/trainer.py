@@ -8,32 +8,77 @@ stop and failed saves go together, averaged over the processes, so that all of t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from amltrain import run_folder
 from amltrain.config.schema import RunConfig
-from amltrain.distributed import on_main_process
+from amltrain.data.dataset import ReferDataset
+from amltrain.data.loaders import build_train_loader
+from amltrain.data.transforms import prepare_batch
+from amltrain.distributed import BatchPlan, on_main_process
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results, write_results
 from amltrain.models.base import RISModel
 from amltrain.randomness import random_key
 from amltrain.records import Batch
 from amltrain.run_folder import BEST, FINISHED_FILE
-from amltrain.training.batches import step_batches
 from amltrain.training.build import MethodBuilder
 from amltrain.training.callbacks import build_callbacks
-from amltrain.training.failures import NormStatistics, describe_samples, drop_frames, explained
 from amltrain.training.optim import lr_factor, set_lr, uncompiled
-from amltrain.training.preemption import Preemption
 from amltrain.training.run import Callback, Run, Step, open_run
+from amltrain.training.stopping import NormStatistics, Preemption, describe_samples, drop_frames, explained
+from amltrain.training.tracking import Meter
 from amltrain.training.validation import best_value, dry_run, evaluate_splits, zero_score_hint
+
+
+def step_batches(
+    accelerator: Accelerator,
+    dataset: ReferDataset,
+    config: RunConfig,
+    plan: BatchPlan,
+    *,
+    first_step: int,
+    total_steps: int,
+    meter: Meter,
+    preemption: Preemption,
+    stop: Callable[[], None],
+) -> Iterator[list[Batch]]:
+    """Yield this process's micro-batches of every optimizer step from `first_step` on.
+
+    stop: called, and must raise, when a request to stop comes while one process waits for data; several processes
+    answer it in the step, together. A loader that gives nothing for `train.loader_timeout` minutes raises RuntimeError.
+    """
+    loader = build_train_loader(
+        dataset,
+        config.data,
+        seed=config.seed,
+        global_batch_size=plan.samples,
+        micro_batch_size=plan.micro,
+        total_steps=total_steps,
+        first_step=first_step,
+    )
+    if loader.num_workers > 0:
+        loader.timeout = 60 * config.train.loader_timeout
+    batches = iter(accelerator.prepare_data_loader(loader))
+    while True:
+        step: list[Batch] = []
+        while len(step) < plan.accumulation:
+            alone = accelerator.num_processes == 1
+            with meter.waiting(), preemption.leaving_at_once(stop) if alone else nullcontext():
+                try:
+                    step.append(prepare_batch(next(batches), dataset.transform.normalization))
+                except StopIteration:
+                    return
+        yield step
+
 
 STOP_CHECK = 8
 """Micro-batches between agreements to stop inside a step that several processes share."""

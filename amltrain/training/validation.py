@@ -16,9 +16,8 @@ from tqdm.auto import tqdm
 
 from amltrain.config.schema import CheckpointConfig, EvaluationConfig, HubConfig, RunConfig, TrackingConfig
 from amltrain.data.prepare import read_manifest
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
-from amltrain.evaluation.metrics import list_metrics
 from amltrain.evaluation.results import Results, write_results
 from amltrain.evaluation.tables import table
 from amltrain.hub.push import check_access
@@ -53,20 +52,6 @@ def evaluate_splits(
         tqdm.write(f"step {step}\n{table(results)}")
         write_results(config.folder / RESULTS_FILE, results)
     return scored
-
-
-def check_metric_name(evaluation: EvaluationConfig) -> None:
-    """Raise UserError for a best_metric that does not exist."""
-    metric = evaluation.best_metric.rpartition("/")[2]
-    if metric not in list_metrics():
-        raise unknown_name("evaluation.best_metric", metric, list_metrics())
-
-
-def check_best_metric(evaluation: EvaluationConfig, splits: list[str]) -> None:
-    """Raise UserError for a best_metric of a split that is not evaluated."""
-    split = evaluation.best_metric.rpartition("/")[0]
-    if split and split not in splits:
-        raise UserError(f"evaluation.best_metric names split {split!r}; evaluated are {', '.join(splits)}")
 
 
 def zero_score_hint(value: float, config: RunConfig, total_steps: int) -> str | None:

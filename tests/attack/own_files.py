@@ -10,9 +10,10 @@ from typing import Any
 
 from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.lock import OutputLock
-from amltrain.checkpoints.progress import Progress
+from amltrain.checkpoints.resume import Progress
 from amltrain.data.prepare import prepare_files
-from amltrain.data.sources.table import read_folder, read_table
+from amltrain.data.sources.folder import read_folder
+from amltrain.data.sources.table import read_table
 from amltrain.errors import UserError
 from amltrain.evaluation.prediction_files import find_predictions
 from amltrain.paper.grids import read_losses

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from amltrain.commands.train import read_run
-from amltrain.config.scalars import expand, expand_arguments
+from amltrain.config.fields import expand, expand_arguments
 from amltrain.errors import UserError
 
 

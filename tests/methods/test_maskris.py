@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
-from amltrain.methods.base import build_method
-from amltrain.methods.maskers import Masker, Masking, mask_image
+from amltrain.methods.base import Masker, Masking, build_method, mask_image
 from amltrain.methods.maskris import (
     MaskRIS,
     MaskRISOptions,

@@ -27,8 +27,10 @@ from amltrain.methods.aml.masking import select_as_released, split_blocks, weak_
 from amltrain.methods.aml.method import AML  # noqa: E402
 from amltrain.methods.aml.options import AMLOptions  # noqa: E402
 from amltrain.methods.aml.similarity import LinearProjection, PatchScorer  # noqa: E402
-from amltrain.methods.base import build_method  # noqa: E402
-from amltrain.methods.maskers import mask_image  # noqa: E402
+from amltrain.methods.base import (  # noqa: E402
+    build_method,
+    mask_image,
+)
 from amltrain.records import AlignmentFeatures, Batch  # noqa: E402
 from tests.parity import compare  # noqa: E402
 

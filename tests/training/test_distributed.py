@@ -14,7 +14,7 @@ from amltrain import distributed
 from amltrain import run_folder as checkpoints
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.errors import UserError
-from amltrain.training.preemption import REQUEUE_EXIT_CODE
+from amltrain.training.stopping import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 STEPS = 10

@@ -10,7 +10,7 @@ import pytest
 
 from amltrain import run_folder as checkpoints
 from amltrain.errors import UserError
-from amltrain.training.preemption import REQUEUE_EXIT_CODE
+from amltrain.training.stopping import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 

@@ -40,8 +40,7 @@ from amltrain.methods.aml.similarity import (
     create_projection,
     warn_if_literal,
 )
-from amltrain.methods.base import Reduce
-from amltrain.methods.maskers import Masker, Masking, register_masker
+from amltrain.methods.base import Masker, Masking, Reduce, register_masker
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 

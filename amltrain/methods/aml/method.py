@@ -29,8 +29,7 @@ from amltrain.methods.aml.scorers import (
     grounding_loss,
 )
 from amltrain.methods.aml.similarity import Calibration
-from amltrain.methods.base import Method, Reduce, register_method
-from amltrain.methods.maskers import mask_image, spread_blocks
+from amltrain.methods.base import Method, Reduce, mask_image, register_method, spread_blocks
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput, Vocabulary
 

@@ -33,7 +33,7 @@ from amltrain.data.loaders import collate
 from amltrain.data.transforms import prepare_batch
 from amltrain.files import write_text
 from amltrain.methods.aml.masking import weak_pixels
-from amltrain.methods.maskers import spread_blocks
+from amltrain.methods.base import spread_blocks
 from amltrain.models.base import eval_mode
 from amltrain.records import Batch
 

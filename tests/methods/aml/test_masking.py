@@ -14,7 +14,7 @@ from amltrain.methods.aml.masking import (
     take_share,
     weak_pixels,
 )
-from amltrain.methods.maskers import mask_image, spread_blocks
+from amltrain.methods.base import mask_image, spread_blocks
 from amltrain.randomness import random_key
 
 SELECTIONS = ["pixel", "patch", "released"]
