@@ -132,7 +132,7 @@ def test_frozen_swin_is_noisy_in_training_as_released():
     assert torch.equal(model.eval().swin(image)[-1], model.swin(image)[-1])
 
 
-def test_loss_refuses_a_model_without_its_heads():
+def test_loss_rejects_a_model_without_its_heads():
     batch = make_batch("deris_tiny", 96, 96)
     with pytest.raises(UserError, match="queries of several steps"):
         create_loss("deris")(ModelOutput(torch.zeros(2, 1, 24, 24)), batch)
@@ -197,7 +197,7 @@ def test_perception_starts_from_transformers_mask2former(mask2former, tmp_path):
     assert model.pixel_decoder.lateral[0].bias.abs().max() == model.pixel_decoder.merge[0].bias.abs().max() == 0
 
 
-def test_mask2former_of_another_size_is_refused(mask2former, tmp_path):
+def test_mask2former_of_another_size_is_rejected(mask2former, tmp_path):
     mask2former.save_pretrained(tmp_path / "mask2former")
     with torch.device("meta"):
         model = create_model("deris_b")

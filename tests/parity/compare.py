@@ -2,7 +2,7 @@
 
     python tests/parity/compare.py MODEL CASE.safetensors
 
-MODEL is a file beside this one (caris, detris, ...). A case holds `input.*`, some of `inter.*`, `output.*`, `grad.*`
+MODEL is a file beside this one (caris, detris, ...). A case contains `input.*`, some of `inter.*`, `output.*`, `grad.*`
 and the recorded network's random weights under their official keys; a case without weights borrows those of the tiny
 case of its folder. `train.logits` and `post.*` were recorded in training mode: the logits, and batch norms' statistics
 after it. `f64.*` were recorded in float64 and are compared in float64. What is beyond its tolerance in float32 is
