@@ -196,11 +196,7 @@ def _training(training: dict[str, Any] | None) -> str:
         f"- data: {data}, split {recipe['data']['train_split']}",
         f"- hardware: {training['hardware']}",
         f"- commit of the code: {training['commit'] or 'unknown'}",
-        *(
-            [f"- training data: fingerprint {data[:16]}"]
-            if (data := str(training.get("data_fingerprint") or ""))
-            else []
-        ),
+        *([f"- fingerprint of the data: {contents[:16]}"] if contents else []),
         f"- versions: {versions}",
     ]
     text = yaml.safe_dump(_given(recipe), sort_keys=False, default_flow_style=False)
