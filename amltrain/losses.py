@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.errors import UserError
-from amltrain.matching import box_loss, boxes_of_masks, corners_of, share_outside, shares_of
+from amltrain.matching import (
+    at_least_float32,
+    box_loss,
+    boxes_of_masks,
+    corners_of,
+    share_outside,
+    shares_of,
+    sides,
+)
 from amltrain.records import Batch, ModelOutput
 from amltrain.registry import LOSSES
 
@@ -59,11 +67,6 @@ def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> No
         f"loss.name={name} reads {wanted}-channel logits and {model_name} gives {channels}; "
         f"use {' or '.join(fitting)}, or leave loss.name out for the model's own loss"
     )
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays, so that a loss can be compared with one recorded in float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def upsample_logits(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -360,6 +363,6 @@ def consistency(logits: Tensor, boxes: Tensor) -> Tensor:
     """
     masks = logits[:, 0] > 0
     size = (masks.shape[-2], masks.shape[-1])
-    corners = corners_of(boxes) * boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    corners = corners_of(boxes) * sides(boxes, size[1], size[0])
     around = shares_of(boxes_of_masks(masks, end=0), size).to(boxes.dtype)
     return 0.3 * share_outside(masks, corners) + 0.1 * box_loss(boxes, around)

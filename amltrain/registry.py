@@ -123,6 +123,7 @@ MODELS: Registry[Callable[..., Any]] = Registry(
         "amltrain.models.caris": ("caris_swin_base", "caris_swin_tiny", "caris_tiny"),
         "amltrain.models.cgformer": ("cgformer_swin_base", "cgformer_tiny"),
         "amltrain.models.cris": ("cris_r101", "cris_r50", "cris_tiny"),
+        "amltrain.models.deris": ("deris_b", "deris_l", "deris_tiny"),
         "amltrain.models.detris": ("detris_base", "detris_large", "detris_large_mixed", "detris_tiny"),
         "amltrain.models.dual": (
             "dual_dinov3_base",
@@ -173,7 +174,8 @@ LOSSES: Registry[Callable[..., Any]] = Registry(
             "cgformer",
             "mask_and_presence",
             "c3vg",
-        )
+        ),
+        "amltrain.matching": ("deris",),
     },
 )
 METRICS: dict[Literal["classic", "generalized"], Registry[Any]] = {

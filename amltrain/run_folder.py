@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError
 
+from amltrain import __version__
 from amltrain.errors import UserError, first_line
 from amltrain.files import flush, replacing, sha256, way_out, write_text
 
@@ -262,7 +263,7 @@ def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"amltrain": __version__, "files": entries}, indent=1))
     for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         flush(path)
 

@@ -43,6 +43,8 @@ class Official(NamedTuple):
     amsgrad: bool = False
     warmup: int = 0
     first_epoch_full_lr: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
 
 CARIS = Official(
@@ -77,6 +79,23 @@ REMAMBER = Official(
     *("union", "cross_entropy_dice"),
 )
 BARLERIA = ETRIS._replace(loss="barleria")
+C3VG = Official(
+    *("adam", 5e-4, 0.0, "multistep", (24,), 30, 32, "no", 0.15, False, 320, 20, "referent", "mIoU", "union", "c3vg"),
+    amsgrad=True,
+    betas=(0.9, 0.98),
+    eps=1e-9,
+)
+DERIS = C3VG._replace(  # on gRefCOCO; the official batch is 1 per GPU, of an unknown number
+    lr=1e-4,
+    milestones=(5,),
+    length=6,
+    batch=16,
+    size=384,
+    tokens=50,
+    train_unit="sentence",
+    best_metric="cIoU",
+    loss="deris",
+)
 OFFICIAL = {
     **{f"magnet/{name}": MAGNET for name in CLASSIC},
     **{f"remamber/{name}": REMAMBER for name in CLASSIC},
@@ -94,6 +113,8 @@ OFFICIAL = {
     "rela/grefcoco_5k": RELA._replace(schedule="constant", milestones=(), length=5_000),  # the AML paper's row
 }
 LAYERS = {
+    "c3vg_beit3_base": C3VG,
+    **dict.fromkeys(["deris_b", "deris_l"], DERIS),
     "magnet_swin_base": MAGNET,
     **dict.fromkeys(["remamber_conv", "remamber_mamba"], REMAMBER),
     **dict.fromkeys(["barleria_vit_base", "barleria_eva02_base"], BARLERIA),
@@ -108,9 +129,9 @@ LAYERS = {
 }
 NO_OFFICIAL_RECIPE = {
     *("dual_dinov3_base", "dual_siglip2_base", "dual_eva02_base", "caris_lite"),
-    *("beit3_base", "beit3_large", "sam3"),
+    *("beit3_base", "beit3_large", "sam3", "evfsam_beit3_large", "evfsam2_beit3_large"),
 }
-"""Our own combinations, and models that were published for other tasks."""
+"""Our own combinations, models that were published for other tasks, and those whose training was not published."""
 
 
 @cache
@@ -143,6 +164,8 @@ def as_trained(run: RunConfig) -> Official:
         amsgrad=optim.amsgrad,
         warmup=optim.warmup_steps,
         first_epoch_full_lr=optim.first_epoch_full_lr,
+        betas=optim.betas,
+        eps=optim.eps,
     )
 
 
@@ -165,7 +188,7 @@ def test_a_model_alone_trains_as_its_official_code(name: str) -> None:
 
 def nothing_else(run: RunConfig) -> None:
     """What all official codes have in common."""
-    assert (run.optim.betas, run.optim.eps, run.optim.gamma, run.optim.power) == ((0.9, 0.999), 1e-8, 0.1, 0.9)
+    assert (run.optim.gamma, run.optim.power) == (0.1, 0.9)
     assert run.train.ema_decay is None
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
-from amltrain.matching import corners_of
+from amltrain.matching import corners_of, sides
 from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.beit3 import BEiT3Encoder, load_beit3, resampled
 from amltrain.models.layers.basic import sine_position
@@ -133,7 +133,7 @@ class Interaction(nn.Module):
         height, width = x.shape[-2:]
         seen = F.relu(self.image(x))
         corners = corners_of(coarse_box.detach())
-        region = corners if self.as_released else corners * corners.new_tensor([width, height, width, height])
+        region = corners if self.as_released else corners * sides(corners, width, height)
         box = self.box(torch.cat([region_maximum(seen, region), self.coordinates(coarse_box)], dim=1))
         inside = box_weights(corners, (height, width))[:, None].to(seen.dtype)
         weight = coarse_logits.sigmoid()
@@ -284,7 +284,7 @@ class C3VG(RISModel):
         box, refined = self.interaction(visual, words, padding, coarse_box, coarse_logits, position)
         logits = self.pixel_head(self.decoder(self.neck(refined)), sentence)
         size, patch = (batch.image.shape[-2], batch.image.shape[-1]), self.beit3.patch
-        frame = logits.new_tensor([1 + (-size[1] % patch) / size[1], 1 + (-size[0] % patch) / size[0]]).repeat(2)
+        frame = sides(logits, 1 + (-size[1] % patch) / size[1], 1 + (-size[0] % patch) / size[0])
         aux = {
             "coarse_logits": at_image_size(coarse_logits, size, patch),
             "coarse_box": coarse_box * frame,

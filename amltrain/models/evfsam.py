@@ -93,17 +93,14 @@ class EVFSAM(RISModel):
         return self.encode_with_image(batch, self.encode_image(batch.image))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W], resized to SAM's side where it has another -> SAM's maps, from fine to coarse."""
-        side = (self.sam.image_size, self.sam.image_size)
-        if image.shape[-2:] != side:
-            image = F.interpolate(image, side, mode="bilinear", align_corners=False)
-        return self.sam.encode(image)
+        """image [B, 3, H, W] -> SAM's maps, from fine to coarse, and BEiT-3's picture, which is not encoded yet."""
+        return (*self._encode_sam(image), self.small_picture(image))
 
     def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         """SAM's maps as `visual`, BEiT-3's words as `text`; extra: the prompt [B, D] and BEiT-3's map [B, C, h, w]."""
-        small = self.small_picture(batch.image)
+        *maps, small = image
         visual, words, first = self.beit3.encode_together(small, batch.input_ids, batch.text_mask)[-1]
-        return Features(image, words, batch.text_mask, {"prompt": self.projector(first), "fused": visual})
+        return Features(tuple(maps), words, batch.text_mask, {"prompt": self.projector(first), "fused": visual})
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 1, H, W]; aux: low_resolution [B, 1, S/4, S/4], and BEiT-3's map and words."""
@@ -115,7 +112,7 @@ class EVFSAM(RISModel):
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         """SAM's maps of another image; the prompt, which read the first one, is kept."""
-        return features._replace(visual=self.encode_image(batch.image))
+        return features._replace(visual=self._encode_sam(batch.image))
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -136,6 +133,13 @@ class EVFSAM(RISModel):
         self.beit3.gradient_checkpointing = enabled
         if self.vision_tuning != "frozen":
             self.sam.set_gradient_checkpointing(enabled)
+
+    def _encode_sam(self, image: Tensor) -> tuple[Tensor, ...]:
+        """image [B, 3, H, W], resized to SAM's side where it has another -> SAM's maps, from fine to coarse."""
+        side = (self.sam.image_size, self.sam.image_size)
+        if image.shape[-2:] != side:
+            image = F.interpolate(image, side, mode="bilinear", align_corners=False)
+        return self.sam.encode(image)
 
 
 def _build(

@@ -17,7 +17,7 @@ from amltrain.models import create_model, list_models, model_info
 from amltrain.models.base import RISModel
 
 TINY = [name for name in list_models() if name.endswith("_tiny") and "swin" not in name]
-READS_FROM_THE_START = ["barleria_tiny", "beit3_tiny"]
+READS_FROM_THE_START = ["barleria_tiny", "beit3_tiny", "c3vg_tiny"]
 """Their image encoders read the words in the first block."""
 
 

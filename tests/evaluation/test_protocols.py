@@ -19,12 +19,16 @@ def test_every_release_has_a_preset() -> None:
     assert sorted(PROTOCOLS) == [
         "barleria",
         "beit3",
+        "c3vg",
         "caris",
         "cgformer",
         "cris",
+        "deris",
         "detris",
         "dual",
         "etris",
+        "evfsam",
+        "evfsam2",
         "lavt",
         "magnet",
         "rela",
@@ -34,6 +38,8 @@ def test_every_release_has_a_preset() -> None:
     assert {name for name, protocol in PROTOCOLS.items() if protocol.mask_parts == "exclusive"} == {
         "lavt",
         "cgformer",
+        "evfsam",
+        "evfsam2",
         "magnet",
     }
 

@@ -135,7 +135,7 @@ def test_boxes_come_from_the_target_where_none_are_given(tiny):
     assert empty["mask_fine"] > 0
 
 
-def test_loss_refuses_a_model_without_its_heads():
+def test_loss_rejects_a_model_without_its_heads():
     batch = make_batch("c3vg_tiny", 96, 96)
     with pytest.raises(UserError, match="coarse stage"):
         create_loss("c3vg")(ModelOutput(torch.zeros(2, 1, 24, 24)), batch)

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
+from transformers import (
+    Sam2Config,
+    Sam2Model,
+    SamConfig,
+    SamMaskDecoderConfig,
+    SamModel,
+    SamPromptEncoderConfig,
+    SamVisionConfig,
+)
 
 from amltrain.errors import UserError
 from amltrain.models import create_model
@@ -114,6 +122,29 @@ def test_sam_equals_transformers_whole_model(tmp_path):
     dense = theirs.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(2, -1, 8, 8)
     expected, _ = theirs.mask_decoder(maps[0], code.expand(2, -1, -1, -1), prompt[:, None, None], dense, False)
     torch.testing.assert_close(ours(maps, prompt), expected[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sam2_equals_transformers_whole_model(tmp_path):
+    """Loaded from a folder of transformers: the maps, and the masks of a prompt in place of a point."""
+    torch.manual_seed(1)
+    model = create_model("evfsam2_tiny", vocab_size=64).eval()
+    vision, decoder = model.sam.vision_encoder.config, model.sam.mask_decoder.config
+    prompts = {"hidden_size": 64, "image_size": 96, "patch_size": 16}
+    config = Sam2Config(vision_config=vision, mask_decoder_config=decoder, prompt_encoder_config=prompts)
+    theirs = Sam2Model(config).eval()
+    torch.nn.init.normal_(theirs.no_memory_embedding)
+    theirs.save_pretrained(tmp_path / "sam2")
+    model.sam.load(str(tmp_path / "sam2"))
+    image, prompt = torch.randn(2, 3, 96, 96), torch.randn(2, 64)
+    maps = model.sam.encode(image)
+    fine, middle, coarse = theirs.get_image_embeddings(image)
+    masks, iou = model.sam.candidates(maps, prompt)
+    dense = theirs.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(2, -1, 6, 6)
+    code = theirs.get_image_wide_positional_embeddings().expand(2, -1, -1, -1)
+    expected, quality, _, _ = theirs.mask_decoder(coarse, code, prompt[:, None, None], dense, True, [fine, middle])
+    torch.testing.assert_close(masks, expected[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(iou, quality[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_sam_from_an_official_file_or_a_sentence(model, tmp_path):

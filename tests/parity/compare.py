@@ -2,14 +2,12 @@
 
     python tests/parity/compare.py MODEL CASE.safetensors
 
-MODEL is a file beside this one (caris, detris, ...). A case holds `input.*`, some of `inter.*`, `output.*`, `grad.*`
+MODEL is a file beside this one (caris, detris, ...). A case contains `input.*`, some of `inter.*`, `output.*`, `grad.*`
 and the recorded network's random weights under their official keys; a case without weights borrows those of the tiny
 case of its folder. `train.logits` and `post.*` were recorded in training mode: the logits, and batch norms' statistics
-after that forward.
-`f64.*` tensors, where a case has them, were recorded in float64 and are compared in float64.
-What is beyond its tolerance in float32 is judged by our own float64 and by what float32 costs it (`judge.py`); the
-verdict then gives the reason. Where our parameter is several official ones, or a part of one, gradients are compared in
-the official form.
+after it. `f64.*` were recorded in float64 and are compared in float64. What is beyond its tolerance in float32 is
+judged by our own float64 and by what float32 costs it (`judge.py`); the verdict then gives the reason. Where our
+parameter is several official ones, or a part of one, gradients are compared in the official form.
 The sizes come from the JSON beside the case or beside another recorded case: the first that the weights fit.
 Prints a table and every recorded tensor that is not compared, with the reason. Exit code 0: all within tolerance; 1:
 something is beyond; 2: the case cannot be compared.
@@ -284,7 +282,7 @@ def backward(adapter: Adapter, model: RISModel, batch: Batch, names: Mapping[str
 def compare(
     adapter: Adapter, config: Mapping[str, Any], recorded: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> list[Row]:
-    """One row per recorded tensor that the adapter can reproduce. Computes with one thread."""
+    """One row per recorded tensor that the adapter can reproduce; one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -88,7 +88,7 @@ class PromptedSAM(nn.Module):
     def add_prompt(self) -> None:
         """Add what transformers keeps in its prompt encoder, and freeze what nothing reads."""
         self.no_mask_embed = nn.Embedding(1, self.width)
-        self.register_buffer("position_matrix", torch.randn(2, self.width // 2) * self.width / 2)
+        self.register_buffer("position_matrix", torch.randn(2, self.width // 2))
         for name in self.never_taught:
             self.mask_decoder.get_submodule(name).requires_grad_(False)
 
