@@ -6,7 +6,7 @@ from amltrain import Predictor, create_model, decode_mask, list_models, load_pre
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "train": "amltrain.api",

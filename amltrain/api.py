@@ -74,10 +74,10 @@ def evaluate(
     fields of `amltrain.inference.evaluate.EvaluateOptions`, e.g. splits=["val", "testA"], batch_size=32. Writes the
     files of `amltrain evaluate`. Raises UserError.
     """
-    from amltrain.inference import evaluate as evaluation  # imports torch
-
     if checkpoint is not None:
         find_model_folder(checkpoint)
+    from amltrain.inference import evaluate as evaluation  # imports torch
+
     if not isinstance(data, DataConfig):
         trained = {} if checkpoint is None else evaluation.trained_data(str(checkpoint))
         given = {key: trained[key] for key in ("datasets", "prepared", "shapes") if key in trained} | dict(data or {})
@@ -149,14 +149,14 @@ def export(
 
     runs: images that are timed for each format. Raises UserError for a folder that is not empty.
     """
-    from amltrain.hub.model_folder import load_pretrained
-    from amltrain.inference import FORMATS
-    from amltrain.inference.export import export_folder
-
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not an empty folder; choose another output")
     find_model_folder(checkpoint)
+    from amltrain.hub.model_folder import load_pretrained  # these import torch
+    from amltrain.inference import FORMATS
+    from amltrain.inference.export import export_folder
+
     return export_folder(load_pretrained(checkpoint), folder, list(formats or FORMATS), runs)
 
 

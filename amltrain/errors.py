@@ -1,10 +1,11 @@
 """What a user may get wrong. The command lines print it in one line; anything else is our bug and keeps its trace."""
 
 import difflib
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import UnionType
+from types import FrameType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 PLAIN_TYPES = (bool, int, float, str, type(None))
@@ -32,7 +33,8 @@ def one_line_errors() -> Iterator[None]:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """An error for a name that is not in a table: lists close matches, or everything when nothing is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = [known for known in names if name and known.startswith(name)][:5]
+    close = close or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}."
     shown = name if len(name) <= 100 else f"{name[:100]}..."
     return UserError(f"unknown {kind} {shown!r}; {hint}")
@@ -61,3 +63,28 @@ def type_name(kind: Any) -> str:
     if kind is type(None):
         return "null"
     return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+REQUEUE_EXIT_CODE = 75
+
+
+CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130
+
+
+SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, n))
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Leave with the requeue exit code on SIGTERM, SIGUSR1 and SIGHUP: for a start-up that has nothing to save."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(REQUEUE_EXIT_CODE)
+
+    wanted = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

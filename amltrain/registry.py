@@ -155,7 +155,13 @@ METHODS: Registry[Callable[..., Any]] = Registry(
 MASKERS: Registry[Callable[..., Any]] = Registry(
     "masker", {"amltrain.methods.maskris": ("random",), "amltrain.methods.aml.masker": ("aml",)}
 )
-AUGMENTATIONS: Registry[Callable[..., Any]] = Registry("augmentation", {"amltrain.data.mosaic": ("mosaic",)})
+AUGMENTATIONS: Registry[Callable[..., Any]] = Registry(
+    "augmentation",
+    {
+        "amltrain.data.mosaic": ("mosaic",),
+        "amltrain.data.augmentations": ("negatives", "flip", "scale_jitter", "resize_crop", "colour_jitter"),
+    },
+)
 LOSSES: Registry[Callable[..., Any]] = Registry(
     "loss",
     {

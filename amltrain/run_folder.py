@@ -26,12 +26,14 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError
 
+from amltrain import __version__
 from amltrain.errors import UserError, first_line
 from amltrain.files import flush, replacing, sha256, way_out, write_text
 
@@ -107,9 +109,7 @@ def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
     if resume != "auto":
         named = Path(resume).resolve()
         if not (named / MANIFEST).is_file():
-            raise UserError(
-                f"{resume} is not a checkpoint (it has no {MANIFEST}); name a step-N folder, or last or best"
-            )
+            raise UserError(f"{resume} is not a checkpoint (it has no {MANIFEST}); {_resumable_in(named, resume)}")
         fault = find_fault(named)
         if fault:
             raise UserError(f"checkpoint {resume} is damaged: {fault}; resume from another one, or with --resume auto")
@@ -132,6 +132,15 @@ def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
             f"every checkpoint in {output} is damaged ({'; '.join(faults)}); start a new run in another --output"
         )
     return None
+
+
+def _resumable_in(folder: Path, name: str) -> str:
+    """What to do about a --resume that names a folder which is not a checkpoint."""
+    if checkpoints(folder):
+        return f"it is a run: resume it with --output {name}, or name {name}/{LAST}"
+    if (folder / RUN_CONFIG).is_file() or (folder / LOG_FILE).is_file():
+        return f"it is a run that has saved nothing yet: start it again with --output {name}"
+    return "name a step-N folder, or last or best"
 
 
 def write_checkpoint(output: Path, step: int, write: Callable[[Path], None]) -> Path:
@@ -254,7 +263,7 @@ def _replace_manifest(path: Path, manifest: dict[str, Any]) -> None:
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"amltrain": __version__, "files": entries}, indent=1))
     for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         flush(path)
 
@@ -295,6 +304,9 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
     for folder in (local, local / MODEL, local / BEST / MODEL):
         if (folder / CONFIG_FILE).is_file():
             return folder
+    if (local / LAST / MODEL / CONFIG_FILE).is_file():
+        print(f"{source} has no best checkpoint yet; {local / LAST} is used", file=sys.stderr)
+        return local / LAST / MODEL
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
     _refuse_checkpoint(local)

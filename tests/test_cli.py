@@ -21,22 +21,38 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_explains_itself_and_refuses_unknown_flags(monkeypatch, capsys, command: str) -> None:
-    assert run(monkeypatch, command, "--help") == 0
+    assert run(monkeypatch, *command.split(), "--help") == 0
     assert "usage: " in capsys.readouterr().out
-    assert run(monkeypatch, command, "--foo", "bar") == 2
+    assert run(monkeypatch, *command.split(), "--foo", "bar") == 2
     assert "error: " in capsys.readouterr().err
 
 
 def test_an_unknown_command_suggests(monkeypatch, capsys) -> None:
-    assert run(monkeypatch, "benchmarks") == 2
-    assert capsys.readouterr().err == "error: unknown command 'benchmarks'; did you mean benchmark?\n"
+    assert run(monkeypatch, "evalute") == 2
+    assert capsys.readouterr().err == "error: unknown command 'evalute'; did you mean evaluate?\n"
+    assert run(monkeypatch, "data", "prepar") == 2
+    assert capsys.readouterr().err == "error: unknown command of amltrain data 'prepar'; did you mean prepare?\n"
+
+
+@pytest.mark.parametrize("old", cli.RENAMED)
+def test_names_of_version_0_1_say_what_they_are_called_now(monkeypatch, capsys, old: str) -> None:
+    assert run(monkeypatch, old, "--help") == 0
+    said = capsys.readouterr()
+    assert said.err.startswith(f"`amltrain {old}` is now `amltrain {cli.RENAMED[old]}`")
+    assert "usage: " in said.out
+
+
+def test_a_group_lists_its_commands(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["amltrain", "data"])
+    cli.main()
+    assert "data prepare" in capsys.readouterr().out
 
 
 HELP_OF_EVERY_COMMAND = """
 import contextlib, io, sys
 from amltrain import cli
 for name in cli.COMMANDS:
-    sys.argv = ["amltrain", name, "--help"]
+    sys.argv = ["amltrain", *name.split(), "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         try:
             cli.main()
@@ -84,8 +100,8 @@ def test_a_model_that_is_not_there_is_refused_before_torch_is_imported(tmp_path:
 
 
 def test_a_reader_that_has_enough_sees_no_traceback() -> None:
-    """`amltrain list models | head -1` closes the pipe while we print."""
-    command = [sys.executable, "-m", "amltrain", "configs"]
+    """`amltrain list configs | head -1` closes the pipe while we print."""
+    command = [sys.executable, "-m", "amltrain", "list", "configs"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.close()

@@ -1,5 +1,6 @@
 """Resume a run: what it was (recipe, code, hardware), where it stands, and whether it may continue under its config."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from accelerate.utils import DistributedType
 from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.lock import OutputLock
 from amltrain.checkpoints.saver import Saver
+from amltrain.config.fields import FREE, LOCAL, SAID, keys_of_scope
 from amltrain.config.parse import save_config
 from amltrain.config.schema import MaskParts, RunConfig, free_options, sectioned
 from amltrain.data.text import SentenceTokenizer
@@ -22,10 +24,6 @@ from amltrain.errors import UserError, fits
 from amltrain.hub.model_folder import public_name, read_training
 from amltrain.models import model_info
 from amltrain.run_folder import BEST, FINISHED_FILE, MODEL, RUN_CONFIG, SEEN_FILE, mark_requeue
-
-OF_THIS_MACHINE = ("output", "resume", "hub", "tracking")
-OF_THIS_DISK = ("prepared", "refer_root", "image_root", "workers")
-OF_THIS_RUN = ("dry_run", "profile", "loader_timeout")
 
 
 def describe_training(config: RunConfig) -> dict[str, Any]:
@@ -43,15 +41,15 @@ def recipe(config: RunConfig) -> dict[str, Any]:
 
     `data.mask_parts` is written out, since the targets depend on it.
     """
-    values = {key: value for key, value in sectioned(config).items() if key not in OF_THIS_MACHINE}
-    values["data"] = {key: value for key, value in values["data"].items() if key not in OF_THIS_DISK}
+    values = sectioned(config)
+    for key in keys_of_scope(RunConfig, LOCAL):
+        *groups, name = key.split(".")
+        functools.reduce(lambda inner, group: inner.get(group, {}), groups, values).pop(name, None)
     values["data"]["mask_parts"] = train_mask_parts(config)
     for key in ("vision_weights", "text_weights", "checkpoint"):
         values["model"][key] = _public(values["model"][key])
     values["preprocess"]["tokenizer"] = _public(values["preprocess"]["tokenizer"])
     values["data"]["held_out_ids"] = _public(values["data"]["held_out_ids"])
-    for key in OF_THIS_RUN:
-        values["train"].pop(key, None)
     return values
 
 
@@ -77,6 +75,7 @@ class Progress:
     window          sums of the method's recorder since its last row
     losses          sum of this epoch's finite losses so far, and their number
     seed, samples   of the run and of its training set, which resuming must not change
+    data            fingerprint of the training set's contents, which resuming must not change; "" = not known
     engine          what trained: no, multi_cpu, multi_gpu, fsdp, deepspeed, ... (Accelerate's names)
     callbacks       state of callbacks, by class name
     """
@@ -92,6 +91,7 @@ class Progress:
     spread: list[int] = field(default_factory=list)
     seed: int = 0
     samples: int = 0
+    data: str = ""
     log_lines: int = 0
     window: Any = None
     losses: list[float] = field(default_factory=lambda: [0.0, 0])
@@ -126,7 +126,12 @@ class Progress:
                     f"{name} was made with {what} {then}, not {now}; a resumed run continues with the same samples: "
                     f"set it back, or start a new run in another --output"
                 )
-        before.spread, before.engine = self.spread, self.engine
+        if before.data and self.data and before.data != self.data:
+            raise UserError(
+                f"{name} was made from other training data of as many samples; a resumed run continues with the same "
+                f"data: set data.prepared and data.datasets back, or start a new run in another --output"
+            )
+        before.spread, before.engine, before.data = self.spread, self.engine, self.data
         return before
 
     def judge(self, value: float) -> bool:
@@ -159,41 +164,13 @@ def _counts(saved: dict[str, Any]) -> list[Any]:
     return [
         value
         for key, value in saved.items()
-        if key not in ("spread", "best", "window", "losses", "engine", "callbacks")
+        if key not in ("spread", "best", "window", "losses", "engine", "callbacks", "data")
     ]
 
 
 TOKENIZER = "preprocess.tokenizer"
-FREE = (
-    "checkpoint",
-    "data.max_skipped",
-    "data.streaming",
-    "evaluation.batch_size",
-    "evaluation.every_steps",
-    "evaluation.max_samples",
-    "evaluation.patience",
-    "evaluation.pictures",
-    "evaluation.protocol",
-    "evaluation.shuffle_sentences",
-    "evaluation.splits",
-    "model.gradient_checkpointing",
-    "imports",
-    "train.callbacks",
-    "train.collective_timeout",
-    "train.compile",
-    "train.log_every",
-    "train.max_bad_steps",
-    "train.micro_batch_size",
-    "train.stop_after",
-    "train.time_limit",
-    "train.tf32",
-    "model.allow_random_frozen",
-)
-"""Keys and groups of keys that do not affect training."""
 FIRST = ("model.name", "method")
 """Keys to compare first: others follow from them."""
-SAID = ("train.epochs", "train.max_steps", "train.mixed_precision")
-"""Keys that do, but that a user may want to change: the length of the run, with its schedule, and the precision."""
 
 
 def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]) -> None:
@@ -212,14 +189,14 @@ def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]
             f"{checkpoint / MODEL}"
         )
     now = _flat(json.loads(json.dumps(recipe(config))))
-    free = (*FREE, *free_options(config), *config.callback_options)
+    free = (*keys_of_scope(RunConfig, FREE), *free_options(config), *config.callback_options)
     if _same_tokenizer(checkpoint, config, before, now):
         free = (*free, "preprocess.tokenizer")
     for key in sorted(before.keys() | now.keys(), key=lambda key: (key not in FIRST, key)):
         if before.get(key) == now.get(key) or _belongs(key, free) or not _comparable(key, before, now):
             continue
         change = f"{checkpoint} was made with {key} {_shown(before, key)}, not {_shown(now, key)}"
-        if key not in SAID:
+        if key not in keys_of_scope(RunConfig, SAID):
             raise UserError(
                 f"{change}; set it back, or start a new run in another --output (from these weights with "
                 f"--model.checkpoint {checkpoint / MODEL})"

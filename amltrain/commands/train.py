@@ -10,9 +10,8 @@ from jsonargparse import ArgumentParser
 
 from amltrain.config.parse import as_yaml, build_run_parser, checked
 from amltrain.config.schema import RunConfig
-from amltrain.errors import one_line_errors
+from amltrain.errors import exit_on_signals, one_line_errors
 from amltrain.registry import import_flags
-from amltrain.training.stopping import exit_on_signals
 
 QUICKSTART = "quickstart"
 PRINT = "--print_config"

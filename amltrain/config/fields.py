@@ -1,4 +1,6 @@
-"""Partial types: what a run overrides of something that is complete.
+"""What a config is made of: keys with their range and scope, partial types, plain YAML values.
+
+Partial types: what a run overrides of something that is complete.
 
 A complete type is a frozen dataclass in which every field has a value. Its partial type has the same fields, each
 optional and null by default, with the same help texts, so no field is written twice:
@@ -6,8 +8,6 @@ optional and null by default, with the same help texts, so no field is written t
     @partial_of(Protocol)
     class ProtocolOverrides(Partial):
         ""\"What a run changes of a model's protocol.""\"
-
-The range of every number in a run's config; AML's, which depend on its preset, are checked with the preset.
 
 Values of a config file that YAML 1.1 reads as something else than people mean: rejected, or read as they are meant.
 
@@ -21,8 +21,8 @@ $SCRATCH/x     the variable's value; rejected where it is not set
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
@@ -77,50 +77,30 @@ def override(complete: Complete, partial: Partial | None) -> Complete:
 
 ANY = math.inf
 POSITIVE = math.nextafter(0.0, 1.0)
+FREE, SAID, LOCAL = "free", "said", "local"
+"""Scopes of keys. FREE: does not affect the numbers; a resumed run may change it. SAID: does, but a resumed run may
+change it, with a warning. LOCAL: belongs to this machine or this start, and is not part of the recipe."""
 
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),
-    "data.workers": (0, ANY),
-    "data.max_skipped": (0, 1),
-    "data.shapes.train": (1, ANY),
-    "data.shapes.evaluation": (1, ANY),
-    "data.shapes.size": (16, ANY),  # amltrain.data.sources.shapes.SMALLEST_SCENE
-    "data.shapes.seed": (0, ANY),
-    "preprocess.size": (1, ANY),
-    "preprocess.max_tokens": (1, ANY),
-    "optim.lr": (0, ANY),
-    "optim.weight_decay": (0, ANY),
-    "optim.betas": (0, math.nextafter(1.0, 0.0)),
-    "optim.eps": (0, ANY),
-    "optim.power": (0, ANY),
-    "optim.warmup_steps": (0, ANY),
-    "optim.milestones": (0, 1),
-    "optim.gamma": (0, ANY),
-    "optim.clip_norm": (POSITIVE, ANY),
-    "train.epochs": (1, ANY),
-    "train.max_steps": (1, ANY),
-    "train.stop_after": (1, ANY),
-    "train.global_batch_size": (1, ANY),
-    "train.micro_batch_size": (1, ANY),
-    "train.ema_decay": (0, 1),
-    "train.log_every": (1, ANY),
-    "train.limit_samples": (1, ANY),
-    "train.profile": (1, ANY),
-    "train.loader_timeout": (POSITIVE, ANY),
-    "train.max_bad_steps": (1, ANY),
-    "train.collective_timeout": (POSITIVE, ANY),
-    "train.time_limit": (0, ANY),
-    "evaluation.every_steps": (1, ANY),
-    "evaluation.batch_size": (1, ANY),
-    "evaluation.patience": (1, ANY),
-    "evaluation.max_samples": (1, ANY),
-    "evaluation.pictures": (0, ANY),
-    "evaluation.protocol.threshold": (0, 1),
-    "evaluation.protocol.no_target_pixels": (0, ANY),
-    "checkpoint.every_steps": (1, ANY),
-    "checkpoint.keep": (1, ANY),
-}
-"""Lowest and highest value by key; of a list, of each entry. null is always allowed where the key allows it."""
+
+def key(
+    default: Any = MISSING,
+    *,
+    default_factory: Any = MISSING,
+    low: float | None = None,
+    high: float = ANY,
+    scope: str | None = None,
+    basic: bool = False,
+) -> Any:
+    """Declare a key of a config: its default, range, scope, and whether the short `--help` shows it.
+
+    low, high: of the number, or of each entry of a list; None = no range. scope: None = a resumed run may not change
+    it.
+    """
+    known = {"scope": scope, "basic": basic or None, **({} if low is None else {"low": low, "high": high})}
+    metadata = {name: value for name, value in known.items() if value is not None}
+    if default_factory is not MISSING:
+        return field(default_factory=default_factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_number(key: str, value: float | None, low: float, high: float) -> None:
@@ -136,15 +116,31 @@ def check_number(key: str, value: float | None, low: float, high: float) -> None
     raise UserError(f"{key} is {value} and must {wanted}")
 
 
+def iter_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Yield ("train.epochs", its field) for every key of a config's dataclass, groups before their keys."""
+    hints = get_type_hints(kind)
+    for own in fields(kind):
+        yield f"{prefix}{own.name}", own
+        if is_dataclass(hints[own.name]):
+            yield from iter_keys(hints[own.name], f"{prefix}{own.name}.")
+
+
+def keys_of_scope(kind: type, scope: str) -> tuple[str, ...]:
+    """Keys and groups of keys whose scope is this one."""
+    return tuple(name for name, own in iter_keys(kind) if own.metadata.get("scope") == scope)
+
+
 def check_ranges(config: Any) -> None:
-    """Raise UserError for the first number of a RunConfig outside its range."""
-    for key, (low, high) in RANGES.items():
+    """Raise UserError for the first number of a run outside its range. null is allowed where the key allows it."""
+    for name, own in iter_keys(type(config)):
+        if "low" not in own.metadata:
+            continue
         value = config
-        for part in key.split("."):
+        for part in name.split("."):
             value = getattr(value, part)
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(number, str):  # a word that the key takes instead, e.g. checkpoint.keep: all
-                check_number(key, number, low, high)
+                check_number(name, number, own.metadata["low"], own.metadata["high"])
 
 
 _TEXT = "tag:yaml.org,2002:str"

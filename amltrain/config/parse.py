@@ -1,5 +1,6 @@
 """Reads a run from a command line and config files. The only file that knows the config library (jsonargparse)."""
 
+import argparse
 import difflib
 import json
 import re
@@ -13,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from amltrain.config.fields import ANY, POSITIVE, RANGES
+from amltrain.config.fields import ANY, POSITIVE, iter_keys
 from amltrain.config.files import BASE, groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.errors import UserError, unknown_name
@@ -24,6 +25,23 @@ DERIVED = ("method_options", "augment_options", "callback_options")
 SECTIONED: tuple[Registry, ...] = (METHODS, AUGMENTATIONS, CALLBACKS)
 """Kinds whose options are sections of a run."""
 DIALECT = "$schema"
+USUAL_NAMES = {
+    "batch_size": "did you mean train.global_batch_size?",
+    "per_device_train_batch_size": "did you mean train.micro_batch_size?",
+    "learning_rate": "did you mean optim.lr?",
+    "num_epochs": "did you mean train.epochs?",
+    "num_train_epochs": "did you mean train.epochs?",
+    "num_workers": "did you mean data.workers?",
+    "output_dir": "did you mean output?",
+    "fp16": "did you mean train.mixed_precision fp16?",
+    "bf16": "did you mean train.mixed_precision bf16?",
+    "gradient_accumulation_steps": "set train.micro_batch_size: the rest of train.global_batch_size is accumulated",
+    "device": "set CUDA_VISIBLE_DEVICES, or ACCELERATE_USE_CPU=true for the CPU",
+    "cpu": "set ACCELERATE_USE_CPU=true",
+    "gpus": "did you mean --processes?",
+    "num_gpus": "did you mean --processes?",
+}
+"""What other trainers call a key, and what to write here."""
 
 
 class NoGroups:
@@ -46,6 +64,11 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
     mentioned = {method, *files, *(key.split(".")[0] for key in flags)}
     options = {name: kind.options(name) for kind in SECTIONED for name in kind.names() if name in mentioned}
     parser = build_run_parser(prog, options)
+    if {"-h", "--help"} & set(argv):
+        if "all" in argv:
+            layers.arguments.remove("all")
+        else:
+            _show_basic_keys(parser, {key.split(".")[0] for key in flags} | {flags.get("method", "")})
     try:
         parsed = parser.instantiate(parser.parse_args(layers.arguments))
     except UserError as error:
@@ -54,6 +77,9 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
         message = one_line(str(error), parser)
         raise UserError(f"{layers.place(message)}{message}") from error
     values = {f.name: parsed[f.name] for f in fields(RunConfig) if f.name not in DERIVED}
+    model = values["model"].name
+    if model not in MODELS:
+        raise UserError(f"{layers.place('model.name')}{unknown_name(MODELS.kind, model, MODELS.names())} (model.name)")
     values["imports"] = list(dict.fromkeys([*values["imports"], *imported_plugins()]))
     reject_unused(flags, [method], METHODS)
     own = _section(parsed, method, options) if method in options else None
@@ -123,7 +149,8 @@ def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
         "can be given on the command line as well, e.g. --model.name caris_swin_base --method supervised "
         "--train.global_batch_size 16. The options of a training method are the section of its name: add --method NAME "
         "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here. "
-        "--processes N starts N processes, --accelerate FILE uses a file of `accelerate config`.",
+        "--processes N starts N processes, --accelerate FILE uses a file of `accelerate config`. The keys that people "
+        "change are listed; `--help all` lists every key.",
     )
     parser.add_argument("--config", action="config", help="YAML file or shipped config; several are layered.")
     parser.add_class_arguments(RunConfig, skip=set(DERIVED))
@@ -148,6 +175,8 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         option = "--config" if "train.epochs" in keys else "--checkpoint"
         return f"unexpected argument {stray[1][:100]}; did you mean {option} {stray[1][:100]}?"
     if key is not None:
+        if key in USUAL_NAMES and key not in keys:
+            return f"unknown key {key}; {USUAL_NAMES[key]}"
         close = nearest_keys(key, keys)
         return f"unknown key {key[:100]}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
     value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
@@ -182,6 +211,17 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _show_basic_keys(parser: ArgumentParser, options: Collection[str]) -> None:
+    """Leave the keys that people change in `--help`, and the options of methods and augmentations that were named."""
+    shown = {name for name, own in iter_keys(RunConfig) if own.metadata.get("basic")}
+    for action in parser._actions:
+        if action.dest not in (*shown, "help", "config") and action.dest.split(".")[0] not in options:
+            action.help = argparse.SUPPRESS
+    for group in parser._action_groups:
+        if group.title and not any(action.help != argparse.SUPPRESS for action in group._group_actions):
+            group.title = group.description = None
 
 
 def reject_unused(flags: Iterable[str], used: Collection[str], registry: Registry) -> None:
@@ -227,8 +267,9 @@ def config_schema() -> dict[str, Any]:
         "description": "Files or shipped configs that this file starts from. Later ones win; this file wins over all.",
         "anyOf": [name, {"type": "array", "items": name, "minItems": 1}],
     }
-    for key, (low, high) in RANGES.items():
-        _limit(_find(schema, key), low, high)
+    for key, own in iter_keys(RunConfig):
+        if "low" in own.metadata:
+            _limit(_find(schema, key), own.metadata["low"], own.metadata["high"])
     _find(schema, "method")["enum"] = METHODS.names()
     _find(schema, "model.name")["enum"] = MODELS.names()
     _find(schema, "data.augment")["items"] = {"enum": AUGMENTATIONS.names()}

@@ -3,16 +3,15 @@
 Leaf functions take plain values; only `build_*` functions and commands see a config.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from amltrain.config.fields import Partial, check_ranges, partial_of
+from amltrain.config.fields import FREE, LOCAL, POSITIVE, SAID, Partial, check_ranges, key, partial_of
 from amltrain.errors import UserError
 
-FREE_TO_CHANGE = {"free_to_change": True}
-"""Metadata of an option that a resumed run may change, because it does not affect training."""
 MaskParts = Literal["union", "exclusive"]
 
 COMBINED = ("refcoco", "refcoco+", "refcocog")
@@ -23,13 +22,13 @@ COMBINED = ("refcoco", "refcoco+", "refcocog")
 class ShapesConfig:
     """Synthetic scenes, drawn when a run uses a data set of the refshapes family that does not exist yet."""
 
-    train: int = 4000
+    train: int = key(4000, low=1)
     """Training scenes."""
-    evaluation: int = 250
+    evaluation: int = key(250, low=1)
     """Scenes in every other split."""
-    size: int = 96
+    size: int = key(96, low=16)  # amltrain.data.sources.shapes.SMALLEST_SCENE
     """Side of a scene, pixels."""
-    seed: int = 0
+    seed: int = key(0, low=0)
     """Seed of the scenes."""
     style: Literal["simple", "cluttered"] = "simple"
     """simple: 3 to 6 objects of 4 forms on a grey ground. cluttered: 4 to 8 smaller objects of 9 forms and 9 colours on
@@ -40,16 +39,16 @@ class ShapesConfig:
 class DataConfig:
     """Which referring expressions to train on and where they lie."""
 
-    datasets: list[str] = field(default_factory=lambda: ["refshapes"])
+    datasets: list[str] = key(default_factory=lambda: ["refshapes"], basic=True)
     """Data sets to train on: refcoco, refcoco+, refcocog, refcocog-google, grefcoco, or synthetic refshapes,
     refshapes+, refshapesg, grefshapes. More than one is combined training; [combined] means refcoco, refcoco+ and
     refcocog, [combined-unfiltered] the same with leak_filter off."""
-    prepared: str = "prepared"
+    prepared: str = key("prepared", scope=LOCAL, basic=True)
     """Folder with the prepared Parquet data (one folder per data set), or a Hub data set id."""
-    refer_root: str | None = None
+    refer_root: str | None = key(None, scope=LOCAL)
     """Folder in the original REFER layout (refcoco/refs(unc).p, refcoco/instances.json, ...). When the prepared data is
     missing it is made from here first."""
-    image_root: str | None = None
+    image_root: str | None = key(None, scope=LOCAL)
     """Folder with the COCO train2014 images; by default looked for under refer_root."""
     leak_filter: bool = True
     """In combined training drop every image that is in a val or test split of any of the data sets. false reproduces
@@ -67,19 +66,19 @@ class DataConfig:
     mask_parts: MaskParts | None = None
     """Pixels covered by two polygons of one object: foreground (union) or background (exclusive: LAVT, CGFormer).
     null = the model's own; the evaluation's protocol may override it."""
-    augment: list[str] = field(default_factory=list)
+    augment: list[str] = key(default_factory=list, basic=True)
     """Augmentations of the training samples, in order; `amltrain list augmentations` lists them. Options of each are in
     the section of its name."""
-    streaming: bool = False
+    streaming: bool = key(False, scope=FREE)
     """Read the Parquet files as a stream instead of from a memory-mapped copy."""
     decoder: Literal["pil", "torchvision"] = "pil"
     """torchvision decodes and resizes about twice as fast; square images differ by at most one grey level of 255."""
     presized: bool | None = None
     """Read images and masks that were resized once (`amltrain data presize`): the same numbers, about ten times faster.
     null = where they are there; true = stop if they are not; false = never."""
-    workers: int = 2
+    workers: int = key(2, low=0, scope=LOCAL, basic=True)
     """Data loading processes per training process."""
-    max_skipped: float = 0.001
+    max_skipped: float = key(0.001, low=0, high=1, scope=FREE)
     """Share of expressions that may be unusable (counted, reported and skipped) before preparing gives up."""
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
     """Synthetic scenes."""
@@ -101,7 +100,7 @@ class DataConfig:
 class Preprocess:
     """How an image and a sentence become tensors."""
 
-    size: int
+    size: int = key(low=1, basic=True)
     """Side of the square network input, pixels."""
     resize: Literal["square", "letterbox"]
     """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); letterbox: keep it and pad (CRIS, DETRIS)."""
@@ -110,7 +109,7 @@ class Preprocess:
     tokenizer: str
     """Hub id or folder of a tokenizer; `wordpiece` builds a vocabulary from the training sentences; `packaged` is
     MiniLM's, of the extra pretrained-lite."""
-    max_tokens: int
+    max_tokens: int = key(low=1)
     """Tokens per sentence, special tokens included; longer sentences are cut."""
     sentence_field: Literal["sent", "raw"]
     """Which text of the REFER files: cleaned (sent) or as typed (raw)."""
@@ -127,7 +126,7 @@ class Protocol:
 
     frame: Literal["network", "original"]
     """Score masks at the network's input size or at every image's own size."""
-    threshold: float
+    threshold: float = key(low=0, high=1)
     """A pixel is foreground when its probability exceeds this; 0.5 is the argmax of two channels."""
     interpolation: Literal["bilinear", "bicubic", "nearest"]
     """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS); nearest: take the
@@ -139,7 +138,7 @@ class Protocol:
     mask_parts: MaskParts
     """Ground truth where two polygons of one object overlap: foreground (union) or background (exclusive: LAVT,
     CGFormer). A run's data.mask_parts comes before the model's own."""
-    no_target_pixels: int = 0
+    no_target_pixels: int = key(0, low=0)
     """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this means "nothing in this image"
     (50 is reported as the GRES paper's rule); 0 = never."""
 
@@ -153,19 +152,19 @@ class ProtocolOverrides(Partial):
 class ModelConfig:
     """The registered model and its initial weights."""
 
-    name: str = "caris_tiny"
+    name: str = key("caris_tiny", basic=True)
     """A registered model; `amltrain list models` lists them."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model's builder, e.g. drop_path_rate."""
-    vision_weights: str | None = None
+    vision_weights: str | None = key(None, basic=True)
     """Pretrained vision encoder: a timm or Hub name, or an official .pth / .safetensors file. null = random."""
-    text_weights: str | None = None
+    text_weights: str | None = key(None, basic=True)
     """Pretrained text encoder: a Hub id or folder, or an official file. null = random."""
-    checkpoint: str | None = None
+    checkpoint: str | None = key(None, basic=True)
     """Start from all weights of a model folder (…/step-N/model) or a Hub repository (user/name[@revision])."""
-    allow_random_frozen: bool = False
+    allow_random_frozen: bool = key(False, scope=FREE)
     """Train although a frozen encoder has random weights, which it keeps."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = key(False, scope=FREE)
     """Recompute encoder activations in the backward pass: less memory, about a third more time."""
 
 
@@ -185,30 +184,30 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "adam"] = "adamw"
     """Optimizer."""
-    lr: float = 1e-4
+    lr: float = key(1e-4, low=0, basic=True)
     """Base learning rate; a model's parameter groups scale it."""
-    weight_decay: float = 0.01
+    weight_decay: float = key(0.01, low=0, basic=True)
     """Weight decay of the groups that decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = key((0.9, 0.999), low=0, high=math.nextafter(1.0, 0.0))
     """Adam's betas."""
-    eps: float = 1e-8
+    eps: float = key(1e-8, low=0)
     """Adam's epsilon."""
     amsgrad: bool = False
     """Use AMSGrad (CGFormer)."""
-    schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = key("poly", basic=True)
     """poly: (1 - t/T)^power after the warm-up; poly_caris: the official CARIS rule, whose step 0 runs at full rate."""
-    power: float = 0.9
+    power: float = key(0.9, low=0)
     """Exponent of poly."""
-    warmup_steps: int = 0
+    warmup_steps: int = key(0, low=0)
     """Steps of linear warm-up."""
-    milestones: list[float] = field(default_factory=list)
+    milestones: list[float] = key(default_factory=list, low=0, high=1)
     """multistep: where to multiply by gamma, as shares of the run."""
-    gamma: float = 0.1
+    gamma: float = key(0.1, low=0)
     """multistep: factor at each milestone."""
     first_epoch_full_lr: bool = False
     """Train every parameter group at the full lr, unscaled, in the first pass over the training set (also where the run
     is given in steps); the schedule is unchanged. In the official CRIS code CLIP starts so, at ten times its rate."""
-    clip_norm: float | None = 1.0
+    clip_norm: float | None = key(1.0, low=POSITIVE)
     """Largest norm of the whole gradient; null = no clipping."""
 
 
@@ -216,46 +215,46 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    epochs: int | None = 50
+    epochs: int | None = key(50, low=1, scope=SAID, basic=True)
     """Passes over the training set. Give this or max_steps."""
-    max_steps: int | None = None
+    max_steps: int | None = key(None, low=1, scope=SAID, basic=True)
     """Optimizer steps; overrides epochs."""
-    stop_after: int | None = None
+    stop_after: int | None = key(None, low=1, scope=FREE)
     """End after this many epochs (steps, where max_steps is given) on the learning-rate schedule of the whole run: the
     same bits as the start of the whole run. Rerun with a larger value, or null, to continue."""
-    global_batch_size: int = 16
+    global_batch_size: int = key(16, low=1, basic=True)
     """Samples per optimizer step over all processes; the same for any number of processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = key(None, low=1, scope=FREE, basic=True)
     """Samples per forward pass on one process; null = global_batch_size / processes. The rest is accumulated."""
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = key(None, scope=SAID, basic=True)
     """Overrides the setting of `accelerate launch`."""
     sync_batchnorm: bool = False
     """Convert batch norms to SyncBN when there is more than one process."""
-    tf32: bool = True
+    tf32: bool = key(True, scope=FREE)
     """Let float32 matrix products use TensorFloat-32 on GPUs that have it: faster, 10 bits of mantissa."""
-    compile: bool = False
+    compile: bool = key(False, scope=FREE)
     """Compile the blocks that the model repeats with torch.compile. Costs minutes at the start; evaluation runs as it
     is."""
-    ema_decay: float | None = None
+    ema_decay: float | None = key(None, low=0, high=1)
     """Keep an exponential moving average of the weights, evaluate and export it; null = off."""
-    log_every: int = 10
+    log_every: int = key(10, low=1, scope=FREE)
     """Steps between log lines."""
-    limit_samples: int | None = None
+    limit_samples: int | None = key(None, low=1)
     """Train on the first N samples only (a smoke test); null = all."""
-    dry_run: bool = False
+    dry_run: bool = key(False, scope=LOCAL)
     """Check everything, train one step, evaluate one batch, and leave nothing behind."""
-    profile: int | None = None
+    profile: int | None = key(None, low=1, scope=LOCAL)
     """Profile N steps, after two others, into OUTPUT/profile; null = off."""
-    loader_timeout: float = 10.0
+    loader_timeout: float = key(10.0, low=POSITIVE, scope=LOCAL)
     """Minutes to wait for a batch before data loading counts as broken."""
-    max_bad_steps: int = 10
+    max_bad_steps: int = key(10, low=1, scope=FREE)
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
-    collective_timeout: float = 10.0
+    collective_timeout: float = key(10.0, low=POSITIVE, scope=FREE)
     """Minutes that processes wait for one that does not answer before the run ends."""
-    callbacks: list[str] = field(default_factory=list)
+    callbacks: list[str] = key(default_factory=list, scope=FREE)
     """Callbacks of your own or of plugins, by name; `amltrain list callbacks` lists them. Options of each are in the
     section of its name."""
-    time_limit: float | None = None
+    time_limit: float | None = key(None, low=0, scope=FREE)
     """Hours after which the run saves and stops with exit code 75 (requeue me); null = none."""
 
 
@@ -263,23 +262,23 @@ class TrainConfig:
 class EvaluationConfig:
     """When and on what to evaluate."""
 
-    splits: list[str] = field(default_factory=lambda: ["val"])
+    splits: list[str] = key(default_factory=lambda: ["val"], scope=FREE, basic=True)
     """Splits to evaluate; `refcoco+:val` names a data set if there are several."""
-    every_steps: int | None = None
+    every_steps: int | None = key(None, low=1, scope=FREE)
     """Evaluate every N steps; null = at the end of every epoch."""
-    batch_size: int = 16
+    batch_size: int = key(16, low=1, scope=FREE)
     """Samples per forward pass on one process."""
-    protocol: ProtocolOverrides = field(default_factory=ProtocolOverrides)
+    protocol: ProtocolOverrides = key(default_factory=ProtocolOverrides, scope=FREE)
     """How predictions are scored; null fields = the model's own protocol."""
-    best_metric: str = "oIoU"
+    best_metric: str = key("oIoU", basic=True)
     """Metric that chooses the `best` checkpoint, on the first split unless written `split/metric`."""
-    patience: int | None = None
+    patience: int | None = key(None, low=1, scope=FREE)
     """Stop after this many evaluations without a better best_metric; null = never."""
-    max_samples: int | None = None
+    max_samples: int | None = key(None, low=1, scope=FREE)
     """Score only the first N samples of a split (a smoke test; recorded in the results)."""
-    shuffle_sentences: bool = False
+    shuffle_sentences: bool = key(False, scope=FREE)
     """Give every image another sample's sentence: shows whether the model reads the words."""
-    pictures: int = 8
+    pictures: int = key(8, low=0, scope=FREE)
     """Predictions drawn per evaluation."""
 
 
@@ -287,9 +286,9 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Which checkpoints are saved, and when."""
 
-    every_steps: int | None = None
+    every_steps: int | None = key(None, low=1)
     """Save every N steps, besides before and after every evaluation; null = no other."""
-    keep: int | Literal["all"] = 3
+    keep: int | Literal["all"] = key(3, low=1)
     """Newest checkpoints kept, besides best and last; all = every one."""
     initial: bool = False
     """Also save the model before the first step, as step-000000 (`keep` counts it)."""
@@ -299,7 +298,7 @@ class CheckpointConfig:
 class HubConfig:
     """Publishing on the HuggingFace Hub."""
 
-    push: Literal["never", "best", "last"] = "never"
+    push: Literal["never", "best", "last"] = key("never", basic=True)
     """Push every new best, or every new last checkpoint's model, with a model card. This happens in the background: no
     failure of it stops training, and what failed is tried again when the run ends."""
     repo: str | None = None
@@ -312,7 +311,7 @@ class HubConfig:
 class TrackingConfig:
     """Trackers. Off-line by default."""
 
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    trackers: list[str] = key(default_factory=lambda: ["tensorboard"], basic=True)
     """Accelerate trackers: tensorboard, wandb, trackio, ...; an empty list turns them off."""
     project: str = "amltrain"
     """Project in trackers that have projects."""
@@ -328,14 +327,14 @@ class TrackingConfig:
 class RunConfig:
     """A whole training run."""
 
-    output: str | None = None
+    output: str | None = key(None, scope=LOCAL, basic=True)
     """Folder for checkpoints, logs, results and pictures; null = runs/MODEL-METHOD-DATA."""
-    seed: int = 0
+    seed: int = key(0, low=0, high=2**32 - 1, basic=True)
     """Seed of everything random."""
-    resume: str = "auto"
+    resume: str = key("auto", scope=LOCAL, basic=True)
     """auto: resume from output/last if it exists; never: start a new run (refuses a folder that has checkpoints); or a
     checkpoint folder."""
-    method: str = "aml"
+    method: str = key("aml", basic=True)
     """Training method; `amltrain list methods` lists them. Its options are in the section of its name, e.g. aml.tau."""
     method_options: Any = None
     """Options of the chosen method, read from its section; None = the method's defaults."""
@@ -343,7 +342,7 @@ class RunConfig:
     """Options of the augmentations that data.augment names, read from the sections of the same names."""
     callback_options: dict[str, Any] = field(default_factory=dict)
     """Options of the callbacks that train.callbacks names, read from the sections of the same names."""
-    imports: list[str] = field(default_factory=list)
+    imports: list[str] = key(default_factory=list, scope=FREE)
     """Plugins that the run was started with (--import), for the record. A config never imports them by itself."""
     data: DataConfig = field(default_factory=DataConfig)
     preprocess: PreprocessOverrides = field(default_factory=PreprocessOverrides)
@@ -352,9 +351,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = key(default_factory=CheckpointConfig, scope=FREE)
+    hub: HubConfig = key(default_factory=HubConfig, scope=LOCAL)
+    tracking: TrackingConfig = key(default_factory=TrackingConfig, scope=LOCAL)
 
     def __post_init__(self) -> None:
         if self.hub.push != "never" and not self.hub.repo:
@@ -381,8 +380,8 @@ def sectioned(config: RunConfig) -> dict[str, Any]:
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values as in a YAML file, where dotted keys ("train.max_steps") may stand for groups too."""
     result: dict[str, Any] = {}
-    for key, value in values.items():
-        group, _, rest = str(key).partition(".")
+    for name, value in values.items():
+        group, _, rest = str(name).partition(".")
         inner = {rest: value} if rest else value
         if isinstance(inner, Mapping):
             before = result.get(group)
@@ -397,4 +396,4 @@ def free_options(config: RunConfig) -> list[str]:
     if config.method_options is None:
         return []
     own = fields(config.method_options)
-    return [f"{config.method}.{option.name}" for option in own if option.metadata.get("free_to_change")]
+    return [f"{config.method}.{option.name}" for option in own if option.metadata.get("scope") == FREE]

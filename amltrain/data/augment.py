@@ -44,12 +44,29 @@ class RawSample(NamedTuple):
     mask      [h, w] uint8, 1 where the referent is, else 0; all 0 for a sentence without target
     sentence  the text that the tokenizer will read
     ids       where the sample comes from; an augmentation keeps them
+    no_target the sentence means nothing in the image; the mask is then all 0
     """
 
     image: Image.Image
     mask: NDArray[np.uint8]
     sentence: str
     ids: SampleIds
+    no_target: bool = False
+
+
+class About(NamedTuple):
+    """What the annotations say of a sample's referent and of its picture.
+
+    image_id, category, no_target, own   of the referent; own: its sentences; category: "" where it is not named
+    sentences, categories                of all referents of the picture, the sample's own among them
+    """
+
+    image_id: int
+    category: str
+    no_target: bool
+    own: list[str]
+    sentences: list[str]
+    categories: set[str]
 
 
 class RawDataset(Protocol):
@@ -59,6 +76,11 @@ class RawDataset(Protocol):
     input_size       side of the network input, pixels
     referent_images  [referents] int64, the image id of every referent in training
     """
+
+    def __len__(self) -> int: ...
+
+    def about(self, sample_id: int) -> About:
+        """The sample's referent and its picture, as annotated."""
 
     @property
     def seed(self) -> int: ...

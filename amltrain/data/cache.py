@@ -2,13 +2,14 @@
 
     prepared/refcoco/presized/train-448-square-union-pil/
         images.npy       [rows, 3, S, S] uint8
+        sums.npy         [rows] uint64, the checksum of every image
         values.npy ...   masks at S x S as runs of equal values; one file per field of `Runs`
-        presized.json    what they were made from and how
+        presized.json    what they were made from and how, and the SHA-256 of every file but the images
 
 The tensors are exactly those of the uncached path with the same settings. Decoding and resizing are most of a sample's
 time, so reading is about ten times faster. The folder is used only while the prepared data set is the one that it was
-made from; it is written to a temporary folder and renamed atomically. Every loader process maps the same file, so
-its pages are held once.
+made from; one process writes it, while others wait, to a temporary folder that is renamed atomically. Every loader
+process maps the same file, so its pages are held once. A process checks an image when it first reads it.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -30,12 +32,13 @@ from amltrain.data.rows import Rows
 from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
-from amltrain.files import cure
+from amltrain.files import cure, sha256
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "presized"
 MANIFEST = "presized.json"
 _IMAGES = "images.npy"
+_SUMS = "sums"
 _WAITING = 64
 """Images that are transformed at a time while a cache is written."""
 
@@ -57,21 +60,38 @@ class PresizedImages:
     """Network input of one split, by row of its table."""
 
     def __init__(self, folder: str | Path) -> None:
-        """folder: as `write_presized` left it. Raises UserError if its files cannot be read."""
+        """folder: as `write_presized` left it. Raises UserError if its files are not those that it wrote."""
         self.folder = Path(folder)
         try:
             self.manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+            for name, wanted in self.manifest["files"].items():
+                if sha256(self.folder / name) != wanted:
+                    raise ValueError(f"{name} has changed since it was written")
             self._images = np.load(self.folder / _IMAGES, mmap_mode="r")
+            self._sums = np.load(self.folder / f"{_SUMS}.npy")
             self._runs = Runs(*(np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in Runs._fields))
-        except (OSError, ValueError, KeyError, EOFError, RecursionError) as error:
-            raise UserError(f"{self.folder} cannot be read ({error}); remove it and write it again") from error
+            if self._images.dtype != np.uint8 or len(self._images) != len(self._sums):
+                raise ValueError(f"{_IMAGES} is not the one that was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
+            raise self._damaged(str(error)) from error
+        self._checked = np.zeros(len(self._images), bool)
+
+    def _damaged(self, why: str) -> UserError:
+        return UserError(
+            f"{self.folder} is damaged ({why}); write it again with amltrain data presize, or set data.presized false"
+        )
 
     def __len__(self) -> int:
         return len(self._images)
 
     def image(self, row: int) -> Tensor:
         """Image of a row, [3, S, S] uint8."""
-        return torch.from_numpy(np.array(self._images[row]))
+        image = np.array(self._images[row])
+        if not self._checked[row]:
+            if checksum(image) != self._sums[row]:
+                raise self._damaged(f"image {row} of {_IMAGES} has changed since it was written")
+            self._checked[row] = True
+        return torch.from_numpy(image)
 
     def target(self, row: int, referent: int) -> Tensor:
         """Target of one referent of a row, [S, S] uint8 coverage in 1/255."""
@@ -86,6 +106,14 @@ class PresizedImages:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"])  # type: ignore[misc]  # of this class, which has no subclass
+
+
+def checksum(image: NDArray[np.uint8]) -> int:
+    """The sum of an image's bytes as whole numbers of 64 bits: any flipped bit changes it, and it costs little."""
+    flat = image.reshape(-1)
+    whole = len(flat) // 8 * 8
+    words = int(flat[:whole].view(np.uint64).sum(dtype=np.uint64)) if whole else 0
+    return (words + int.from_bytes(flat[whole:].tobytes(), "little") * 3) % 2**64
 
 
 def presized_folder(
@@ -118,9 +146,32 @@ def write_presized(
     source = describe_source(prepared, dataset, split)
     if _is_current(final, source):
         return final
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # the lock's file stays: removing it would give two locks to those who wait and those who come later
+        with FileLock(final.with_name(f".{final.name}.lock")):
+            if not _is_current(final, source):  # another process may have written it meanwhile
+                _write(final, source, rows, transform, mask_parts, decoder, f"{dataset}/{split}", workers, progress)
+    except OSError as error:
+        raise UserError(f"could not write {final} ({error.strerror or error}); {cure(error)}") from error
+    return final
+
+
+def _write(
+    final: Path,
+    source: dict[str, Any],
+    rows: Rows,
+    transform: ImageTransform,
+    mask_parts: MaskParts,
+    decoder: Decoder,
+    place: str,
+    workers: int | None,
+    progress: bool,
+) -> None:
+    """Write the presized images of one split to a temporary folder, and rename it."""
     side = transform.size
     needed = len(rows) * 3 * side * side
-    partial = final.with_name(f".{final.name}.partial")
+    partial = final.with_name(f".{final.name}.{os.getpid()}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -130,21 +181,20 @@ def write_presized(
         images = np.lib.format.open_memmap(
             partial / _IMAGES, mode="w+", dtype=np.uint8, shape=(len(rows), 3, side, side)
         )
-        runs = _fill(images, rows, transform, mask_parts, decoder, f"{dataset}/{split}", workers, progress)
+        runs = _fill(images, rows, transform, mask_parts, decoder, place, workers, progress)
+        sums = np.array([checksum(image) for image in images], np.uint64)
         images.flush()
         del images
-        for name, values in runs._asdict().items():
+        for name, values in {**runs._asdict(), _SUMS: sums}.items():
             np.save(partial / f"{name}.npy", values)
-        settings = {"format": FORMAT, "source": source, "mask_parts": mask_parts, "decoder": decoder}
+        hashes = {f"{name}.npy": sha256(partial / f"{name}.npy") for name in (*Runs._fields, _SUMS)}
+        settings = {"format": FORMAT, "source": source, "mask_parts": mask_parts, "decoder": decoder, "files": hashes}
         settings |= {"size": side, "resize": transform.resize, "normalization": transform.normalization}
         (partial / MANIFEST).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         partial.replace(final)
-    except OSError as error:
-        raise UserError(f"could not write {final} ({error.strerror or error}); {cure(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return final
 
 
 def open_presized(

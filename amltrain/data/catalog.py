@@ -12,7 +12,7 @@ The data card of a prepared folder: `load_dataset(folder, "refcoco")` and the Hu
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,6 +256,12 @@ def find_manifest(prepared: str, name: str) -> dict[str, Any] | None:
     if Path(prepared).is_dir():
         return read_manifest(Path(prepared) / name)
     return _hub_manifest(prepared, name)
+
+
+def fingerprint(manifest: Mapping[str, Any] | None, split: str) -> str:
+    """What identifies the contents of a prepared split, wherever it lies; "" for data prepared before this was kept."""
+    contents = (manifest or {}).get("contents")
+    return str(contents.get(split, "")) if isinstance(contents, dict) else ""
 
 
 def find_spec(name: str, prepared: str | None = None) -> DatasetSpec:

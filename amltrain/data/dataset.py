@@ -3,6 +3,7 @@
 index -> row, referent, sentence -> RawSample -> augmentations -> transform and tokenizer -> Sample
 """
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from amltrain.data.augment import Augmentation, RawSample, SampleIds
+from amltrain.data.augment import About, Augmentation, RawSample, SampleIds
 from amltrain.data.cache import PresizedImages
 from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
@@ -36,7 +37,8 @@ RECENT_IMAGES = 4
 class OpenSplit(NamedTuple):
     """One split of one data set: names, rows, and the presized images where there are any.
 
-    metrics: further metrics that its papers report, see `DatasetSpec.metrics`.
+    metrics: further metrics that its papers report, see `DatasetSpec.metrics`. fingerprint: of its contents, see
+    `catalog.fingerprint`.
     """
 
     dataset: str
@@ -44,6 +46,7 @@ class OpenSplit(NamedTuple):
     rows: Rows
     presized: PresizedImages | None = None
     metrics: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 class SampleInfo(NamedTuple):
@@ -163,6 +166,16 @@ class ReferDataset(torch.utils.data.Dataset):
         """Further metrics that the papers of its data sets report."""
         return tuple(dict.fromkeys(name for opened in self.splits for name in opened.metrics))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """What identifies the samples: contents of the splits, and which of them are used; "" where unknown."""
+        if not all(opened.fingerprint for opened in self.splits):
+            return ""
+        digest = hashlib.sha256("\n".join(opened.fingerprint for opened in self.splits).encode())
+        for column in (*self.index, self.referent_of[: self.length], self.sentence_of[: self.length]):
+            digest.update(np.ascontiguousarray(column, np.int64).tobytes())
+        return digest.hexdigest()
+
     def row_groups(self) -> np.ndarray | None:
         """Return the row group of every sample, [samples] int64; None if every one can be read alone."""
         entries = self.referent_of[: self.length]
@@ -202,10 +215,11 @@ class ReferDataset(torch.utils.data.Dataset):
         index = draw.index
         key = random_key(self.seed, draw.epoch, index, *([draw.repeat] if draw.repeat else []))
         referent = self._referent(index)
-        text = self._sentence(index, referent, key)[self.sentence_field]
+        text, no_target = self._sentence(index, referent, key)[self.sentence_field], referent["no_target"]
         if self.augmentations:
             mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
+            no_target = raw.no_target
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
             mask = self._mask(index, referent) if self._needs_mask(index) else None
@@ -218,7 +232,7 @@ class ReferDataset(torch.utils.data.Dataset):
             input_ids,
             text_mask,
             target,
-            torch.tensor(referent["no_target"]),
+            torch.tensor(no_target),
             torch.tensor(index),
             torch.tensor(key),
             geometry,
@@ -250,6 +264,22 @@ class ReferDataset(torch.utils.data.Dataset):
             return np.arange(self.length)
         entries = self.referent_of[: self.length]
         return (self.index.split[entries] << 32) + self.index.row[entries]
+
+    def about(self, sample_id: int) -> About:
+        """Return what the annotations say of a sample's referent and its picture."""
+        number, row, place = self._place(sample_id)
+        columns = self.splits[number].rows.columns
+        referents = columns.column("referents")[row].as_py()
+        texts = [[sentence[self.sentence_field] for sentence in referent["sentences"]] for referent in referents]
+        own = referents[place]
+        return About(
+            columns.column("image_id")[row].as_py(),
+            own["category"] or "",
+            own["no_target"],
+            texts[place],
+            [text for several in texts for text in several],
+            {referent["category"] or "" for referent in referents},
+        )
 
     def annotation(self, sample_id: int) -> Annotation:
         """Return the annotations of a sample's referent."""
@@ -300,7 +330,8 @@ class ReferDataset(torch.utils.data.Dataset):
     def _raw(self, index: int, referent: dict[str, Any], key: int) -> RawSample:
         sentence = self._sentence(index, referent, key)
         ids = self._ids(index, referent, sentence)
-        return RawSample(self.picture(index), self._mask(index, referent), sentence[self.sentence_field], ids)
+        mask, text = self._mask(index, referent), sentence[self.sentence_field]
+        return RawSample(self.picture(index), mask, text, ids, referent["no_target"])
 
     def _ids(self, index: int, referent: dict[str, Any], sentence: dict[str, Any]) -> SampleIds:
         number, row, _ = self._place(index)

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, Preprocess, Protocol
 from amltrain.data.augment import Augmentation
 from amltrain.data.cache import PresizedImages, open_presized
-from amltrain.data.catalog import find_spec
+from amltrain.data.catalog import find_spec, fingerprint, read_manifest
 from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
 from amltrain.data.rows import open_rows
@@ -231,7 +231,9 @@ def _open_split(
     """Open one split. sized: transform and mask rule of the presized images that may stand for the originals."""
     rows = open_rows(data.prepared, name, split, streaming=data.streaming)
     presized = _open_presized(data, name, split, *sized) if sized else None
-    return OpenSplit(name, split, rows, presized, find_spec(name, data.prepared).metrics)
+    local = Path(data.prepared) / name
+    contents = fingerprint(read_manifest(local), split) if local.is_dir() else ""
+    return OpenSplit(name, split, rows, presized, find_spec(name, data.prepared).metrics, contents)
 
 
 def _open_presized(
@@ -269,5 +271,8 @@ def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader:
 
 def _ignore_signals(worker: int) -> None:
     """Ignore signals in a loader process: a scheduler signals every process of a job, and only the trainer may act."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        number = getattr(signal, name, None)  # Windows has no SIGUSR1
+        if number is None:
+            continue
         signal.signal(number, signal.SIG_IGN)

@@ -9,9 +9,9 @@
 Prepare missing data sets of a run.
 """
 
+import hashlib
 import json
 import os
-import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,7 +41,7 @@ from amltrain.data.catalog import (
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import leaks
 from amltrain.data.row_sheet import RowSheet
-from amltrain.data.rows import ShardWriter, hash_file
+from amltrain.data.rows import ShardWriter, hash_file, row_digest
 from amltrain.data.sources.annotations import (
     Annotations,
     ImageGroup,
@@ -51,7 +51,7 @@ from amltrain.data.sources.annotations import (
     read_job,
     read_jobs,
 )
-from amltrain.data.sources.refer import read_refer, refer_paths
+from amltrain.data.sources.refer import names_of_2017, read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
 from amltrain.files import cure
@@ -69,7 +69,6 @@ IMAGE_FOLDERS = (
     "images",
 )
 """Where official code, and people who follow it, keep COCO's train2014."""
-_COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg")
 JOBS_PER_TASK = 16
 IMAGES_PER_WORKER = 250
 """A further process is worth its start only for this many images."""
@@ -202,8 +201,9 @@ def _prepare_atomically(
         with _Reader(
             images.resolve(), files.categories, min(workers, 1 + len(files.images) // IMAGES_PER_WORKER)
         ) as read:
+            contents: dict[str, str] = {}
             for split in files.spec.splits:
-                counts[split] = _write_split(temporary, split, files, read, findings, sheet, progress)
+                counts[split], contents[split] = _write_split(temporary, split, files, read, findings, sheet, progress)
         sheet.save(temporary / "rows.jpg")
         manifest = {
             "format": FORMAT,
@@ -213,6 +213,7 @@ def _prepare_atomically(
             "published": compare_with_published(files.spec, counts),
             "spec": files.spec.to_manifest(),
             "sources": files.sources,
+            "contents": contents,
             "files": {path.name: hash_file(path)._asdict() for path in sorted(temporary.glob("*.parquet"))},
             "skipped": [entry._asdict() for entry in findings.entries],
             "noticed": findings.noticed,
@@ -241,10 +242,10 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> t
     for folder in (root / sub for sub in folders):
         if any(os.path.isfile(folder / name) for name in some):  # False also for what cannot be a name
             return files, folder
-    if spec.layout == "refer" and (named := _names_of_2017(files)) is not None:
-        some_2017 = [image["file_name"] for image in islice(named.images.values(), 100)]
+    if spec.layout == "refer" and (named := names_of_2017(files)) is not None:
+        there = [image["file_name"] for image in islice(named.images.values(), 100)]
         for folder in (root / sub for sub in (*folders, "train2017", "images/train2017", "coco/train2017")):
-            if any(os.path.isfile(folder / name) for name in some_2017):
+            if any(os.path.isfile(folder / name) for name in there):
                 return named, folder
     tried = ", ".join(sub or "." for sub in folders)
     kind = "COCO's train2014 images" if spec.layout == "refer" else "the images"
@@ -253,17 +254,6 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> t
     )
     example = some[0][:200] if some else "?"
     raise UserError(f"found no image such as {example} under {root} (looked in {tried}); {fix}")
-
-
-def _names_of_2017(files: Annotations) -> Annotations | None:
-    """The files with COCO 2017's names of the same pictures; None where some name is not one of 2014."""
-    images = {}
-    for image_id, image in files.images.items():
-        match = _COCO_2014.fullmatch(image["file_name"])
-        if match is None:
-            return None
-        images[image_id] = {**image, "file_name": f"{match[1]}.jpg"}
-    return files._replace(images=images, notes=(*files.notes, "the pictures have the names of COCO 2017"))
 
 
 class _Reader:
@@ -305,9 +295,10 @@ class _Reader:
 
 def _write_split(
     folder: Path, split: str, files: Annotations, read: _Reader, findings: _Findings, sheet: RowSheet, progress: bool
-) -> Counts:
-    """Write one split's shards; `findings` gets what could not be used."""
+) -> tuple[Counts, str]:
+    """Write one split's shards; `findings` gets what cannot be used. Returns counts and the contents' fingerprint."""
     refs = expressions = rows = 0
+    digest = hashlib.sha256()
     total = len({ref["image_id"] for ref in files.refs if files.spec.has(ref["split"], split)})
     bar = tqdm(total=total, desc=f"prepare {split}", unit="image", disable=None if progress else True, leave=False)
     with bar, ShardWriter(folder, split) as writer:
@@ -317,13 +308,15 @@ def _write_split(
             findings.notice(group.noticed)
             if group.content is None:
                 continue
-            writer.add(_row(group, group.content))
+            row = _row(group, group.content)
+            digest.update(row_digest(row))
+            writer.add(row)
             sheet.offer(split, group)
             rows += 1
             refs += len(group.referents)
             expressions += sum(len(referent["sentences"]) for referent in group.referents)
         writer.finish()
-    return Counts(refs, expressions, rows)
+    return Counts(refs, expressions, rows), digest.hexdigest()
 
 
 def _row(group: ImageGroup, content: bytes) -> dict[str, Any]:

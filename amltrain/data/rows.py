@@ -14,6 +14,7 @@ at a time (see `EpochSampler`) gets the same samples with the same numbers as fr
 
 import errno
 import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -70,6 +71,13 @@ FEATURES = _features(Image(decode=False))
 """As training reads rows: the image is the file's own bytes, decoded once, where a sample is made."""
 SHOWN_FEATURES = _features(Image())
 """As the files describe themselves, so that `load_dataset` and the Hub's viewer show pictures."""
+
+
+def row_digest(row: dict[str, Any]) -> bytes:
+    """The SHA-256 of what a row holds: its picture's bytes, its ids and its referents; not where it lies."""
+    content = hashlib.sha256(row["image"]["bytes"]).hexdigest()
+    kept = {key: row[key] for key in ("image_id", "height", "width", "referents")}
+    return hashlib.sha256(f"{content} {json.dumps(kept, sort_keys=True)}".encode()).digest()
 
 
 class ShardWriter:

@@ -156,12 +156,17 @@ def _read_json(path: Path) -> list[str]:
 def _read_lines(path: Path, dataset: str, split: str) -> list[tuple[SampleKey, Entry]]:
     entries = []
     with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        listed = file.read(1) == "["  # COCO's results: a list of predictions
+        file.seek(0)
+        lines = [file.read()] if listed else file
+        for number, line in enumerate(_listed(lines, path) if listed else lines, 1):
             if not line.strip():
                 continue
-            place = f"line {number}"
+            place = f"entry {number}" if listed else f"line {number}"
             try:
                 row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise TypeError(f"it is a {type(row).__name__}")
                 if row.get("dataset", dataset) != dataset or row.get("split", split) != split:
                     continue
                 ref = row.get("ref_id")
@@ -177,6 +182,14 @@ def _read_lines(path: Path, dataset: str, split: str) -> list[tuple[SampleKey, E
     return entries
 
 
+def _listed(texts: Iterable[str], path: Path) -> list[str]:
+    """The entries of a JSON list, each as JSON again."""
+    try:
+        return [json.dumps(entry) for text in texts for entry in json.loads(text)]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON list of predictions ({first_line(error)})") from error
+
+
 def _read_picture(path: Path) -> np.ndarray:
     picture = decode_file(path.read_bytes())
     pixels = np.asarray(picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("L"))
@@ -187,6 +200,8 @@ def _read_picture(path: Path) -> np.ndarray:
 
 
 def _decode(rle: dict[str, Any]) -> np.ndarray:
+    if not isinstance(rle, dict):
+        raise ValueError("it is not run lengths (size, counts); polygons do not tell the size of their picture")
     return decode_mask(rle).astype(bool)
 
 

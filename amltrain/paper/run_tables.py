@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from amltrain.errors import UserError, one_line_errors
+from amltrain.errors import REQUEUE_EXIT_CODE, UserError, one_line_errors
 from amltrain.paper.files import STATUS, write_table
 from amltrain.paper.plan import TINY_STEPS, Command, Settings, Table, check_data, plan
 from amltrain.run_folder import LAST
-from amltrain.training.stopping import REQUEUE_EXIT_CODE
 
 MODULES = {
     "train": "amltrain.commands.train",

@@ -5,6 +5,7 @@ Only `build_*` functions see the config.
 
 import inspect
 import json
+import logging
 import os
 import resource
 import shutil
@@ -39,6 +40,8 @@ from amltrain.models.registry import model_builder
 from amltrain.records import Vocabulary
 from amltrain.registry import METHODS, check_options
 from amltrain.run_folder import MODEL, TRAINING_FILE
+
+logger = logging.getLogger(__name__)
 
 
 class RunComponents(NamedTuple):
@@ -79,6 +82,12 @@ def build_components(
     torch.manual_seed(config.seed)
     given, kwargs = build_model(config, tokenizer) if model is None else (model, config.model.kwargs)
     loss = build_loss(config, info)
+    if "negatives" in config.data.augment and not getattr(loss, "needs_heads", False):
+        logger.warning(
+            "data.augment has negatives, and the loss of %s reads no no-target head: the model learns empty masks from "
+            "them, not to say that there is nothing",
+            config.model.name,
+        )
     if method is None:
         built = build_method(config.method, given, loss, config.method_options, tokenizer.vocabulary)
     else:

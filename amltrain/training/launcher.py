@@ -14,7 +14,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from amltrain.training.stopping import REQUEUE_EXIT_CODE
+from amltrain.errors import REQUEUE_EXIT_CODE
 
 TERMINATED = -15
 """How the other processes end when the launcher stops them after the first failure."""

@@ -300,6 +300,7 @@ def build_run(
         spread=list(plan),
         seed=config.seed,
         samples=len(components.dataset),
+        data=components.dataset.fingerprint,
         engine=accelerator.distributed_type.value.lower(),
     )
     if resume_from is not None:

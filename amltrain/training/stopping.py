@@ -27,13 +27,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
 from amltrain.distributed import plan_batches
-from amltrain.errors import UserError
+from amltrain.errors import CTRL_C, CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE, SIGNALS, UserError
 from amltrain.files import FORBIDDEN, NO_ROOM, free_space, way_out
 from amltrain.run_folder import mark_requeue
 
-REQUEUE_EXIT_CODE = 75
-CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 LAUNCHER_CHECK = 1.0
 """Seconds between looks at whether the launcher still lives."""
 
@@ -104,22 +101,6 @@ class Preemption:
             if os.getppid() != launcher:
                 self.reason = self.reason or "the launcher is gone"
                 return
-
-
-@contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Leave with the requeue exit code on SIGTERM, SIGUSR1 and SIGHUP: for a start-up that has nothing to save."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(REQUEUE_EXIT_CODE)
-
-    wanted = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, leave) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)

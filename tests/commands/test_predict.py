@@ -14,7 +14,7 @@ from amltrain.errors import UserError
 from amltrain.inference import predict as predict_images
 from amltrain.inference.predict import PredictionFolder, describe, predict, read_sentences, unread
 from amltrain.inference.predictor import INSIDE, NO_PIXEL, Segmentation
-from tests.test_predictor import predictor
+from tests.inference.test_predictor import predictor
 
 TOKENIZER = SentenceTokenizer.train_wordpiece(["the red square on the left", "a blue circle"], 6)
 

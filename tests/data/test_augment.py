@@ -29,7 +29,7 @@ def test_unknown_names_list_close_matches() -> None:
 
 def test_a_name_is_registered_once() -> None:
     assert "mosaic" in AUGMENTATIONS.names()
-    with pytest.raises(KeyError, match="twice"):
+    with pytest.raises(UserError, match="registered already"):
 
         @register_augmentation(options=dict)
         def mosaic(options: dict) -> None: ...

@@ -100,7 +100,7 @@ def test_a_damaged_file_is_named(own: str) -> None:
     transform, rows = ImageTransform(32), open_rows(own, "refshapes", "val")
     folder = write_presized(own, "refshapes", "val", rows, transform, progress=False)
     (folder / "images.npy").write_bytes(b"")
-    with pytest.raises(UserError, match=r"val-32-square-union-pil cannot be read .*write it again"):
+    with pytest.raises(UserError, match=r"val-32-square-union-pil is damaged .*write it again"):
         open_presized(own, "refshapes", "val", transform)
 
 

@@ -307,7 +307,9 @@ def test_counts_are_compared_with_the_published_ones(
 ) -> None:
     original = Original(tmp_path).write()
     published = {"train": Counts(3, 6, 3), "val": Counts(3, 7), "testA": Counts(3, 6)}
-    monkeypatch.setitem(DATASETS, "refcoco", DATASETS["refcoco"]._replace(published=published))
+    entry = DATASETS["refcoco"]
+    named = entry._replace(value=entry.value._replace(published=published))
+    monkeypatch.setitem(DATASETS._entries, "refcoco", named)
     folder = run(original)
     assert read_manifest(folder / "refcoco")["published"] == {
         "train": "as published",

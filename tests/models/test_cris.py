@@ -16,8 +16,8 @@ from amltrain.methods.aml.options import AMLOptions
 from amltrain.methods.base import build_method
 from amltrain.models import RISModel, check_param_groups, create_model
 from amltrain.models.backbones.resnet import CLIPResNet, load_clip_resnet
+from tests.models.backbones.test_clip import save_archive
 from tests.models.recorded import full_size_batch, full_size_weights
-from tests.models.test_clip import save_archive
 from tests.models.test_detris import make_batch, official
 from tests.parity.cris import build
 

@@ -17,8 +17,8 @@ from amltrain.methods.base import build_method
 from amltrain.models import create_model
 from amltrain.models.backbones.clip import CLIPText, CLIPViT, load_clip_vit, resample
 from amltrain.models.etris import ETRIS
+from tests.models.backbones.test_clip import save_archive
 from tests.models.recorded import full_size_batch, full_size_weights
-from tests.models.test_clip import save_archive
 from tests.models.test_cris import full_size
 from tests.models.test_detris import make_batch, official
 from tests.parity.etris import build

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from amltrain import run_folder as checkpoints
 from amltrain.data.prepare import prepare
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
-from amltrain.training.stopping import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
+from amltrain.errors import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 
 STEPS, SAVES_EVERY, EVALUATES_EVERY = 16, 4, 8

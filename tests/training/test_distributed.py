@@ -13,8 +13,7 @@ import torch
 from amltrain import distributed
 from amltrain import run_folder as checkpoints
 from amltrain.config.schema import RunConfig, TrainConfig
-from amltrain.errors import UserError
-from amltrain.training.stopping import REQUEUE_EXIT_CODE
+from amltrain.errors import REQUEUE_EXIT_CODE, UserError
 from tests.training import runs, sabotage
 
 STEPS = 10

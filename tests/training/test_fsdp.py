@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from amltrain.training.stopping import REQUEUE_EXIT_CODE
+from amltrain.errors import REQUEUE_EXIT_CODE
 from tests.training import runs, sabotage
 from tests.training.sharding import FSDP2, AllowCPU
 

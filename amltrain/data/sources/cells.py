@@ -115,10 +115,12 @@ def clean_sentence(text: str) -> str:
 
 def is_absent(cell: Any) -> bool:
     """Whether a cell is empty: nothing, an empty text or list, or a written NaN."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    if cell is None:
         return True
     if isinstance(cell, str):
-        return not cell.strip() or cell.strip().lower() in _ABSENT
+        return not cell or (len(cell) < 9 and (not cell.strip() or cell.strip().lower() in _ABSENT)) or cell.isspace()
+    if isinstance(cell, float):
+        return math.isnan(cell)
     return isinstance(cell, (list, tuple, dict)) and not cell
 
 

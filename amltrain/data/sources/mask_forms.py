@@ -82,9 +82,8 @@ def _flat_or_points(mask: Any, size: tuple[int, int], scale: tuple[float, float]
 
 def _may_be_bitmap(mask: Any) -> bool:
     """Whether all rows are as long as the first and hold 0 and one other value."""
-    width, first = len(mask[0]), mask[0]
-    other = set(first) - {0}
-    if len(other) > 1 or not all(isinstance(row, (list, tuple)) and len(row) == width for row in mask):
+    width = len(mask[0])
+    if len(mask) < 2 or not all(isinstance(row, (list, tuple)) and len(row) == width for row in mask):
         return False
     try:
         values = {value for row in mask for value in row}

@@ -41,7 +41,8 @@ from PIL import Image, ImageDraw
 
 from amltrain.data.catalog import dataset_spec
 from amltrain.data.segmentation import MAX_PIXELS, encode_mask
-from amltrain.data.sources.annotations import Annotations, MaskFile, check_entry, register_reader
+from amltrain.data.sources.annotations import Annotations, MaskFile, register_reader
+from amltrain.data.sources.entries import check_entry
 from amltrain.data.sources.own import TableRow, build_annotations
 from amltrain.errors import UserError, first_line
 from amltrain.files import load_json, read_bytes, sha256

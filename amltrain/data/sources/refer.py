@@ -17,6 +17,7 @@ jxu124/refcoco, jxu124/refcocoplus and jxu124/refcocog (umd) are the original fi
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,8 @@ from typing import Any
 import datasets
 
 from amltrain.data.catalog import dataset_spec
-from amltrain.data.sources.annotations import Annotations, by_id, check_refs, referred_ids, register_reader
+from amltrain.data.sources.annotations import Annotations, register_reader
+from amltrain.data.sources.entries import by_id, check_refs, referred_ids
 from amltrain.data.sources.frame import FrameRule
 from amltrain.errors import UserError
 from amltrain.files import load_json, load_pickle, sha256
@@ -73,6 +75,20 @@ def read_refer(root: Path, dataset: str) -> Annotations:
         place,
         rule=FrameRule("stored", spec.stretch),
     )
+
+
+_COCO_2014 = re.compile(r"COCO_(?:train|val)2014_(\d{12})\.jpg")
+
+
+def names_of_2017(files: Annotations) -> Annotations | None:
+    """The files with COCO 2017's names of the same pictures; None where some name is not one of 2014."""
+    images = {}
+    for image_id, image in files.images.items():
+        match = _COCO_2014.fullmatch(image["file_name"])
+        if match is None:
+            return None
+        images[image_id] = {**image, "file_name": f"{match[1]}.jpg"}
+    return files._replace(images=images, notes=(*files.notes, "the pictures have the names of COCO 2017"))
 
 
 COLUMNS = ("ref_id", "ann_id", "image_id", "split", "sentences", "raw_anns", "raw_image_info", "image_path")

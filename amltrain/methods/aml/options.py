@@ -7,11 +7,10 @@ Every field of a preset can be overridden on its own; pairs that cannot work are
 What a run sets of AML: the section `aml`. Imports no torch, so that --help can show it quickly.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from amltrain.config.fields import Partial, override, partial_of
-from amltrain.config.schema import FREE_TO_CHANGE
+from amltrain.config.fields import FREE, Partial, key, override, partial_of
 from amltrain.errors import UserError, unknown_name
 from amltrain.registry import METHODS
 
@@ -82,9 +81,9 @@ class AMLSettings:
     them, words of earlier stages included (conditioned). null = the model's own choice."""
     stage1_size: int | None = None
     """Score a smaller copy of the image, of this side in pixels; null = the full network input."""
-    cache_scores: bool = field(default=False, metadata=FREE_TO_CHANGE)
+    cache_scores: bool = key(False, scope=FREE)
     """Remember each sentence's scores, for models whose scored encoders are frozen."""
-    diagnostics_every: int | None = field(default=None, metadata=FREE_TO_CHANGE)
+    diagnostics_every: int | None = key(None, scope=FREE)
     """Steps between rows of alignment statistics (scores, masked share, masked referents; alignment.csv, alignment.png
     and pictures of fixed samples in the output folder, curves in the trackers); null = off."""
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from amltrain import run_folder as checkpoints
-from amltrain.errors import UserError
-from amltrain.training.stopping import REQUEUE_EXIT_CODE
+from amltrain.errors import REQUEUE_EXIT_CODE, UserError
 from tests.training import runs, sabotage
 
 

@@ -1,0 +1,1 @@
+from tests.training.conftest import whole  # noqa: F401 - a fixture
