@@ -218,7 +218,6 @@ def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
         *widths,
         dim=settings.dim,
         seed=settings.projection_seed,
-        explicit=settings.explicit,
     )
     return kind(
         projection,
