@@ -145,7 +145,8 @@ class Row(NamedTuple):
 
 class Table(NamedTuple):
     """A table or figure. names: what the command line calls it, the first one is that of its files; paper: e.g.
-    "Tables 4, 17"; what: in a few words; notes: printed below it."""
+    "Tables 4, 17"; what: in a few words; notes: printed below it.
+    """
 
     names: tuple[str, ...]
     paper: str
