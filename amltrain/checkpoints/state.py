@@ -334,7 +334,7 @@ def plain_data_only() -> Iterator[None]:
     def plain(*arguments: Any, **keywords: Any) -> Any:
         return trusting(*arguments, **{**keywords, "weights_only": True})
 
-    torch.load = plain  # type: ignore[assignment]
+    torch.load = plain
     try:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             yield

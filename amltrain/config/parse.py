@@ -22,7 +22,7 @@ from amltrain.registry import AUGMENTATIONS, CALLBACKS, METHODS, MODELS, Registr
 
 DERIVED = ("method_options", "augment_options", "callback_options")
 """Fields of a run that are read from sections."""
-SECTIONED: tuple[Registry, ...] = (METHODS, AUGMENTATIONS, CALLBACKS)
+SECTIONED: tuple[Registry[Any], ...] = (METHODS, AUGMENTATIONS, CALLBACKS)
 """Kinds whose options are sections of a run."""
 DIALECT = "$schema"
 USUAL_NAMES = {
@@ -225,7 +225,7 @@ def _show_basic_keys(parser: ArgumentParser, options: Collection[str]) -> None:
             group.title = group.description = None
 
 
-def reject_unused(flags: Iterable[str], used: Collection[str], registry: Registry) -> None:
+def reject_unused(flags: Iterable[str], used: Collection[str], registry: Registry[Any]) -> None:
     """Raise UserError for a command-line option of a section that the run does not use.
 
     flags: keys on the command line, without dashes, e.g. "aml.tau". Config files may contain such sections, because a

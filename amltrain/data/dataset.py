@@ -98,7 +98,7 @@ def _index_split(number: int, opened: OpenSplit, excluded_images: AbstractSet[in
     return index
 
 
-class ReferDataset(torch.utils.data.Dataset):
+class ReferDataset(torch.utils.data.Dataset[Sample]):
     """Samples of one or several prepared splits.
 
     `dataset[Draw(epoch, index)]` or `dataset[index]` (epoch 0) -> Sample. With unit "referent" an index is a referent

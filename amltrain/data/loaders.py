@@ -142,7 +142,7 @@ def build_train_loader(
     micro_batch_size: int,
     total_steps: int,
     first_step: int,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """Build the loader of a whole run's micro-batches from `first_step` on; Accelerate deals them to the processes in
     turn. Images are uint8; see `prepare_batch`.
     """
@@ -167,7 +167,7 @@ def build_eval_loaders(
     *,
     seed: int = 0,
     perturb: Callable[[Image.Image, int], Image.Image] | None = None,
-) -> dict[str, DataLoader]:
+) -> dict[str, DataLoader[Any]]:
     """Build a loader for every split of `evaluation.splits`, by that name: `val`, or `refcoco+:val`.
 
     A split without a data set's name means that of every data set that has it; with several data sets the names are
@@ -259,7 +259,7 @@ def _open_presized(
     return found
 
 
-def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader:
+def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         num_workers=workers,

@@ -79,7 +79,7 @@ MaskSource = Callable[[Batch, Batch], tuple[Masks, ModelOutput | None]]
 def evaluate_model(
     accelerator: Accelerator,
     model: nn.Module | Callable[[Batch], ModelOutput],
-    loader: DataLoader,
+    loader: DataLoader[Any],
     protocol: Protocol,
     *,
     pictures: int = 0,
@@ -122,7 +122,7 @@ def evaluate_model(
 def evaluate_predictions(
     accelerator: Accelerator,
     predictions: FileMasks,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     protocol: Protocol,
     *,
     pictures: int = 0,
@@ -151,7 +151,7 @@ def evaluate_predictions(
 def _score_split(
     accelerator: Accelerator,
     predict: MaskSource,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     protocol: Protocol,
     pictures: int,
     notes: dict[str, Any],

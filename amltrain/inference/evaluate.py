@@ -121,7 +121,7 @@ def _score(
     options: EvaluateOptions,
     source: Source,
     protocol: Protocol,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     perturbation: Perturbation | None,
     output: Path,
 ) -> Results:
@@ -201,7 +201,7 @@ def _perturbations(options: EvaluateOptions) -> list[Perturbation | None]:
 
 def _loaders(
     options: EvaluateOptions, splits: list[str], source: Source, protocol: Protocol, perturbation: Perturbation | None
-) -> dict[str, DataLoader]:
+) -> dict[str, DataLoader[Any]]:
     evaluation = EvaluationConfig(
         splits=splits,
         batch_size=options.batch_size,

@@ -90,7 +90,7 @@ def loaders_of(
     model: Analysed,
     protocol: Protocol,
     perturb: Callable[[Image.Image, int], Image.Image] | None = None,
-) -> dict[str, DataLoader]:
+) -> dict[str, DataLoader[Any]]:
     """A loader of the split for every data set, with the model's own preprocessing."""
     evaluation = EvaluationConfig(splits=[args.split], batch_size=args.batch_size, max_samples=args.max_samples)
     preprocess = model.pretrained.preprocess

@@ -112,7 +112,7 @@ def _diagnose_model(
         )
         if isinstance(masker.scorer, GroundedScorer):
             fit_grounded(network, masker.scorer, _batches(args, accelerator, data, model, "train", args.fit_batches))
-        temperature = float(masker.scorer.temperature) if has_temperature(masker.scorer) else None  # type: ignore[union-attr, arg-type]
+        temperature = float(masker.scorer.temperature) if has_temperature(masker.scorer) else None  # type: ignore[arg-type]
         if temperature is not None:
             temperatures[name] = temperature
         collected = collect_scores(network, masker, batches)

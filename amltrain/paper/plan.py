@@ -399,6 +399,6 @@ def _workers(settings: Settings) -> str:
     return "0" if settings.scale == "tiny" else "2"
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file, empty where it is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -196,7 +196,7 @@ def choose(rows: Rows, count: int, seed: int, chosen: Sequence[int] = ()) -> dic
 def predict_cards(
     accelerator: Accelerator,
     model: RISModel,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     rule: Protocol,
     rows: Rows,
     picked: dict[int, str],

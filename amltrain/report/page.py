@@ -226,7 +226,7 @@ def _loaders(
     splits: Sequence[str],
     options: ReportOptions,
     frame: Literal["network", "original"],
-) -> dict[str, DataLoader]:
+) -> dict[str, DataLoader[Any]]:
     if pretrained.tokenizer is None:
         raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
     evaluation = EvaluationConfig(splits=list(splits), batch_size=options.batch_size, max_samples=options.max_samples)
@@ -238,8 +238,8 @@ def _split_part(
     accelerator: Accelerator,
     model: Any,
     pretrained: Pretrained,
-    scored: DataLoader,
-    shown: DataLoader,
+    scored: DataLoader[Any],
+    shown: DataLoader[Any],
     aligner: Aligner | None,
     options: ReportOptions,
     source: Source,

@@ -49,7 +49,7 @@ class RunComponents(NamedTuple):
 
     method: Method
     dataset: ReferDataset
-    eval_loaders: dict[str, DataLoader]
+    eval_loaders: dict[str, DataLoader[Any]]
     tokenizer: SentenceTokenizer
     preprocess: Preprocess
     protocol: Protocol

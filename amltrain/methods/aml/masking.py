@@ -64,7 +64,7 @@ def take_share(candidates: Tensor, share: Number, order: Tensor) -> Tensor:
     # 1e-4 keeps products such as 0.29 * 100 from falling to 28
     wanted = (share * count + 1e-4).floor()
     least = (share > 0).to(wanted.dtype) if isinstance(share, Tensor) else float(share > 0)
-    wanted = wanted.clamp(min=least)  # type: ignore[arg-type]  # a number or a tensor
+    wanted = wanted.clamp(min=least)  # a number or a tensor
     rank = order.masked_fill(~candidates, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     return candidates & (rank < wanted)
 
