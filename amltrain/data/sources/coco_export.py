@@ -106,6 +106,7 @@ def _file_rows(
     places = _places(file, base, root, split)
     rows = []
     seen: dict[Any, int] = {}
+    names: dict[str, str] = {}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{file}, annotation {number}"
         if not isinstance(annotation, dict):
@@ -123,7 +124,8 @@ def _file_rows(
             continue
         category = categories.get(id_key(annotation.get("category_id")), "")
         texts = sentences_of({**_attributes(annotation), **annotation}, where)
-        name = _picture(image, places, finder, f"{file}, image {image.get('id')!r}")
+        name = names.get(image["file_name"]) or _picture(image, places, finder, f"{file}, image {image.get('id')!r}")
+        names[image["file_name"]] = name
         own_split = split_name(annotation.get("split") or image.get("split"))
         size = _size(image, f"{file}, image {image.get('id')!r}")
         place = f"annotation {own if own is not None else number} of {file.name}"
