@@ -25,6 +25,7 @@ COMMANDS = {
     "data download": ("amltrain.commands.download", "download RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, COCO's images"),
     "data prepare": ("amltrain.commands.prepare", "turn own data, or REFER files and images, into Parquet"),
     "data describe": ("amltrain.commands.describe", "write referring expressions for annotated objects without any"),
+    "data look": ("amltrain.commands.look", "a picture of training samples, before and after augmentations"),
     "data presize": ("amltrain.commands.presize", "resize prepared images once, to load them faster"),
     "data rank": ("amltrain.commands.rank", "rank images by a dual encoder, for the mosaic augmentation"),
     "data push": ("amltrain.commands.push_data", "publish prepared data on the Hugging Face Hub"),

@@ -3,12 +3,13 @@
 import hashlib
 import io
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from amltrain.data.images import to_rgb
 from amltrain.data.segmentation import decode_rle
@@ -45,12 +46,7 @@ class RowSheet:
         """Write the sheet. Raises OSError. Without any row nothing is written."""
         if not self._kept:
             return
-        columns = min(COLUMNS, len(self._kept))
-        rows = -(-len(self._kept) // columns)
-        sheet = Image.new("RGB", (columns * (SIDE + 8) + 8, rows * (SIDE + TEXT + 8) + 8), "white")
-        for number, shown in enumerate(self._kept):
-            row, column = divmod(number, columns)
-            sheet.paste(_tile(shown), (8 + column * (SIDE + 8), 8 + row * (SIDE + TEXT + 8)))
+        sheet = grid([_tile(shown) for shown in self._kept], min(COLUMNS, len(self._kept)))
         sheet.save(path, quality=90, subsampling=0)  # a PNG takes twenty times as long
 
 
@@ -62,8 +58,9 @@ def _tile(shown: _Shown) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(group.content))
     scale = SIDE / max(group.height, group.width)
     size = (max(1, round(group.width * scale)), max(1, round(group.height * scale)))
-    image.draft("RGB", size)  # a JPEG is decoded at about the size that is shown
-    image = to_rgb(image).resize(size, Image.Resampling.BILINEAR)
+    turned = image.size == (group.height, group.width) != (group.width, group.height)
+    image.draft("RGB", size[::-1] if turned else size)  # a JPEG is decoded at about the size that is shown
+    image = to_rgb(ImageOps.exif_transpose(image) if turned else image).resize(size, Image.Resampling.BILINEAR)
     if not referent["no_target"]:
         mask = Image.fromarray(decode_rle(referent["mask"]) * np.uint8(255)).resize(size, Image.Resampling.BOX)
         image = Image.fromarray(_outlined(np.asarray(image), np.asarray(mask) > 0))
@@ -74,6 +71,31 @@ def _tile(shown: _Shown) -> Image.Image:
     lines = [text[:LINE], *textwrap.wrap(referent["sentences"][0]["raw"][: 8 * LINE], LINE * 2 // 3)[:4]]
     ImageDraw.Draw(tile).multiline_text((2, SIDE + 2), "\n".join(lines), fill="black", font=ImageFont.load_default(12))
     return tile
+
+
+def sample_tile(image: Image.Image, mask: NDArray[np.uint8], caption: str) -> Image.Image:
+    """Draw a sample: its image with the mask outlined, and a caption. An empty mask leaves the image as it is."""
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    shown = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    if mask.any():
+        covered = np.asarray(Image.fromarray(mask * np.uint8(255)).resize(size, Image.Resampling.BOX)) > 0
+        shown = Image.fromarray(_outlined(np.asarray(shown), covered))
+    tile = Image.new("RGB", (SIDE, SIDE + TEXT), "white")
+    tile.paste(shown, (0, 0))
+    text = "\n".join(textwrap.wrap(caption[: 8 * LINE], LINE * 2 // 3)[:5])
+    ImageDraw.Draw(tile).multiline_text((2, SIDE + 2), text, fill="black", font=ImageFont.load_default(12))
+    return tile
+
+
+def grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Put tiles of one size side by side, row by row."""
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * (SIDE + 8) + 8, rows * (SIDE + TEXT + 8) + 8), "white")
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        sheet.paste(tile, (8 + column * (SIDE + 8), 8 + row * (SIDE + TEXT + 8)))
+    return sheet
 
 
 def _outlined(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -56,3 +56,38 @@ def test_a_name_of_any_length_is_drawn_in_a_short_line(tmp_path: Path, monkeypat
     long.referents[0]["sentences"] = [{"sent_id": 0, "sent": "it", "raw": "y" * 10_000}]
     pixels(tmp_path, long)
     assert drawn and max(map(len, drawn[0].splitlines())) <= LINE
+
+
+def test_samples_are_drawn_before_and_after_augmentations(prepared: str, tmp_path: Path) -> None:
+    from amltrain.commands.look import EPOCHS, main
+
+    names = ["--dataset", "refshapes", "--prepared", prepared, "--rows", "2"]
+    main([*names, "--augment", "flip", "scale_jitter", "negatives", "--output", str(tmp_path / "a.png")])
+    main([*names, "--output", str(tmp_path / "b.png")])
+    augmented, plain = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
+    assert augmented.width == plain.width and augmented.height > plain.height and EPOCHS == 3
+    tile = (8, 8, 8 + 260, 8 + 260)
+    assert augmented.crop(tile).tobytes() == plain.crop(tile).tobytes()  # the first is the sample as it is
+    with pytest.raises(SystemExit):
+        main([*names, "--output", str(tmp_path / "a.unknown")])
+
+
+def test_a_turned_photograph_is_shown_upright() -> None:
+    import io
+
+    from amltrain.data.row_sheet import _Shown, _tile
+    from amltrain.data.segmentation import encode_mask
+    from amltrain.data.sources.annotations import ImageGroup
+
+    upright = np.zeros((60, 30, 3), np.uint8)
+    upright[:30] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = io.BytesIO()
+    Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90).save(content, "PNG", exif=exif.tobytes())
+    mask = np.ones((60, 30), np.uint8)
+    sentence = {"raw": "x", "sent": "x", "sent_id": 1}
+    referent = {"no_target": False, "mask": encode_mask(mask), "category": "", "ref_id": 1, "sentences": [sentence]}
+    group = ImageGroup(1, "a.png", 60, 30, [referent], content.getvalue(), [], [])
+    shown = np.asarray(_tile(_Shown("0" * 64, "train", group)))
+    assert shown[50, 60, 0] > 200 and shown[200, 60, 0] < 40

@@ -101,15 +101,12 @@ def _file_rows(
     content: dict[str, Any], file: Path, base: Path, root: Path, finder: PictureFinder, counted: Counted
 ) -> list[TableRow]:
     images = images_by_id(content["images"], file)
-    categories = {
-        entry.get("id"): label_of(entry.get("name"), f"{file}, category {entry.get('id')}")
-        for entry in content.get("categories") or []
-        if isinstance(entry, dict)
-    }
+    categories = category_names(content, file)
     split = split_of_file(file, base)
     places = _places(file, base, root, split)
     rows = []
     seen: dict[Any, int] = {}
+    names: dict[str, str] = {}
     for number, annotation in enumerate(content["annotations"]):
         where = f"{file}, annotation {number}"
         if not isinstance(annotation, dict):
@@ -125,9 +122,10 @@ def _file_rows(
         if segmentation is None:
             counted.add("annotations have neither a segmentation nor a box and were left out", where)
             continue
-        category = categories.get(annotation.get("category_id"), "")
+        category = categories.get(id_key(annotation.get("category_id")), "")
         texts = sentences_of({**_attributes(annotation), **annotation}, where)
-        name = _picture(image, places, finder, f"{file}, image {image.get('id')!r}")
+        name = names.get(image["file_name"]) or _picture(image, places, finder, f"{file}, image {image.get('id')!r}")
+        names[image["file_name"]] = name
         own_split = split_name(annotation.get("split") or image.get("split"))
         size = _size(image, f"{file}, image {image.get('id')!r}")
         place = f"annotation {own if own is not None else number} of {file.name}"
@@ -152,6 +150,16 @@ def images_by_id(images: list[Any], file: Path) -> dict[str, dict[str, Any]]:
                 f"{entry['file_name'][:100]!r}; give every picture its own id"
             )
     return found
+
+
+def category_names(content: dict[str, Any], file: Path) -> dict[str, str]:
+    """Names of a file's categories by `id_key`. Raises UserError for a name that is no text."""
+    listed = content.get("categories")
+    return {
+        id_key(entry.get("id")): label_of(entry.get("name"), f"{file}, category {str(entry.get('id'))[:50]}")
+        for entry in (listed if isinstance(listed, list) else [])
+        if isinstance(entry, dict)
+    }
 
 
 def id_key(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from amltrain.data.segmentation import MAX_PIXELS
 from amltrain.data.sources.cells import split_name
 from amltrain.data.sources.frame import FrameRule, Size
 from amltrain.data.sources.objects import (
@@ -148,8 +149,12 @@ def _mask(shape: ElementTree.Element, size: Size, where: str) -> dict[str, Any]:
         int(number)
         for number in numbers([shape.get(key) for key in ("left", "top", "width", "height")], 4, "the mask", where)
     )
-    runs = np.array(numbers((shape.get("rle") or "").split(","), None, "the run lengths", where), np.int64)
-    if min(width, height) < 1 or runs.min() < 0 or runs.sum() != width * height:
+    lengths = numbers((shape.get("rle") or "").split(","), None, "the run lengths", where)
+    pixels = width * height
+    if min(width, height) < 1 or pixels > MAX_PIXELS or not 0 <= min(lengths) <= max(lengths) <= pixels:
+        raise UserError(f"{where}: the run lengths or the size of the mask are out of range")
+    runs = np.array(lengths, np.int64)
+    if runs.sum() != pixels:
         raise UserError(f"{where}: the run lengths do not add up to {width} x {height} pixels")
     crop = np.repeat((np.arange(len(runs)) & 1).astype(np.uint8), runs).reshape(height, width)
     return placed(crop, left, top, size, where)

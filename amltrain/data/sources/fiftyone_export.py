@@ -30,6 +30,7 @@ from amltrain.data.sources.objects import (
     find_picture,
     joined,
     label_of,
+    mapping,
     numbers,
     placed,
     rectangle,
@@ -74,7 +75,7 @@ def _field(samples: list[Any], place: str) -> str:
         for sample in samples
         if isinstance(sample, dict)
         for name, value in sample.items()
-        if isinstance(value, dict) and value.get("_cls") in _KINDS
+        if isinstance(value, dict) and str(value.get("_cls")) in _KINDS
     )
     if len(found) != 1:
         what = f"has the label fields {', '.join(found)}" if found else "has no field of Detections or Polylines"
@@ -86,14 +87,18 @@ def _sample_rows(sample: Any, where: str, field: str, finder: PictureFinder, cou
     if not isinstance(sample, dict) or not isinstance(sample.get("filepath"), str):
         raise UserError(f"{where} has no filepath")
     value = sample.get(field)
-    if not isinstance(value, dict) or value.get("_cls") not in _KINDS:
+    if not isinstance(value, dict) or str(value.get("_cls")) not in _KINDS:
         return []
     labels = value.get(_KINDS[value["_cls"]]) or []
+    if not isinstance(labels, list):
+        raise UserError(f"{where}: the labels of {field!r} are not a list")
     if not labels:
         return []
     image = find_picture(finder, sample["filepath"], where)
     size = _upright_size(finder.root / image)
-    tags = [tag for tag in sample.get("tags") or [] if isinstance(tag, str) and tag.casefold() in SPLIT_FOLDERS]
+    listed = sample.get("tags")
+    tags = [tag for tag in listed if isinstance(tag, str)] if isinstance(listed, list) else []
+    tags = [tag for tag in tags if tag.casefold() in SPLIT_FOLDERS]
     split = split_name(tags[0]) if tags else None
     rows = []
     for number, label in enumerate(labels):
@@ -103,7 +108,7 @@ def _sample_rows(sample: Any, where: str, field: str, finder: PictureFinder, cou
         segmentation = _area(label, size, finder, at, counted)
         if segmentation is None:
             continue
-        given = (label.get("attributes") or {}).items()
+        given = mapping(label.get("attributes")).items()
         extra = {key: entry.get("value") if isinstance(entry, dict) else entry for key, entry in given}
         texts = sentences_of({**extra, **label}, at)
         category = label_of(label.get("label") or "", at)
@@ -134,6 +139,8 @@ def _area(label: dict[str, Any], size: Size, finder: PictureFinder, where: str, 
         polygons = [[c for point in part for c in numbers(point, 2, "a point", where)] for part in parts]
         return [[c * size[1 - i % 2] for i, c in enumerate(polygon)] for polygon in polygons]
     x, y, w, h = numbers(label.get("bounding_box") or (), 4, "bounding_box", where)
+    if max(map(abs, (x, y, w, h))) > 2 or min(w, h) <= 0:
+        raise UserError(f"{where}: bounding_box {[x, y, w, h]} is not x, y, width, height as shares of the picture")
     mask = _mask(label, finder, where)
     if mask is None:
         return [rectangle(x * width, y * height, (x + w) * width, (y + h) * height)]

@@ -28,6 +28,7 @@ from amltrain.data.sources.objects import (
     find_picture,
     joined,
     label_of,
+    mapping,
     placed,
     point_pairs,
     rectangle,
@@ -97,17 +98,18 @@ def _file_rows(
         where = f"{file}, shape {number}"
         if not isinstance(shape, dict) or not {"label", "points"} <= shape.keys():
             raise UserError(f"{where} has no label or no points")
-        kind = shape.get("shape_type") or "polygon"
+        kind = str(shape.get("shape_type") or "polygon")
         label = label_of(shape["label"], where)
         if kind in _NO_AREA:
             counted.add("points and lines are no areas and were left out", f"{kind} {label!r} in {file.name}")
             continue
         group = shape.get("group_id")
         found = objects.setdefault(
-            (label, group) if group is not None else number, {"label": label, "parts": [], "texts": (), "at": number}
+            (label, repr(group)) if group is not None else number,
+            {"label": label, "parts": [], "texts": (), "at": number},
         )
         found["parts"].append(_part(shape, kind, size, where))
-        found["texts"] += sentences_of({**(shape.get("attributes") or {}), **shape}, where)
+        found["texts"] += sentences_of({**mapping(shape.get("attributes")), **shape}, where)
     split = split_name(split_of_path(relative, SPLIT_FOLDERS))
     return [
         TableRow(

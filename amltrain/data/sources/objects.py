@@ -97,6 +97,11 @@ def sentences_of(attributes: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return ()
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """An object of a JSON file; nothing where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
 def label_of(value: Any, where: str) -> str:
     """A class name. Raises UserError for what is no text or a damaged one."""
     if not isinstance(value, (str, int)) or isinstance(value, bool):

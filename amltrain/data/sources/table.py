@@ -24,7 +24,7 @@ from amltrain.data.sources.cells import (
     truth,
     whole_number,
 )
-from amltrain.data.sources.coco_export import id_key, images_by_id
+from amltrain.data.sources.coco_export import category_names, id_key, images_by_id
 from amltrain.data.sources.frame import SIZES_DECIDE, FrameRule, Size
 from amltrain.data.sources.own import SHARES, TableRow, build_annotations, check_name
 from amltrain.data.sources.pictures import tidy_name
@@ -149,7 +149,7 @@ def _coco_rows(content: dict[str, Any], table: Path, columns: Mapping[str, str])
         if not isinstance(content.get(key), list) or not all(isinstance(entry, dict) for entry in content[key]):
             raise UserError(f"{table} has no list {key!r} of objects (it has {', '.join(content) or 'nothing'})")
     images = images_by_id(content["images"], table)
-    categories = {c.get("id"): c.get("name") for c in content.get("categories") or [] if isinstance(c, dict)}
+    categories = category_names(content, table)
     kept = {*(key for names in COLUMNS.values() for key in names), *columns.values()}
     texts = (columns["sentence"],) if "sentence" in columns else COLUMNS["sentence"]
     for number, annotation in enumerate(content["annotations"], 1):
@@ -167,8 +167,8 @@ def _coco_rows(content: dict[str, Any], table: Path, columns: Mapping[str, str])
         row |= {side: image[side] for side in ("height", "width") if image.get(side)}
         if isinstance(image.get("id"), int):
             row["image_id"] = image["id"]
-        if annotation.get("category_id") in categories:
-            row["category"] = categories[annotation["category_id"]]
+        if (category := id_key(annotation.get("category_id"))) in categories:
+            row["category"] = categories[category]
         yield row
 
 

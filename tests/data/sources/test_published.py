@@ -1,5 +1,6 @@
 """Every published data set from a small file in its real layout: prepare, read, train and evaluate."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from amltrain.data.catalog import dataset_spec, read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask
 from amltrain.evaluation.results import read_results
+from amltrain.registry import READERS
 from amltrain.training.trainer import train
 from tests.data.layouts import LAYOUTS, rewrite_refs, square
 
@@ -144,3 +146,17 @@ def test_prepared_trained_and_evaluated(
     assert (absent > 0) == bool(dataset_spec(name).special_keys)
     assert set(dataset_spec(name).metrics) <= result.metrics.keys()
     assert all(0 <= value <= 100 for value in result.metrics.values())
+
+
+def test_files_of_reasonseg_without_a_target_are_counted(tmp_path: Path) -> None:
+    LAYOUTS["reasonseg"](tmp_path)
+    (whole,) = tmp_path.rglob("train/*.json")
+    content = json.loads(whole.read_text())
+    flag = {"label": "flag", "points": [[1, 1], [2, 2], [3, 1]]}
+    for name, shapes in (("none", None), ("empty", []), ("flag", [flag])):
+        changed = {key: value for key, value in {**content, "shapes": shapes}.items() if value is not None}
+        whole.with_name(f"{name}.json").write_text(json.dumps(changed))
+        whole.with_name(f"{name}.jpg").write_bytes(whole.with_suffix(".jpg").read_bytes())
+    files = READERS["reasonseg"].value(tmp_path, "reasonseg")
+    assert any(note.startswith("3 files as published have no target shape") for note in files.notes)
+    assert {ref["place"] for ref in files.refs if ref["split"] == "train"} == {whole.name}

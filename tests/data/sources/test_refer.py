@@ -11,6 +11,7 @@ import pytest
 from amltrain.data.catalog import belongs, dataset_spec
 from amltrain.data.segmentation import decode_rle
 from amltrain.data.sources.annotations import Annotations
+from amltrain.data.sources.entries import by_id
 from amltrain.data.sources.refer import read_refer
 from amltrain.errors import UserError
 from amltrain.files import load_pickle
@@ -218,3 +219,17 @@ def test_damaged_files_are_named(spoil, message: str, tmp_path: Path) -> None:
     spoil(original)
     with pytest.raises(UserError, match=message):
         read_refer(tmp_path, "refcoco")
+
+
+def test_an_unused_bad_annotation_stops_nothing_and_a_doubled_id_is_named() -> None:
+    good = {"id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]], "bbox": [1, 1, 8, 8], "category_id": 1}
+    keys = ("segmentation", "bbox", "category_id")
+    unused = [{"id": 2}, {"id": [3]}, "x", {"id": 4, "bbox": "y"}]
+    assert by_id([*unused, good], "annotation", keys, "x.json", {1}) == {1: good}
+    with pytest.raises(UserError, match=r"annotation number 0 has no 'segmentation'"):
+        by_id(unused[:1], "annotation", keys, "x.json", {2})
+    with pytest.raises(UserError, match=r"annotation number 0 has 'id' '1', not a whole number"):
+        by_id([{**good, "id": "1"}], "annotation", keys, "x.json", {1})
+    assert by_id([good, dict(good)], "annotation", keys, "x.json") == {1: good}
+    with pytest.raises(UserError, match=r"annotation number 1 has the id 1, which another annotation"):
+        by_id([good, {**good, "bbox": [0, 0, 1, 1]}], "annotation", keys, "x.json", {1})
