@@ -12,9 +12,51 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+FULL_LANE = (
+    "attack",
+    "benchmarks",
+    "checkpoints/test_resume.py",
+    "checkpoints/test_state.py",
+    "commands/test_demo.py",
+    "commands/test_rank.py",
+    "commands/test_report.py",
+    "data/sources/test_trained.py",
+    "data/test_download.py",
+    "data/test_fuzz.py",
+    "data/test_hostile.py",
+    "data/test_integrity.py",
+    "docs/test_doors.py",
+    "docs/test_first_hour.py",
+    "docs/test_notebooks.py",
+    "docs/test_tables.py",
+    "e2e",
+    "evaluation/test_evaluator.py",
+    "evaluation/test_image_cache.py",
+    "evaluation/test_one_decision.py",
+    "evaluation/test_perturbations.py",
+    "hub/test_push.py",
+    "hub/test_push_data.py",
+    "inference/test_export.py",
+    "launch",
+    "methods/aml/test_calibration.py",
+    "methods/aml/test_scorers.py",
+    "methods/aml/test_step.py",
+    "models",
+    "paper",
+    "parity",
+    "report",
+    "training",
+)
+"""Files and folders that only `make test-all` runs: they train, start programs, or repeat a check for every model."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start programs run first: they take longest, and at the end one worker would wait for the other."""
-    items.sort(key=lambda item: item.path.parent.name not in ("training", "e2e"))
+    """Mark the tests of the full lane; files that start programs run first, so that no worker waits at the end."""
+    for item in items:
+        place = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        if any(place == entry or place.startswith(f"{entry}/") for entry in FULL_LANE):
+            item.add_marker(pytest.mark.full)
+    items.sort(key=lambda item: item.path.parent.name not in ("training", "e2e") and item.path.name != "test_smoke.py")
 
 
 def find_shared() -> Path | None:

@@ -78,9 +78,23 @@ def _prepare_own(args: argparse.Namespace) -> None:
     )
     print(describe(manifest))
     _show_next(args.output, args.name)
-    where = "" if args.output == Path("prepared") else f" --data.prepared {args.output}"
-    command = f"amltrain train --config quickstart --data.datasets '[{args.name}]'{where}"
-    print(f"then train on it, a tiny model first: {command}")
+    print(_next_command(manifest, args.output))
+
+
+def _next_command(manifest: dict[str, Any], output: Path) -> str:
+    """A command that runs on the prepared data as they are: with the splits that they have."""
+    splits = [split for split, count in manifest["splits"].items() if count["images"]]
+    where = "" if output == Path("prepared") else f" --data.prepared {output}"
+    data = f"--data.datasets '[{manifest['dataset']}]'{where}"
+    if "train" not in splits:
+        score = f"amltrain evaluate --checkpoint RUN/best {data} --splits {splits[0]}"
+        return f"it has no split `train`; score a model on it: {score}"
+    evaluated = next((split for split in ("val", *splits[1:], "train") if split in splits), "train")
+    flag = "" if evaluated == "val" else f" --evaluation.splits '[{evaluated}]'"
+    return (
+        f"then train on it, a tiny model of random weights first: amltrain train --config quickstart {data}{flag}\n"
+        f"and a model with pretrained encoders: amltrain train --config models/caris_swin_base {data}{flag}"
+    )
 
 
 def _describer(args: argparse.Namespace) -> Describe:

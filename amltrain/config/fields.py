@@ -200,7 +200,7 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
 
 def check_flags(arguments: Sequence[str], kinds: Callable[[str], Any]) -> None:
     """Raise UserError for a flag's number in base 60. kinds: the type of a key, None where it is not known."""
-    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=False):
         key, given, value = flag.partition("=")
         value = value if given else following
         if key.startswith("--") and _BASE_60.fullmatch(value) and _is_number(kinds(key[2:])):

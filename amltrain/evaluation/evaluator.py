@@ -185,7 +185,8 @@ def _score_split(
             if writer is not None:
                 writer.add(host.sample_id.tolist(), masks, dataset)
     samples = _gather(accelerator, rows, expected)
-    provenance = {"amltrain": __version__, **notes}
+    contents = getattr(dataset, "fingerprint", "")  # of the split's contents; "" where it is not known
+    provenance = {"amltrain": __version__, **({"data_fingerprint": contents} if contents else {}), **notes}
     return _results(samples, dataset, protocol, head, size, provenance, _unique(gather_object(kept)))
 
 

@@ -191,10 +191,12 @@ def _training(training: dict[str, Any] | None) -> str:
     recipe = training["recipe"]
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     data = " + ".join(recipe["data"]["datasets"])
+    contents = str(training.get("data_fingerprint") or "")
     lines = [
         f"- data: {data}, split {recipe['data']['train_split']}",
         f"- hardware: {training['hardware']}",
         f"- commit of the code: {training['commit'] or 'unknown'}",
+        *([f"- fingerprint of the data: {contents[:16]}"] if contents else []),
         f"- versions: {versions}",
     ]
     text = yaml.safe_dump(_given(recipe), sort_keys=False, default_flow_style=False)

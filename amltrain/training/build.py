@@ -169,7 +169,8 @@ def write_model_folder(folder: Path, config: RunConfig, components: RunComponent
         protocol=components.protocol,
         tokenizer=components.tokenizer,
     )
-    write_text(folder / TRAINING_FILE, json.dumps(describe_training(config), indent=2) + "\n")
+    record = describe_training(config) | {"data_fingerprint": components.dataset.fingerprint}
+    write_text(folder / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
 
 
 LARGE_FROZEN = 1_000_000

@@ -113,7 +113,7 @@ def _serve(connection: Connection, variables: dict[str, str], log: Path) -> None
             return
         try:
             module, name = function.split(":")  # imports torch, under these variables
-            measure = getattr(importlib.import_module(f"amltrain.commands.suite.{module}"), name)
+            measure = getattr(importlib.import_module(f"benchmarks.suite.{module}"), name)
             connection.send({"values": measure(**options)})
             _free_memory()
         except Exception as error:  # whatever fails must not end the suite

@@ -181,3 +181,30 @@ def test_one_of_several_processes_writes_and_the_others_wait(tmp_path: Path) -> 
     assert opened is not None and all(opened.image(row).any() for row in range(len(opened)))
     left = [path.name for path in opened.folder.parent.iterdir() if "partial" in path.name]
     assert left == [] and json.loads((opened.folder / "presized.json").read_text())["files"]
+
+
+def test_results_and_the_model_keep_the_fingerprint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from amltrain.commands.evaluate import main as evaluate
+    from amltrain.commands.train import main as train
+
+    monkeypatch.chdir(tmp_path)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    prepared = make(tmp_path)
+    shapes = ["--data.shapes.train", "12", "--data.shapes.evaluation", "2", "--data.shapes.size", "32"]
+    data = ["--data.datasets", "[refshapes]", "--data.prepared", prepared, "--data.workers", "0"]
+    monkeypatch.setattr("amltrain.training.build.check_scenes", lambda _: None)  # of val these are 3
+    train([
+        "--config", "quickstart", *data, *shapes, "--method", "supervised", "--train.max_steps", "1",
+        "--train.global_batch_size", "2", "--tracking.trackers", "[]", "--evaluation.pictures", "0",
+        "--evaluation.max_samples", "2", "--output", "run",
+    ])  # fmt: skip
+    record = json.loads((tmp_path / "run/best/model/training.json").read_text())
+    state = next((tmp_path / "run").rglob("trainer.json"))
+    assert record["data_fingerprint"] == json.loads(state.read_text())["data"] != ""
+    named = ["--data.datasets", "[refshapes]", "--data.prepared", prepared, "--splits", "val"]
+    evaluate(["--checkpoint", "run/best", *named, "--pictures", "0", "--output", "scored"])
+    (row,) = json.loads((tmp_path / "scored/results.json").read_text())["results"]
+    assert len(row["provenance"]["data_fingerprint"]) == 64

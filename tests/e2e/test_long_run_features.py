@@ -44,7 +44,7 @@ class Seen:
         step = Trainer._optimizer_step
 
         def noted(trainer: Trainer, batches: list):
-            self.sizes = trainer.components.dataset.split_sizes
+            self.sizes = trainer.run.components.dataset.split_sizes
             self.ids.append([i for batch in batches for i in batch.sample_id.tolist()])
             return step(trainer, batches)
 

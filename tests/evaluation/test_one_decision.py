@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,10 @@ def test_everyone_gives_the_same(folder: Path, shapes: Path, tmp_path: Path) -> 
     loader = build_eval_loaders(
         data, pretrained.preprocess, EvaluationConfig(), pretrained.protocol, pretrained.tokenizer, seed=0
     )["val"]
+    at_original = replace(pretrained.protocol, frame="original")
+    shown_loader = build_eval_loaders(
+        data, pretrained.preprocess, EvaluationConfig(), at_original, pretrained.tokenizer, seed=0
+    )["val"]
     dataset, accelerator = loader.dataset, Accelerator(cpu=True)
     results = evaluate_model(
         accelerator, pretrained.model, loader, pretrained.protocol, pictures=len(dataset), provenance={}
@@ -73,13 +78,14 @@ def test_everyone_gives_the_same(folder: Path, shapes: Path, tmp_path: Path) -> 
              "0", "--output", str(tmp_path / "pictures"), "--samples", *map(str, SAMPLES)])  # fmt: skip
     shown = (tmp_path / "pictures" / "pictures.md").read_text().splitlines()
     for sample in SAMPLES:
-        [line] = [line for line in shown if f"| {sample} |" in line.replace("  ", " ")]
-        assert line.split("|")[-2].strip() == f"{100 * numbers[sample]:.1f}"
+        rows_of = [[cell.strip() for cell in line.split("|")] for line in shown]
+        [row] = [row for row in rows_of if row[2:3] == [str(sample)]]
+        assert row[-2] == f"{100 * numbers[sample]:.1f}"
 
     predictor = Predictor(pretrained)
     picked = choose(rows, 0, 0, chosen=SAMPLES)
     collected = predict_cards(
-        accelerator, pretrained.model, loader, pretrained.protocol, rows, picked, None, batch_size=4, side=64
+        accelerator, pretrained.model, shown_loader, pretrained.protocol, rows, picked, None, batch_size=4, side=64
     )
     cards = {card.sample_id: card for card in collected}
     for sample in SAMPLES:

@@ -20,9 +20,10 @@ from amltrain.errors import UserError
 from amltrain.evaluation.results import named_protocol
 from amltrain.hub.convert import _load, convert_official, read_official, summary
 from amltrain.hub.model_folder import load_pretrained
-from amltrain.models import registry
+from amltrain.models import model_info
 from amltrain.models.base import Conversion, RISModel
 from amltrain.models.registry import ModelInfo
+from amltrain.registry import MODELS, Entry
 from tests.parity import compare
 
 ADAPTERS = sorted(p.stem for p in Path(compare.__file__).parent.glob("*.py") if "\nADAPTER = " in p.read_text())
@@ -51,8 +52,7 @@ def linear(monkeypatch: pytest.MonkeyPatch) -> None:
         size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=8, sentence_field="sent"
     )
     info = ModelInfo("paper", "release", "MIT", "everything", preprocess, named_protocol("caris"), "cross_entropy")
-    monkeypatch.setitem(registry._BUILDERS, "linear", Linear)
-    monkeypatch.setitem(registry._INFOS, "linear", info)
+    monkeypatch.setitem(MODELS._entries, "linear", Entry("linear", Linear, info, None))
 
 
 def same(a: dict, b: dict) -> bool:
@@ -199,8 +199,8 @@ def test_recorded_official_weights(
     else:
         parallel = {f"module.{k}": v for k, v in weights.items()}
         torch.save({"state_dict": parallel, "best_iou": np.float64(0.7)}, tmp_path / "official.pth")
-    monkeypatch.setitem(registry._BUILDERS, "recorded", lambda *, config: adapter.build(config))
-    monkeypatch.setitem(registry._INFOS, "recorded", registry.model_info("linear"))
+    build = lambda *, config: adapter.build(config)  # noqa: E731
+    monkeypatch.setitem(MODELS._entries, "recorded", Entry("recorded", build, model_info("linear"), None))
 
     convert_official("recorded", tmp_path / "official.pth", tmp_path / "ours", kwargs={"config": config})
     expected, _ = compare.load_model(adapter, config, weights)

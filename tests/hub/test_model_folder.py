@@ -15,8 +15,8 @@ from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.evaluation.results import named_protocol
 from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
-from amltrain.models import registry
 from amltrain.models.base import RISModel
+from amltrain.registry import MODELS, Entry
 
 PREPROCESS = Preprocess(
     size=32, resize="square", normalization="imagenet", tokenizer="wordpiece", max_tokens=8, sentence_field="sent"
@@ -36,7 +36,7 @@ def two_linears(monkeypatch: pytest.MonkeyPatch) -> None:
         assert vision_weights is None, "a saved model must not fetch what training started from"
         return TwoLinears(width)
 
-    monkeypatch.setitem(registry._BUILDERS, "two_linears", build)
+    monkeypatch.setitem(MODELS._entries, "two_linears", Entry("two_linears", build, None, None))
 
 
 def save(folder: Path, model: nn.Module, **changes) -> Path:

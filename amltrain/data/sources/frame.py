@@ -103,14 +103,15 @@ def _unfit(stored: Size, stated: Size) -> str:
 
 
 def same_proportions(one: Size, other: Size) -> bool:
-    """Whether one is the other resized by a single factor, each side rounded up or down."""
+    """Whether one is the other resized by a single factor, both sides rounded, both cut, or both rounded up."""
 
-    def resized(given: Size, result: Size) -> bool:
-        low = max((after - 1) / before for before, after in zip(given, result, strict=True))
-        high = min((after + 1) / before for before, after in zip(given, result, strict=True))
+    def resized(given: Size, result: Size, below: float, above: float) -> bool:
+        low = max((after - below) / before for before, after in zip(given, result, strict=True))
+        high = min((after + above) / before for before, after in zip(given, result, strict=True))
         return low <= high
 
-    return resized(one, other) or resized(other, one)
+    rounding = ((0.5, 0.5), (0.0, 0.999), (0.999, 0.0))
+    return any(resized(a, b, *how) for a, b in ((one, other), (other, one)) for how in rounding)
 
 
 def _turned(stored: Size, turn: int, stated: Size | None, rule: FrameRule) -> Frame:

@@ -354,4 +354,22 @@ def test_every_command_finds_the_splits_of_own_data(folder: Path) -> None:
     assert evaluation_splits(["all"], data) == ["mine:dev", "mine:final"]
     assert evaluation_splits(["final"], data) == ["final"]
     presize(["--prepared", str(prepared), "--dataset", "mine", "--size", "16", "--workers", "1"])
-    assert len(list((prepared / "mine/presized").iterdir())) == 3
+    assert sum(path.is_dir() for path in (prepared / "mine/presized").iterdir()) == 3
+
+
+@pytest.mark.parametrize(
+    ("splits", "command"),
+    [
+        (("train", "val", "test"), "amltrain train --config quickstart --data.datasets '[mine]'"),
+        (("train", "test"), "--evaluation.splits '[test]'"),
+        (("train",), "--evaluation.splits '[train]'"),
+        (("test",), "score a model on it: amltrain evaluate --checkpoint RUN/best --data.datasets '[mine]'"),
+    ],
+)
+def test_the_next_command_names_splits_that_are_there(
+    splits: tuple[str, ...], command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [GOOD | {"image": f"{number}.jpg", "split": split} for number, split in enumerate(splits)]
+    run(folder, table=write(folder / "my.jsonl", rows))
+    said = capsys.readouterr().out
+    assert command in said and ("--evaluation.splits" in said) == ("--evaluation.splits" in command)
