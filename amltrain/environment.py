@@ -1,4 +1,4 @@
-"""This machine and this installation: commit, versions, hardware, devices, optional packages, quiet libraries."""
+"""Machine and installation: commit, versions, hardware, devices, optional packages, quiet libraries."""
 
 import importlib.metadata
 import logging

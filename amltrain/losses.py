@@ -218,7 +218,7 @@ class RegionLoss(nn.Module):
 
     @staticmethod
     def minimap_target(referent: Tensor, output: ModelOutput) -> Tensor:
-        """referent [B, H, W] bool -> [B, P * P] int64 in {0, 1}."""
+        """Referent [B, H, W] bool -> [B, P * P] int64 in {0, 1}."""
         side = math.isqrt(output.aux["minimap"].shape[1])
         cells = F.interpolate(referent[:, None].float(), size=(side, side), mode="bilinear", align_corners=False)
         return cells.long().flatten(1)

@@ -77,7 +77,7 @@ def boxes_of_masks(masks: Tensor, end: int = 1) -> Tensor:
     """
 
     def ends(filled: Tensor) -> tuple[Tensor, Tensor]:
-        """filled [B, n] bool -> first and last index, 0 where nothing is filled."""
+        """Filled [B, n] bool -> first and last index, 0 where nothing is filled."""
         count = filled.shape[1]
         first = filled.byte().argmax(dim=1)
         last = count - 1 - filled.flip(1).byte().argmax(dim=1)
@@ -277,7 +277,7 @@ class QueryMasks(nn.Module):
     def match(
         self, masks: Tensor, refer: Tensor, targets: Sequence[Tensor], keys: Tensor, step: int, several: bool
     ) -> Pairs:
-        """masks [B, Q, H, W] logits, refer [B, Q, 2] logits, targets B tensors [N, H, W], keys [B] int64."""
+        """Masks [B, Q, H, W] logits, refer [B, Q, 2] logits, targets B tensors [N, H, W], keys [B] int64."""
         points = self.draw(MATCH + step, keys, self.points)
         if not several:  # one referent each: the cheapest query is the assignment, and nothing waits for the device
             whole = torch.stack([target[0] for target in targets])

@@ -97,6 +97,22 @@ class Registry(Generic[Value]):
             raise UserError(f"{error}{_broken_hint()}")
         return self._entries[name]
 
+    def families(self) -> dict[str, list[str]]:
+        """Names by the file that registers them, e.g. "caris" -> caris_swin_base, ...; imports no module."""
+        found: dict[str, list[str]] = {}
+        for name in self.names():
+            module = self._module_of.get(name) or self._entries[name].value.__module__
+            found.setdefault(module.rpartition(".")[2], []).append(name)
+        return found
+
+    def family_of(self, name: str) -> list[str]:
+        """Names that the same file registers. Raises UserError for an unknown name."""
+        families = self.families()
+        for names in families.values():
+            if name in names:
+                return names
+        raise unknown_name(self.kind, name, self.names())
+
     def registered(self) -> list[Entry[Value]]:
         """Every entry of the modules that are imported, in the order of registration."""
         return list(self._entries.values())

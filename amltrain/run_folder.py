@@ -54,6 +54,7 @@ Log = Callable[[str], None]
 
 
 def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint of a step."""
     return f"step-{step:06d}"
 
 

@@ -17,6 +17,7 @@ from amltrain.run_folder import RESULTS_FILE
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="amltrain compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         from amltrain.api import compare

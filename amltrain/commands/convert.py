@@ -19,6 +19,7 @@ from amltrain.errors import UserError, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="amltrain convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,6 +53,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         check_number("--max_tokens", args.max_tokens, 1, math.inf)

@@ -23,6 +23,7 @@ from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> ArgumentParser:
+    """Build the command line's parser."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="amltrain evaluate", description=__doc__, exit_on_error=False, allow_abbrev=False)
     add = parser.add_argument
@@ -70,6 +71,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     with one_line_errors():
         parser = build_parser()
         groups: Groups = {"data": DataConfig, "protocol": ProtocolOverrides}

@@ -16,6 +16,7 @@ from amltrain.inference import FORMATS
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="amltrain export",
         description=__doc__,
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         check_number("--runs", args.runs, 1, ANY)

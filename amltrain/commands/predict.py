@@ -21,6 +21,7 @@ from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="amltrain predict",
         description=__doc__,
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         find_model_folder(args.checkpoint, args.revision)  # before the imports

@@ -17,6 +17,7 @@ from amltrain.errors import UserError, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Build the command line's parser."""
     parser = argparse.ArgumentParser(
         prog="amltrain push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         from amltrain.hub.push import push_model  # once the arguments are known to be good: torch takes a while

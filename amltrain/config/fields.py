@@ -1,4 +1,4 @@
-"""What a config is made of: keys with their range and scope, partial types, plain YAML values.
+r"""What a config is made of: keys with their range and scope, partial types, plain YAML values.
 
 Partial types: what a run overrides of something that is complete.
 
@@ -7,7 +7,7 @@ optional and null by default, with the same help texts, so no field is written t
 
     @partial_of(Protocol)
     class ProtocolOverrides(Partial):
-        ""\"What a run changes of a model's protocol.""\"
+        # a docstring of its own
 
 Values of a config file that YAML 1.1 reads as something else than people mean: rejected, or read as they are meant.
 

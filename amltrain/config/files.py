@@ -72,6 +72,7 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
     Args:
         name: a path, relative to `folder`, or a shipped name, with or without `.yaml`.
         asked_by: the flag, or file, line and key, for the message.
+
     Raises:
         UserError: nothing has this name; the message lists close matches.
     """

@@ -139,6 +139,7 @@ def as_yaml(config: RunConfig) -> str:
 
 
 def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
+    """Build the parser of a run: every key of RunConfig, and the sections of the options that are named."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
@@ -161,7 +162,7 @@ def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
+    """Jsonargparse's paragraph as a sentence that names the key, and the nearest key that exists."""
     unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)|Option '([^']+)' is not accepted", message)
     nested = re.search(r"Group '([^']+)' does not accept (?:option|nested key) '([^']+)'", message)
     key: str | None = None

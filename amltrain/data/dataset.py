@@ -348,7 +348,8 @@ class ReferDataset(torch.utils.data.Dataset):
 
     def _network_input(self, index: int, mask: NDArray[np.uint8] | None) -> Transformed:
         """Image, target and geometry of a sample that no augmentation changes. An image is transformed once for all
-        its sentences in a row."""
+        its sentences in a row.
+        """
         number, row, referent = self._place(index)
         presized = self._presized(number)
         if presized is not None:

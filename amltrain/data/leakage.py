@@ -1,5 +1,6 @@
 """Combined training without leaks: RefCOCO, RefCOCO+ and RefCOCOg draw on the same images, so a training image of one
-may be a test image of another. Every image of any evaluation split is dropped from training (big_vision's rule)."""
+may be a test image of another. Every image of any evaluation split is dropped from training (big_vision's rule).
+"""
 
 import json
 from collections.abc import Sequence

@@ -144,7 +144,8 @@ def build_train_loader(
     first_step: int,
 ) -> DataLoader:
     """Build the loader of a whole run's micro-batches from `first_step` on; Accelerate deals them to the processes in
-    turn. Images are uint8; see `prepare_batch`."""
+    turn. Images are uint8; see `prepare_batch`.
+    """
     sampler = build_sampler(
         dataset,
         data,

@@ -218,7 +218,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 
 class Rows(Protocol):
     """columns: everything but the images, `columns.column(name)[row]`. row_group [rows] int64: which rows are read
-    together; None if every row can be read alone."""
+    together; None if every row can be read alone.
+    """
 
     columns: Any
     row_group: np.ndarray | None
@@ -251,7 +252,8 @@ class StreamedRows:
 
     def __init__(self, urls: Sequence[str], hashes: dict[str, Any] | None = None) -> None:
         """urls: paths or fsspec URLs (hf://datasets/user/name/...), in order. hashes: `files` of the manifest, by file
-        name. Raises UserError for what is missing, damaged or changed."""
+        name. Raises UserError for what is missing, damaged or changed.
+        """
         self.urls = list(urls)
         self._metadata: list[pq.FileMetaData] = []
         tables = []

@@ -203,7 +203,8 @@ _LONGEST_NUMBER = 30
 
 def _runs_of_text(text: str) -> NDArray[np.int64]:
     """COCO's compressed counts: groups of 5 bits in characters from "0" on, bit 5 marks that the number continues; from
-    the fourth number on, the difference to the last but one."""
+    the fourth number on, the difference to the last but one.
+    """
     try:
         codes = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int64) - 48
     except UnicodeEncodeError:

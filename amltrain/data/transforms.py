@@ -60,7 +60,8 @@ class Resampling(NamedTuple):
 
 class Strip(NamedTuple):
     """Output rows `first` to `last`, counted from `low`, are `matrix` times the source rows `start` to `stop` and the
-    border."""
+    border.
+    """
 
     first: int
     last: int
@@ -222,7 +223,8 @@ MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]
 
 class Transformed(NamedTuple):
     """image [3, S, S] uint8 RGB; target [S, S] uint8 coverage 0..255 or None; geometry [6] float64 as in
-    `records.Batch`."""
+    `records.Batch`.
+    """
 
     image: Tensor
     target: Tensor | None

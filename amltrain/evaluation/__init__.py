@@ -1,1 +1,1 @@
-
+"""Score masks: decisions, metrics, results, comparisons, pictures."""

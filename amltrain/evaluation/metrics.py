@@ -339,24 +339,6 @@ def number_refs(image_ids: ArrayLike, ref_ids: ArrayLike) -> NDArray[np.int64]:
     return np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def classic_scores(intersections: ArrayLike, unions: ArrayLike, *, ties: Ties = "ge") -> dict[str, float]:
-    """Every classic metric in percent from I and U, [N] pixels each.
-
-    ties: "ge" is the arithmetic of LAVT, CARIS, ReLA and PolyFormer, "gt" that of CRIS, ETRIS, DETRIS and CGFormer.
-    """
-    return compute_scores(scored_columns(intersections, unions, ties=ties), "classic")
-
-
-def generalized_scores(
-    intersections: ArrayLike, unions: ArrayLike, no_target: ArrayLike, predicted_no_target: ArrayLike
-) -> dict[str, float]:
-    """Every generalized metric in percent by the rules of ReLA's evaluator; all arguments are [N].
-
-    A ratio over nothing (every sample a rejected no-target sample; ReLA stops with ZeroDivisionError) is NaN.
-    """
-    return compute_scores(scored_columns(intersections, unions, no_target, predicted_no_target), "generalized")
-
-
 def take(samples: Scored, index: Sequence[int] | NDArray[Any]) -> Scored:
     """Select samples by position or by a [N] bool mask."""
     columns = {f.name: getattr(samples, f.name) for f in fields(samples) if f.name != "ties"}

@@ -73,28 +73,34 @@ def build_perturbation(name: str, severity: float | None = None, seed: int = 0) 
 
 
 def haze(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Blend with white; severity 1 covers half."""
     opacity = 0.5 * severity
     return pixels * (1 - opacity) + 255 * opacity
 
 
 def highlight(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Brighten; severity 1 multiplies by 1.8."""
     return pixels * (1 + 0.8 * severity)
 
 
 def low_light(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Darken; severity 1 leaves 40 %."""
     return pixels * (1 - 0.6 * severity)
 
 
 def contrast(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Raise the contrast; severity 1 doubles it."""
     return _contrast(pixels, 1 + severity)
 
 
 def occlusion(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Put one grey square at a random place; severity 1 has 40 % of the shorter side."""
     side = round(0.4 * severity * min(pixels.shape[:2]))
     return _fill(pixels, side, side, GREY, rng)
 
 
 def patches(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Put several grey squares at random places."""
     if severity == 0:
         return pixels
     for _ in range(3):
@@ -104,6 +110,7 @@ def patches(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
 
 
 def jitter(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Change brightness, contrast and saturation at random."""
     brightness, contrasted, saturation = 1 + severity * rng.uniform(-0.5, 0.5, 3)
     pixels = _contrast(np.clip(pixels * brightness, 0, 255), contrasted)
     grey = (np.clip(pixels, 0, 255) @ _LUMA)[..., None]
@@ -111,6 +118,7 @@ def jitter(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
 
 
 def occluded(pixels: Pixels, severity: float, rng: Generator) -> Pixels:
+    """Cover a share of the image, `severity`, with blocks at random places."""
     rows, columns = (-(-side // BLOCK) for side in pixels.shape[:2])
     chosen = rng.permutation(rows * columns)[: round(severity * rows * columns)]
     for block in chosen:

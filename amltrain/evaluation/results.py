@@ -26,27 +26,30 @@ from amltrain.config.fields import check_number, override
 from amltrain.config.schema import DataConfig, Preprocess, Protocol, ProtocolOverrides
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.metrics import Kind, Scored
-from amltrain.models import list_models, model_info
+from amltrain.models import model_info
+from amltrain.registry import MODELS
 
-PROTOCOLS: dict[str, Protocol] = {
-    name.partition("_")[0]: model_info(name).protocol
-    for name in list_models()  # lavt_swin_base, lavt_tiny, ...: all models of a paper are scored alike
-}
+
+def presets() -> list[str]:
+    """Names of the evaluation presets: the families of models, each of which is scored as its official code does."""
+    return sorted(MODELS.families())
 
 
 def named_protocol(name: str) -> Protocol:
-    """The protocol of an official repository. Raises UserError for an unknown name."""
-    if name not in PROTOCOLS:
-        raise unknown_name("evaluation preset", name, PROTOCOLS)
-    return PROTOCOLS[name]
+    """The protocol of a family's official code. Raises UserError for an unknown name."""
+    return model_info(_family(name)[0]).protocol
 
 
 def named_preprocess(name: str) -> Preprocess:
-    """The preprocessing of an official repository's full-size model. Raises UserError for an unknown name."""
-    if name not in PROTOCOLS:
-        raise unknown_name("evaluation preset", name, PROTOCOLS)
-    own = [model_info(model).preprocess for model in list_models() if model.partition("_")[0] == name]
-    return max(own, key=lambda preprocess: preprocess.size)
+    """The preprocessing of a family's full-size model. Raises UserError for an unknown name."""
+    return max((model_info(model).preprocess for model in _family(name)), key=lambda preprocess: preprocess.size)
+
+
+def _family(name: str) -> list[str]:
+    families = MODELS.families()
+    if name not in families:
+        raise unknown_name("evaluation preset", name, families)
+    return families[name]
 
 
 def run_protocol(own: Protocol, data: DataConfig, run: ProtocolOverrides) -> Protocol:

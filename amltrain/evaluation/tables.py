@@ -25,7 +25,7 @@ def table(results: Sequence[Results]) -> str:
 
 
 def latex_table(results: Sequence[Results]) -> str:
-    """The scores as LaTeX for `\\usepackage{booktabs}`, one tabular per kind of metric.
+    r"""The scores as LaTeX for `\usepackage{booktabs}`, one tabular per kind of metric.
 
     Where several models were scored on one split in one way, the best value of each column is bold among them.
     """

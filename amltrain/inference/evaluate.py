@@ -22,11 +22,11 @@ from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
 from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
 from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions
 from amltrain.evaluation.results import (
-    PROTOCOLS,
     Results,
     merge_results,
     named_preprocess,
     named_protocol,
+    presets,
     read_results,
     run_protocol,
 )
@@ -171,7 +171,7 @@ def _source(options: EvaluateOptions) -> Source:
     own = named_protocol(options.preset) if options.preset else None
     if options.predictions:
         if own is None:
-            raise UserError(f"--predictions needs a protocol: give --preset ({', '.join(PROTOCOLS)})")
+            raise UserError(f"--predictions needs a protocol: give --preset ({', '.join(presets())})")
         return Source(None, NoText(), named_preprocess(str(options.preset)), own, None)
     pretrained = load_pretrained(str(options.checkpoint))
     if pretrained.tokenizer is None:

@@ -49,6 +49,7 @@ def prepare(image, settings):
 
 
 def normalised(pixels, settings):
+    """[3, S, S] pixels -> [1, 3, S, S] float32."""
     mean, std = (np.array(settings[name], np.float32)[:, None, None] for name in ("mean", "std"))
     return ((pixels.astype(np.float32) - mean) / std)[None]
 
@@ -82,6 +83,7 @@ def found(logits, no_target, back, settings):
 
 
 def main():
+    """Segment one image from the command line."""
     if len(sys.argv) != 4:
         sys.exit(__doc__)
     import onnxruntime

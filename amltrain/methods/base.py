@@ -162,7 +162,7 @@ def spread_blocks(blocks: Tensor, size: tuple[int, int], block: int) -> Tensor:
 
 
 def mask_image(image: Tensor, blocks: Tensor, block: int) -> Tensor:
-    """image [B, 3, H, W] with the blocks [B, r, c] bool set to zero, which is the mean colour once normalised."""
+    """Image [B, 3, H, W] with the blocks [B, r, c] bool set to zero, which is the mean colour once normalised."""
     pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
     return image.masked_fill(pixels[:, None], 0.0)
 

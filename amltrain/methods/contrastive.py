@@ -98,6 +98,7 @@ class Contrastive(Method):
 def contrastive(
     model: RISModel, loss: nn.Module, options: ContrastiveOptions, vocabulary: Vocabulary | None
 ) -> Contrastive:
+    """Build the method."""
     visual, text = model.alignment_dims
     if visual != text:
         raise UserError(

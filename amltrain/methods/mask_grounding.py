@@ -86,7 +86,7 @@ class WordPredictor(nn.Module):
         self.words = nn.Linear(width, vocabulary)
 
     def forward(self, visual: Tensor, text: Tensor, text_mask: Tensor, inside: Tensor) -> Tensor:
-        """visual [B, C_v, h, w], text [B, L, C_t], text_mask [B, L] bool, inside [B, h, w] in 0..1 -> [B, L, V]."""
+        """Visual [B, C_v, h, w], text [B, L, C_t], text_mask [B, L] bool, inside [B, h, w] in 0..1 -> [B, L, V]."""
         height, width = visual.shape[-2:]
         rows = (torch.arange(height, device=visual.device, dtype=visual.dtype) + 0.5) / height
         columns = (torch.arange(width, device=visual.device, dtype=visual.dtype) + 0.5) / width
@@ -177,6 +177,7 @@ class MaskGrounding(Method):
 def mask_grounding(
     model: RISModel, loss: nn.Module, options: MaskGroundingOptions, vocabulary: Vocabulary | None
 ) -> MaskGrounding:
+    """Build the method."""
     if vocabulary is None:
         raise UserError("method mask_grounding hides words and needs the run's vocabulary; build it with a tokenizer")
     if model.fused_dims is None:

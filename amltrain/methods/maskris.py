@@ -191,6 +191,7 @@ class MaskRIS(Method):
 
 @register_masker("random", options=RandomMaskerOptions)
 def random_masker(model: RISModel, options: RandomMaskerOptions) -> RandomMasker:
+    """Build the masker."""
     check_number("option ratio of masker random", options.ratio, 0, 1)
     check_number("option block of masker random", options.block, 1, ANY)
     return RandomMasker(options.ratio, options.block)
@@ -202,6 +203,7 @@ def random_masker(model: RISModel, options: RandomMaskerOptions) -> RandomMasker
     options=MaskRISOptions,
 )
 def maskris(model: RISModel, loss: nn.Module, options: MaskRISOptions, vocabulary: Vocabulary | None) -> MaskRIS:
+    """Build the method."""
     if vocabulary is None:
         raise UserError("method maskris masks words and needs the run's vocabulary; build it with a tokenizer")
     return MaskRIS(model, loss, build_masker(options.masker, model, options.masker_options), vocabulary, options)

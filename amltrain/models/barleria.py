@@ -214,7 +214,7 @@ class BarLeRIa(PixelTextModel):
         return AlignmentFeatures(seen, shared, batch.text_mask)
 
     def _encode_image(self, batch: Batch, words: Tensor, tokens: Tensor, sentence: Tensor) -> Features:
-        """words [B, L, W]: what entered the text tower, which prompts the image tower."""
+        """Words [B, L, W]: what entered the text tower, which prompts the image tower."""
         image = self.padded(batch.image)
         x, grid = self.vision.embed(image)
         prompts = self.prompts(words)

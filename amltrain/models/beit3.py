@@ -49,7 +49,7 @@ class Multiway(nn.Module):
         self.A, self.B = build(), build()
 
     def forward(self, x: Tensor, split: int) -> Tensor:
-        """x [B, N, C], of which the first `split` tokens are the image's."""
+        """X [B, N, C], of which the first `split` tokens are the image's."""
         if split == 0:
             return self.B(x)
         if split == x.shape[1]:
@@ -68,7 +68,7 @@ class MultiwayAttention(nn.Module):
         self.inner_attn_ln = Multiway(lambda: nn.LayerNorm(dim))
 
     def forward(self, x: Tensor, split: int, mask: Tensor | None) -> Tensor:
-        """x [B, N, C], mask [B, 1, 1, N] bool (True = may be read) or None."""
+        """X [B, N, C], mask [B, 1, 1, N] bool (True = may be read) or None."""
         q, k, v = (
             project(x, split).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -78,6 +78,8 @@ class MultiwayAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with a GELU and a norm between them."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1, self.fc2 = _linear(dim, hidden), _linear(hidden, dim)
@@ -125,6 +127,8 @@ class MultiwayEncoder(nn.Module):
 
 
 class VisionEmbedding(nn.Module):
+    """Patches of an image as tokens."""
+
     def __init__(self, dim: int, patch: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch, stride=patch)
@@ -159,7 +163,7 @@ class BEiT3Encoder(nn.Module):
         self.gradient_checkpointing = False
 
     def embed_image(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """image [B, 3, H, W], sides multiples of the patch -> tokens [B, V, C], grid (h, w)."""
+        """Image [B, 3, H, W], sides multiples of the patch -> tokens [B, V, C], grid (h, w)."""
         patches = self.vision_embed.proj(image)
         grid = (patches.shape[-2], patches.shape[-1])
         cls = self.vision_embed.cls_token.expand(patches.shape[0], -1, -1)

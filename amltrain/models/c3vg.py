@@ -104,7 +104,7 @@ class PixelHead(nn.Module):
         self.kernel = nn.Linear(dim, dim // 2 + 1)
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        """x [B, D, h, w], sentence [B, D] -> logits [B, 1, h, w]."""
+        """X [B, D, h, w], sentence [B, D] -> logits [B, 1, h, w]."""
         kernel = self.kernel(sentence)
         logits = torch.einsum("bc,bchw->bhw", kernel[:, :-1], self.visual(x))
         return (logits + kernel[:, -1, None, None])[:, None]
@@ -127,7 +127,7 @@ class Interaction(nn.Module):
     def forward(
         self, x: Tensor, words: Tensor, padding: Tensor, coarse_box: Tensor, coarse_logits: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x [B, D, h, w], words [B, L, D], padding [B, L] bool, coarse_box [B, 4] shares, coarse_logits [B, 1, h, w],
+        """X [B, D, h, w], words [B, L, D], padding [B, L] bool, coarse_box [B, 4] shares, coarse_logits [B, 1, h, w],
         position [N, D] -> the box's vector [B, D], refined map [B, D, h, w].
         """
         height, width = x.shape[-2:]
@@ -196,7 +196,7 @@ class Neck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x [B, D, h, w] -> maps of widths D/4, D/2, D, 2D, from fine to coarse."""
+        """X [B, D, h, w] -> maps of widths D/4, D/2, D, 2D, from fine to coarse."""
         half = F.max_pool2d(x, 2, ceil_mode=min(x.shape[-2:]) < 2)
         maps = (self.four_times(x), self.twice(x), x, half)
         return [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
@@ -217,7 +217,7 @@ class ConvolutionDecoder(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """maps from fine to coarse -> [B, D, 4h, 4w]."""
+        """Maps from fine to coarse -> [B, D, 4h, 4w]."""
         y = maps[3]
         for step, skip in zip(self.steps, reversed(maps[:3]), strict=True):
             y = F.interpolate(y, skip.shape[-2:], mode="bilinear", align_corners=True)
@@ -323,14 +323,14 @@ class C3VG(RISModel):
         self.beit3.gradient_checkpointing = enabled
 
     def _sentence(self, words: Tensor, text_mask: Tensor) -> Tensor:
-        """words [B, L, D], text_mask [B, L] bool -> [B, D]; see the file's head."""
+        """Words [B, L, D], text_mask [B, L] bool -> [B, D]; see the file's head."""
         if not self.as_released:
             return words.masked_fill(~text_mask[..., None], -torch.inf).amax(dim=1)
         last, before = words[:, -1], words[:, -2]
         return last.where(text_mask.all(dim=1)[:, None], torch.maximum(last, before))
 
     def _coarse_query(self, first: Tensor, words: Tensor, padding: Tensor, visual: Tensor, position: Tensor) -> Tensor:
-        """first [B, C], words [B, L, D], padding [B, L] bool, visual [B, D, h, w], position [N, D] -> [B, D]."""
+        """First [B, C], words [B, L, D], padding [B, L] bool, visual [B, D, h, w], position [N, D] -> [B, D]."""
         start = (self.query(first) + self.learned_query.weight)[:, None]
         empty = torch.zeros_like(start)
         word_position = self._word_position(words)

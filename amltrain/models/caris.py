@@ -59,7 +59,7 @@ class ConditionalPrompts(nn.Module):
         self.out_linears.apply(init_linear)
 
     def forward(self, visual: Tensor) -> Tensor:
-        """visual [B, C_v, h, w] -> [B, P, C_t]."""
+        """Visual [B, C_v, h, w] -> [B, P, C_t]."""
         pooled = [F.adaptive_avg_pool2d(visual, grid).flatten(2).transpose(1, 2) for grid in self.grids]
         prompts = [
             project_out(F.relu(project_in(cells)))

@@ -71,6 +71,7 @@ def convolution(in_dim: int, dim: int, *, bias: bool) -> list[nn.Module]:
 
 
 def token_mlp(dim: int, dropout: float) -> nn.Sequential:
+    """Two linear layers with dropout, twice as wide inside."""
     return nn.Sequential(
         nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim), nn.Dropout(dropout)
     )
@@ -92,7 +93,7 @@ class TokenLoading(nn.Module):
         self.dropout = dropout
 
     def forward(self, tokens: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """tokens [B, K, D], text [B, L, C], text_mask [B, L] bool -> [B, K, D]."""
+        """Tokens [B, K, D], text [B, L, C], text_mask [B, L] bool -> [B, K, D]."""
         mask_token = tokens[:, -1:]
         words, real = self.normk(text), text_mask[..., None]
         query = self.q_proj(self.normq(mask_token))
@@ -128,8 +129,9 @@ class Grouping(nn.Module):
     def forward(
         self, tokens: Tensor, visual: Tensor, noise: Tensor | None, suppressed: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """tokens [B, K, D], visual [B, P, D] with positions, Gumbel noise [B, K, P] or None, suppressed [B, P] bool or
-        None: positions no token reads -> tokens [B, K, D], assignment [B, K, P] in {0, 1} with a soft gradient."""
+        """Tokens [B, K, D], visual [B, P, D] with positions, Gumbel noise [B, K, P] or None, suppressed [B, P] bool or
+        None: positions no token reads -> tokens [B, K, D], assignment [B, K, P] in {0, 1} with a soft gradient.
+        """
         visual = self.norm_v(visual)
         query, key = self.q_proj(self.norm_t(tokens)), self.k_proj(visual)
         query = query / (query.norm(dim=-1, keepdim=True) + 1e-12)
@@ -177,7 +179,8 @@ class GroupingDecoder(nn.Module):
 
     def forward(self, features: Features, keys: Tensor | None) -> tuple[Tensor, list[Tensor], Tensor]:
         """Encoded maps and words, random keys [B] int64 or None for no noise -> logits [B, 1, h, w], the mask token's
-        assignments [B, h_i, w_i] from coarse to fine, the coarsest fused map [B, D, h_0, w_0]."""
+        assignments [B, h_i, w_i] from coarse to fine, the coarsest fused map [B, D, h_0, w_0].
+        """
         maps = features.visual
         tokens = self.tokens.expand(features.text.shape[0], -1, -1)
         visual = maps[3]
@@ -213,7 +216,7 @@ class GroupingDecoder(nn.Module):
         return -torch.log(-torch.log(drawn)).unflatten(1, (tokens, positions))
 
     def mask(self, visual: Tensor, token: Tensor) -> Tensor:
-        """visual [B, D, h, w] at stride 4, token [B, D] -> logits [B, 1, 4 h + 2, 4 w + 2]."""
+        """Visual [B, D, h, w] at stride 4, token [B, D] -> logits [B, 1, 4 h + 2, 4 w + 2]."""
         for refine in self.refine:
             visual = refine(F.interpolate(visual, scale_factor=2, mode="bilinear", align_corners=False))
         weight, bias = self.kernel(token).split([token.shape[1], 1], dim=1)

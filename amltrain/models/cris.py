@@ -61,7 +61,8 @@ class SentencePyramid(nn.Module):
 
     def __init__(self, vision_dims: Sequence[int], sentence_dim: int, dims: Sequence[int]) -> None:
         """vision_dims: widths at strides 8, 16 and 32. dims: widths inside at the same strides; the output's is the
-        middle one."""
+        middle one.
+        """
         super().__init__()
         fine, middle, coarse = dims
         self.sentence = nn.Sequential(nn.Linear(sentence_dim, coarse, bias=False), nn.BatchNorm1d(coarse), nn.ReLU())
@@ -76,7 +77,7 @@ class SentencePyramid(nn.Module):
         self.locate = nn.Sequential(conv_norm_relu(middle + 2, middle, 3), conv_norm_relu(middle, middle, 3))
 
     def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """maps at strides 8, 16 and 32, sentence [B, E] -> [B, D, h, w] at stride 16."""
+        """Maps at strides 8, 16 and 32, sentence [B, E] -> [B, D, h, w] at stride 16."""
         fine, middle, coarse = maps
         if self.training and len(sentence) == 1:
             raise UserError(

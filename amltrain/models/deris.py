@@ -142,7 +142,7 @@ class DeRIS(RISModel):
         return self.encode_with_image(batch, self.encode_image(batch.image))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W], padded to multiples of 32 -> mask features at stride 4, maps at strides 8, 16 and 32, and
+        """Image [B, 3, H, W], padded to multiples of 32 -> mask features at stride 4, maps at strides 8, 16 and 32, and
         BEiT-3's picture, which is not encoded yet.
         """
         image = _padded(image)
@@ -175,7 +175,7 @@ class DeRIS(RISModel):
         return ModelOutput(logits, aux)
 
     def union(self, masks: Tensor, refer: Tensor) -> tuple[Tensor, Tensor]:
-        """masks [B, Q, H, W], refer [B, Q, 2] logits -> logits [B, 1, H, W] and no-target logits [B, 2].
+        """Masks [B, Q, H, W], refer [B, Q, 2] logits -> logits [B, 1, H, W] and no-target logits [B, 2].
 
         A pixel's logit is at least 0 where a query that is meant has it in its mask: "and" is the smaller of both
         logits, "or" the largest of all queries. So a pixel is not merely in or out, and every query has a gradient.
@@ -222,7 +222,7 @@ class DeRIS(RISModel):
 
 
 def _padded(image: Tensor) -> Tensor:
-    """image [B, 3, H, W] with zeros at its right and bottom up to multiples of STRIDE."""
+    """Image [B, 3, H, W] with zeros at its right and bottom up to multiples of STRIDE."""
     height, width = image.shape[-2:]
     return F.pad(image, (0, -width % STRIDE, 0, -height % STRIDE))
 

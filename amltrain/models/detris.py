@@ -72,7 +72,7 @@ class DenseBranches(nn.Module):
         self.branch3 = nn.Sequential(unit(dim + dim // 2 + quarter, narrow, 1), unit(narrow, quarter, 5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, d, n] or [B, d, h, w] -> the same shape."""
+        """X [B, d, n] or [B, d, h, w] -> the same shape."""
         first = self.branch1(x)
         second = self.branch2(torch.cat([x, first], dim=1))
         third = self.branch3(torch.cat([x, first, second], dim=1))
@@ -89,7 +89,7 @@ class TextAdapter(nn.Module):
         self.up = nn.Linear(dim, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [B, L, W], not normed -> [B, L, W]."""
+        """Hidden [B, L, W], not normed -> [B, L, W]."""
         reduced = F.relu(self.down(hidden))
         start, words = reduced[:, :1], reduced[:, 1:].transpose(1, 2)
         words = (self.dense(words) + words).transpose(1, 2)
@@ -107,7 +107,7 @@ class TextAttention(nn.Module):
         self.back_proj = nn.Linear(width, dim)
 
     def forward(self, patches: Tensor, text: Tensor) -> Tensor:
-        """patches [B, h w, d], text [B, L, W] -> [B, h w, d]."""
+        """Patches [B, h w, d], text [B, L, W] -> [B, h w, d]."""
         words = self.text_proj(text)
         return self.back_proj(self.attention(self.image_proj(patches), words, words, need_weights=False)[0])
 
@@ -124,7 +124,7 @@ class DenseAligner(nn.Module):
         self.apply(_init_aligner)
 
     def forward(self, text: Tensor, normed: Tensor, grid: tuple[int, int]) -> Tensor:
-        """text [B, L, W], normed [B, N, C] with the patches of the grid (h, w) last -> [B, N, C]."""
+        """Text [B, L, W], normed [B, N, C] with the patches of the grid (h, w) last -> [B, N, C]."""
         reduced = F.relu(self.down(normed))
         count = grid[0] * grid[1]
         special, patches = reduced[:, :-count], reduced[:, -count:]

@@ -66,7 +66,7 @@ class AttentionGate(nn.Module):
         self.multihead_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        """x [B, n, d], other [B, L, d] -> [B, n, d]."""
+        """X [B, n, d], other [B, L, d] -> [B, n, d]."""
         return x * self.multihead_attn(x, other, other, need_weights=False)[0]
 
 
@@ -86,7 +86,8 @@ class Bridge(nn.Module):
         dropout: float,
     ) -> None:
         """level: 0, 1 or 2; the last one's map is the coarse one. stride: by how much this map is finer or coarser.
-        gated: True for a ViT's bridges (batch norms, a gate), False for a ResNet's (a transformer layer)."""
+        gated: True for a ViT's bridges (batch norms, a gate), False for a ResNet's (a transformer layer).
+        """
         super().__init__()
         coarse = level == BRIDGES - 1
         self.reduce_image = _resize(channels, dim, stride, finer=coarse, normed=gated)
@@ -106,8 +107,9 @@ class Bridge(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, before: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """image [B, C, h, w], text [B, L, W], before: what the bridge before this one gave last -> both streams, and
-        for the next bridge what the two sides were before they read, [B, n, d] and [B, L, d]."""
+        """Image [B, C, h, w], text [B, L, W], before: what the bridge before this one gave last -> both streams, and
+        for the next bridge what the two sides were before they read, [B, n, d] and [B, L, d].
+        """
         reduced = self.reduce_image(image)
         image_tokens, text_tokens = reduced.flatten(2).transpose(1, 2), self.reduce_text(text)
         if before is not None:

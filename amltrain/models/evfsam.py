@@ -93,7 +93,7 @@ class EVFSAM(RISModel):
         return self.encode_with_image(batch, self.encode_image(batch.image))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W] -> SAM's maps, from fine to coarse, and BEiT-3's picture, which is not encoded yet."""
+        """Image [B, 3, H, W] -> SAM's maps, from fine to coarse, and BEiT-3's picture, which is not encoded yet."""
         return (*self._encode_sam(image), self.small_picture(image))
 
     def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
@@ -135,7 +135,7 @@ class EVFSAM(RISModel):
             self.sam.set_gradient_checkpointing(enabled)
 
     def _encode_sam(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W], resized to SAM's side where it has another -> SAM's maps, from fine to coarse."""
+        """Image [B, 3, H, W], resized to SAM's side where it has another -> SAM's maps, from fine to coarse."""
         side = (self.sam.image_size, self.sam.image_size)
         if image.shape[-2:] != side:
             image = F.interpolate(image, side, mode="bilinear", align_corners=False)

@@ -59,7 +59,7 @@ class MergeLevels(nn.Module):
         self.bn2 = nn.BatchNorm2d(dim)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """coarse [B, C_1, h, w], fine [B, C_2, H, W] -> [B, C, H, W]."""
+        """Coarse [B, C_1, h, w], fine [B, C_2, H, W] -> [B, C, H, W]."""
         if coarse.shape[-2:] != fine.shape[-2:]:
             coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=True)
         x = F.relu(self.bn1(self.conv1(torch.cat((coarse, fine), dim=1))))
@@ -80,7 +80,7 @@ class LevelDecoder(nn.Module):
         self.head = nn.Conv2d(dim, 2, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """maps [B, C_i, h_i, w_i], fine to coarse -> [B, 2, h_0, w_0]."""
+        """Maps [B, C_i, h_i, w_i], fine to coarse -> [B, 2, h_0, w_0]."""
         *finer, x = maps
         for merge, fine in zip(self.levels, reversed(finer), strict=True):
             x = merge(x, fine)

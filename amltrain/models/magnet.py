@@ -112,7 +112,7 @@ class PooledReading(nn.Module):
         self.attention = PixelWordAttention(dim // 4, text_dim, layer_norm=True)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """x [B, H, W, C], text [B, L, D], text_mask [B, L] bool -> [B, H, W, C / 4]."""
+        """X [B, H, W, C], text [B, L, D], text_mask [B, L] bool -> [B, H, W, C / 4]."""
         pooled = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.cells).flatten(2).transpose(1, 2)
         pooled = self.reduce(F.gelu(self.contract(self.norm(self.expand(pooled)))))
         read = self.attention(pooled, text, text_mask).transpose(1, 2).unflatten(2, (self.cells, self.cells))
@@ -129,7 +129,7 @@ class ImageFusion(nn.Module):
         self.mixer = nn.Sequential(nn.Linear(2 * dim, dim), nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, H, W, C] -> the mixed map for the head and the whole map for the gate, both [B, H, W, C]."""
+        """X [B, H, W, C] -> the mixed map for the head and the whole map for the gate, both [B, H, W, C]."""
         whole = self.whole(x.flatten(1, 2), text, text_mask).unflatten(1, x.shape[1:3])
         pooled = [pool(x, text, text_mask) for pool in self.pools]
         return self.mixer(torch.cat([*pooled, whole], dim=-1)), whole
@@ -150,7 +150,7 @@ class WordPixelAttention(nn.Module):
         self.project = nn.Linear(text_dim, text_dim)
 
     def forward(self, text: Tensor, x: Tensor, text_mask: Tensor) -> Tensor:
-        """text [B, L, D], x [B, N, C], text_mask [B, L] bool (True = a real token) -> [B, L, D]."""
+        """Text [B, L, D], x [B, N, C], text_mask [B, L] bool (True = a real token) -> [B, L, D]."""
         dtype = self.query.weight.dtype
         with torch.autocast(text.device.type, enabled=False):
             text, x = text.to(dtype), x.to(dtype)
@@ -193,7 +193,7 @@ class FourLevelPixelDecoder(DeformableEncoder):
         self.reset_parameters()
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """maps [B, C_i, h_i, w_i], fine to coarse -> [B, M, h, w] at stride 4, and [B, M, h_i, w_i], coarse to fine."""
+        """Maps [B, C_i, h_i, w_i], fine to coarse -> [B, M, h, w] at stride 4, and [B, M, h_i, w_i], coarse to fine."""
         with torch.autocast(maps[0].device.type, enabled=False):
             *scales, finest = self.encode([m.to(self.mask_features.weight.dtype) for m in maps[::-1]])
             return self.mask_features(finest), scales

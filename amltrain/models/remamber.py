@@ -112,7 +112,7 @@ class Twister(nn.Module):
         self.blocks = nn.ModuleList(TwisterBlock(dim, resolution) for _ in range(blocks))
 
     def forward(self, x: Tensor, text: Tensor, sentence: Tensor) -> Tensor:
-        """x [B, H, W, C], text [B, L, D], sentence [B, D] -> [B, H, W, C]."""
+        """X [B, H, W, C], text [B, L, D], sentence [B, D] -> [B, H, W, C]."""
         guidance = F.relu(self.guide(sentence))[:, None, None].expand_as(x)
         local = self.local(x, text)
         for block in self.blocks:

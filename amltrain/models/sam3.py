@@ -106,7 +106,7 @@ class SAM3(RISModel):
         return Features(image, text, batch.text_mask)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W] -> the pyramid's maps [B, C, h_i, w_i] at 4x, 2x and 1x the grid of patches."""
+        """Image [B, 3, H, W] -> the pyramid's maps [B, C, h_i, w_i] at 4x, 2x and 1x the grid of patches."""
         size = (self.image_size, self.image_size)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size, mode="bilinear", align_corners=False)

@@ -97,7 +97,8 @@ FIT_STEPS, FIT_RATE, FIT_BATCH = 500, 3e-3, 64
 
 class Collected(NamedTuple):
     """Scores of a batch, on the CPU: scores, shuffled and other [B, h, w] float32, blocks [B, r, c] bool, target
-    [B, H, W] uint8. shuffled: of the next sample's sentence; other: of projections of another seed; or None."""
+    [B, H, W] uint8. shuffled: of the next sample's sentence; other: of projections of another seed; or None.
+    """
 
     scores: Tensor
     blocks: Tensor

@@ -133,8 +133,3 @@ def _scale_line(content: dict[str, Any]) -> str:
             f"{seeds}. No value compares with a published one."
         )
     return f"Full scale: the recipes as they are, {seeds}."
-
-
-def rows_without_values(content: dict[str, Any]) -> list[str]:
-    """Rows of a table that have no value yet."""
-    return [f"{row['row']}: {row['measure']}" for row in content["rows"] if not row["ours"]]

@@ -25,6 +25,7 @@ from amltrain.config.schema import COMBINED
 from amltrain.data.catalog import read_manifest
 from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
+from amltrain.registry import MODELS
 from amltrain.run_folder import FINISHED_FILE, RESULTS_FILE, RUN_CONFIG
 
 SHAPES = {
@@ -59,7 +60,7 @@ class Recipe(NamedTuple):
     @property
     def tiny_model(self) -> str:
         """The small model of the same family, e.g. caris_tiny for caris_swin_base."""
-        return f"{self.model.partition('_')[0]}_tiny"
+        return next(name for name in MODELS.family_of(self.model) if name.endswith("_tiny"))
 
 
 @cache
@@ -144,7 +145,8 @@ class Row(NamedTuple):
 
 class Table(NamedTuple):
     """A table or figure. names: what the command line calls it, the first one is that of its files; paper: e.g.
-    "Tables 4, 17"; what: in a few words; notes: printed below it."""
+    "Tables 4, 17"; what: in a few words; notes: printed below it.
+    """
 
     names: tuple[str, ...]
     paper: str
@@ -238,7 +240,7 @@ def shared_folder(kind: Kind, table: Table, seed: int, settings: Settings) -> Pa
 def cost_files(row: Row, settings: Settings) -> tuple[Path, Path]:
     """The JSON files of a benchmark: timed, and counted."""
     folder = settings.folder / "analyses" / "cost"
-    name = read_recipe(row.run.recipe).model.partition("_")[0]
+    name = read_recipe(row.run.recipe).tiny_model.removesuffix("_tiny")
     return folder / f"{name}.json", folder / f"{name}-counted.json"
 
 

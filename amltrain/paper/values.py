@@ -214,9 +214,3 @@ def distortion_bound(points: int, dim: int, probability: float = 0.95) -> float:
         else:
             high = middle
     return high
-
-
-def required_dim(points: int, epsilon: float, probability: float = 0.95) -> int:
-    """Smallest D that keeps all squared distances between n points within 1 +- epsilon with this probability."""
-    pairs = points * (points - 1) / 2
-    return math.ceil(4 / (epsilon**2 - 2 / 3 * epsilon**3) * math.log(2 * pairs / (1 - probability)))

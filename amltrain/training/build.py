@@ -140,6 +140,7 @@ def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISMod
 
 
 def build_loss(config: RunConfig, info: ModelInfo) -> nn.Module:
+    """Build the run's loss, by default the model's own."""
     name = config.loss.name or info.loss
     defaults = info.loss_kwargs if name == info.loss else {}
     return create_loss(name, **{**defaults, **config.loss.kwargs})

@@ -23,7 +23,7 @@ def test_it_runs(path: Path, tmp_path: Path, repository: Path, monkeypatch: pyte
     notebook = nbformat.read(path, 4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any({"image/png", "text/markdown"} & output.get("data", {}).keys() for output in outputs)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -33,5 +33,5 @@ def test_it_is_small_and_on_the_site(path: Path, repository: Path) -> None:
     assert f"notebooks/{path.name}" in (repository / "mkdocs.yml").read_text()
 
 
-def test_there_are_three() -> None:
-    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "own_data", "aml_in_pictures"}
+def test_there_are_four() -> None:
+    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "own_data", "aml_in_pictures", "compare_methods"}

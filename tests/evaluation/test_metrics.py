@@ -12,14 +12,21 @@ from amltrain.errors import UserError
 from amltrain.evaluation.hf_metric import ReferringSegmentation
 from amltrain.evaluation.metrics import (
     METRICS,
-    classic_scores,
     compute_scores,
-    generalized_scores,
     metric_terms,
     number_refs,
     sample_iou,
     scored_columns,
 )
+
+
+def classic_scores(intersections, unions, ties="ge"):
+    return compute_scores(scored_columns(intersections, unions, ties=ties), "classic")
+
+
+def generalized_scores(intersections, unions, no_target, predicted):
+    return compute_scores(scored_columns(intersections, unions, no_target, predicted), "generalized")
+
 
 SETS = ("all", "gt_nonempty", "ordinary")
 CLOSE = 1e-6

@@ -9,7 +9,7 @@ from PIL import Image
 
 from amltrain.errors import UserError
 from amltrain.evaluation.perturbations import PERTURBATIONS, build_perturbation
-from amltrain.evaluation.results import PROTOCOLS
+from amltrain.evaluation.results import presets
 
 
 @pytest.fixture(scope="module")
@@ -89,5 +89,5 @@ def test_bad_names_and_severities():
 
 def test_the_page_on_evaluation_names_everything(repository: Path):
     page = (repository / "docs" / "evaluation.md").read_text()
-    missing = [name for name in (*PERTURBATIONS, *PROTOCOLS) if not re.search(rf"\b{name}\b", page)]
+    missing = [name for name in (*PERTURBATIONS, *presets()) if not re.search(rf"\b{name}\b", page)]
     assert not missing

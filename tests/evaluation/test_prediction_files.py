@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
 from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions
-from amltrain.evaluation.results import PROTOCOLS, Results, named_protocol
+from amltrain.evaluation.results import Results, named_protocol, presets
 from amltrain.records import Batch, ModelOutput, Sample
 from tests.evaluation.stand_in import COUNT, Info, Scenes, SeesBright, collate, loader
 
@@ -66,7 +66,7 @@ def scores(results: Results) -> dict:
 
 
 @pytest.mark.parametrize("form", ["masks", "rle"])
-@pytest.mark.parametrize("preset", sorted(PROTOCOLS))
+@pytest.mark.parametrize("preset", presets())
 def test_recorded_masks_through_files_score_as_through_a_model(
     accelerator: Accelerator, shared_dir: Path, tmp_path: Path, preset: str, form: str
 ):

@@ -95,7 +95,8 @@ def register_reader(layout: str) -> Callable[[Reader], Reader]:
 
 class ImageJob(NamedTuple):
     """Everything that one image's row is made of. image: its entry, None if the files do not list it. place: name of
-    the annotations' file or folder, for messages that are published with the data. rule, links: see `Annotations`."""
+    the annotations' file or folder, for messages that are published with the data. rule, links: see `Annotations`.
+    """
 
     image_id: int
     image: dict[str, Any] | None

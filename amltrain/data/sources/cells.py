@@ -44,7 +44,8 @@ _SPLITS = {
 
 def decode_text(content: bytes, place: str, encoding: str | None = None) -> str:
     """The text of a file's bytes: by its byte-order mark, by `encoding`, else as UTF-8. Raises UserError; replaces
-    nothing."""
+    nothing.
+    """
     found = next((name for mark, name in _BOMS if content.startswith(mark)), None)
     try:
         text = content.decode(found or encoding or "utf-8")
@@ -202,7 +203,7 @@ def hashed_id(text: str) -> int:
 
 
 def truth(cell: Any, column: str, where: str) -> bool:
-    """true or false, also as 1, 0.0, yes, NaN (false). Raises UserError."""
+    """True or false, also as 1, 0.0, yes, NaN (false). Raises UserError."""
     text = "" if is_absent(cell) else str(cell).strip().lower()
     if text not in _YES | _NO:
         raise UserError(f"{where}: {column} is {str(cell)[:50]!r}, not true or false")

@@ -65,7 +65,8 @@ PERSON = ("person", "man", "woman", "boy", "girl", "child")
 
 class DescribeOptions(NamedTuple):
     """sentences: at most so many per object. negatives: sentences that fit nothing, at most so many per picture. seed:
-    of every choice. smallest: share of the picture that an object has to cover to be described."""
+    of every choice. smallest: share of the picture that an object has to cover to be described.
+    """
 
     sentences: int = 3
     negatives: int = 0

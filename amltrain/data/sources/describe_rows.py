@@ -29,7 +29,8 @@ class _Picture(NamedTuple):
 
 def describe_rows(imported: Imported, options: DescribeOptions, *, links: bool = False) -> Imported:
     """The rows with sentences for those that have none, and rows of negatives; objects that no sentence fits are left
-    out and counted. Raises UserError without classes."""
+    out and counted. Raises UserError without classes.
+    """
     if not any(row.category for row in imported.rows):
         raise UserError("--describe needs the objects' classes, and the annotations name none")
     by_image: dict[str, list[TableRow]] = {}

@@ -54,7 +54,8 @@ COCO_RULE = FrameRule("stored")
 class Frame(NamedTuple):
     """height, width: of the pixels that every mask is drawn on. scale: factors (x, y) of stated coordinates. upright:
     whether the picture is turned. rewrite: the size cannot tell so later, the picture itself must be turned. noticed:
-    what a person should know, a constant of this module."""
+    what a person should know, a constant of this module.
+    """
 
     height: int
     width: int

@@ -33,7 +33,8 @@ SENTENCE_KEYS = (
 
 class ImportOptions(NamedTuple):
     """images: folder of the pictures, None = where the tool's export has them. scratch: a folder for pictures that lie
-    inside the annotation files. encoding: of text files that are not UTF-8. label_field: of FiftyOne's samples."""
+    inside the annotation files. encoding: of text files that are not UTF-8. label_field: of FiftyOne's samples.
+    """
 
     images: Path | None
     scratch: Path
@@ -43,7 +44,8 @@ class ImportOptions(NamedTuple):
 
 class Imported(NamedTuple):
     """rows: one per object; sentences are empty where the tool has none. images: the folder that their paths start
-    from. sources: SHA-256 of what was read. notes: what a person should know. rule: see `frame`."""
+    from. sources: SHA-256 of what was read. notes: what a person should know. rule: see `frame`.
+    """
 
     rows: list[TableRow]
     images: Path

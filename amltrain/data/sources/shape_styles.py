@@ -58,7 +58,8 @@ FORMS = ("square", "circle", "triangle", "star")
 @dataclass(frozen=True)
 class SceneStyle:
     """forms: names in OUTLINES. colours: name to RGB. objects, crowded: lowest and highest number of objects, crowded
-    of testB. small, big: lowest and highest radius as a share of the scene's side. ground: draws [S, S, 3] uint8."""
+    of testB. small, big: lowest and highest radius as a share of the scene's side. ground: draws [S, S, 3] uint8.
+    """
 
     forms: tuple[str, ...]
     colours: dict[str, tuple[int, int, int]]

@@ -52,7 +52,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 class ReadOptions(NamedTuple):
     """How own data are read. mask_threshold: mask pixels of at least this value are the object. seed, shares: how
     images are assigned to splits where there are none. encoding: of text files that are not UTF-8. rule, links: see
-    `Annotations`."""
+    `Annotations`.
+    """
 
     mask_threshold: int | None = None
     seed: int = 0
@@ -142,7 +143,8 @@ def read_rows(
 
 def _coco_rows(content: dict[str, Any], table: Path, columns: Mapping[str, str]) -> Iterator[dict[str, Any] | None]:
     """COCO-style: annotations with `sentence` or `sentences` (or `caption`), a segmentation and an image. None stands
-    for an annotation without a sentence."""
+    for an annotation without a sentence.
+    """
     for key in ("images", "annotations"):
         if not isinstance(content.get(key), list) or not all(isinstance(entry, dict) for entry in content[key]):
             raise UserError(f"{table} has no list {key!r} of objects (it has {', '.join(content) or 'nothing'})")

@@ -120,7 +120,8 @@ def _csv_row(cells: list[str], names: list[str], line: int, table: Path) -> dict
 
 def _tsv_rows(text: str, table: Path) -> list[dict[str, Any]]:
     """TSV: a row per line, a cell between tabs, quotes as they are. pandas puts cells with quotes in quotes and doubles
-    those inside: such cells are told by that, and those of a file whose header is in quotes altogether."""
+    those inside: such cells are told by that, and those of a file whose header is in quotes altogether.
+    """
     lines = [(number, line) for number, line in enumerate(text_lines(text), 1) if line.strip()]
     if not lines:
         return []

@@ -47,7 +47,8 @@ from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
 class Probe(NamedTuple):
     """Scores [B, h, w] of a batch, and what they are compared with to tell what they know; None where that costs
-    another pass of the model. shuffled: with the next sample's sentence. other: of projections of another seed."""
+    another pass of the model. shuffled: with the next sample's sentence. other: of projections of another seed.
+    """
 
     scores: Tensor
     shuffled: Tensor | None = None
@@ -77,7 +78,8 @@ class AlignmentMasker(Masker):
     ) -> None:
         """relocated: hide as many blocks at random places (the control). random_shares: hide one of these shares of the
         blocks instead, whatever the scores. stage1_size: score a smaller copy of the image. cache_scores: remember
-        scores; only for a model whose scored encoders never change. other_projection: what `probe` compares with."""
+        scores; only for a model whose scored encoders never change. other_projection: what `probe` compares with.
+        """
         super().__init__()
         self.scorer = scorer
         self.tau, self.rho, self.block, self.selection = tau, rho, block, selection
@@ -218,7 +220,6 @@ def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
         *widths,
         dim=settings.dim,
         seed=settings.projection_seed,
-        explicit=settings.explicit,
     )
     return kind(
         projection,

@@ -33,7 +33,7 @@ SELECT, PLACE, AMOUNT = 0, 1, 2
 
 
 def weak_pixels(scores: Tensor, size: tuple[int, int], tau: Number) -> Tensor:
-    """scores [B, h, w] -> [B, H, W] bool: the score, upsampled bilinearly, is below tau. NaN is not weak."""
+    """Scores [B, h, w] -> [B, H, W] bool: the score, upsampled bilinearly, is below tau. NaN is not weak."""
     return F.interpolate(scores[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0] < tau
 
 

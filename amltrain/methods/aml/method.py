@@ -58,7 +58,8 @@ class AML(Method):
     ) -> None:
         """calibrate_every: steps between new solutions of the temperature. diagnostics_every: steps between rows of
         alignment statistics; forward then also returns "scores" [B, h, w], "blocks" [B, r, c] and "alignment", the sums
-        of `statistics`."""
+        of `statistics`.
+        """
         super().__init__(model, loss)
         self.masker = masker
         self.preset = preset
@@ -242,6 +243,7 @@ class AML(Method):
     options=AMLOptions,
 )
 def aml(model: RISModel, loss: nn.Module, options: AMLOptions, vocabulary: Vocabulary | None) -> AML:
+    """Build AML with the settings of its options."""
     settings = resolve(options)
     return AML(
         model,

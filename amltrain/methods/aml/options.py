@@ -33,8 +33,6 @@ class AMLSettings:
     """Width D that random and learnable projections project to; the paper's is 2048."""
     projection_seed: int
     """Seed of the projections' entries."""
-    explicit: bool
-    """Build the two random projections instead of their collapsed form: the same scores, more work."""
     normalize: bool
     """L2-normalise every feature vector before it is projected."""
     score_padding: bool
@@ -104,7 +102,6 @@ PRESETS: dict[str, AMLSettings] = {
         projection="random",
         dim=2048,
         projection_seed=0,
-        explicit=False,
         normalize=True,
         score_padding=False,
         temperature="auto",
@@ -121,7 +118,6 @@ PRESETS: dict[str, AMLSettings] = {
         projection="linear",
         dim=2048,
         projection_seed=0,
-        explicit=False,
         normalize=False,
         score_padding=True,
         temperature=1.0,
@@ -197,8 +193,6 @@ def check_pairs(config: AMLSettings) -> None:
         )
     if config.random_shares and config.level != "random":
         raise UserError(f"aml.random_shares belongs to aml.level=random, not {config.level}")
-    if config.explicit and config.projection != "random":
-        raise UserError(f"aml.explicit belongs to aml.projection=random, not {config.projection}")
     if config.level == "feature" and config.clean_loss_weight:
         raise UserError(
             "aml.level=feature leaves the image whole, so it has no second loss: set aml.clean_loss_weight=0"

@@ -125,7 +125,8 @@ def correlation(scores: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 def summarise(sums: Tensor) -> dict[str, float]:
     """Ratios by name from added-up `alignment_sums`; score_square becomes score_std, and referent_ratio says how much
-    more often the referent is masked than the background. NaN where nothing was counted."""
+    more often the referent is masked than the background. NaN where nothing was counted.
+    """
     numbers: Sequence[Sequence[float]] = sums.double().tolist()
     values = {
         name: top / bottom if bottom else float("nan") for name, (top, bottom) in zip(STATISTICS, numbers, strict=True)
@@ -324,7 +325,8 @@ def forward_in_evaluation(method: nn.Module, batch: Batch) -> Mapping[str, Tenso
 
 def append_row(path: Path, row: Mapping[str, float]) -> list[dict[str, float]]:
     """Append to a CSV whose first column is `step`; rows of this step or later, left by a run that was resumed from an
-    earlier one, go. Written atomically. Returns all rows."""
+    earlier one, go. Written atomically. Returns all rows.
+    """
     rows: list[dict[str, float]] = []
     if path.is_file():
         with path.open(newline="") as file:

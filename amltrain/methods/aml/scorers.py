@@ -103,6 +103,7 @@ class ScoreCache:
 
 
 def batch_keys(batch: Batch) -> list[Key]:
+    """One key per sample of a batch: its id and its token ids."""
     ids = batch.input_ids.cpu().numpy()
     return [(sample, row.tobytes()) for sample, row in zip(batch.sample_id.tolist(), ids, strict=True)]
 
@@ -128,7 +129,8 @@ class EarlyScorer(PatchScorer):
         self, projection: nn.Module, *, text: str | None = None, visual: str | None = None, **pmme: Any
     ) -> None:
         """text, visual: which of its features a model that offers a choice gives; see `RISModel.alignment_features`.
-        pmme: arguments of PatchScorer."""
+        pmme: arguments of PatchScorer.
+        """
         super().__init__(projection, **pmme)
         self.text, self.visual = text, visual
 

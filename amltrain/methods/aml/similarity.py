@@ -88,7 +88,7 @@ class RandomProjection(nn.Module):
             self.register_buffer("form", (visual.double().T @ text.double()).float())
 
     def forward(self, visual: Tensor, text: Tensor) -> Tensor:
-        """visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
+        """Visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
         if self.explicit:
             return patch_logits(F.linear(visual, self.visual.float()), F.linear(text, self.text.float()))
         return patch_logits(visual, text, self.form.float())
@@ -103,7 +103,7 @@ class LearnableProjection(nn.Module):
         self.visual, self.text = nn.Parameter(visual), nn.Parameter(text)
 
     def forward(self, visual: Tensor, text: Tensor) -> Tensor:
-        """visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
+        """Visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
         return patch_logits(F.linear(visual, self.visual.float()), F.linear(text, self.text.float()))
 
 
@@ -125,7 +125,7 @@ class LinearProjection(nn.Module):
         self.register_buffer("bias", torch.empty(visual_dim).uniform_(-bound, bound, generator=generator))
 
     def forward(self, visual: Tensor, text: Tensor) -> Tensor:
-        """visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
+        """Visual [B, N, C_v], text [B, L, C_t] -> logits [B, N, L]."""
         return patch_logits(visual, F.linear(text, self.weight.float(), self.bias.float()))
 
 
@@ -133,7 +133,7 @@ class IdentityProjection(nn.Module):
     """No projection: for encoders that share a space, such as CLIP's."""
 
     def forward(self, visual: Tensor, text: Tensor) -> Tensor:
-        """visual [B, N, C], text [B, L, C] -> logits [B, N, L]."""
+        """Visual [B, N, C], text [B, L, C] -> logits [B, N, L]."""
         return patch_logits(visual, text)
 
 
@@ -206,7 +206,7 @@ class PatchScorer(nn.Module):
         self.register_buffer("calibrated", torch.tensor(temperature is not None))
 
     def logits(self, features: AlignmentFeatures, projection: nn.Module | None = None) -> Tensor:
-        """visual [B, C_v, h, w], text [B, L, C_t] -> [B, h * w, L] float32, before the temperature.
+        """Visual [B, C_v, h, w], text [B, L, C_t] -> [B, h * w, L] float32, before the temperature.
 
         projection: instead of this module's own.
         """

@@ -77,7 +77,7 @@ class CLIPBlock(nn.Module):
         self.mlp = Mlp(width, 4 * width, act_layer=nn.GELU if gelu else QuickGELU)
 
     def attend(self, x: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
-        """x [B, L, W], mask [L, L], padding [B, L] bool (True = may not be read; None = all is read) -> [B, L, W]."""
+        """X [B, L, W], mask [L, L], padding [B, L] bool (True = may not be read; None = all is read) -> [B, L, W]."""
         return x + self.read(x, mask, padding)
 
     def read(self, x: Tensor, mask: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
@@ -232,6 +232,7 @@ def text_tower(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's official key names to ours."""
     renamed = {}
     for key, value in state.items():
         for pattern, replacement in OFFICIAL_NAMES:
@@ -283,7 +284,8 @@ _TIMM_NAMES = [
 
 class CLIPViT(nn.Module):
     """Maps after a third and two thirds of the blocks, and the end in CLIP's shared space. The defaults are ViT-B/16
-    at 416 px."""
+    at 416 px.
+    """
 
     def __init__(
         self,
@@ -310,7 +312,7 @@ class CLIPViT(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, image: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """image [B, 3, H, W], sides multiples of the patch -> maps of H / patch x W / patch, `channels` wide.
+        """Image [B, 3, H, W], sides multiples of the patch -> maps of H / patch x W / patch, `channels` wide.
 
         between: what works on the patches after every third of the blocks, before anything reads them; the class
         token is not shown to it.

@@ -80,7 +80,7 @@ class DINOv2(nn.Module):
     def forward(
         self, image: Tensor, taps: Sequence[int] = (), adapters: Mapping[int, Adapter] | None = None
     ) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W] of any size -> maps [B, C, ceil(H / patch), ceil(W / patch)].
+        """Image [B, 3, H, W] of any size -> maps [B, C, ceil(H / patch), ceil(W / patch)].
 
         taps: blocks (from 0) whose output is given as it is, in rising order; the last map is the normed end.
         adapters: modules parallel to the MLP of a block (from 0).
@@ -158,7 +158,7 @@ def load_dinov2(vision: DINOv2, weights: str) -> None:
 
 
 def _from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm adds the class token's position into the token and drops what pretraining alone needs."""
+    """Timm adds the class token's position into the token and drops what pretraining alone needs."""
     renamed = {("register_tokens" if key == "reg_token" else key): value for key, value in state.items()}
     class_position = torch.zeros_like(renamed["cls_token"])
     renamed["pos_embed"] = torch.cat([class_position, renamed["pos_embed"]], dim=1)

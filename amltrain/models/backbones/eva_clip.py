@@ -74,7 +74,7 @@ class EvaCLIPViT(nn.Module):
         return cast("ModuleListOf[EvaBlock]", self.eva.blocks)
 
     def embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """image [B, 3, H, W], sides multiples of the patch -> class token and patches [B, 1 + N, C], and the grid."""
+        """Image [B, 3, H, W], sides multiples of the patch -> class token and patches [B, 1 + N, C], and the grid."""
         cls_token, pos_embed = self.eva.cls_token, self.eva.pos_embed
         assert cls_token is not None and pos_embed is not None  # Eva was built with both
         patches = self.eva.patch_embed.proj(image)

@@ -60,7 +60,7 @@ PARTS = ("q", "k", "v")
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' keys to ours; q, k and v of an attention joined."""
+    """Transformers' keys to ours; q, k and v of an attention joined."""
     named: dict[str, Tensor] = {}
     for key, value in state.items():
         if any(re.fullmatch(pattern, key) for pattern in UNUSED):

@@ -49,7 +49,7 @@ class ResNet50(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, image: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W] -> maps [B, C_i, H / 2**(i + 2), ...], fine to coarse; the words are not read."""
+        """Image [B, 3, H, W] -> maps [B, C_i, H / 2**(i + 2), ...], fine to coarse; the words are not read."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
         maps = []
         recompute = self.gradient_checkpointing and self.training
@@ -111,7 +111,7 @@ class MapAttentionPool(nn.Module):
         self.connect = nn.Sequential(nn.Conv2d(dim, embed_dim, 1, bias=False), nn.BatchNorm2d(embed_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, h, w] -> [B, E, h, w]."""
+        """X [B, C, h, w] -> [B, E, h, w]."""
         return F.relu(self.attend(x) + self.connect(x))
 
     def attend(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class CLIPResNet(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, image: Tensor, between: Between | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """image [B, 3, H, W], sides multiples of 32 -> maps at strides 8, 16 and 32, `channels` wide.
+        """Image [B, 3, H, W], sides multiples of 32 -> maps at strides 8, 16 and 32, `channels` wide.
 
         between: what works on the maps of the last three stages, `stream_channels` wide, before anything reads them.
         """

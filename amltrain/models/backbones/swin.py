@@ -63,7 +63,7 @@ class SwinBlock(SwinTransformerBlock):
         self.attn_mask = None  # timm's is for one fixed size
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]  # also takes the mask
-        """x [B, H, W, C]; mask of `shift_mask` at the padded size where the block shifts -> [B, H, W, C]."""
+        """X [B, H, W, C]; mask of `shift_mask` at the padded size where the block shifts -> [B, H, W, C]."""
         x = x + self.drop_path1(self.attend(self.norm1(x), mask))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
@@ -155,7 +155,7 @@ class Swin(nn.Module):
         return self.get_submodule(f"norm{stage}")(x).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W] of any size -> maps [B, C_i, ceil(H / 2**(i + 2)), ...], fine to coarse."""
+        """Image [B, 3, H, W] of any size -> maps [B, C_i, ceil(H / 2**(i + 2)), ...], fine to coarse."""
         x = self.patch_embed(image)
         maps = []
         for i, stage in enumerate(self.layers):
@@ -207,7 +207,8 @@ class LanguageSwin(nn.Module):
         """heads: of the attention to words, for every stage or stage by stage.
 
         gate_std: spread of the gates' first weights; at 0 they never open, because both of their gradients are 0
-        (ReLA; LAVT and CGFormer start at 0.02)."""
+        (ReLA; LAVT and CGFormer start at 0.02).
+        """
         super().__init__()
         self.swin = swin
         self.channels = swin.channels
@@ -219,7 +220,7 @@ class LanguageSwin(nn.Module):
         self.gates = nn.ModuleList(LanguageGate(dim, std=gate_std) for dim in swin.channels[:-1])
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W], text [B, L, D], text_mask [B, L] bool -> fused [B, C_i, h_i, w_i], fine to coarse."""
+        """Image [B, 3, H, W], text [B, L, D], text_mask [B, L] bool -> fused [B, C_i, h_i, w_i], fine to coarse."""
         return self.read_words(self.before_words(image), text, text_mask)
 
     def before_words(self, image: Tensor) -> tuple[Tensor, ...]:

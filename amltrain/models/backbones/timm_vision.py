@@ -108,7 +108,7 @@ class TimmVision(nn.Module):
                 module.requires_grad_(False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, H, W] of any size -> four maps [B, C_i, h_i, w_i] of the image padded at right and bottom."""
+        """Image [B, 3, H, W] of any size -> four maps [B, C_i, h_i, w_i] of the image padded at right and bottom."""
         if self.converts:
             image = image * self.mean_ratio + self.mean_shift
         height, width = image.shape[-2:]

@@ -104,7 +104,7 @@ class VMamba(nn.Module):
         self.apply(_init_linear)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] -> the last stage's map, [B, h, w, C] at stride 32."""
+        """Image [B, 3, H, W] -> the last stage's map, [B, h, w, C] at stride 32."""
         x = self.patch_embed(image)
         for stage in self.layers:
             x = stage(x)

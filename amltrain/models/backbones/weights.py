@@ -270,7 +270,7 @@ def timm_state(name: str) -> dict[str, Tensor]:
 
 
 def _after_their_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """timm keeps the merging at the start of the next stage: layers.{i+1}.downsample -> layers.{i}.downsample."""
+    """Timm keeps the merging at the start of the next stage: layers.{i+1}.downsample -> layers.{i}.downsample."""
     renamed = {}
     for key, value in state.items():
         parts = key.split(".")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound=nn.Module)
 
     class ModuleListOf(nn.ModuleList, Generic[M]):
+        """A ModuleList whose entries have a known type."""
+
         def __init__(self, modules: Iterable[M] | None = None) -> None: ...
 
         @overload

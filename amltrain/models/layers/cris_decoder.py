@@ -84,8 +84,9 @@ class PixelTextLayer(nn.Module):
         padding: Tensor,
         suppressed: Tensor | None,
     ) -> Tensor:
-        """x [B, N, C], text [B, L, C], positions [N, C] and [L, C]; padding [B, L], suppressed [B, N] bool, True = no
-        query may read it -> [B, N, C]. Values carry no position."""
+        """X [B, N, C], text [B, L, C], positions [N, C] and [L, C]; padding [B, L], suppressed [B, N] bool, True = no
+        query may read it -> [B, N, C]. Values carry no position.
+        """
         normed = self.norm1(x)
         query = normed + position
         read = self.self_attn(query, query, normed, key_padding_mask=suppressed, need_weights=False)[0]
@@ -105,8 +106,9 @@ class PixelTextDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor, suppressed: Tensor | None = None) -> Tensor:
-        """x [B, C, h, w], text [B, L, C], text_mask [B, L] bool (True = a real token), suppressed [B, h, w] bool (True
-        = no position may read it; an image that is suppressed everywhere is left whole) -> [B, C, h, w]."""
+        """X [B, C, h, w], text [B, L, C], text_mask [B, L] bool (True = a real token), suppressed [B, h, w] bool (True
+        = no position may read it; an image that is suppressed everywhere is left whole) -> [B, C, h, w].
+        """
         dim, height, width = x.shape[1:]
         position = map_code(height, width, dim, device=x.device).to(x.dtype)
         text_position = index_code(text.shape[1], dim, device=x.device).to(text.dtype)
@@ -134,7 +136,7 @@ class SentenceKernel(nn.Module):
         self.kernel = nn.Linear(sentence_dim, dim // 2 * 9 + 1)
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        """x [B, C, h, w], sentence [B, E] -> logits [B, 1, 4h, 4w]."""
+        """X [B, C, h, w], sentence [B, E] -> logits [B, 1, 4h, 4w]."""
         parameters = self.kernel(sentence)
         return own_convolution(self.visual(x), parameters[:, :-1], parameters[:, -1])
 
@@ -196,7 +198,8 @@ class GatedNeck(nn.Module):
         heads: int = 8,
     ) -> None:
         """vision_dims: widths of the maps. strides: by how much the first two are finer and the third is coarser than
-        the output. residual: the output of the coordinate layer is added to its input."""
+        the output. residual: the output of the coordinate layer is added to its input.
+        """
         super().__init__()
         self.residual = residual
         self.sentence_proj = nn.Linear(sentence_dim, dim)
@@ -211,7 +214,7 @@ class GatedNeck(nn.Module):
         self.locate = nn.Sequential(conv_norm_relu(dim + 2, dim, 3), conv_norm_relu(dim, dim, 3))
 
     def forward(self, maps: Sequence[Tensor], sentence: Tensor) -> Tensor:
-        """maps [B, C_i, h_i, w_i], sentence [B, E] -> [B, D, h, w]."""
+        """Maps [B, C_i, h_i, w_i], sentence [B, E] -> [B, D, h, w]."""
         key = self.sentence_proj(sentence)[:, None]
         gated = []
         for project, gate, features in zip(self.projections, self.gates, maps, strict=True):

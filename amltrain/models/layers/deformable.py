@@ -118,7 +118,8 @@ def _layout(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[
 
 class MultiScaleDeformableAttention(nn.Module):
     """Deformable attention with its output projection, without residual. Always computes outside of autocast:
-    places are differences of small numbers, which half precision loses."""
+    places are differences of small numbers, which half precision loses.
+    """
 
     def __init__(self, dim: int, *, heads: int = 8, levels: int = 3, points: int = 4) -> None:
         super().__init__()
@@ -215,7 +216,7 @@ class DeformableEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        """x [B, N, C], position [N, C], reference [N, 2] -> [B, N, C]."""
+        """X [B, N, C], position [N, C], reference [N, 2] -> [B, N, C]."""
         x = self.norm1(x + self.self_attn(x + position, x, reference, shapes))
         return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
 
@@ -294,7 +295,8 @@ class PixelDecoder(DeformableEncoder):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """maps: [B, C_i, h_i, w_i] at strides 4, 8, 16, 32 -> mask features [B, M, h, w] at stride 4, and the encoded
-        maps [B, C, h_i, w_i] at strides 32, 16, 8."""
+        maps [B, C, h_i, w_i] at strides 32, 16, 8.
+        """
         with torch.autocast(maps[0].device.type, enabled=False):
             finest, *coarser = (m.to(self.mask_features.weight.dtype) for m in maps)
             scales = self.encode(coarser[::-1])

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(inner_dim, dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """query [B, Q, C], key and value [B, K, C], mask [B, 1, 1, K] bool (True = may be read) -> [B, Q, C]."""
+        """Query [B, Q, C], key and value [B, K, C], mask [B, 1, 1, K] bool (True = may be read) -> [B, Q, C]."""
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -36,6 +36,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -74,7 +76,7 @@ class FusionLayer(nn.Module):
         text_mask: Tensor,
         vision_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """vision [B, V, C], text [B, L + P, C] -> the same, fused; masks as in `Attention`."""
+        """Vision [B, V, C], text [B, L + P, C] -> the same, fused; masks as in `Attention`."""
         read = self.v2l_cross_attn(text, vision + position, vision, vision_mask)
         text = self.l_norm1(text + self.gamma_v2l * read)
         text = self.l_norm2(text + self.lang_self_attn(text, text, text, text_mask))

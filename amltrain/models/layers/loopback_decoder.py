@@ -62,7 +62,7 @@ class WordAttention(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
-        """x [B, Q, C], key, value [B, L, C], padding [B, L] bool (True = padded) -> [B, Q, C]."""
+        """X [B, Q, C], key, value [B, L, C], padding [B, L] bool (True = padded) -> [B, Q, C]."""
         q, k, v = (
             project(given).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, given in ((self.q, x), (self.k, key), (self.v, value))
@@ -82,7 +82,7 @@ class TextReading(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, x: Tensor, text: Tensor, position: Tensor, padding: Tensor) -> Tensor:
-        """x [B, Q, C], text [B, L, C], position [L, C], padding [B, L] bool -> [B, Q, C]."""
+        """X [B, Q, C], text [B, L, C], position [L, C], padding [B, L] bool -> [B, Q, C]."""
         read, _ = self.self_attn(x, x, x, need_weights=False)
         x = self.norm2(x + read)
         x = self.norm1(x + self.cross_attn(x, text + position, text, padding))
@@ -101,7 +101,7 @@ class Loopback(nn.Module):
     def forward(
         self, x: Tensor, masks: Tensor, small: Tensor, text: Tensor, position: Tensor, padding: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x [B, Q, C], masks [B, Q, h, w], small [B, C, h/4, w/4] mask features, words as in `TextReading` ->
+        """X [B, Q, C], masks [B, Q, h, w], small [B, C, h/4, w/4] mask features, words as in `TextReading` ->
         next queries [B, Q, C], what the words said [B, Q, C].
         """
         weight = F.interpolate(masks, small.shape[-2:], mode="bilinear", align_corners=False).sigmoid()
@@ -148,7 +148,7 @@ class LoopbackDecoder(nn.Module):
         text: Tensor,
         text_mask: Tensor,
     ) -> tuple[Tensor, list[Prediction]]:
-        """queries [B, Q, C]; mask_features [B, C, h, w] at stride 4; scales [B, C, h_i, w_i] at strides 32, 16, 8;
+        """Queries [B, Q, C]; mask_features [B, C, h, w] at stride 4; scales [B, C, h_i, w_i] at strides 32, 16, 8;
         image [B, C, h', w'] and text [B, L, C] of the cognition branch; text_mask [B, L] bool.
 
         Returns the last queries and one prediction per loopback.

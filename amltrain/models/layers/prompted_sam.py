@@ -94,11 +94,11 @@ class PromptedSAM(nn.Module):
             self.mask_decoder.get_submodule(name).requires_grad_(False)
 
     def encode(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image [B, 3, S, S] -> maps from fine to coarse; the last is [B, C, h, w]."""
+        """Image [B, 3, S, S] -> maps from fine to coarse; the last is [B, C, h, w]."""
         return (self.vision_encoder(image).last_hidden_state,)
 
     def forward(self, maps: tuple[Tensor, ...], prompt: Tensor) -> Tensor:
-        """maps of `encode`, prompt [B, C] -> logits [B, 1, 4h, 4w]."""
+        """Maps of `encode`, prompt [B, C] -> logits [B, 1, 4h, 4w]."""
         masks, _ = self.mask_decoder(multimask_output=False, **self.inputs(maps[-1], prompt))
         return masks[:, 0]
 
@@ -201,7 +201,7 @@ class PromptedSAM2(PromptedSAM):
 
     @staticmethod
     def chosen(masks: Tensor, iou: Tensor) -> Tensor:
-        """masks [B, 3, h, w], iou [B, 3] -> [B, 1, h, w] of the highest IoU."""
+        """Masks [B, 3, h, w], iou [B, 3] -> [B, 1, h, w] of the highest IoU."""
         best = iou.argmax(dim=1)[:, None, None, None].expand(-1, 1, *masks.shape[-2:])
         return masks.gather(1, best)
 

@@ -46,7 +46,7 @@ class PixelWordAttention(nn.Module):
         self.output_norm = nn.LayerNorm(dim) if layer_norm else InstanceNorm()
 
     def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """x [B, N, C], text [B, L, D], text_mask [B, L] bool (True = a real token) -> [B, N, C].
+        """X [B, N, C], text [B, L, D], text_mask [B, L] bool (True = a real token) -> [B, N, C].
 
         N > 1 with instance norms.
         """

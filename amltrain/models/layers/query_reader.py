@@ -54,7 +54,7 @@ class ReaderLayer(nn.Module):
         memory_position: Tensor | None,
         padding: Tensor | None,
     ) -> Tensor:
-        """x [B, Q, C]; memory [B, N, C]; positions that broadcast to them; padding [B, N] bool (True = not read)."""
+        """X [B, Q, C]; memory [B, N, C]; positions that broadcast to them; padding [B, N] bool (True = not read)."""
         placed = x if position is None else x + position
         read, _ = self.self_attention(placed, placed, x, need_weights=False)
         x = self.norms[0](x + read)
@@ -97,7 +97,7 @@ class SelfReader(nn.Module):
         self.layers = ModuleListOf(ReaderLayer(dim, heads, feedforward, dropout, reads=False) for _ in range(layers))
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        """x [B, N, C], position [N, C] -> [B, N, C]."""
+        """X [B, N, C], position [N, C] -> [B, N, C]."""
         for layer in self.layers:
             x = layer(x, x, position, None, None)
         return x
@@ -111,7 +111,7 @@ class MLP(nn.Module):
         self.layers = ModuleListOf(nn.Linear(width, following) for width, following in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., widths[0]] -> [..., widths[-1]]."""
+        """X [..., widths[0]] -> [..., widths[-1]]."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)

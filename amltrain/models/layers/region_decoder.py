@@ -32,7 +32,8 @@ class Prediction(NamedTuple):
 
 class Level(NamedTuple):
     """One scale as the regions read it: keys and values [B, N, C], mask features [B, M, N] and, if any, suppressed
-    positions [B, N] bool."""
+    positions [B, N] bool.
+    """
 
     keys: Tensor
     values: Tensor
@@ -119,7 +120,7 @@ class RegionLayer(nn.Module):
         self.feedforward = FeedForward(dim, feedforward)
 
     def forward(self, x: Tensor, place: Tensor, level: Level, outside: Tensor, text: Tensor) -> Tensor:
-        """x [B, Q, C], place [Q, C], outside [B, Q, N] bool (True = not in the region), text [B, L, D] -> [B, Q, C]."""
+        """X [B, Q, C], place [Q, C], outside [B, Q, N] bool (True = not in the region), text [B, L, D] -> [B, Q, C]."""
         blocked = open_empty_rows(outside, level.suppressed)
         x = self.read_image(x, x + place, level.keys, level.values, blocked)
         if self.read_words is not None:

@@ -26,7 +26,7 @@ class LocalText(nn.Module):
         self.out_proj = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x [B, H, W, C], text [B, L, D] -> [B, H, W, C]."""
+        """X [B, H, W, C], text [B, L, D] -> [B, H, W, C]."""
         image_values, text_values = F.gelu(self.vis_proj(x)), F.gelu(self.text_proj(text))
         matches = torch.einsum("bhwc,blc->bhwl", image_values, text_values)
         return self.out_proj(F.gelu(convolve(self.unsqueeze, matches)))
@@ -88,7 +88,7 @@ class ConvDecoder(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor], text: Tensor) -> Tensor:
-        """maps [B, h_i, w_i, C_i], fine to coarse -> logits [B, 1, H, W]; the words are not read again."""
+        """Maps [B, h_i, w_i, C_i], fine to coarse -> logits [B, 1, H, W]; the words are not read again."""
         *finer, coarsest = (m.permute(0, 3, 1, 2) for m in maps)
         x = twice(self.mixers[0](coarsest))
         for mixer, fine in zip(list(self.mixers)[1:], (finer[2], finer[1]), strict=True):
@@ -121,7 +121,7 @@ class HeadLevel(nn.Module):
         self.norm = nn.LayerNorm(dim // 2)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x [B, H, W, C], text [B, L, D] -> [B, 2H, 2W, C / 2]."""
+        """X [B, H, W, C], text [B, L, D] -> [B, 2H, 2W, C / 2]."""
         guidance = F.relu(self.guide(text[:, 0]))[:, None, None].expand_as(x)
         x = self.join(torch.cat((x, guidance, self.local(x, text)), dim=-1))
         for block in self.blocks:
@@ -162,7 +162,7 @@ class MambaDecoder(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor], text: Tensor) -> Tensor:
-        """maps [B, h_i, w_i, C_i], fine to coarse, text [B, L, D] -> logits [B, 1, H, W]."""
+        """Maps [B, h_i, w_i, C_i], fine to coarse, text [B, L, D] -> logits [B, 1, H, W]."""
         *finer, x = maps
         for i, level in enumerate(self.levels):
             x = level(x, text)

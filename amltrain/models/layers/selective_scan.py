@@ -166,7 +166,7 @@ class SelectiveScan(nn.Module):
         self.A_logs.copy_(torch.arange(1, self.state + 1, dtype=torch.float32).log().expand_as(self.A_logs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C_in] -> [B, H, W, C]."""
+        """X [B, H, W, C_in] -> [B, H, W, C]."""
         height, width = x.shape[1:3]
         x = self.in_proj(x)
         gate = None

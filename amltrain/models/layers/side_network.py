@@ -118,7 +118,7 @@ class SideNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, image: Tensor, text: Tensor, tower: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """image [B, 3, H, W], text [B, L, W], tower: patches [B, N, V] after the blocks of `FUSED_BLOCKS`.
+        """Image [B, 3, H, W], text [B, L, W], tower: patches [B, N, V] after the blocks of `FUSED_BLOCKS`.
 
         Returns a map [B, D, h, w] and the feedback chain's mean squared error [B], a loss of its own.
         """

@@ -20,7 +20,6 @@ VARIANTS = [
     {"projection": "learnable"},
     {"projection": "identity"},
     {"projection": "linear"},
-    {"explicit": True},
     {"selection": "patch"},
     {"selection": "released"},
     {"level": "random"},
