@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from amltrain.errors import UserError
+from amltrain.losses import create_loss
 from amltrain.models import create_model
 from amltrain.models.layers.prompted_sam import PromptedSAM, PromptedSAM2
 from tests.models.test_registry import make_batch
@@ -178,3 +179,11 @@ def test_another_image_keeps_the_prompt(model):
     dark = model.reencode_image(batch._replace(image=torch.zeros_like(batch.image)), features)
     assert torch.equal(dark.extra["prompt"], features.extra["prompt"])
     assert not torch.equal(dark.visual[-1], features.visual[-1])
+
+
+def test_a_picture_of_the_mean_colour_has_a_gradient_of_usual_size(model):
+    """Its patches are 0 before the first block."""
+    batch = make_batch("evfsam_tiny", 96, 96)
+    batch = batch._replace(image=torch.zeros_like(batch.image))
+    create_loss("cross_entropy_dice")(model.train()(batch), batch)["loss"].backward()
+    assert max(p.grad.norm() for p in model.parameters() if p.grad is not None) < 100

@@ -83,6 +83,7 @@ class PromptedSAM(nn.Module):
         decoder._attn_implementation = "sdpa"  # a part that stands alone has none
         self.vision_encoder: Any = SamVisionEncoder(vision)
         self.mask_decoder: Any = SamMaskDecoder(decoder)
+        _start(self.vision_encoder.pos_embed)
         self.add_prompt()
 
     def add_prompt(self) -> None:
@@ -178,6 +179,7 @@ class PromptedSAM2(PromptedSAM):
         decoder._attn_implementation = "sdpa"
         self.vision_encoder = Sam2VisionModel(vision)
         self.mask_decoder = Sam2MaskDecoder(decoder)
+        _start(self.vision_encoder.backbone.pos_embed)
         self.no_memory = nn.Parameter(torch.zeros(1, 1, self.width))
         self.add_prompt()
         self.vision_encoder.neck.convs[0].requires_grad_(False)  # stride 32: nothing reads it without the top-down path
@@ -202,3 +204,11 @@ class PromptedSAM2(PromptedSAM):
         """Masks [B, 3, h, w], iou [B, 3] -> [B, 1, h, w] of the highest IoU."""
         best = iou.argmax(dim=1)[:, None, None, None].expand(-1, 1, *masks.shape[-2:])
         return masks.gather(1, best)
+
+
+def _start(positions: Any) -> None:
+    """Start a position table that transformers starts at 0.
+
+    A patch of the mean colour would be 0 in every block, where a LayerNorm multiplies gradients by a thousand.
+    """
+    nn.init.normal_(positions, std=0.02)
