@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     args = build_parser().parse_args(argv)
     with one_line_errors():
         if args.rows < 1:
