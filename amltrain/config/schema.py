@@ -332,7 +332,7 @@ class RunConfig:
     seed: int = key(0, low=0, high=2**32 - 1, basic=True)
     """Seed of everything random."""
     resume: str = key("auto", scope=LOCAL, basic=True)
-    """auto: resume from output/last if it exists; never: start a new run (refuses a folder that has checkpoints); or a
+    """auto: resume from output/last if it exists; never: start a new run (rejects a folder that has checkpoints); or a
     checkpoint folder."""
     method: str = key("aml", basic=True)
     """Training method; `amltrain list methods` lists them. Its options are in the section of its name, e.g. aml.tau."""

@@ -48,7 +48,7 @@ class Recorder(Protocol):
 class Method(nn.Module):
     """A model, its loss, and the way they are trained.
 
-    Buffers and parameters of a subclass travel with the training state, so a resumed run has them; the exported model
+    Buffers and parameters of a subclass are part of the training state, so a resumed run has them; the exported model
     is `self.model` alone. Randomness must come from `batch.random_key`, a function of (seed, epoch, sample).
     """
 

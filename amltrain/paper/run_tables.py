@@ -122,12 +122,12 @@ def _check(module: str, arguments: Sequence[str]) -> None:
     from amltrain.checkpoints.resume import check_recipe
     from amltrain.commands.train import read_run
 
-    def refuse(text: str) -> None:
+    def reject(text: str) -> None:
         raise UserError(text.replace("WARNING: ", "").replace("the run continues with the new value", "move it away"))
 
     with one_line_errors():
         config = read_run(without_launcher(arguments))
-        check_recipe((config.folder / LAST).resolve(), config, refuse)
+        check_recipe((config.folder / LAST).resolve(), config, reject)
 
 
 def without_launcher(arguments: Sequence[str]) -> list[str]:

@@ -175,7 +175,7 @@ def write_model_folder(folder: Path, config: RunConfig, components: RunComponent
 
 
 LARGE_FROZEN = 1_000_000
-"""Frozen parameters with random values from which on a run is refused; tiny models have fewer."""
+"""Frozen parameters with random values from which on a run is rejected; tiny models have fewer."""
 LARGE_RANDOM = 20_000_000
 """Parameters of a full-size model, whose random start deserves a warning."""
 PREFETCHED = 2
