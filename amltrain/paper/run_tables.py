@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import shlex
@@ -91,6 +92,11 @@ def run_command(command: Command) -> None:
     """
     if command.done and command.name != "train":
         return
+    if importlib.util.find_spec(MODULES[command.name].partition(".")[0]) is None:
+        raise UserError(
+            f"`{command}` needs the folder benchmarks/, which the repository has and the installed package does not; run "
+            f"it in a checkout"
+        )
     target = _check if command.done else _call
     print("" if command.done else f"\n$ {command}", flush=True)
     started = time.monotonic()
