@@ -94,7 +94,7 @@ def run_command(command: Command) -> None:
         return
     if importlib.util.find_spec(MODULES[command.name].partition(".")[0]) is None:
         raise UserError(
-            f"`{command}` needs the folder benchmarks/, which the repository has and the installed package does not; run "
+            f"`{command}` needs the folder benchmarks/, which the repository has and the wheel does not; run "
             f"it in a checkout"
         )
     target = _check if command.done else _call
