@@ -13,7 +13,7 @@ Accelerate anew, so that precision and device may differ.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,34 @@ def train(
     vocabulary), instead of the registered one. plugins: files or modules to import first, as `--import`. Raises
     UserError for anything that you can fix, SystemExit(75) where the run was asked to stop and saved.
     """
-    for plugin in plugins:
-        import_plugin(plugin)
+    for plugin in listed("plugins", plugins):
+        if not isinstance(plugin, (str, Path)):
+            raise UserError(f"plugins has {plugin!r} of type {type(plugin).__name__}; give files or names of modules")
+        import_plugin(str(plugin))
     run = read_config(config, base=base)
-    from amltrain.training.trainer import train as train_run  # imports torch
+    from amltrain.models.base import RISModel  # these import torch
+    from amltrain.training.run import Callback
+    from amltrain.training.trainer import train as train_run
 
+    for callback in listed("callbacks", callbacks):
+        if not isinstance(callback, Callback):
+            hint = f"write {callback.__name__}(...)" if isinstance(callback, type) else "name others in train.callbacks"
+            raise UserError(f"callbacks has {callback!r}, which is not an object of a Callback class; {hint}")
+    if model is not None and not isinstance(model, RISModel):
+        raise UserError(f"model is of type {type(model).__name__}, not a RISModel; set model.name for a registered one")
+    if method is not None and not callable(method):
+        raise UserError(
+            f"method is of type {type(method).__name__}, not a function; set the key method for a registered one"
+        )
     forget_processes()
     return train_run(run, callbacks=callbacks, model=model, method=method)
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """The values of an argument that takes several. Raises UserError for a single one."""
+    if isinstance(values, (str, Path)) or not isinstance(values, Iterable):
+        raise UserError(f"{name} takes a list, not one {type(values).__name__}; put it in brackets")
+    return list(values)
 
 
 def read_config(config: Settings, *, base: str | None = None) -> RunConfig:
