@@ -52,7 +52,7 @@ def box_overlap(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     Two boxes without any area have IoU and generalised IoU 0.
     """
     low, high = torch.maximum(one[..., :2], other[..., :2]), torch.minimum(one[..., 2:], other[..., 2:])
-    both = (high - low).clamp(min=0).prod(dim=-1)
+    both = _extent((high - low).clamp(min=0))
     union = _area(one) + _area(other) - both
     around = torch.cat([torch.minimum(one, other)[..., :2], torch.maximum(one, other)[..., 2:]], dim=-1)
     hull = _area(around)
@@ -193,7 +193,7 @@ def pair_losses(logits: Tensor, pairs: Pairs, points: Tensor) -> tuple[Tensor, T
 
 
 def _area(corners: Tensor) -> Tensor:
-    return (corners[..., 2:] - corners[..., :2]).prod(dim=-1)
+    return _extent(corners[..., 2:] - corners[..., :2])
 
 
 MATCH, CANDIDATES, OTHERS = 0x44455200, 0x44455210, 0x44455220
@@ -297,3 +297,8 @@ class QueryMasks(nn.Module):
 
 
 LOSSES.add("deris", QueryMasks)
+
+
+def _extent(lengths: Tensor) -> Tensor:
+    """Width times height: [..., 2] -> [...]. The gradient of `prod` counts zeros on the host: a synchronisation."""
+    return lengths[..., 0] * lengths[..., 1]

@@ -42,6 +42,7 @@ FULL_LANE = (
     "methods/aml/test_scorers.py",
     "methods/aml/test_step.py",
     "models",
+    "null_gpu",
     "paper",
     "parity",
     "report",

@@ -10,6 +10,7 @@ tracing a window partition with unknown sizes costs more than tracing it again f
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -76,24 +77,39 @@ def build_optimizer(
     return kind(groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, fused=fused)
 
 
-TensorList = tuple[Tensor, ...] | list[Tensor]
+class WeightAverage(AveragedModel):
+    """A copy of a model that follows its weights; see `average_weights`.
+
+    Its update replaces torch's, which copies the count of updates to the device for every dtype: a synchronisation.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Follow `model`, on the same device; the first update copies."""
+        own = chain(self.module.parameters(), self.module.buffers())
+        kinds: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for averaged, current in zip(own, chain(model.parameters(), model.buffers()), strict=True):
+            into, values = kinds.setdefault(averaged.dtype, ([], []))
+            into.append(averaged)
+            values.append(current)
+        for kind, (into, values) in kinds.items():
+            if kind.is_floating_point and self.n_averaged > 0:
+                torch._foreach_lerp_(into, values, 1 - self.decay)
+            else:
+                torch._foreach_copy_(into, values)
+        self.n_averaged += 1
 
 
-def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+def average_weights(model: nn.Module, decay: float) -> WeightAverage:
     """Return a copy of a model that follows its weights: average = decay x average + (1 - decay) x weights.
 
     Buffers follow too. Integer buffers are copied: they are counts and tables, whose average has no meaning.
     """
-
-    @torch.no_grad()
-    def follow(averaged: TensorList, current: TensorList, steps: Tensor | int) -> None:
-        if averaged[0].is_floating_point():
-            torch._foreach_lerp_(averaged, current, 1 - decay)
-            return
-        for own, new in zip(averaged, current, strict=True):
-            own.copy_(new)
-
-    return AveragedModel(model, multi_avg_fn=follow, use_buffers=True)
+    return WeightAverage(model, decay)
 
 
 def set_lr(optimizer: Optimizer, factor: float, base_lr: float | None = None) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import SamMaskDecoderConfig, SamModel, SamVisionConfig
@@ -82,6 +83,8 @@ class PromptedSAM(nn.Module):
         self.image_size, self.width = int(vision.image_size), decoder.hidden_size  # type: ignore[arg-type]
         decoder._attn_implementation = "sdpa"  # a part that stands alone has none
         self.vision_encoder: Any = SamVisionEncoder(vision)
+        for layer in self.vision_encoder.layers:
+            layer.attn.get_rel_pos = relative_positions
         self.mask_decoder: Any = SamMaskDecoder(decoder)
         _start(self.vision_encoder.pos_embed)
         self.add_prompt()
@@ -212,3 +215,14 @@ def _start(positions: Any) -> None:
     A patch of the mean colour would be 0 in every block, where a LayerNorm multiplies gradients by a thousand.
     """
     nn.init.normal_(positions, std=0.02)
+
+
+def relative_positions(queries: int, keys: int, table: Tensor) -> Tensor:
+    """Rows of a table [L, C] of relative positions for every pair: [queries, keys, C]; queries equals keys in SAM.
+
+    In place of transformers' `get_rel_pos`, which makes the same indices on the CPU: two host-device synchronisations
+    per layer.
+    """
+    resized = F.interpolate(table.T[None], size=2 * keys - 1, mode="linear")[0].T
+    places = torch.arange(keys, device=table.device)
+    return resized[places[:, None] - places + keys - 1]

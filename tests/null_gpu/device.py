@@ -1,0 +1,68 @@
+"""The null GPU: found beside the recorded tensors, built once, and put under the programs that are started here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.conftest import REPOSITORY, find_shared
+
+
+def missing() -> str | None:
+    """Why there is no null GPU here; None when one can be built."""
+    shared = find_shared()
+    if shared is None or not (shared / "null_gpu" / "build.sh").is_file():
+        return "the null GPU is not here (set AMLTRAIN_SHARED to the folder that contains null_gpu)"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if shutil.which("cc") is None:
+        return "there is no C compiler (cc) to build the null GPU with"
+    return None
+
+
+class NullGPU:
+    """A library built in `folder`, and programs of Python that see it as their card."""
+
+    def __init__(self, folder: Path) -> None:
+        shared = find_shared()
+        assert shared is not None
+        self.source, self.built = folder / "source", folder / "built"
+        for file in (shared / "null_gpu").rglob("*"):  # a copy: the build writes beside its sources
+            if file.is_file():
+                copy = self.source / file.relative_to(shared / "null_gpu")
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+        environment = os.environ | {"OUT": str(self.built), "PYTHON": sys.executable}
+        made = subprocess.run(["bash", self.source / "build.sh"], env=environment, capture_output=True, text=True)
+        assert made.returncode == 0, f"the null GPU was not built\n{made.stdout}{made.stderr}"
+
+    def environment(self, cards: int = 1) -> dict[str, str]:
+        """The variables of a program that sees so many cards of 80 GiB."""
+        hidden = ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES")
+        return {key: value for key, value in os.environ.items() if key not in hidden} | {
+            "NULLGPU": "1",
+            "FAKE_CUDA_DEVICES": str(cards),
+            "LD_PRELOAD": str(self.built / "libnullcuda.so"),
+            "LD_LIBRARY_PATH": str(self.built),
+            "PYTHONPATH": f"{self.source}:{REPOSITORY}",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def run(self, *arguments: str | Path, cards: int = 1, expected: int = 0, seconds: float = 300) -> str:
+        """`python ARGUMENTS` with the card; what it wrote. Another exit code than `expected` fails."""
+        made = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=REPOSITORY,
+            env=self.environment(cards),
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+        said = made.stdout + made.stderr
+        assert made.returncode == expected, f"exit code {made.returncode}\n{said[-4000:]}"
+        return said
