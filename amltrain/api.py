@@ -14,12 +14,13 @@ Accelerate anew, so that precision and device may differ.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from amltrain.config.parse import config_of
 from amltrain.config.schema import DataConfig, ProtocolOverrides, RunConfig, nested
-from amltrain.errors import UserError
+from amltrain.errors import UserError, unknown_name
 from amltrain.registry import import_plugin
 from amltrain.run_folder import find_model_folder
 
@@ -99,11 +100,20 @@ def evaluate(
         find_model_folder(checkpoint)
     from amltrain.inference import evaluate as evaluation  # imports torch
 
+    for name, value in (("data", data), ("protocol", protocol)):
+        if value is not None and not isinstance(value, (Mapping, DataConfig, ProtocolOverrides)):
+            raise UserError(f"{name} is of type {type(value).__name__}; give its keys as a dictionary")
+    if "splits" in options:
+        listed("splits", options["splits"])
     if not isinstance(data, DataConfig):
         trained = {} if checkpoint is None else evaluation.trained_data(str(checkpoint))
         given = {key: trained[key] for key in ("datasets", "prepared", "shapes") if key in trained} | dict(data or {})
         data = config_of(nested({"data": given}), None).data
     if not isinstance(protocol, ProtocolOverrides):
+        known = [own.name for own in fields(ProtocolOverrides)]
+        unknown = sorted(set(protocol or {}) - set(known))
+        if unknown:
+            raise unknown_name("key of protocol", str(unknown[0]), known)
         protocol = ProtocolOverrides(**(protocol or {}))
     forget_processes()
     chosen = evaluation.EvaluateOptions(
@@ -133,15 +143,20 @@ def compare(
     from amltrain.evaluation.metrics import list_metrics
     from amltrain.evaluation.results import write_text
 
+    if not isinstance(models, Mapping) or not models:
+        raise UserError('models is a dictionary of names and folders, e.g. {"one": ["evaluation/a"]}')
     if draws < 1:
         raise UserError(f"draws is {draws} and must be at least 1")
-    unknown = sorted(set(metrics) - set(list_metrics()))
+    unknown = sorted(set(listed("metrics", metrics)) - set(list_metrics()))
     if unknown:
         raise UserError(f"there is no metric {unknown[0]!r}; there are {', '.join(list_metrics())}")
     groups = {
         name: [str(place) for place in ([places] if isinstance(places, (str, Path)) else places)]
         for name, places in models.items()
     }
+    empty = [name for name, places in groups.items() if not places]
+    if empty:
+        raise UserError(f"model {empty[0]!r} has no folder of an evaluation; give one for each seed")
     comparison = comparing.compare(groups, draws=draws, seed=seed, metrics=metrics)
     if output is not None:
         folder = Path(output)
@@ -178,6 +193,11 @@ def export(
     from amltrain.inference import FORMATS
     from amltrain.inference.export import export_folder
 
+    unknown = [name for name in listed("formats", formats or FORMATS) if name not in FORMATS]
+    if unknown:
+        raise unknown_name("format", str(unknown[0]), FORMATS)
+    if runs < 1:
+        raise UserError(f"runs is {runs} and must be at least 1")
     return export_folder(load_pretrained(checkpoint), folder, list(formats or FORMATS), runs)
 
 

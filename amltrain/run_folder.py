@@ -110,7 +110,8 @@ def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
     if resume != "auto":
         named = Path(resume).resolve()
         if not (named / MANIFEST).is_file():
-            raise UserError(f"{resume} is not a checkpoint (it has no {MANIFEST}); {_resumable_in(named, resume)}")
+            shown = resume or "an empty name"
+            raise UserError(f"{shown} is not a checkpoint (it has no {MANIFEST}); {_resumable_in(named, resume)}")
         fault = find_fault(named)
         if fault:
             raise UserError(f"checkpoint {resume} is damaged: {fault}; resume from another one, or with --resume auto")

@@ -9,6 +9,7 @@ import torch
 
 import amltrain
 from amltrain.errors import UserError
+from amltrain.registry import CALLBACKS
 
 WRONG_RUNS: list[tuple[Any, str]] = [
     (5, "not of type int"),
@@ -68,3 +69,31 @@ def test_a_wrong_argument_is_said_before_anything_is_written(
     with pytest.raises(UserError, match=said):
         amltrain.train({"output": tmp_path / "run"}, base="quickstart", **arguments)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model, new: amltrain.compare({}), "models is a dictionary"),
+        (lambda model, new: amltrain.compare(["a"]), "models is a dictionary"),
+        (lambda model, new: amltrain.compare({"a": []}), "model 'a' has no folder"),
+        (lambda model, new: amltrain.compare({"a": "b"}, metrics="mIoU"), "metrics takes a list"),
+        (lambda model, new: amltrain.evaluate(predictions=model, data="refcoco"), "data is of type str"),
+        (lambda model, new: amltrain.evaluate(predictions=model, protocol={"thresh": 1}), "key of protocol 'thresh'"),
+        (lambda model, new: amltrain.evaluate(predictions=model, splits="val"), "splits takes a list"),
+    ],
+)
+def test_a_wrong_argument_of_another_function_is_said(call: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        call(tmp_path, tmp_path / "new")
+
+
+def test_a_plugin_cannot_take_the_name_of_another_section(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CALLBACKS, "_entries", dict(CALLBACKS._entries))
+    CALLBACKS.add("train", print)
+    with pytest.raises(UserError, match="callback 'train' has the name of a key of every run"):
+        amltrain.read_config({})
+    CALLBACKS.remove("train")
+    CALLBACKS.add("aml", print)
+    with pytest.raises(UserError, match="callback 'aml' has the name of a registered method"):
+        amltrain.read_config({})

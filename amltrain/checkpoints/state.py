@@ -264,8 +264,12 @@ def _load_optimizer(saved: SavedState, method: nn.Module, optimizer: Optimizer) 
         kept = {key: group.get(key) for key in ("fused", "foreach")}  # how it computes belongs to this machine
         values_now = {key: _like(value, group.get(key), key) for key, value in stored.items() if key != "params"}
         described.append({**values_now, **kept, "params": list(range(number, number + len(group["params"])))})
+        fields = {field for parameter in group["params"] for field in wanted.get(names[id(parameter)], [])}
         for parameter in group["params"]:
             name = names[id(parameter)]
+            if name in wanted and fields != set(wanted[name]):
+                gone = sorted(fields - set(wanted[name]))[0]
+                raise UserError(f"{saved.checkpoint / STATE} has no {gone} of {name}; resume from another checkpoint")
             found = {field: _state_of(saved, name, field, parameter) for field in wanted.get(name, [])}
             if found or name in values:
                 state[number] = {**found, **values.get(name, {})}
@@ -277,7 +281,8 @@ def _state_of(saved: SavedState, name: str, field: str, parameter: Tensor) -> Te
     """One tensor of a parameter's state, sharded as the parameter where it has the parameter's shape."""
     key = f"optimizer/{name}/{field}"
     if not isinstance(parameter, DTensor) or field == "step":
-        return saved.rows(key)
+        rows = saved.rows(key)
+        return rows if field == "step" or rows.ndim == 0 else _shaped(rows, parameter, key)
     rows = (
         saved.rows(key, *owned_rows(parameter)) if parameter.to_local().numel() else parameter.to_local().detach().cpu()
     )

@@ -57,6 +57,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
     not fit, naming it. `--help` prints and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    check_sections()
     sections = {name: NoGroups for registry in SECTIONED for name in registry.names()}
     layers = read_config_files(argv, {**sections, **groups_of(RunConfig)})
     flags, files = read_flags(argv), layers.values
@@ -100,6 +101,16 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
         return RunConfig(**values, method_options=own)
     except UserError as error:
         raise UserError(f"{layers.place(str(error))}{error}") from error
+
+
+def check_sections() -> None:
+    """Raise UserError for a plugin's name that already stands for another section or key of a run."""
+    taken = {own.name: "a key of every run" for own in fields(RunConfig)}
+    for registry in SECTIONED:
+        for name in registry.names():
+            if name in taken:
+                raise UserError(f"{registry.kind} {name!r} has the name of {taken[name]}; register it under another")
+            taken[name] = f"a registered {registry.kind}"
 
 
 def config_of(values: Mapping[str, Any] | str | Path, base: str | None) -> RunConfig:
