@@ -114,15 +114,11 @@ class Progress:
             raise UserError(f"{name} is damaged: a count in its progress is not one; resume from another checkpoint")
         losses = saved.get("losses", [0.0, 0])
         if not isinstance(losses, list) or not all(fits(value, float) for value in (saved.get("best", 0.0), *losses)):
-<<<<<<< HEAD
             raise UserError(
                 f"{name} is damaged: a metric in its progress is not a number; resume from another checkpoint"
             )
-=======
-            raise UserError(f"{name} is damaged: a metric in its progress is no number; resume from another checkpoint")
         if not isinstance(saved.get("callbacks", {}), dict):
             raise UserError(f"{name} is damaged: its callbacks are not named; resume from another checkpoint")
->>>>>>> w-stranger
         before = Progress(**saved)
         for what, then, now in (
             ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
