@@ -49,6 +49,7 @@ class NullGPU:
             "LD_PRELOAD": str(self.built / "libnullcuda.so"),
             "LD_LIBRARY_PATH": str(self.built),
             "PYTHONPATH": f"{self.source}:{REPOSITORY}",
+            "PYTHONFAULTHANDLER": "1",  # an operation that the null GPU lacks ends the process: say where
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
