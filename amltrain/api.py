@@ -13,13 +13,14 @@ Accelerate anew, so that precision and device may differ.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from amltrain.config.parse import config_of
 from amltrain.config.schema import DataConfig, ProtocolOverrides, RunConfig, nested
-from amltrain.errors import UserError
+from amltrain.errors import UserError, unknown_name
 from amltrain.registry import import_plugin
 from amltrain.run_folder import find_model_folder
 
@@ -44,13 +45,34 @@ def train(
     vocabulary), instead of the registered one. plugins: files or modules to import first, as `--import`. Raises
     UserError for anything that you can fix, SystemExit(75) where the run was asked to stop and saved.
     """
-    for plugin in plugins:
-        import_plugin(plugin)
+    for plugin in listed("plugins", plugins):
+        if not isinstance(plugin, (str, Path)):
+            raise UserError(f"plugins has {plugin!r} of type {type(plugin).__name__}; give files or names of modules")
+        import_plugin(str(plugin))
     run = read_config(config, base=base)
-    from amltrain.training.trainer import train as train_run  # imports torch
+    from amltrain.models.base import RISModel  # these import torch
+    from amltrain.training.run import Callback
+    from amltrain.training.trainer import train as train_run
 
+    for callback in listed("callbacks", callbacks):
+        if not isinstance(callback, Callback):
+            hint = f"write {callback.__name__}(...)" if isinstance(callback, type) else "name others in train.callbacks"
+            raise UserError(f"callbacks has {callback!r}, which is not an object of a Callback class; {hint}")
+    if model is not None and not isinstance(model, RISModel):
+        raise UserError(f"model is of type {type(model).__name__}, not a RISModel; set model.name for a registered one")
+    if method is not None and not callable(method):
+        raise UserError(
+            f"method is of type {type(method).__name__}, not a function; set the key method for a registered one"
+        )
     forget_processes()
     return train_run(run, callbacks=callbacks, model=model, method=method)
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """The values of an argument that takes several. Raises UserError for a single one."""
+    if isinstance(values, (str, Path)) or not isinstance(values, Iterable):
+        raise UserError(f"{name} takes a list, not one {type(values).__name__}; put it in brackets")
+    return list(values)
 
 
 def read_config(config: Settings, *, base: str | None = None) -> RunConfig:
@@ -78,11 +100,20 @@ def evaluate(
         find_model_folder(checkpoint)
     from amltrain.inference import evaluate as evaluation  # imports torch
 
+    for name, value in (("data", data), ("protocol", protocol)):
+        if value is not None and not isinstance(value, (Mapping, DataConfig, ProtocolOverrides)):
+            raise UserError(f"{name} is of type {type(value).__name__}; give its keys as a dictionary")
+    if "splits" in options:
+        listed("splits", options["splits"])
     if not isinstance(data, DataConfig):
         trained = {} if checkpoint is None else evaluation.trained_data(str(checkpoint))
         given = {key: trained[key] for key in ("datasets", "prepared", "shapes") if key in trained} | dict(data or {})
         data = config_of(nested({"data": given}), None).data
     if not isinstance(protocol, ProtocolOverrides):
+        known = [own.name for own in fields(ProtocolOverrides)]
+        unknown = sorted(set(protocol or {}) - set(known))
+        if unknown:
+            raise unknown_name("key of protocol", str(unknown[0]), known)
         protocol = ProtocolOverrides(**(protocol or {}))
     forget_processes()
     chosen = evaluation.EvaluateOptions(
@@ -112,15 +143,20 @@ def compare(
     from amltrain.evaluation.metrics import list_metrics
     from amltrain.evaluation.results import write_text
 
+    if not isinstance(models, Mapping) or not models:
+        raise UserError('models is a dictionary of names and folders, e.g. {"one": ["evaluation/a"]}')
     if draws < 1:
         raise UserError(f"draws is {draws} and must be at least 1")
-    unknown = sorted(set(metrics) - set(list_metrics()))
+    unknown = sorted(set(listed("metrics", metrics)) - set(list_metrics()))
     if unknown:
         raise UserError(f"there is no metric {unknown[0]!r}; there are {', '.join(list_metrics())}")
     groups = {
         name: [str(place) for place in ([places] if isinstance(places, (str, Path)) else places)]
         for name, places in models.items()
     }
+    empty = [name for name, places in groups.items() if not places]
+    if empty:
+        raise UserError(f"model {empty[0]!r} has no folder of an evaluation; give one for each seed")
     comparison = comparing.compare(groups, draws=draws, seed=seed, metrics=metrics)
     if output is not None:
         folder = Path(output)
@@ -157,6 +193,11 @@ def export(
     from amltrain.inference import FORMATS
     from amltrain.inference.export import export_folder
 
+    unknown = [name for name in listed("formats", formats or FORMATS) if name not in FORMATS]
+    if unknown:
+        raise unknown_name("format", str(unknown[0]), FORMATS)
+    if runs < 1:
+        raise UserError(f"runs is {runs} and must be at least 1")
     return export_folder(load_pretrained(checkpoint), folder, list(formats or FORMATS), runs)
 
 

@@ -4,10 +4,28 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from amltrain.config.files import shipped_configs
+from amltrain.registry import METHODS, MODELS
+
+
+def _checkpoints(**_: Any) -> list[str]:
+    """Runs below runs/, and their checkpoints."""
+    runs = [path.parent for path in Path("runs").glob("*/config.yaml")]
+    return [str(path) for run in runs for path in (run, *sorted(run.glob("step-*")), run / "best", run / "last")]
+
+
+VALUES: dict[str, Callable[..., list[str]]] = {
+    "--config": lambda **_: [name for name in shipped_configs() if not name.startswith("accelerate/")],
+    "--model.name": lambda **_: MODELS.names(),
+    "--method": lambda **_: METHODS.names(),
+    "--checkpoint": _checkpoints,
+    "--resume": _checkpoints,
+}
+"""What the shell offers after these flags."""
 
 
 def complete(commands: Mapping[str, tuple[str, str]]) -> None:
@@ -18,15 +36,22 @@ def complete(commands: Mapping[str, tuple[str, str]]) -> None:
     import argcomplete
 
     words = os.environ.get("COMP_LINE", "").split()
-    started = len(words) > 2 or os.environ.get("COMP_LINE", "").endswith(" ")
-    if started and len(words) > 1 and words[1] in commands:
-        os.environ["_ARGCOMPLETE"] = "2"  # the program's arguments start at the second word
-        parser = importlib.import_module(commands[words[1]][0]).build_parser()
+    done = words[1:] if os.environ.get("COMP_LINE", "").endswith(" ") else words[1:-1]  # words that are complete
+    command = next((" ".join(done[:n]) for n in (2, 1) if " ".join(done[:n]) in commands and len(done) >= n), None)
+    group = [name.split()[1] for name in commands if " " in name and done[:1] == name.split()[:1]]
+    if command is not None:
+        os.environ["_ARGCOMPLETE"] = str(1 + len(command.split()))  # the word at which the program's arguments start
+        parser: Any = importlib.import_module(commands[command][0]).build_parser()
         if type(parser) is not argparse.ArgumentParser:
             parser = plain_parser(parser)
+        for action in parser._actions:
+            for option in set(action.option_strings) & VALUES.keys():
+                action.completer = VALUES[option]
     else:
+        if group:
+            os.environ["_ARGCOMPLETE"] = "2"
         parser = argparse.ArgumentParser(prog="amltrain")
-        parser.add_argument("command", choices=sorted(commands))
+        parser.add_argument("command", choices=group or sorted({name.split()[0] for name in commands}))
         parser.add_argument("--version", action="store_true")
     argcomplete.autocomplete(parser)
     sys.exit(0)
@@ -40,7 +65,5 @@ def plain_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             continue
         shown = action.metavar if isinstance(action.metavar, str) else ""  # of a Literal: {a,b}
         choices = shown[1:-1].split(",") if shown.startswith("{") else action.choices
-        flag: Any = plain.add_argument(*action.option_strings, dest=action.dest, choices=choices)
-        if "--config" in action.option_strings:
-            flag.completer = lambda **_: [name for name in shipped_configs() if not name.startswith("accelerate/")]
+        plain.add_argument(*action.option_strings, dest=action.dest, choices=choices)
     return plain

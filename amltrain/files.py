@@ -66,7 +66,7 @@ def _remove(path: Path) -> None:
 
 
 class _ContainerUnpickler(pickle.Unpickler):
-    """Admits what annotation files are made of, builtin containers and scalars, and refuses everything else."""
+    """Admits what annotation files are made of, builtin containers and scalars, and rejects everything else."""
 
     _ADMITTED = frozenset({"set", "frozenset", "list", "dict", "tuple", "int", "float", "str", "bool"})
 
@@ -105,7 +105,7 @@ def load_json(path: Path, *, encodings: tuple[str, ...] = ("utf-8",)) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a regular file. Raises UserError; a pipe or a device is refused, not waited for."""
+    """The content of a regular file. Raises UserError; a pipe or a device is rejected, not waited for."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"could not read {path} (not a regular file)")

@@ -50,7 +50,7 @@ def create_loss(name: str, **kwargs: Any) -> nn.Module:
 
 
 def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> None:
-    """Refuse a loss that reads another number of channels than a model's logits have; None = not known.
+    """Reject a loss that reads another number of channels than a model's logits have; None = not known.
 
     A loss class declares the number as `channels`, and `needs_heads` where it reads more than the logits.
     """

@@ -1,4 +1,4 @@
-"""The records that travel through the house, in the order they appear.
+"""The records that data, models and methods exchange, in the order in which they appear.
 
 NamedTuples, because Accelerate moves and gathers them as they are (it does not walk dataclasses).
 

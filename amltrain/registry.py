@@ -260,16 +260,22 @@ def import_plugin(name: str) -> None:
     path = Path(name).expanduser()
     is_file = path.suffix == ".py" or path.is_file()
     if is_file and not path.is_file():
-        raise UserError(f"{FLAG}: there is no file {name}")
+        raise UserError(
+            f"{FLAG}: " + (f"{name} is a folder; give a file" if path.is_dir() else f"there is no file {name}")
+        )
+    if is_file and path.suffix != ".py":
+        raise UserError(f"{FLAG}: {name} is not a Python file; give one whose name ends in .py")
+    if name.startswith(".") and not is_file:
+        raise UserError(f"{FLAG}: {name} is a relative name; give a Python file or the whole name of a module")
     key = str(path.resolve()) if is_file else name
     if key in _imported or key in _broken:
         return
     try:
         _imported[key] = _import_file(path) if is_file else _import_module(name)
     except (Exception, SystemExit) as error:  # whatever the plugin's code raises
-        if isinstance(error, ModuleNotFoundError) and not is_file and error.name and name.startswith(error.name):
+        if isinstance(error, ModuleNotFoundError) and not is_file and f"{name}.".startswith(f"{error.name}."):
             raise UserError(f"{FLAG}: there is no module {name}; give a Python file or an importable module") from None
-        _note_broken(key, path.name if is_file else name, error)
+        _note_broken(key, path.name if is_file else name, error, where=str(path) if is_file else name)
 
 
 def imported_plugins() -> list[str]:
@@ -289,7 +295,7 @@ def load_installed_plugins() -> None:
         try:
             _imported[point.value] = importlib.import_module(point.module)
         except (Exception, SystemExit) as error:
-            _note_broken(point.value, point.name, error)
+            _note_broken(point.value, point.name, error, where=point.module)
 
 
 def missing_plugins(recorded: Iterable[str]) -> str:
@@ -309,6 +315,8 @@ def _import_module(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     name = f"amltrain_plugin_{path.stem}"
+    if name in sys.modules:  # another folder has a file of this name
+        name += f"_{sum(module.startswith(name) for module in sys.modules)}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
@@ -321,14 +329,17 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _note_broken(key: str, name: str, error: BaseException) -> None:
+def _note_broken(key: str, name: str, error: BaseException, *, where: str) -> None:
+    """Report a plugin that failed, with its own line that did. where: the file or module, if no line is known."""
+    package = str(Path(__file__).parent)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    own = [frame for frame in frames if frame.filename != __file__]
-    file, line = (own[-1].filename, own[-1].lineno) if own else ("unknown file", 0)
-    if isinstance(error, SyntaxError):
-        file, line = error.filename or file, error.lineno or line
+    own = [frame for frame in frames if not frame.filename.startswith(package)]
+    place = f"{own[-1].filename}, line {own[-1].lineno}" if own else where
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}, line {error.lineno}"
     reason = first_line(error) if isinstance(error, Exception) else "it ended the program"
-    _broken[key] = f"plugin {name} was not loaded: {file}, line {line}: {type(error).__name__}: {reason}"
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    _broken[key] = f"plugin {name} was not loaded: {place}: {kind}{reason}"
     print(f"WARNING: {_broken[key]}", file=sys.stderr)
 
 

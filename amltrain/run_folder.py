@@ -110,7 +110,8 @@ def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
     if resume != "auto":
         named = Path(resume).resolve()
         if not (named / MANIFEST).is_file():
-            raise UserError(f"{resume} is not a checkpoint (it has no {MANIFEST}); {_resumable_in(named, resume)}")
+            shown = resume or "an empty name"
+            raise UserError(f"{shown} is not a checkpoint (it has no {MANIFEST}); {_resumable_in(named, resume)}")
         fault = find_fault(named)
         if fault:
             raise UserError(f"checkpoint {resume} is damaged: {fault}; resume from another one, or with --resume auto")
@@ -310,7 +311,7 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
         return local / LAST / MODEL
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
-    _refuse_checkpoint(local)
+    _reject_checkpoint(local)
     import huggingface_hub  # only where a name is no folder
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -332,7 +333,7 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def _refuse_checkpoint(place: Path) -> None:
+def _reject_checkpoint(place: Path) -> None:
     """Raise UserError for a checkpoint that its run does not have, with the names of those that are there."""
     models = (path.parent.name for path in place.parent.glob("*/model"))
     present = sorted(name for name in models if re.fullmatch(r"best|last|step-\d+", name))

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if getattr(options, name) < 1:
                 raise UserError(f"--{name} is {getattr(options, name)} and must be at least 1")
         for name in options.models:
-            model_builder(name)  # unknown names are refused before the first model runs
+            model_builder(name)  # unknown names are rejected before the first model runs
         torch.set_num_threads(options.threads)
         device = choose_device(options.device)
         print(f"{options.sentences} sentences an image, float32; {measured_on(device)}\n")

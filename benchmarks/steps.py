@@ -244,7 +244,7 @@ def build_bench(
 
 
 @contextmanager
-def too_few_samples_refused(batch: int) -> Iterator[None]:
+def too_few_samples_rejected(batch: int) -> Iterator[None]:
     """Batch norm's error for a single value per channel as a UserError: which models raise it only running tells."""
     try:
         yield
@@ -312,7 +312,7 @@ def run(options: argparse.Namespace) -> None:
         baseline = next(iter(flops.values()))
         write_json(options, size, {n: {"gflop": f / 1e9, "ratio": f / baseline} for n, f in flops.items()})
         return
-    with too_few_samples_refused(options.batch):
+    with too_few_samples_rejected(options.batch):
         bench = build_bench(
             options.model, configs, batch=options.batch, size=size, precision=options.precision, device=device
         )

@@ -3,7 +3,7 @@ data sets (whose repositories are kept under the same names).
 
 Speaks the documented HTTP endpoints (repos, branches, preupload, git-lfs batch with basic transfers, ndjson commits,
 tree, resolve) and keeps everything in memory. Large files lie on a host of another name (localhost), to which uploads
-are sent and downloads redirected. A commit is applied whole or refused.
+are sent and downloads redirected. A commit is applied whole or rejected.
 """
 
 import base64
@@ -45,7 +45,7 @@ class Repo:
 
 
 class HubServer:
-    """`failing` sees "METHOD path" and may have that request answered with 500; `stop` refuses connections."""
+    """`failing` sees "METHOD path" and may have that request answered with 500; `stop` rejects connections."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}

@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_resume_never_refuses_to_mix_runs(tmp_path: Path) -> None:
+def test_resume_never_rejects_to_mix_runs(tmp_path: Path) -> None:
     assert checkpoints.find_resumable(tmp_path, "never", log_nothing) is None
     assert checkpoints.find_resumable(tmp_path, "auto", log_nothing) is None
     save(tmp_path, 1)

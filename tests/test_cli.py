@@ -1,4 +1,4 @@
-"""`amltrain COMMAND`: every command is found, and what is not understood is refused."""
+"""`amltrain COMMAND`: every command is found, and what is not understood is rejected."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_command_explains_itself_and_refuses_unknown_flags(monkeypatch, capsys, command: str) -> None:
+def test_every_command_explains_itself_and_rejects_unknown_flags(monkeypatch, capsys, command: str) -> None:
     assert run(monkeypatch, *command.split(), "--help") == 0
     assert "usage: " in capsys.readouterr().out
     assert run(monkeypatch, *command.split(), "--foo", "bar") == 2
@@ -92,7 +92,7 @@ for line in (
 """
 
 
-def test_a_model_that_is_not_there_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_rejected_before_torch_is_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRONG_MODELS]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)

@@ -15,7 +15,10 @@ import pytest
         ("amltrain train --train.max_s", "--train.max_steps"),
         ("amltrain train --data.train_unit ref", "referent"),
         ("amltrain train --config recipes/rela/grefcoco_5k_", "recipes/rela/grefcoco_5k_aml"),
+        ("amltrain train --model.name caris_sw", "caris_swin_tiny"),
+        ("amltrain train --method mask", "maskris"),
         ("amltrain evaluate --check", "--checkpoint"),
+        ("amltrain data prep", "prepare"),
         ("amltrain predict --sentence", "--sentence"),
     ],
 )

@@ -1,4 +1,4 @@
-"""--device: what is here is taken, what is not is refused in one line."""
+"""--device: what is here is taken, what is not is rejected in one line."""
 
 import pytest
 import torch

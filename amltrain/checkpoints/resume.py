@@ -114,7 +114,15 @@ class Progress:
             raise UserError(f"{name} is damaged: a count in its progress is not one; resume from another checkpoint")
         losses = saved.get("losses", [0.0, 0])
         if not isinstance(losses, list) or not all(fits(value, float) for value in (saved.get("best", 0.0), *losses)):
+<<<<<<< HEAD
+            raise UserError(
+                f"{name} is damaged: a metric in its progress is not a number; resume from another checkpoint"
+            )
+=======
             raise UserError(f"{name} is damaged: a metric in its progress is no number; resume from another checkpoint")
+        if not isinstance(saved.get("callbacks", {}), dict):
+            raise UserError(f"{name} is damaged: its callbacks are not named; resume from another checkpoint")
+>>>>>>> w-stranger
         before = Progress(**saved)
         for what, then, now in (
             ("train.global_batch_size", math.prod(before.spread), math.prod(self.spread)),
@@ -265,6 +273,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLock) -> Path | None:
     """Make the folder ready and lock it, on the main process; the checkpoint to resume from. Raises UserError."""
     output = config.folder
+    if (output / checkpoints.MANIFEST).is_file():
+        raise UserError(f"{output} is a checkpoint; resume its run with --output {output.parent}, or choose another")
     made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -279,7 +289,7 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
     except OSError as error:
         raise _unwritable(output, error) from error
     except UserError:
-        if made:  # a refused start leaves no empty folder
+        if made:  # a rejected start leaves no empty folder
             (output / SEEN_FILE).unlink(missing_ok=True)
             lock.release()
             with suppress(OSError):
@@ -299,7 +309,7 @@ def check_shared(accelerator: Accelerator, output: Path) -> None:
 
 
 def write_config(config: RunConfig) -> None:
-    """Write config.yaml, once a run has started: a refused start must not replace the record of an earlier run."""
+    """Write config.yaml, once a run has started: a rejected start must not replace the record of an earlier run."""
     try:
         save_config(config, config.folder / RUN_CONFIG)
     except OSError as error:

@@ -262,10 +262,14 @@ def _load_optimizer(saved: SavedState, method: nn.Module, optimizer: Optimizer) 
     number, described = 0, []
     for group, stored in zip(optimizer.param_groups, groups, strict=True):
         kept = {key: group.get(key) for key in ("fused", "foreach")}  # how it computes belongs to this machine
-        values_now = {key: _like(value, group.get(key)) for key, value in stored.items() if key != "params"}
+        values_now = {key: _like(value, group.get(key), key) for key, value in stored.items() if key != "params"}
         described.append({**values_now, **kept, "params": list(range(number, number + len(group["params"])))})
+        fields = {field for parameter in group["params"] for field in wanted.get(names[id(parameter)], [])}
         for parameter in group["params"]:
             name = names[id(parameter)]
+            if name in wanted and fields != set(wanted[name]):
+                gone = sorted(fields - set(wanted[name]))[0]
+                raise UserError(f"{saved.checkpoint / STATE} has no {gone} of {name}; resume from another checkpoint")
             found = {field: _state_of(saved, name, field, parameter) for field in wanted.get(name, [])}
             if found or name in values:
                 state[number] = {**found, **values.get(name, {})}
@@ -277,7 +281,8 @@ def _state_of(saved: SavedState, name: str, field: str, parameter: Tensor) -> Te
     """One tensor of a parameter's state, sharded as the parameter where it has the parameter's shape."""
     key = f"optimizer/{name}/{field}"
     if not isinstance(parameter, DTensor) or field == "step":
-        return saved.rows(key)
+        rows = saved.rows(key)
+        return rows if field == "step" or rows.ndim == 0 else _shaped(rows, parameter, key)
     rows = (
         saved.rows(key, *owned_rows(parameter)) if parameter.to_local().numel() else parameter.to_local().detach().cpu()
     )
@@ -291,8 +296,12 @@ def _state_of(saved: SavedState, name: str, field: str, parameter: Tensor) -> Te
     )
 
 
-def _like(value: Any, now: Any) -> Any:
-    """JSON has no tuples: as the group of this run has it."""
+def _like(value: Any, now: Any, key: str) -> Any:
+    """JSON has no tuples: as the group of this run has it. Raises UserError for a value of another kind."""
+    numbers = [isinstance(entry, (int, float)) for entry in (value, now)]
+    lengths = [len(entry) if isinstance(entry, (list, tuple)) else None for entry in (value, now)]
+    if now is not None and value is not None and (numbers[0] != numbers[1] or lengths[0] != lengths[1]):
+        raise UserError(f"{key} of the optimizer is {value} in the checkpoint and {now} in this run")
     return tuple(value) if isinstance(now, tuple) and isinstance(value, list) else value
 
 

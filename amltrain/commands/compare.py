@@ -5,7 +5,7 @@
 
 Each argument is a model: NAME=RESULTS[,RESULTS...], one for each seed, or RESULTS alone. RESULTS is the folder of an
 evaluation, a results.json, or a run. The first model is the reference. Results that were measured under different
-protocols are refused. Intervals need the samples that `amltrain evaluate` writes.
+protocols are rejected. Intervals need the samples that `amltrain evaluate` writes.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     amltrain convert --model caris_swin_base --file caris_refcoco.pth --output models/caris_refcoco
     amltrain convert --model cris_r101 --file cris_g.pth --output models/cris_g --max_tokens 22
 
-Prints what was renamed, what was dropped and why; refuses a file that does not match the model, naming the keys.
+Prints what was renamed, what was dropped and why; rejects a file that does not match the model, naming the keys.
 """
 
 import argparse

@@ -21,6 +21,17 @@ from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.errors import UserError, one_line_errors
 from amltrain.run_folder import find_model_folder
 
+OF_TRAINING = (
+    "leak_filter",
+    "also_held_out",
+    "held_out_ids",
+    "weights",
+    "train_split",
+    "train_unit",
+    "augment",
+)
+"""Keys of `data` that an evaluation does not read."""
+
 
 def build_parser() -> ArgumentParser:
     """Build the command line's parser."""
@@ -42,7 +53,7 @@ def build_parser() -> ArgumentParser:
         help="splits, e.g. val testA; `refcoco+:val` names the data set; `all`: every evaluation split",
     )
     add("--output", type=str | None, help="folder for results; null = evaluation/ and the checkpoint")
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DataConfig, "data", skip=set(OF_TRAINING))
     parser.set_defaults({"data.datasets": []})
     add(
         "--preset",

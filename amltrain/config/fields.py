@@ -104,10 +104,12 @@ def key(
 
 
 def check_number(key: str, value: float | None, low: float, high: float) -> None:
-    """Raise UserError, naming the key, if a number lies outside its range or is NaN."""
-    if value is None or low <= value <= high:
+    """Raise UserError, naming the key, if a number lies outside its range, is NaN or infinite."""
+    if value is None or (low <= value <= high and not math.isinf(value)):
         return
-    if low == POSITIVE:
+    if value == ANY:
+        wanted = "be finite"
+    elif low == POSITIVE:
         wanted = "be more than 0"
     elif high == ANY:
         wanted = f"be at least {low:g}"

@@ -217,11 +217,17 @@ def _check_keys(
             if isinstance(scalar, yaml.ScalarNode):
                 plain_scalar(scalar, kinds.get(str(key.value)), f"{path}, line {line}: {name}")
         if isinstance(value, yaml.MappingNode):
+            known = {*groups, *kinds}
+            if not value.value and str(key.value) not in known and (kinds or not prefix):
+                close = difflib.get_close_matches(str(key.value), known, n=1)
+                hint = f"did you mean {prefix}{close[0]}?" if close else "see --help"
+                raise UserError(f"{path}, line {line}: unknown key {name}; {hint}")
             below = groups_of(group) if group else {}
             _check_keys(value, below, path, f"{name}.", places, field_types(group))
-        elif group and isinstance(value, yaml.ScalarNode):
+        elif group:
+            given = "a list" if isinstance(value, yaml.SequenceNode) else value.value or "empty"
             raise UserError(
-                f"{path}, line {line}: {name} is a group of keys, not {value.value or 'empty'}; "
+                f"{path}, line {line}: {name} is a group of keys, not {given}; "
                 f"to start from another file, write `{BASE}: [FILE]` at the top"
             )
 

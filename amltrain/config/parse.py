@@ -3,11 +3,13 @@
 import argparse
 import difflib
 import json
+import numbers
 import re
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
     not fit, naming it. `--help` prints and exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    check_sections()
     sections = {name: NoGroups for registry in SECTIONED for name in registry.names()}
     layers = read_config_files(argv, {**sections, **groups_of(RunConfig)})
     flags, files = read_flags(argv), layers.values
@@ -100,18 +103,31 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
         raise UserError(f"{layers.place(str(error))}{error}") from error
 
 
+def check_sections() -> None:
+    """Raise UserError for a plugin's name that already stands for another section or key of a run."""
+    taken = {own.name: "a key of every run" for own in fields(RunConfig)}
+    for registry in SECTIONED:
+        for name in registry.names():
+            if name in taken:
+                raise UserError(f"{registry.kind} {name!r} has the name of {taken[name]}; register it under another")
+            taken[name] = f"a registered {registry.kind}"
+
+
 def config_of(values: Mapping[str, Any] | str | Path, base: str | None) -> RunConfig:
     """Read a run from nested values, or from the path or shipped name of a file, through the same checks.
 
     base: a shipped config or file below it. Raises UserError.
     """
-    layers = [] if base is None else ["--config", base]
+    layers = [] if base is None else ["--config", str(base)]
     if isinstance(values, (str, Path)):
         return checked([*layers, "--config", str(values)])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "settings.yaml"
         file.write_text(yaml.safe_dump(_plain(dict(values)), sort_keys=False), encoding="utf-8")
-        return checked([*layers, *(["--config", str(file)] if values else [])])
+        try:
+            return checked([*layers, *(["--config", str(file)] if values else [])])
+        except UserError as error:  # the file is ours; its reader has no use for the place
+            raise UserError(re.sub(rf"{re.escape(str(file))}, line \d+(, |: )", "", str(error))) from error
 
 
 def checked(argv: Sequence[str]) -> RunConfig:
@@ -207,11 +223,21 @@ def nearest_keys(key: str, keys: Sequence[str]) -> list[str]:
     return grouped[:3] or typos or find_option(last) or difflib.get_close_matches(key, keys, n=2, cutoff=0.6)
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
+def _plain(value: Any, place: str = "") -> Any:
+    """Tuples as lists, paths as text and numbers of NumPy as Python's, for YAML. Raises UserError for other types."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {key: _plain(entry, f"{place}.{key}" if place else str(key)) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry, place) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, str, date)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise UserError(f"{place} is of type {type(value).__name__}; give a number, a text, a list or a dictionary")
 
 
 def _show_basic_keys(parser: ArgumentParser, options: Collection[str]) -> None:

@@ -332,7 +332,7 @@ class RunConfig:
     seed: int = key(0, low=0, high=2**32 - 1, basic=True)
     """Seed of everything random."""
     resume: str = key("auto", scope=LOCAL, basic=True)
-    """auto: resume from output/last if it exists; never: start a new run (refuses a folder that has checkpoints); or a
+    """auto: resume from output/last if it exists; never: start a new run (rejects a folder that has checkpoints); or a
     checkpoint folder."""
     method: str = key("aml", basic=True)
     """Training method; `amltrain list methods` lists them. Its options are in the section of its name, e.g. aml.tau."""
@@ -378,17 +378,37 @@ def sectioned(config: RunConfig) -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values as in a YAML file, where dotted keys ("train.max_steps") may stand for groups too."""
+    """Nested values as in a YAML file, where dotted keys ("train.max_steps") may stand for groups too.
+
+    Raises UserError for anything but a mapping, for a key that is not a text and for one that is set twice.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(
+            f"a run is a RunConfig, nested values or the name of a YAML file, not of type {type(values).__name__}"
+        )
     result: dict[str, Any] = {}
     for name, value in values.items():
-        group, _, rest = str(name).partition(".")
-        inner = {rest: value} if rest else value
-        if isinstance(inner, Mapping):
-            before = result.get(group)
-            result[group] = {**(before if isinstance(before, dict) else {}), **nested(inner)}
-        else:
-            result[group] = inner
+        if not isinstance(name, str):
+            raise UserError(f"{name!r} is of type {type(name).__name__}; write the name of a key as a text")
+        _add(result, name, value, "")
     return result
+
+
+def _add(result: dict[str, Any], name: str, value: Any, prefix: str) -> None:
+    """Set one key, or a group of them, in nested values."""
+    group, _, rest = name.partition(".")
+    inner = {rest: value} if rest else value
+    if not isinstance(inner, Mapping) or not isinstance(result.setdefault(group, {}), dict):
+        if group in result:
+            raise UserError(f"{prefix}{group} is set twice; keep one of them")
+        result[group] = inner
+        return
+    for name_below, below in inner.items():
+        if not isinstance(name_below, str):
+            raise UserError(
+                f"{name_below!r} in {prefix}{group} is of type {type(name_below).__name__}; write the key as a text"
+            )
+        _add(result[group], name_below, below, f"{prefix}{group}.")
 
 
 def free_options(config: RunConfig) -> list[str]:

@@ -126,7 +126,7 @@ def build_augmentations(names: Sequence[str], options: Mapping[str, Any] | None 
 
     names: registered names (`data.augment`). options: by name, an instance of that augmentation's options dataclass;
     an augmentation without an entry gets its defaults.
-    Raises UserError for an unknown name, a name given twice, and options that the augmentation refuses.
+    Raises UserError for an unknown name, a name given twice, and options that the augmentation rejects.
     """
     twice = sorted({name for name in names if list(names).count(name) > 1})
     if twice:

@@ -247,7 +247,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     manifest = load_json(path)
     if not isinstance(manifest, dict) or not manifest.keys() >= _REQUIRED:
-        raise UserError(f"{path} is no manifest of prepared data; remove {folder} and prepare it again")
+        raise UserError(f"{path} is not a manifest of prepared data; remove {folder} and prepare it again")
     return manifest
 
 

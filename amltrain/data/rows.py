@@ -373,7 +373,7 @@ def local_shards(prepared: str, dataset: str, split: str) -> list[str] | None:
         return paths
     if prepared.count("/") == 1 and not prepared.startswith((".", "/")):
         return None
-    raise UserError(f"{prepared} is no folder; run amltrain data prepare --dataset {dataset} --output {prepared}")
+    raise UserError(f"{prepared} is not a folder; run amltrain data prepare --dataset {dataset} --output {prepared}")
 
 
 def _hashes(prepared: str, dataset: str) -> dict[str, Any] | None:

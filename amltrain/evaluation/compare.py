@@ -166,7 +166,7 @@ def _of_one_protocol(
     candidates = [runs[split] for group in read.values() for runs in group]
     common = set.intersection(*({_protocol(run) for run in runs} for runs in candidates))
     if not common:
-        _refuse(split, candidates)
+        _reject(split, candidates)
     if len(common) > 1:
         raise UserError(
             f"{split[0]} {split[1]}: the results hold scores under several common protocols; keep one per folder "
@@ -189,7 +189,7 @@ def _protocol(run: Run) -> str:
     return json.dumps(run.results.protocol, sort_keys=True)
 
 
-def _refuse(split: SplitKey, candidates: Sequence[Sequence[Run]]) -> None:
+def _reject(split: SplitKey, candidates: Sequence[Sequence[Run]]) -> None:
     first = candidates[0][0]
     for [other, *_] in candidates[1:]:
         mine, theirs = first.results.protocol, other.results.protocol

@@ -1,7 +1,7 @@
 """Read official checkpoints without running their pickle, and convert them into model folders.
 
 Files are loaded with `weights_only=True`. Besides tensors, the files hold an argparse.Namespace under "args" (LAVT,
-CARIS) and numpy numbers (best scores). The first is admitted by name, the latter are left out, the rest is refused.
+CARIS) and numpy numbers (best scores). The first is admitted by name, the latter are left out, the rest is rejected.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Find a model by its name: a folder here, a run, or a repository on the HuggingFace Hub.
 
-Nothing here imports torch, so that a command can refuse a wrong name before it imports what it needs for a right one.
+Nothing here imports torch, so that a command can reject a wrong name before it imports what it needs for a right one.
 
 A trained model as a folder that anyone can load: on disk, in `step-N/model`, or on the HuggingFace Hub.
 
@@ -111,7 +111,7 @@ def _forget_origin(path: Path) -> None:
 
 
 def _owned(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU tensors, none sharing memory with another (safetensors refuses tied weights)."""
+    """CPU tensors, none sharing memory with another (safetensors rejects tied weights)."""
     seen: set[int] = set()
     owned = {}
     for key, tensor in state_dict.items():

@@ -56,7 +56,7 @@ def push_model(
     repo: user/name, created if missing (private if `private`). revision: branch to push to, created if missing.
     results_file: scores for the card instead of the folder's own. dry_run: check everything without contacting the Hub,
     and return the card and the list of files. Raises UserError, in one line, for a folder that is
-    absent or not whole, a repository name that cannot be, a missing or refused token, and a Hub out of reach.
+    absent or not whole, a repository name that cannot be, a missing or rejected token, and a Hub out of reach.
     """
     check_access(repo, online=not dry_run)
     folder = _whole_model_folder(Path(source))

@@ -48,7 +48,7 @@ class Recorder(Protocol):
 class Method(nn.Module):
     """A model, its loss, and the way they are trained.
 
-    Buffers and parameters of a subclass travel with the training state, so a resumed run has them; the exported model
+    Buffers and parameters of a subclass are part of the training state, so a resumed run has them; the exported model
     is `self.model` alone. Randomness must come from `batch.random_key`, a function of (seed, epoch, sample).
     """
 
@@ -136,7 +136,15 @@ def build_method(
     check_channels(loss, type(model).__name__, model.mask_channels)
     options = METHODS.options(name)() if options is None else options
     check_options(options)
-    method = METHODS[name].value(model, loss, options, vocabulary)
+    return named_method(METHODS[name].value(model, loss, options, vocabulary), name)
+
+
+def named_method(method: Any, name: str) -> Method:
+    """Give a method that was built its name. Raises UserError for anything but a `Method`."""
+    if not isinstance(method, Method):
+        raise UserError(
+            f"the function that builds method {name} returns an object of type {type(method).__name__}; return a Method"
+        )
     method.name = name
     return method
 

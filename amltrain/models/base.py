@@ -2,7 +2,7 @@
 
 Official key names to ours: renaming rules in, a `Conversion` that leaves no key unexplained out.
 
-Eval mode for a while.
+Evaluation mode, temporarily.
 """
 
 import re
@@ -22,7 +22,7 @@ class Conversion(NamedTuple):
     state_dict  our key -> tensor, loadable with strict=True
     renamed     official key -> our key
     dropped     official key -> why it has no place here (an unused head, an index buffer that is recomputed, ...)
-    unmatched   official keys that nothing is known about: a caller must refuse or report them
+    unmatched   official keys that nothing is known about: a caller must reject or report them
     missing     our keys that the official file did not give
     """
 

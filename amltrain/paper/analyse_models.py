@@ -82,7 +82,7 @@ def _grid(args: argparse.Namespace, perturbations: dict[str, Perturbation | None
         raise unknown_name("--metric", args.metric, list_metrics())
     places = [(name, place) for name, seeds in parse_seeds(args.models).items() for place in seeds]
     for _, place in places:
-        find_model_folder(place)  # a wrong name is refused before the first model is scored
+        find_model_folder(place)  # a wrong name is rejected before the first model is scored
     data = data_of(args, places[0][1])
     accelerator = single_process(data)
     values: Grid = {}

@@ -44,7 +44,7 @@ def saved_figure(path: Path, size: tuple[float, float]) -> "Iterator[Figure]":
     yield figure
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with rc_context({"pdf.fonttype": 42}):  # publishers refuse the default, Type 3
+        with rc_context({"pdf.fonttype": 42}):  # publishers reject the default, Type 3
             figure.savefig(path, dpi=200)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

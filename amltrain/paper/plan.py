@@ -60,7 +60,7 @@ class Recipe(NamedTuple):
     @property
     def tiny_model(self) -> str:
         """The small model of the same family, e.g. caris_tiny for caris_swin_base."""
-        return next(name for name in MODELS.family_of(self.model) if name.endswith("_tiny"))
+        return min((name for name in MODELS.family_of(self.model) if name.endswith("_tiny")), key=len)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import multiprocessing
 import os
 import shlex
@@ -91,6 +92,11 @@ def run_command(command: Command) -> None:
     """
     if command.done and command.name != "train":
         return
+    if importlib.util.find_spec(MODULES[command.name].partition(".")[0]) is None:
+        raise UserError(
+            f"`{command}` needs the folder benchmarks/, which the repository has and the wheel does not; run "
+            f"it in a checkout"
+        )
     target = _check if command.done else _call
     print("" if command.done else f"\n$ {command}", flush=True)
     started = time.monotonic()
@@ -122,12 +128,12 @@ def _check(module: str, arguments: Sequence[str]) -> None:
     from amltrain.checkpoints.resume import check_recipe
     from amltrain.commands.train import read_run
 
-    def refuse(text: str) -> None:
+    def reject(text: str) -> None:
         raise UserError(text.replace("WARNING: ", "").replace("the run continues with the new value", "move it away"))
 
     with one_line_errors():
         config = read_run(without_launcher(arguments))
-        check_recipe((config.folder / LAST).resolve(), config, refuse)
+        check_recipe((config.folder / LAST).resolve(), config, reject)
 
 
 def without_launcher(arguments: Sequence[str]) -> list[str]:

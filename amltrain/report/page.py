@@ -160,7 +160,7 @@ def report(options: ReportOptions) -> Path:
         raise UserError("--results holds scores of whole splits; leave --max_samples out")
     source = find_source(options.run, options.checkpoint)
     output = Path(options.output) if options.output else (source.run or Path(".")) / "report.html"
-    find_model_folder(source.model)  # a name that is nothing at all is refused as such
+    find_model_folder(source.model)  # a name that is nothing at all is rejected as such
     if source.run is None and not options.output:
         raise UserError(
             f"{source.model} is not the folder of a run: it has no {LOG_FILE}; correct it, or give --output for a page "

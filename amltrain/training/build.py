@@ -34,7 +34,7 @@ from amltrain.evaluation.results import run_protocol
 from amltrain.files import write_text
 from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
-from amltrain.methods.base import Method, build_method
+from amltrain.methods.base import Method, build_method, named_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
 from amltrain.models.registry import model_builder
 from amltrain.records import Vocabulary
@@ -91,8 +91,7 @@ def build_components(
     if method is None:
         built = build_method(config.method, given, loss, config.method_options, tokenizer.vocabulary)
     else:
-        built = method(given, loss, config.method_options, tokenizer.vocabulary)
-        built.name = config.method
+        built = named_method(method(given, loss, config.method_options, tokenizer.vocabulary), config.method)
     if config.train.sync_batchnorm and processes > 1 and on_cuda:
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
         built = convert_sync_batchnorm(built)
@@ -175,7 +174,7 @@ def write_model_folder(folder: Path, config: RunConfig, components: RunComponent
 
 
 LARGE_FROZEN = 1_000_000
-"""Frozen parameters with random values from which on a run is refused; tiny models have fewer."""
+"""Frozen parameters with random values from which on a run is rejected; tiny models have fewer."""
 LARGE_RANDOM = 20_000_000
 """Parameters of a full-size model, whose random start deserves a warning."""
 PREFETCHED = 2

@@ -75,7 +75,7 @@ def best_value(results: list[Results], splits: list[str], evaluation: Evaluation
 def dry_run(config: RunConfig) -> Iterator[RunConfig]:
     """Yield the config of a run of one step in a temporary folder, without trackers and pushes.
 
-    Raises UserError where the real run would be refused, and for data that is not prepared yet: preparing it would
+    Raises UserError where the real run would be rejected, and for data that is not prepared yet: preparing it would
     leave files.
     """
     prepared = Path(config.data.prepared)

@@ -156,7 +156,7 @@ READERS: dict[str, Callable[[Place, bytes], Any]] = {
 }
 HARMLESS = {
     ("official checkpoint", "object array"),  # read without the object
-    ("annotation pickle", "tar"),  # read up to its first number, which the reader of refs refuses
+    ("annotation pickle", "tar"),  # read up to its first number, which the reader of refs rejects
     ("annotation pickle", "torch.save of old"),
 }
 
@@ -170,7 +170,7 @@ def cases() -> Iterator[Case]:
             ) -> Any:
                 return attack(place, make(Touch(place.marker)))
 
-            expected = "either" if (reader, payload) in HARMLESS else "refused"
+            expected = "either" if (reader, payload) in HARMLESS else "rejected"
             yield Case("files with code", f"{payload} as {reader}", expected, give)
     for name, attack in (("tokenizer", _custom_tokenizer), ("model", _custom_model), ("config", _custom_config)):
         yield Case("files with code", f"auto_map of a {name} folder", "either", partial(attack))

@@ -67,22 +67,22 @@ def cases() -> Iterator[Case]:
     kind = "model folders"
     for name in FILES:
         for damage, content in DAMAGED.items():
-            expected = "either" if name == "tokenizer_config.json" and damage == "null" else "refused"
+            expected = "either" if name == "tokenizer_config.json" and damage == "null" else "rejected"
             yield Case(kind, f"{name}: {damage}", expected, _replaced(name, content))
-        ignored = "used" if name == "tokenizer_config.json" else "refused"  # transformers sees no file
+        ignored = "used" if name == "tokenizer_config.json" else "rejected"  # transformers sees no file
         yield Case(kind, f"{name}: a named pipe", ignored, _with(_pipe(name)))
-        without = "either" if name == "tokenizer_config.json" else "refused"
+        without = "either" if name == "tokenizer_config.json" else "rejected"
         yield Case(kind, f"{name}: missing", without, _with(lambda folder, name=name: (folder / name).unlink()))
     for field in fields(Preprocess):
         for name, value in odd(NUMBERS):
             harmless = field.name == "tokenizer" and name == "text"
-            expected = "used" if harmless else "refused"
+            expected = "used" if harmless else "rejected"
             yield Case(
                 kind, f"{field.name}: {name}", expected, _changing("preprocessor_config.json", [field.name], value)
             )
     for field in fields(Protocol):
         for name, value in odd(NUMBERS):
-            expected = "either" if ("protocol", field.name, name) in HARMLESS else "refused"
+            expected = "either" if ("protocol", field.name, name) in HARMLESS else "rejected"
             if name == "null":
                 expected = "either"  # an older version's "unset"
             yield Case(
@@ -93,15 +93,18 @@ def cases() -> Iterator[Case]:
             )
     for key in ("model", "kwargs", "protocol"):
         for name, value in odd(("null", "2^70", "text", "[]", "nested", "half a surrogate", "100,000 letters")):
-            yield Case(kind, f"{key}: {name}", "refused", _changing("config.json", [key], value))
+            yield Case(kind, f"{key}: {name}", "rejected", _changing("config.json", [key], value))
     for name, value in odd(("-1", "0", "2^70", "1e999", "text", "[]")):
         yield Case(
-            kind, f"kwargs.window_size: {name}", "refused", _changing("config.json", ["kwargs"], {"window_size": value})
+            kind,
+            f"kwargs.window_size: {name}",
+            "rejected",
+            _changing("config.json", ["kwargs"], {"window_size": value}),
         )
     for key in ("model_max_length", "tokenizer_class", "pad_token", "cls_token", "extra_special_tokens"):
         for name, value in odd(("null", "-1", "2^70", "text", "[[]]", "half a surrogate", "nested")):
             yield Case(kind, f"{key}: {name}", "either", _changing("tokenizer_config.json", [key], value))
-    yield Case(kind, "a normaliser that grows", "refused", _changing("tokenizer.json", ["normalizer"], BOMB))
+    yield Case(kind, "a normaliser that grows", "rejected", _changing("tokenizer.json", ["normalizer"], BOMB))
     yield Case(
         kind, "a vocabulary of negative ids", "either", _changing("tokenizer.json", ["model", "vocab"], {"a": -1})
     )
@@ -117,7 +120,7 @@ def cases() -> Iterator[Case]:
                 (folder / "results.json").write_text('{"results": []}')
                 (folder / name).write_bytes(content)
 
-            yield Case("cards and results", f"{name}: {damage}", "refused", _with(spoil, _card))
+            yield Case("cards and results", f"{name}: {damage}", "rejected", _with(spoil, _card))
     row = {"dataset": "refcoco", "split": "val", "counts": {}, "protocol": {}, "provenance": {}, "metrics_percent": {}}
     for key in row:
         for name, value in odd(("null", "2^70", "text", "[[]]", "nested", "1e999")):
@@ -129,5 +132,5 @@ def cases() -> Iterator[Case]:
 
             harmless = key in ("dataset", "split") and name == "text"
             yield Case(
-                "cards and results", f"results {key}: {name}", "either" if harmless else "refused", _with(write, _card)
+                "cards and results", f"results {key}: {name}", "either" if harmless else "rejected", _with(write, _card)
             )

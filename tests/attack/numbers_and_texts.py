@@ -112,9 +112,9 @@ def _pipe(place: Place) -> Any:
 def cases() -> Iterator[Case]:
     harmless = ("a merge", "twice", "binary", "two documents")
     for name, text in YAML.items():
-        expected = "either" if name in harmless else "refused"
+        expected = "either" if name in harmless else "rejected"
         yield Case("configs", name, expected, _config(text))
-    yield Case("configs", "a named pipe as base", "refused", _pipe)
+    yield Case("configs", "a named pipe as base", "rejected", _pipe)
     for key in KEYS:
         for value in VALUES:
             yield Case("flags", f"{key} {value[:12]!r}", "either", lambda _, k=key, v=value: read_run([f"--{k}", v]))
@@ -141,7 +141,7 @@ def cases() -> Iterator[Case]:
         yield Case("flags", f"{flag[:20]!r} alone", "either", lambda _, f=flag: read_run([f]))
     for name, sentence in SENTENCES.items():
         expected = (
-            "refused"
+            "rejected"
             if name in ("empty", "spaces", "no-break spaces")
             else "either"
             if name == "half a surrogate"

@@ -159,25 +159,25 @@ def cases() -> Iterator[Case]:
             yield Case("tables", f"{key}: {name}", "either", _table({**ROW, key: value}))
     for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xyz"):
         for name, content in DAMAGED.items():
-            yield Case("tables", f"table{ending}: {name}", "refused", _file(f"t/table{ending}", content, _read_table))
+            yield Case("tables", f"table{ending}: {name}", "rejected", _file(f"t/table{ending}", content, _read_table))
     for name in ("", "..", "../x", "a/b", "a\0b", "x" * 500, "refcoco", ".hidden", "-x", "\ud800"):
-        yield Case("tables", f"named {name[:10]!r}", "refused", _named(name))
+        yield Case("tables", f"named {name[:10]!r}", "rejected", _named(name))
     huge = io.StringIO()
     csv.writer(huge).writerows([["image", "sentence", "mask"], ["x.jpg", "x" * 10**6, "m.png"]])
     yield Case(
         "tables", "a cell of a million letters", "either", _file("t/table.csv", huge.getvalue().encode(), _read_table)
     )
-    yield Case("tables", "a named pipe", "refused", _piped("table.jsonl", _read_table))
-    yield Case("tables", "a folder without files", "refused", lambda place: read_folder(place.folder, "own"))
+    yield Case("tables", "a named pipe", "rejected", _piped("table.jsonl", _read_table))
+    yield Case("tables", "a folder without files", "rejected", lambda place: read_folder(place.folder, "own"))
     lone = {"sent_id": 1, "size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
     for key in ("sent_id", "size", "counts", "ref_id"):
         for name, value in odd(("null", "2^70", "1e999", "text", "[[]]", "{}", "nested", "half a surrogate")):
             either = key == "ref_id" or (key, name) == ("sent_id", "2^70")
             yield Case(
-                "predictions", f"{key}: {name}", "either" if either else "refused", _predicted({**lone, key: value})
+                "predictions", f"{key}: {name}", "either" if either else "rejected", _predicted({**lone, key: value})
             )
     for name, content in DAMAGED.items():
-        expected = "either" if name in ("empty", "NUL") else "refused"
+        expected = "either" if name in ("empty", "NUL") else "rejected"
         yield Case(
             "predictions",
             f"file: {name}",
@@ -193,7 +193,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "files of a run",
             f"log.jsonl, convergence: {name}",
-            "refused",
+            "rejected",
             _file("log.jsonl", content, lambda path: read_losses(path.parent)),
         )
         yield Case("files of a run", f"manifest.json: {name}", "used", _manifest(content))
@@ -205,17 +205,17 @@ def cases() -> Iterator[Case]:
             yield Case(
                 "files of a run",
                 f"progress step: {name}",
-                "refused",
+                "rejected",
                 _progress({**PROGRESS.state_dict(), "step": value}),
             )
         yield Case(
             "files of a run",
             f"progress spread: {name}",
-            "refused",
+            "rejected",
             _progress({**PROGRESS.state_dict(), "spread": value}),
         )
         yield Case(
-            "files of a run", f"progress unknown: {name}", "refused", _progress({**PROGRESS.state_dict(), "x": value})
+            "files of a run", f"progress unknown: {name}", "rejected", _progress({**PROGRESS.state_dict(), "x": value})
         )
     for name in ("model/model.safetensors", checkpoints.TRAINER_FILE, checkpoints.MANIFEST):
         yield Case(

@@ -39,7 +39,7 @@ def png(width: int, height: int, depth: int = 8, colour: int = 2, data: bytes = 
 JPEG, PNG = encoded("JPEG"), encoded("PNG")
 EXIF = Image.Exif()
 EXIF[0x0112] = 99
-REFUSED: dict[str, bytes] = {
+REJECTED: dict[str, bytes] = {
     "nothing": b"",
     "text": b"<html>404</html>",
     "PNG of 60,000 x 60,000": png(60_000, 60_000),
@@ -91,14 +91,14 @@ def _with(read: Callable[[Path], Any], content: bytes) -> Callable[[Place], Any]
 
 
 def _prepare_reader(path: Path) -> Any:
-    return refused(lambda: read_image_file(path.parent, path.name))
+    return rejected(lambda: read_image_file(path.parent, path.name))
 
 
 def _mask_reader(path: Path) -> Any:
-    return refused(lambda: read_mask_file(path.parent, path.name, value=1))
+    return rejected(lambda: read_mask_file(path.parent, path.name, value=1))
 
 
-def refused(read: Callable[[], Any]) -> Any:
+def rejected(read: Callable[[], Any]) -> Any:
     """A FileFault, which is counted, as the error that ends a command where too many are."""
     try:
         return read()
@@ -131,18 +131,18 @@ def _path(name: str) -> Callable[[Place], Any]:
         (root / "device").symlink_to("/dev/zero")
         (root / "folder").mkdir()
         os.mkfifo(root / "pipe")
-        return refused(lambda: read_file_below(root, name))
+        return rejected(lambda: read_file_below(root, name))
 
     return attack
 
 
 def cases() -> Iterator[Case]:
     for reader, read in READERS.items():
-        for name, content in REFUSED.items():
-            expected = "either" if name.startswith("PNG of 14,000") or (name, reader) in READ else "refused"
+        for name, content in REJECTED.items():
+            expected = "either" if name.startswith("PNG of 14,000") or (name, reader) in READ else "rejected"
             yield Case("images", f"{name}, {reader}", expected, _with(read, content))
         for name, content in ODD.items():
             expected = "either" if reader == "mask" else "used"
             yield Case("images", f"{name}, {reader}", expected, _with(read, content))
     for name in PATHS:
-        yield Case("paths", repr(name[:30]), "refused", _path(name))
+        yield Case("paths", repr(name[:30]), "rejected", _path(name))

@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], Any]] = {
 def cases() -> Iterator[Case]:
     kind = "prepared data"
     for name, (keys, value) in WRONG.items():
-        yield Case(kind, name, "refused", _rewritten(_set(keys, value), SHOWN_FEATURES.arrow_schema))
+        yield Case(kind, name, "rejected", _rewritten(_set(keys, value), SHOWN_FEATURES.arrow_schema))
     yield Case(
         kind,
         "a sentence of 100,000 letters",
@@ -154,7 +154,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 kind,
                 f"{column} of type {name}",
-                "either" if harmless or column == "file_name" else "refused",
+                "either" if harmless or column == "file_name" else "rejected",
                 _rewritten(replace),
             )
     for column in ("image_id", "image", "referents"):
@@ -163,11 +163,11 @@ def cases() -> Iterator[Case]:
             for row in rows:
                 del row[column]
 
-        yield Case(kind, f"no column {column}", "refused", _rewritten(drop))
+        yield Case(kind, f"no column {column}", "rejected", _rewritten(drop))
     for number in range(40):
         yield Case(kind, f"flipped bit {number}", "either", lambda place, number=number: _flipped(place, number))
     for name, content in DAMAGED.items():
-        yield Case(kind, f"manifest: {name}", "refused", _manifest(content))
+        yield Case(kind, f"manifest: {name}", "rejected", _manifest(content))
     for key in ("splits", "split_by", "generalised", "metrics"):
         for name, value in odd(("null", "-1", "text", "[[]]", "nested")):
             yield Case(kind, f"manifest spec.{key}: {name}", "either", _own_manifest(key, value))

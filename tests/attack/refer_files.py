@@ -134,18 +134,18 @@ def cases() -> Iterator[Case]:
             yield Case(kind, f"instances {'.'.join(map(str, keys))}: {name}", "either", _instances(keys, value))
     for file in ("refs(unc).p", "instances.json"):
         for name, content in DAMAGED.items():
-            yield Case(kind, f"{file}: {name}", "refused", _file(file, content))
-    yield Case("paths", "file_name of a picture outside", "refused", _secret)
+            yield Case(kind, f"{file}: {name}", "rejected", _file(file, content))
+    yield Case("paths", "file_name of a picture outside", "rejected", _secret)
     for name, mask in MASKS.items():
         truth = name == "runs of truth"
-        alone = "either" if truth or name == "another size" else "refused"  # of which image, it cannot know
+        alone = "either" if truth or name == "another size" else "rejected"  # of which image, it cannot know
         yield Case("masks", f"prepared: {name}", alone, lambda _, m=mask: decode_mask(m))
-        yield Case("masks", f"annotation: {name}", "either" if truth else "refused", _components(mask))
-        yield Case("masks", f"annotation list: {name}", "either" if truth else "refused", _components([mask]))
+        yield Case("masks", f"annotation: {name}", "either" if truth else "rejected", _components(mask))
+        yield Case("masks", f"annotation list: {name}", "either" if truth else "rejected", _components([mask]))
     for name, polygons in POLYGONS.items():
-        expected = "used" if name == "mixed" else "refused"  # what is no polygon is dropped
+        expected = "used" if name == "mixed" else "rejected"  # what is no polygon is dropped
         yield Case("masks", f"polygons: {name}", expected, _components(polygons))
     square = [[0, 0, 9, 0, 9, 9]]
     for size in ((10**9, 10**9), (0, 5), (-5, 5), (2**31, 1), (2**16, 2**16)):
-        yield Case("masks", f"polygons in {size[0]} x {size[1]}", "refused", _components(square, size))
-    yield Case("masks", "an endless outline", "refused", _components([LONG], (9000, 9000)))
+        yield Case("masks", f"polygons in {size[0]} x {size[1]}", "rejected", _components(square, size))
+    yield Case("masks", "an endless outline", "rejected", _components([LONG], (9000, 9000)))

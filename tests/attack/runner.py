@@ -26,7 +26,7 @@ SECRET = b"nobody may read this"
 
 
 class Outcome(NamedTuple):
-    """found: refused, used, or what went wrong. said: the error, of one line where it is right."""
+    """found: rejected, used, or what went wrong. said: the error, of one line where it is right."""
 
     case: Case
     found: str
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
     @property
     def right(self) -> bool:
-        return self.found in {"either": ("refused", "used")}.get(self.case.expected, (self.case.expected,))
+        return self.found in {"either": ("rejected", "used")}.get(self.case.expected, (self.case.expected,))
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def _attack(case: Case, place: Place, writing: int) -> None:
     except UserError as error:
         said = str(error)
         short = len(said) < 3000 and "\n" not in said.strip()
-        answer = ("refused" if short else "a long message", said)
+        answer = ("rejected" if short else "a long message", said)
     except BaseException:
         answer = ("traceback", traceback.format_exc())
     os.write(writing, pickle.dumps((answer[0], answer[1].encode(errors="replace").decode()[-30_000:])))

@@ -20,7 +20,7 @@ from tests.training import runs
         (("--model.kwargs.text_dropout", "0.3"), "model.kwargs.text_dropout 0.1, not 0.3"),
     ],
 )
-def test_another_run_is_refused_and_changes_nothing(
+def test_another_run_is_rejected_and_changes_nothing(
     whole: Path, shapes: Path, flags: tuple[str, str], named: str
 ) -> None:
     before = (whole / "config.yaml").read_text()

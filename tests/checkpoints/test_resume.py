@@ -157,7 +157,7 @@ def test_the_words_keep_their_numbers(whole: Path, shapes: Path, tmp_path: Path)
     ("change", "named"),
     [(("--seed", "1"), "seed 0, not 1"), (("--train.global_batch_size", "4"), "train.global_batch_size 8, not 4")],
 )
-def test_other_samples_are_refused(
+def test_other_samples_are_rejected(
     whole: Path, shapes: Path, tmp_path: Path, change: tuple[str, str], named: str
 ) -> None:
     with pytest.raises(UserError, match=named):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from amltrain import run_folder
 from amltrain.checkpoints.state import damage_named, plain_data_only
@@ -108,3 +109,32 @@ def test_other_files_in_the_state_are_never_read(averaged: Path, shapes: Path, t
     resume = ("--resume", str(checkpoint), "--train.max_steps", "2", "--train.ema_decay", "0.5")
     runs.run(shapes, tmp_path / "run", *resume)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("fault", ["shape", "gone"])
+def test_a_damaged_moment_of_the_optimizer_is_named_before_a_step(
+    averaged: Path, shapes: Path, tmp_path: Path, fault: str
+) -> None:
+    """Damage that no hash sees: PyTorch would stop at it in the first step, or not at all where it can broadcast."""
+    checkpoint = tmp_path / "step-000001"
+    shutil.copytree((averaged / "last").resolve(), checkpoint)
+    file = checkpoint / "state" / "optimizer.safetensors"
+    tensors = load_file(file)
+    key = next(name for name, tensor in tensors.items() if name.endswith("/exp_avg") and tensor.ndim > 1)
+    if fault == "gone":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key].reshape(-1)[:1].clone()
+    save_file(tensors, file)
+    reseal(checkpoint)
+    resume = ("--resume", str(checkpoint), "--train.max_steps", "2", "--train.ema_decay", "0.5")
+    with pytest.raises(UserError, match="exp_avg has shape" if fault == "shape" else "has no exp_avg of"):
+        runs.run(shapes, tmp_path / "run", *resume)
+
+
+def test_a_run_cannot_be_started_inside_a_checkpoint(averaged: Path, shapes: Path) -> None:
+    checkpoint = (averaged / "last").resolve()
+    before = sorted(checkpoint.rglob("*"))
+    with pytest.raises(UserError, match=f"is a checkpoint; resume its run with --output {checkpoint.parent}"):
+        runs.run(shapes, checkpoint)
+    assert sorted(checkpoint.rglob("*")) == before

@@ -39,7 +39,7 @@ def test_what_is_shown(contenders: list[Contender]) -> None:
         load_contenders(["a", "b", "c"], None)
 
 
-def test_a_port_that_cannot_be_is_refused_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_cannot_be_is_rejected_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--checkpoint", "nothing", "--port", "70000"])
     assert "--port is 70000 and must lie between 1 and 65535" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def test_a_name_chooses_the_models_that_contain_it(capsys: pytest.CaptureFixture
     assert re.match(r"\| rela_tiny \| [\d.]+ M \| GRES", rows[2]) and len(rows) == 3
 
 
-def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_name_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["models", "no_such_model"])
     assert "no_such_model" in capsys.readouterr().err

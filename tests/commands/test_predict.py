@@ -90,7 +90,7 @@ def test_sentences_come_from_flags_and_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--batch_size", "0"], ["--overlay_side", "-1"]])
-def test_bad_numbers_are_refused_first(flags: list[str]) -> None:
+def test_bad_numbers_are_rejected_first(flags: list[str]) -> None:
     args = command.build_parser().parse_args(["--checkpoint", "x", "--image", "y", "--sentence", "z", *flags])
     with pytest.raises(UserError, match="--batch_size must be"):
         predict_images.run(args)

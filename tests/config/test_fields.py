@@ -1,4 +1,4 @@
-"""Numbers outside their range are refused, by key, before anything starts."""
+"""Numbers outside their range are rejected, by key, before anything starts."""
 
 import pytest
 
@@ -25,7 +25,7 @@ from amltrain.errors import UserError
         ("seed", "-1", "seed is -1 and must lie between"),
     ],
 )
-def test_refused_by_key(flag: str, value: str, message: str) -> None:
+def test_rejected_by_key(flag: str, value: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read_run([f"--{flag}={value}"])
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Runs as YAML and flags: what is read, what is refused, and every file that ships."""
+"""Runs as YAML and flags: what is read, what is rejected, and every file that ships."""
 
 from pathlib import Path
 

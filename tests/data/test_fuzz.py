@@ -29,7 +29,7 @@ VALUES = st.recursive(
 )
 
 
-def reads_or_refuses_in_a_line(read: Callable[[], Any]) -> bool:
+def reads_or_rejects_in_a_line(read: Callable[[], Any]) -> bool:
     """Read; whether it worked, or ended in a UserError of one line. Any other error fails the test."""
     try:
         read()
@@ -40,7 +40,7 @@ def reads_or_refuses_in_a_line(read: Callable[[], Any]) -> bool:
 
 @FAST
 @given(st.data())
-def test_a_mask_survives_and_any_change_of_its_text_is_a_mask_or_refused(data: st.DataObject) -> None:
+def test_a_mask_survives_and_any_change_of_its_text_is_a_mask_or_rejected(data: st.DataObject) -> None:
     """Also against pycocotools, on what passes."""
     height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
     mask = np.random.default_rng(data.draw(st.integers(0, 2**32))).random((height, width)) < data.draw(st.floats(0, 1))
@@ -85,7 +85,7 @@ def test_any_bytes_as_json_or_pickle(content: bytes) -> None:
         path = Path(folder) / "file"
         path.write_bytes(content)
         for read in (load_json, load_pickle):
-            assert reads_or_refuses_in_a_line(lambda read=read: read(path))
+            assert reads_or_rejects_in_a_line(lambda read=read: read(path))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_any_value_in_the_files_of_refer(original: Original, data: st.DataObject
     content[key] = data.draw(VALUES)
     original.refs_file.write_bytes(pickle.dumps(refs))
     (original.folder / "instances.json").write_text(json.dumps(instances))
-    assert reads_or_refuses_in_a_line(lambda: read_refer(original.root, "refcoco"))
+    assert reads_or_rejects_in_a_line(lambda: read_refer(original.root, "refcoco"))
 
 
 @FAST
@@ -119,4 +119,4 @@ def test_any_text_as_a_config(text: str | bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode(errors="surrogatepass"))
-        assert reads_or_refuses_in_a_line(lambda: read_config_files(["--config", str(path)], {}))
+        assert reads_or_rejects_in_a_line(lambda: read_config_files(["--config", str(path)], {}))

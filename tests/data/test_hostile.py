@@ -1,4 +1,4 @@
-"""Files from people who mean harm, and files that were damaged: refused or counted in one sentence, never believed."""
+"""Files from people who mean harm, and files that were damaged: rejected or counted in one sentence, never believed."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_masks_are_checked_before_they_are_decoded(segmentation: Any, size: tupl
         {"size": [-3, -4], "counts": [12]}, {"size": [10**6, 10**6], "counts": [10**12]}, {"size": ["a", 4]}, None,
     ],
 )  # fmt: skip
-def test_decode_mask_refuses_in_a_sentence(mask: Any) -> None:
+def test_decode_mask_rejects_in_a_sentence(mask: Any) -> None:
     with pytest.raises(UserError, match="the mask cannot be decoded"):
         decode_mask(mask)
 
@@ -135,7 +135,7 @@ def test_a_sentence_that_is_no_text_is_counted(key: str, value: str, tmp_path: P
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"images": ' + "9" * 5000 + "}", '"\\ud800"', "\x00", "[1e999]"])
-def test_hostile_json_is_refused_in_a_sentence(content: str, tmp_path: Path) -> None:
+def test_hostile_json_is_rejected_in_a_sentence(content: str, tmp_path: Path) -> None:
     original = Original(tmp_path).write()
     (original.folder / "instances.json").write_text(content)
     with pytest.raises(UserError, match=r"instances\.json (is damaged|has no list)"):
@@ -143,7 +143,7 @@ def test_hostile_json_is_refused_in_a_sentence(content: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("entry", [None, 3, [], {"ref_id": True}, {"ref_id": 1, "image_id": 1.5}])
-def test_hostile_refs_are_refused_in_a_sentence(entry: Any, tmp_path: Path) -> None:
+def test_hostile_refs_are_rejected_in_a_sentence(entry: Any, tmp_path: Path) -> None:
     original = Original(tmp_path).write()
     original.refs_file.write_bytes(pickle.dumps([original.refs[0], entry]))
     with pytest.raises(UserError, match=r"refs\(unc\)\.p: ref number 1 has"):

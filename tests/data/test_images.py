@@ -33,7 +33,7 @@ def test_8_bits_are_as_pillow_converts_them(mode: str) -> None:
     assert np.array_equal(to_rgb(image), image.convert("RGB"))
 
 
-def test_what_does_not_say_where_white_is_gets_refused() -> None:
+def test_what_does_not_say_where_white_is_gets_rejected() -> None:
     with pytest.raises(UserError, match=r"depth\.tif has float pixels.*save it as an 8- or 16-bit PNG"):
         to_rgb(Image.fromarray(GREY.astype(np.float32)), "depth.tif")
     for beyond in (GREY.astype(np.int32) - 300, GREY.astype(np.int32) << 12):

@@ -151,7 +151,7 @@ def test_retrieval_begins_at_its_epoch(prepared: str, tmp_path: Path) -> None:
         ({"retrieval": 0.5}, r"needs mosaic\.rankings"),
     ],
 )
-def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
+def test_options_out_of_range_are_rejected(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Mosaic(MosaicOptions(**options))
 

@@ -33,7 +33,7 @@ def run(original: Original, *options: str, output: str = "prepared") -> Path:
     return folder
 
 
-def refused(capsys: pytest.CaptureFixture[str], original: Original, *options: str) -> str:
+def rejected(capsys: pytest.CaptureFixture[str], original: Original, *options: str) -> str:
     """The one line that is said, with exit code 2; nothing is left beside an empty output folder."""
     with pytest.raises(SystemExit) as stop:
         run(original, *options)
@@ -100,7 +100,7 @@ def test_a_fault_stops_the_run_or_is_counted_and_reported(
 ) -> None:
     original = Original(tmp_path).write()
     spoil(original)
-    said = refused(capsys, original)
+    said = rejected(capsys, original)
     assert re.search(
         rf"refcoco: {lost} of 24 expressions in .* cannot be used so far, more than max_skipped = 0.001", said
     )
@@ -144,7 +144,7 @@ def test_a_dropped_polygon_is_reported_though_nothing_is_lost(tmp_path: Path) ->
     ],
 )
 def test_wrong_arguments(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in refused(capsys, Original(tmp_path).write(), *options)
+    assert message in rejected(capsys, Original(tmp_path).write(), *options)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_late_fault_is_found_before_anything_is_read(
     for name in ("refcoco", "refcocog"):
         original = Original(tmp_path, name).write()
     monkeypatch.setattr(module, "read_refer", lambda *_: pytest.fail("the annotations were read"))
-    assert message in refused(capsys, original, "--dataset", "refcoco", "refcocog", *options)
+    assert message in rejected(capsys, original, "--dataset", "refcoco", "refcocog", *options)
     assert not (tmp_path / "prepared").exists()
 
 
@@ -192,7 +192,7 @@ def test_no_image_folder_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[st
     original = Original(tmp_path).write()
     for number in range(len(original.images)):
         original.image_file(number).unlink()
-    assert "set --image_root to the folder of COCO's train2014 images" in refused(capsys, original)
+    assert "set --image_root to the folder of COCO's train2014 images" in rejected(capsys, original)
 
 
 @pytest.mark.parametrize("sub", ["", "train2014", "images/train2014", "coco/train2014", IMAGES])
@@ -233,7 +233,7 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The kernel refuses to let a file grow beyond so many bytes, as a full disk would."""
+    """The kernel rejects to let a file grow beyond so many bytes, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
@@ -249,7 +249,7 @@ def test_a_full_disk_leaves_nothing(room: int, tmp_path: Path, capsys: pytest.Ca
     original = Original(tmp_path, per_split=8).write()
     (tmp_path / "prepared").mkdir()
     with largest_file(room):
-        said = refused(capsys, original)
+        said = rejected(capsys, original)
     assert re.search(MAKE_ROOM, said)
     run(original)
 

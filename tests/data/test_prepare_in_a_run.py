@@ -1,4 +1,4 @@
-"""A run prepares what is missing before it trains, and refuses before that what cannot be trained on."""
+"""A run prepares what is missing before it trains, and rejects before that what cannot be trained on."""
 
 import json
 from dataclasses import asdict

@@ -33,7 +33,7 @@ def test_a_hub_id_gives_the_rows_of_the_same_folder(prepared: str, tmp_path: Pat
 def test_what_is_not_there_is_said(prepared: str, tmp_path: Path) -> None:
     for place, message in (
         ("nobody/nothing", "could not read refshapes/val from nobody/nothing .* run amltrain data prepare first"),
-        (str(tmp_path / "x"), "x is no folder; run amltrain data prepare --dataset refshapes"),
+        (str(tmp_path / "x"), "x is not a folder; run amltrain data prepare --dataset refshapes"),
         (str(tmp_path), r"has no refshapes/val-\*\.parquet \(it holds nothing prepared\)"),
     ):
         with pytest.raises(UserError, match=message):

@@ -124,7 +124,7 @@ def test_mistakes_get_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_made_is_refused_before_scoring(
+def test_an_output_that_cannot_be_made_is_rejected_before_scoring(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "file").write_text("")

@@ -133,6 +133,6 @@ def test_early_stopping(prepared: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "no better oIoU in 2 evaluations: stopping early" in capsys.readouterr().out
 
 
-def test_shares_that_do_not_fit_are_refused(prepared: Path, tmp_path: Path) -> None:
+def test_shares_that_do_not_fit_are_rejected(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.weights has 1 numbers for 2 data sets"):
         runs.run(prepared, tmp_path, "--data.datasets", "[refshapes, refshapes+]", "--data.weights", "[1]")

@@ -1,4 +1,4 @@
-"""Means over seeds, paired intervals clustered by image, and refusals, on results whose answers are known."""
+"""Means over seeds, paired intervals clustered by image, and rejections, on results whose answers are known."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_draws_take_whole_images():
     assert weights.std(0).min() > 0
 
 
-def test_unequal_protocols_are_refused_by_name(scored: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unequal_protocols_are_rejected_by_name(scored: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored, threshold=0.35)
     with pytest.raises(SystemExit) as stopped:
         main([str(one), str(two)])
@@ -100,7 +100,7 @@ def test_unequal_protocols_are_refused_by_name(scored: Results, tmp_path: Path, 
     assert "differ in threshold (0.5 and 0.35); evaluate both with the same --preset" in said
 
 
-def test_altered_rows_and_other_samples_are_refused(scored: Results, tmp_path: Path):
+def test_altered_rows_and_other_samples_are_rejected(scored: Results, tmp_path: Path):
     shuffled = replace(scored, protocol=scored.protocol | {"shuffled_sentences": True})
     merge_results(tmp_path / "results.json", [shuffled])
     with pytest.raises(UserError, match="holds no score"):

@@ -112,7 +112,7 @@ def test_pictures_are_spread_and_at_the_original_size(accelerator: Accelerator):
     assert results.predictions[1].mask.sum() > results.predictions[1].truth.sum() > 0
 
 
-def test_a_loader_without_original_masks_is_refused(accelerator: Accelerator):
+def test_a_loader_without_original_masks_is_rejected(accelerator: Accelerator):
     split = DataLoader(Scenes(), collate_fn=lambda samples: collate(samples)._replace(original_target=()))
     with pytest.raises(UserError, match="original size"):
         evaluate_model(accelerator, SeesBright(), split, named_protocol("cris"))

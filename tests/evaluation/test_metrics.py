@@ -152,7 +152,7 @@ def test_ties_split_the_families():
     assert classic_scores([7], [10], ties="gt")["Pr@0.7"] == 0  # but 1e-6 weighs more with a small union
 
 
-def test_exchanged_columns_are_refused():
+def test_exchanged_columns_are_rejected():
     with pytest.raises(UserError, match="exchanged"):
         ReferringSegmentation(keep_in_memory=True).compute(
             intersections=[5], unions=[3], areas=[4], no_target=[False], predicted_no_target=[False]

@@ -60,7 +60,7 @@ def test_the_ground_truth_is_the_releases_unless_data_or_run_say_otherwise(
     assert (found.mask_parts, found.threshold, found.frame) == (expected, 0.4, "network")
 
 
-def test_a_threshold_that_decides_nothing_is_refused() -> None:
+def test_a_threshold_that_decides_nothing_is_rejected() -> None:
     for value in (0.0, 1.0, 1.5):
         with pytest.raises(UserError, match=r"evaluation\.protocol\.threshold"):
             run_protocol(named_protocol("lavt"), DataConfig(), ProtocolOverrides(threshold=value))

@@ -1,4 +1,4 @@
-"""Official files of every shape the releases use, written here; what does not match is refused by name."""
+"""Official files of every shape the releases use, written here; what does not match is rejected by name."""
 
 import argparse
 import contextlib
@@ -104,7 +104,7 @@ class Trap:
         return (pytest.fail, ("the pickle was run",))
 
 
-def test_code_in_a_file_is_refused_and_named(tmp_path: Path):
+def test_code_in_a_file_is_rejected_and_named(tmp_path: Path):
     torch.save({"model": WEIGHTS, "args": Trap()}, tmp_path / "trap.pth")
     with pytest.raises(UserError, match=r"holds a _pytest\S+; loading it could run code"):
         read_official(tmp_path / "trap.pth")
@@ -166,7 +166,7 @@ def test_a_whole_conversion(tmp_path: Path):
         ({"stem.0.bias": torch.zeros(5)}, r"vision.bias has shape \[5\], the model's is \[4\]"),
     ],
 )
-def test_a_file_that_does_not_match_is_refused(tmp_path: Path, change: dict, message: str):
+def test_a_file_that_does_not_match_is_rejected(tmp_path: Path, change: dict, message: str):
     state = {k: v for k, v in (WEIGHTS | change).items() if v is not None}
     torch.save(state, tmp_path / "official.pth")
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""A model folder: written whole or not at all, loaded exactly or refused in a sentence."""
+"""A model folder: written whole or not at all, loaded exactly or rejected in a sentence."""
 
 import errno
 import json

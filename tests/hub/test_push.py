@@ -124,7 +124,7 @@ def test_a_push_that_is_cut_off_leaves_nothing(trained: Path, server: HubServer)
     assert server.objects and server.files(REPO) == {}
 
 
-@pytest.mark.parametrize("fault", ["answers 500", "refuses connections"])
+@pytest.mark.parametrize("fault", ["answers 500", "rejects connections"])
 def test_training_goes_on_without_the_hub(
     fault: str,
     shapes: Path,

@@ -79,7 +79,7 @@ def test_a_batch_size_that_cannot_be_left_open_is_said() -> None:
     assert program.reason
 
 
-def test_a_file_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_differs_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amltrain.inference.export.largest_difference", lambda a, b: 0.1)
     with pytest.raises(UserError, match=r"model\.pt2 differs from the model by 0\.1"):
         export_folder(pretrained(Small()), tmp_path / "out", ["torch"], runs=1)

@@ -1,4 +1,4 @@
-"""Contrast of sentences and images: similarity and loss against loops, what it teaches, what is refused."""
+"""Contrast of sentences and images: similarity and loss against loops, what it teaches, what is rejected."""
 
 import math
 
@@ -60,7 +60,7 @@ def test_sentences_find_their_images_after_a_few_steps() -> None:
     assert after["contrastive_loss"] < 0.9 * before["contrastive_loss"]
 
 
-def test_encoders_of_two_widths_are_refused() -> None:
+def test_encoders_of_two_widths_are_rejected() -> None:
     with pytest.raises(UserError, match=r"CARIS's are 256 and 128 wide"):
         build_method("contrastive", create_model("caris_tiny"), create_loss("weighted_cross_entropy"))
     with pytest.raises(UserError, match=r"contrastive.temperature"):

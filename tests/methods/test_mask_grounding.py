@@ -1,4 +1,6 @@
-"""Mask grounding: which words are hidden, what its losses ask for, words that the mask alone tells, what is refused."""
+"""Mask grounding: which words are hidden, what its losses ask for, words that the mask alone tells, what is
+rejected.
+"""
 
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_any_model_trains_with_it_and_with_weight_0_it_is_the_plain_step(name: s
     assert torch.equal(off["loss"], step("supervised")["loss"])
 
 
-def test_what_cannot_work_is_refused() -> None:
+def test_what_cannot_work_is_rejected() -> None:
     for wrong in ({"rate": 1.5}, {"width": 20}, {"layers": 0}, {"temperature": 0}, {"grounding_weight": -1}):
         (name,) = wrong
         with pytest.raises(UserError, match=f"mask_grounding.{name}"):

@@ -1,4 +1,4 @@
-"""MaskRIS: recorded tensors of the official code, masking of words and blocks, borrowed maskers, what is refused."""
+"""MaskRIS: recorded tensors of the official code, masking of words and blocks, borrowed maskers, what is rejected."""
 
 import json
 from pathlib import Path
@@ -162,7 +162,7 @@ def test_a_step_trains_every_parameter(name: str, masker: str) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
+def test_what_cannot_work_is_rejected(options: dict, message: str) -> None:
     model, loss = create_model("caris_tiny"), create_loss("weighted_cross_entropy")
     with pytest.raises(UserError, match=message):
         build_method("maskris", model, loss, MaskRISOptions(**options), BERT)

@@ -25,7 +25,7 @@ def test_every_official_key_is_accounted_for():
     assert result.missing == ["scale"]
 
 
-def test_a_wrong_shape_is_refused_by_both_names():
+def test_a_wrong_shape_is_rejected_by_both_names():
     with pytest.raises(
         UserError, match=r"trunk\.conv\.weight has shape \[2, 4, 1, 1\], this model's body\.linear\.weight"
     ):

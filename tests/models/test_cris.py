@@ -87,7 +87,7 @@ def test_the_image_towers_files(form: str, shared_dir: Path, tmp_path: Path) -> 
         assert ".connect." in key or torch.equal(value, expected[key]), key
 
 
-def test_another_size_is_refused(tmp_path: Path) -> None:
+def test_another_size_is_rejected(tmp_path: Path) -> None:
     torch.save(tiny().vision.state_dict(), tmp_path / "ours.pth")
     with pytest.raises(UserError, match=r"does not belong to this CLIPResNet|is missing for this CLIPResNet"):
         load_clip_resnet(CLIPResNet(width=16, depths=(1, 1, 1, 1)), str(tmp_path / "ours.pth"))

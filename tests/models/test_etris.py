@@ -112,7 +112,7 @@ def timm_vit() -> timm.models.VisionTransformer:
     return model.eval()
 
 
-def test_a_tower_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_a_tower_of_another_size_is_rejected(tmp_path: Path) -> None:
     torch.save(timm_vit().state_dict(), tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"name weights of the same"):
         load_clip_vit(CLIPViT(width=32, layers=3, heads=4, table_size=4, embed_dim=24), str(tmp_path / "other.pth"))

@@ -271,7 +271,7 @@ VARIANTS = [
     {"stage1_size": 56},
 ]
 IDENTITY = {"projection": "identity"}
-REFUSED = {
+REJECTED = {
     "lavt_tiny": [{"level": "feature"}, IDENTITY],
     "cris_tiny": [],
     "etris_tiny": [],
@@ -285,7 +285,7 @@ REFUSED = {
     "dual_tiny": [],
     "sam3_tiny": [{"level": "feature"}],
 }
-"""Variants that a model cannot have. The others' encoders share no space, so only identity is refused."""
+"""Variants that a model cannot have. The others' encoders share no space, so only identity is rejected."""
 
 
 def aml_task(name: str, **options) -> AML:
@@ -310,7 +310,7 @@ def check_aml_step(task: AML, batch: Batch, autocast: torch.dtype | None = None)
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_aml_trains_it(name: str, options: dict) -> None:
-    if options in REFUSED.get(name, [IDENTITY]):
+    if options in REJECTED.get(name, [IDENTITY]):
         with pytest.raises(UserError, match=r"^aml\.[^\n]*; use [^\n]*$"):
             aml_task(name, **options)
     else:

@@ -181,6 +181,6 @@ def test_loss_by_hand():
     assert parts["loss"].item() == pytest.approx(6 * 0.693147, rel=1e-5)
 
 
-def test_loss_refuses_a_model_without_its_heads():
+def test_loss_rejects_a_model_without_its_heads():
     with pytest.raises(ValueError, match="minimap"):
         create_loss("rela")(ModelOutput(torch.zeros(2, 2, 96, 96)), batch_of())

@@ -101,7 +101,7 @@ def test_the_mamba_head_trains(batch: Batch) -> None:
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-def test_another_number_of_tokens_is_refused(batch: Batch) -> None:
+def test_another_number_of_tokens_is_rejected(batch: Batch) -> None:
     short = batch._replace(input_ids=batch.input_ids[:, :10], text_mask=batch.text_mask[:, :10])
     with pytest.raises(UserError, match=r"exactly 24 tokens, not 10; set preprocess.max_tokens to 24"):
         build()(short)

@@ -94,7 +94,7 @@ def test_diagnose(run: Path, shapes: Path, tmp_path: Path):
     assert (tmp_path / "histogram_paper.png").exists() and (tmp_path / "dynamics_paper.png").exists()
 
 
-def test_an_unknown_score_is_refused(run: Path, shapes: Path, tmp_path: Path, capsys):
+def test_an_unknown_score_is_rejected(run: Path, shapes: Path, tmp_path: Path, capsys):
     data = ["--datasets", "refshapes", "--prepared", str(shapes), "--output", str(tmp_path), "--workers", "0"]
     with pytest.raises(SystemExit):
         diagnose.main(["--models", f"one={run}/step-000001", "--scorers", "papr", *data])

@@ -189,7 +189,7 @@ def pid_of(process: BaseProcess) -> int:
 
 
 def two_runs_at_once(trial: Trial) -> None:
-    """The second is refused; the first does not notice."""
+    """The second is rejected; the first does not notice."""
     first = trial.start()
     first.wait_until(lambda: trial.steps() >= trial.some_step())
     second = trial.start()

@@ -1,4 +1,4 @@
-"""FSDP2 for real on CPU processes: gloo takes NCCL's place, and Accelerate's refusal of CPUs is lifted."""
+"""FSDP2 for real on CPU processes: gloo takes NCCL's place, and Accelerate's rejection of CPUs is lifted."""
 
 from collections.abc import Callable
 from typing import Any

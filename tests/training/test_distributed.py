@@ -133,14 +133,14 @@ def test_a_tracker_that_cannot_be_used_stops_the_run_at_once(
         (4, 3, "not a multiple of 4 processes x train.micro_batch_size=3; leave the latter out, or .* divides 4"),
     ],
 )
-def test_a_batch_that_cannot_be_shared_is_refused_with_what_helps(
+def test_a_batch_that_cannot_be_shared_is_rejected_with_what_helps(
     processes: int, micro: int | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         distributed.plan_batches(TrainConfig(global_batch_size=16, micro_batch_size=micro), processes)
 
 
-def test_fp16_under_deepspeed_is_refused_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_under_deepspeed_is_rejected_with_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     with pytest.raises(UserError, match=r"add --train\.mixed_precision bf16"):

@@ -19,14 +19,14 @@ def test_a_dry_run_trains_a_step_and_names_no_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_of_data_that_is_not_prepared_is_refused(tmp_path: Path) -> None:
+def test_a_dry_run_of_data_that_is_not_prepared_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "prepared").mkdir()
     with pytest.raises(UserError, match=r"refshapes: not prepared in .*, and train.dry_run writes nothing"):
         runs.run(tmp_path / "prepared", tmp_path / "run", "--train.dry_run", "true")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_split_is_refused_before_scenes_are_drawn(tmp_path: Path) -> None:
+def test_an_unknown_split_is_rejected_before_scenes_are_drawn(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no split 'vall' \(evaluation.splits\); there are refshapes: train, val"):
         runs.run(tmp_path / "prepared", tmp_path / "run", "--evaluation.splits", "[vall]")
     assert not list(tmp_path.iterdir())

@@ -65,7 +65,7 @@ def test_out_of_memory_names_the_ways_out(shapes: Path, tmp_path: Path, monkeypa
     assert "model.gradient_checkpointing" in message and "\n" not in message
 
 
-def test_a_metric_that_will_never_come_is_refused_at_once(shapes: Path, tmp_path: Path) -> None:
+def test_a_metric_that_will_never_come_is_rejected_at_once(shapes: Path, tmp_path: Path) -> None:
     for metric, named in (("val/oiou", "did you mean oIoU"), ("testA/oIoU", "evaluated are val")):
         with pytest.raises(UserError, match=named):
             runs.run(shapes, tmp_path, "--evaluation.best_metric", metric)
@@ -111,7 +111,7 @@ def test_every_group_may_start_at_the_full_rate_for_one_epoch(
     assert rates == whole[2:]
 
 
-def test_a_batch_that_does_not_divide_is_refused(shapes: Path, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_divide_is_rejected(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a multiple"):
         runs.run(shapes, tmp_path, "--train.micro_batch_size", "3")
 

@@ -262,7 +262,7 @@ def _size(cell: Mapping[str, Any], where: str) -> Size | None:
 
 
 def _relative(name: str, folder: Path) -> str:
-    """A path inside the folder as relative to it; any other path as it is, to be refused when it is opened."""
+    """A path inside the folder as relative to it; any other path as it is, to be rejected when it is opened."""
     path = Path(name)
     if path.is_absolute() and path.is_relative_to(folder.absolute()):
         return str(path.relative_to(folder.absolute()))

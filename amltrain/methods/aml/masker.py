@@ -30,7 +30,7 @@ from amltrain.methods.aml.scorers import (
     ScoreCache,
     Scorer,
     calibrate,
-    refuse_sharded,
+    reject_sharded,
     shrunk,
 )
 from amltrain.methods.aml.similarity import (
@@ -114,7 +114,7 @@ class AlignmentMasker(Masker):
         if self.cache is None or features is not None:
             return self.score(model, batch, features, output)
         if not self.cache.known:
-            refuse_sharded(model)
+            reject_sharded(model)
         return self.cache(batch, lambda missing: self.score(model, missing))
 
     def score(

@@ -2,7 +2,7 @@
 
 Presets of AML: the paper's equations, or the behaviour of the public code (pipashu1/AMLRIS, 930e56b).
 
-Every field of a preset can be overridden on its own; pairs that cannot work are refused in one sentence.
+Every field of a preset can be overridden on its own; pairs that cannot work are rejected in one sentence.
 
 What a run sets of AML: the section `aml`. Imports no torch, so that --help can show it quickly.
 """

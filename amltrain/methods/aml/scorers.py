@@ -108,7 +108,7 @@ def batch_keys(batch: Batch) -> list[Key]:
     return [(sample, row.tobytes()) for sample, row in zip(batch.sample_id.tolist(), ids, strict=True)]
 
 
-def refuse_sharded(model: nn.Module) -> None:
+def reject_sharded(model: nn.Module) -> None:
     """Raise UserError where weights are spread over ranks: a rank that skips stage 1 would leave the others waiting."""
     if any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in model.parameters()):
         raise UserError(

@@ -182,7 +182,7 @@ class CosineSimilarity(nn.Module):
 class PatchScorer(nn.Module):
     """PMME as a module: normalise, project, divide by the temperature, softmax over tokens, maximum.
 
-    Buffers, so that they travel with the training state and not with the exported model: the projection's, the
+    Buffers, so that they are part of the training state and not of the exported model: the projection's, the
     `temperature` [] float32 and the flag `calibrated` [] bool that keeps a resumed run from calibrating again.
     """
 

@@ -1,6 +1,6 @@
 """The tensors of a TorchScript archive (OpenAI's CLIP files) without running the code in it.
 
-`torch.jit.load` would compile and run the archive, `torch.load(weights_only=True)` refuses it. The archive is a zip:
+`torch.jit.load` would compile and run the archive, `torch.load(weights_only=True)` rejects it. The archive is a zip:
 `data.pkl` describes the module tree, `data/N` are raw storages. An unpickler that admits that description and nothing
 else reads it; the archive's own classes become bare holders of attributes.
 
@@ -157,10 +157,10 @@ def load_plain(path: Path, allowed: Sequence[Any] = ()) -> Any:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost anything
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
+        rejected = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if rejected:
             raise UserError(
-                f"{path} holds a {refused[1]}; loading it could run code, so it is refused: "
+                f"{path} holds a {rejected[1]}; loading it could run code, so it is rejected: "
                 "save its state dict alone in a new file"
             ) from error
         reason = first_line(error).split(". ")[0]

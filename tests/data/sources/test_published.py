@@ -73,7 +73,7 @@ def test_instances_of_a_phrase_are_one_target(tmp_path: Path) -> None:
     assert len(referents(prepared, "phrasecut", "val")) == 4  # of refer_val.json and refer_miniv.json
 
 
-def test_the_wrong_name_for_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_wrong_name_for_a_file_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """R-RefCOCO and Ref-ZOM filed as RefCOCO would train sentences about nothing as positives."""
     for name, key in (("r-refcoco", "exist"), ("ref-zom", "source")):
         LAYOUTS[name](tmp_path / name)

@@ -1,4 +1,4 @@
-"""AML around a real tiny CARIS: what it returns, what it trains, what it repeats, what it refuses."""
+"""AML around a real tiny CARIS: what it returns, what it trains, what it repeats, what it rejects."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_every_parameter_trains_under_every_level_and_preset() -> None:
         assert not without, (options, without)
 
 
-REFUSED = [
+REJECTED = [
     ({"projection": "identity"}, r"256 \(visual\) and 128 \(text\)"),
     ({"projection": "cosine"}, r"projection=cosine compares features as they are.*256 \(visual\) and 128 \(text\)"),
     ({"projection": "learnable", "level": "random"}, "masked pixels"),
@@ -119,8 +119,8 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
-def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
+@pytest.mark.parametrize(("options", "message"), REJECTED, ids=str)
+def test_what_cannot_work_is_rejected(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_task(**options)
 
@@ -141,7 +141,7 @@ def test_the_models_limits_are_named() -> None:
 
 
 @pytest.mark.parametrize("method", ["supervised", "aml"])
-def test_a_loss_of_other_channels_is_refused(method: str) -> None:
+def test_a_loss_of_other_channels_is_rejected(method: str) -> None:
     for model, loss, fitting in (
         ("caris_tiny", "binary_cross_entropy", "CARIS gives 2; use weighted_cross_entropy, or"),
         ("cris_tiny", "weighted_cross_entropy", "CRIS gives 1; use binary_cross_entropy or cross_entropy_dice, or"),

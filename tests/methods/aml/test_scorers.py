@@ -109,7 +109,7 @@ def test_an_averaged_prediction_follows_the_model() -> None:
     assert torch.equal(again.score(batch), task.score(batch))
 
 
-REFUSED = [
+REJECTED = [
     ({"projection": "grounded", "features": "pred"}, "nothing to learn"),
     ({"projection": "grounded", "cache_scores": True}, r"aml\.projection=grounded changes them"),
     ({"score_decay": 0.9}, r"aml\.score_decay belongs to aml\.features=pred, not early"),
@@ -119,7 +119,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
-def test_what_cannot_work_is_refused(options: dict, message: str) -> None:
+@pytest.mark.parametrize(("options", "message"), REJECTED, ids=str)
+def test_what_cannot_work_is_rejected(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_task(**options)

@@ -114,7 +114,7 @@ def test_identity_compares_features_as_they_are() -> None:
     torch.testing.assert_close(scores.flatten(1), (cosine / 0.1).softmax(-1).amax(-1))
 
 
-def test_identity_refuses_different_widths() -> None:
+def test_identity_rejects_different_widths() -> None:
     with pytest.raises(UserError, match=r"24 \(visual\) and 16 \(text\)"):
         create_projection("identity", 24, 16)
 

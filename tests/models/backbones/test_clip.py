@@ -109,7 +109,7 @@ def test_any_padding_id_reads_as_zero(theirs) -> None:
     assert torch.equal(zeros, ends)
 
 
-def test_a_sentence_too_long_is_refused() -> None:
+def test_a_sentence_too_long_is_rejected() -> None:
     ids = torch.ones(1, 13, dtype=torch.int64)
     with pytest.raises(UserError, match=r"13 tokens .* 12 positions"):
         tiny_text()(ids, ids > 0)
@@ -150,7 +150,7 @@ def test_an_archive_gives_the_state_dict_that_running_it_would(theirs, tmp_path:
     assert all(torch.equal(read[key], run[key]) and read[key].dtype == run[key].dtype for key in run)
 
 
-def test_an_archive_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
+def test_an_archive_that_wants_to_run_code_is_rejected(tmp_path: Path) -> None:
     class Harmful:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))

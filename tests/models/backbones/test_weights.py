@@ -88,12 +88,12 @@ def test_bias_tables_of_another_window_are_resized_bicubically(tmp_path: Path) -
         (lambda state: state | {"patch_embed.norm.bias": torch.zeros(3)}, r"patch_embed.norm.bias is \[3\], this Swin"),
     ],
 )
-def test_a_swin_file_that_does_not_fit_is_refused_by_key(tmp_path: Path, change, said: str) -> None:
+def test_a_swin_file_that_does_not_fit_is_rejected_by_key(tmp_path: Path, change, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_swin(swin(), write(change(official_swin()), tmp_path / "swin.pth"))
 
 
-def test_another_size_of_swin_is_refused(tmp_path: Path) -> None:
+def test_another_size_of_swin_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="name weights of the same"):
         load_swin(swin(embed_dim=32), write(official_swin(), tmp_path / "swin.pth"))
 
@@ -172,7 +172,7 @@ def test_bert_of_every_form(tmp_path: Path, form: str) -> None:
         assert torch.equal(value, expected[key]), key
 
 
-def test_a_bert_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+def test_a_bert_folder_that_lacks_a_tensor_is_rejected(tmp_path: Path) -> None:
     """transformers would fill it with random numbers and say so in a warning only."""
     theirs = pretrained_bert().bert
     theirs.save_pretrained(tmp_path)
