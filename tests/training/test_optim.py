@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from amltrain.models import create_model
-from amltrain.training.optim import build_optimizer, lr_factor, set_lr
+from amltrain.training.optim import average_weights, build_optimizer, lr_factor, set_lr
+from tests.models.test_registry import TINY, build
 
 
 def test_poly_caris_is_the_releases(shared_dir: Path) -> None:
@@ -58,3 +59,34 @@ def test_cris_starts_at_its_releases_rates() -> None:
         rates.append(tuple(group["lr"] for group in optimizer.param_groups))
     expected = [(1e-4, 1e-4)] + 34 * [(1e-5, 1e-4)] + 15 * [(1e-6, 1e-5)]
     assert [rate for pair in rates for rate in pair] == pytest.approx([rate for pair in expected for rate in pair])
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.5])
+@pytest.mark.parametrize("name", TINY)
+def test_the_average_of_constant_weights_is_the_model(name: str, decay: float) -> None:
+    """Bit for bit, tables of indices included."""
+    model = build(name)
+    average = average_weights(model, decay)
+    for _ in range(3):
+        average.update_parameters(model)
+    averaged, weights = average.module.state_dict(keep_vars=True), model.state_dict(keep_vars=True)
+    buffers = dict(average.module.named_buffers())
+    assert averaged.keys() == weights.keys()
+    assert all(torch.equal(averaged[key], weights[key]) for key in weights)
+    assert all(torch.equal(buffers[key], buffer) for key, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.5])
+def test_the_average_follows_weights_and_copies_counts(decay: float) -> None:
+    model = torch.nn.BatchNorm1d(3)
+    average = average_weights(model, decay)
+    average.update_parameters(model)
+    expected = model.weight.detach().clone()
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.weight.fill_(10.0 * step)
+            model.num_batches_tracked.fill_(step)
+        average.update_parameters(model)
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    assert torch.allclose(average.module.weight, expected)
+    assert int(average.module.num_batches_tracked) == 3 == int(average.n_averaged) - 1

@@ -83,7 +83,8 @@ class PromptedSAM(nn.Module):
         self.image_size, self.width = int(vision.image_size), decoder.hidden_size  # type: ignore[arg-type]
         decoder._attn_implementation = "sdpa"  # a part that stands alone has none
         self.vision_encoder: Any = SamVisionEncoder(vision)
-        for layer in self.vision_encoder.layers:
+        layers: Any = self.vision_encoder.layers
+        for layer in layers:
             layer.attn.get_rel_pos = relative_positions
         self.mask_decoder: Any = SamMaskDecoder(decoder)
         _start(self.vision_encoder.pos_embed)
