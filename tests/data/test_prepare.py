@@ -212,7 +212,11 @@ def test_what_is_there_already(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     original.refs[0]["sentences"][0]["sent"] = "another"
     original.write()
-    for message in ("was prepared from other files; remove the folder", "is damaged or no JSON", "no manifest of"):
+    for message in (
+        "was prepared from other files; remove the folder",
+        "is damaged or no JSON",
+        "is not a manifest of",
+    ):
         with pytest.raises(SystemExit):
             run(original)
         assert message in capsys.readouterr().err

@@ -105,7 +105,6 @@ REJECTED = [
     ({"projection": "cosine"}, r"projection=cosine compares features as they are.*256 \(visual\) and 128 \(text\)"),
     ({"projection": "learnable", "level": "random"}, "masked pixels"),
     ({"projection": "learnable", "features": "pred"}, "nothing to learn"),
-    ({"projection": "linear", "explicit": True}, r"aml\.explicit"),
     ({"level": "feature", "preset": "released"}, r"aml\.clean_loss_weight=0"),
     ({"stage1_size": 64, "preset": "released"}, "saves nothing"),
     ({"cache_scores": True}, "CARIS trains what is scored"),
