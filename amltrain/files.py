@@ -4,6 +4,7 @@ Read JSON and annotation pickles from untrusted files.
 """
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -130,7 +131,7 @@ def way_out(error: Exception | None, folder: Path) -> str:
     return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
 
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 """What a file system without file locks (some network file systems) answers to one that asks for a lock."""
 
 
@@ -143,6 +144,29 @@ def cure(error: OSError, otherwise: str = "choose another folder") -> str:
     if error.errno in FORBIDDEN:
         return f"make it writable, or {otherwise}"
     return otherwise
+
+
+@contextmanager
+def locked(path: Path, otherwise: str = "choose another folder") -> Iterator[None]:
+    """Let one process at a time work on a file or folder; others wait here.
+
+    The lock is `.NAME.lock` beside `path`. It stays: removing it would give two locks to those who wait and those who
+    come later. otherwise: advice where it cannot be taken, see `cure`. Raises UserError then.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"cannot write {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"cannot lock {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def free_space(folder: Path) -> str:

@@ -28,8 +28,10 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -77,22 +79,107 @@ def newest(output: Path) -> str:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Compare a checkpoint with its manifest; return the fault, or None."""
+    """Compare every file of a checkpoint with its manifest; return the fault, or None."""
+    return _fault_of(checkpoint, "")
+
+
+def _fault_of(folder: Path, prefix: str) -> str | None:
+    """The first fault among the files that the manifest in `folder` lists under names that start with `prefix`."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if not manifest["files"]:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = {name: entry for name, entry in files.items() if name.startswith(prefix)}
+        if not listed:
             return f"its {MANIFEST} lists no file"
-        for name, entry in manifest["files"].items():
-            path = checkpoint / name
+        for name, entry in listed.items():
+            path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-            if sha256(path) != entry["sha256"]:
+            if hash_once(path) != entry["sha256"]:
                 return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({first_line(error)})"
     return None
+
+
+class ModelIdentity(NamedTuple):
+    """Which model a folder has: the step of its checkpoint (None outside a run) and the SHA-256 of its weights."""
+
+    step: int | None
+    weights: str
+
+    def described(self) -> dict[str, Any]:
+        """As results, samples and predictions name it."""
+        return {**({} if self.step is None else {"step": self.step}), "weights_sha256": self.weights}
+
+
+def check_model(folder: Path) -> ModelIdentity:
+    """Compare a model folder with the manifest of its checkpoint, or with its own; the one check of every command.
+
+    Weights, config, preprocessor, tokenizer and whatever else the manifest lists must be as they were written, and no
+    file may have joined them. A folder without a manifest (of `save_pretrained`, or copied out of its checkpoint) is
+    taken as it is. Raises UserError.
+    """
+    folder = folder.resolve()
+    inside = folder.name == MODEL and (folder.parent / MANIFEST).is_file()
+    place, prefix = (folder.parent, f"{MODEL}/") if inside else (folder, "")
+    if inside or _is_own_manifest(folder / MANIFEST):
+        fault = _fault_of(place, prefix) or _joined(place, folder, prefix)
+        if fault:
+            raise UserError(
+                f"{folder} is not the model that was saved: {fault}; use another checkpoint or copy it again (a model "
+                f"that you changed on purpose belongs in a folder of its own, without {MANIFEST})"
+            )
+    weights = folder / WEIGHTS_FILE
+    try:
+        hashed = hash_once(weights) if weights.is_file() else ""
+    except OSError as error:
+        raise UserError(f"{weights} cannot be read: {error.strerror or error}") from error
+    match = _NAME.fullmatch(folder.parent.name) if folder.name == MODEL else None
+    return ModelIdentity(None if match is None else int(match[1]), hashed)
+
+
+def _is_own_manifest(path: Path) -> bool:
+    """Whether this file of a model folder is ours: a stranger's repository may have another manifest.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"amltrain", "files"} <= content.keys()
+
+
+def _joined(place: Path, folder: Path, prefix: str) -> str | None:
+    """A file that loading would read and that the manifest does not list; scores may arrive before their entry."""
+    listed = json.loads((place / MANIFEST).read_text(encoding="utf-8"))["files"]
+    for path in sorted(folder.iterdir()):
+        read = any(fnmatch(path.name, pattern) for pattern in MODEL_FILES) and path.name not in (MANIFEST, RESULTS_FILE)
+        if read and prefix + path.name not in listed:
+            return f"{prefix}{path.name} is not in its {MANIFEST}"
+    return None
+
+
+def write_model_manifest(folder: Path) -> None:
+    """Write the manifest of a model folder that stands alone: size and SHA-256 of each of its files. Raises OSError."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
+    write_text(folder / MANIFEST, model_manifest({name: folder / name for name in names}))
+
+
+def model_manifest(files: dict[str, Path]) -> str:
+    """The text of a model folder's own manifest."""
+    entries = {name: {"size": path.stat().st_size, "sha256": hash_once(path)} for name, path in files.items()}
+    return json.dumps({"amltrain": __version__, "files": entries}, indent=1)
+
+
+def hash_once(path: Path) -> str:
+    """SHA-256 of a file; a large one that has not changed is read once per process. Raises OSError."""
+    status = path.stat()
+    return _hashed(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@cache
+def _hashed(path: Path, *_: int) -> str:
+    return sha256(path)
 
 
 def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:

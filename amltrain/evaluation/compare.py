@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from amltrain.errors import UserError
 from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
-from amltrain.evaluation.results import Results, read_results
+from amltrain.evaluation.results import Results, moved_models, read_results
 from amltrain.evaluation.samples import read_samples, scored_samples
 from amltrain.evaluation.tables import cell, latex, markdown
 from amltrain.run_folder import BEST, MODEL, RESULTS_FILE
@@ -106,7 +106,10 @@ def read_runs(place: str | Path) -> dict[SplitKey, list[Run]]:
     """Every score of a results.json by split; perturbed, shuffled and partial rows are left out."""
     path = find_results(place)
     found: dict[SplitKey, list[Run]] = {}
-    for row in read_results(path):
+    rows = read_results(path)
+    for line in moved_models([row for row in rows if row.is_score]):
+        raise UserError(f"{path}: {line}")
+    for row in rows:
         if not row.is_score:
             continue
         samples = row.files.get("samples")

@@ -12,13 +12,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from amltrain import __version__
@@ -26,6 +25,7 @@ from amltrain.config.fields import check_number, override
 from amltrain.config.schema import DataConfig, Preprocess, Protocol, ProtocolOverrides
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.metrics import Kind, Scored
+from amltrain.files import locked
 from amltrain.models import model_info
 from amltrain.registry import MODELS
 
@@ -143,6 +143,8 @@ class Results:
         """Return the key by which rows of results.json are merged, as JSON text."""
         names = ("checkpoint", "predictions", "model", "step", "perturbation", "max_samples")
         source = {name: self.provenance.get(name) for name in names}
+        if source["checkpoint"] is not None:
+            source["step"] = None  # scored again after `best` has moved, a split has one row, the new one
         return json.dumps([self.dataset, self.split, self.protocol, source], sort_keys=True)
 
     def stem(self) -> str:
@@ -194,19 +196,46 @@ def write_results(path: str | Path, results: Sequence[Results]) -> None:
     write_text(path, results_json(results))
 
 
-def merge_results(path: str | Path, results: Sequence[Results]) -> list[Results]:
+def merge_results(
+    path: str | Path,
+    results: Sequence[Results],
+    *,
+    also: Callable[[Path, Sequence[Results]], None] | None = None,
+) -> list[Results]:
     """Add rows to a results.json and return all of its rows: those already there first, in their order.
 
     A row with the key of a new one (`Results.key`) is replaced in its place; no other row is changed or lost, also when
-    several commands write to the file at once. Raises UserError, and leaves the file alone, when it is damaged.
+    several commands write to the file at once. also: writes what belongs to the rows (tables) into the file's folder,
+    before another command can. Raises UserError, and leaves the file alone, when it is damaged.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path, "choose another --output"):
         merged = {r.key(): r for r in (read_results(path) if path.exists() else [])}
         merged |= {r.key(): r for r in results}
-        write_results(path, list(merged.values()))
-    return list(merged.values())
+        rows = list(merged.values())
+        write_results(path, rows)
+        if also is not None:
+            also(path.parent, rows)
+    return rows
+
+
+def moved_models(rows: Sequence[Results]) -> list[str]:
+    """One sentence for every checkpoint whose rows are scores of different weights: `best` has moved between them."""
+    found: dict[str, dict[str, list[Results]]] = {}
+    for row in rows:
+        name, weights = row.provenance.get("checkpoint"), row.provenance.get("weights_sha256")
+        if isinstance(name, str) and isinstance(weights, str):
+            found.setdefault(name, {}).setdefault(weights, []).append(row)
+    lines = []
+    for name, models in found.items():
+        if len(models) > 1:
+            parts = []
+            for weights, scored in models.items():
+                splits = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in scored))
+                step = scored[0].provenance.get("step")
+                parts.append(f"{splits} by {weights[:8]}" + ("" if step is None else f" (step {step})"))
+            lines.append(f"{name} is not one model in these results: {'; '.join(parts)}. Score every split again.")
+    return lines
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from amltrain.evaluation.results import Results, write_text
+from amltrain.evaluation.results import Results, moved_models, write_text
 
 Row = Sequence[str]
 
@@ -21,6 +21,7 @@ def table(results: Sequence[Results]) -> str:
         lines += [*markdown([("dataset", "split", "samples", *names), *_rows(group, names)]), ""]
     lines += dict.fromkeys(f"Scored {describe(r)}." for r in results)
     lines += [f"{r.dataset} {split_label(r)}: {warning}" for r in results for warning in _warnings(r)]
+    lines += moved_models(results)
     return "\n".join(lines)
 
 

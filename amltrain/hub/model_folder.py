@@ -33,7 +33,15 @@ from amltrain.files import replacing
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
 from amltrain.registry import MODELS, missing_plugins
-from amltrain.run_folder import CONFIG_FILE, PREPROCESS_FILE, TRAINING_FILE, WEIGHTS_FILE, find_model_folder
+from amltrain.run_folder import (
+    CONFIG_FILE,
+    PREPROCESS_FILE,
+    TRAINING_FILE,
+    WEIGHTS_FILE,
+    ModelIdentity,
+    check_model,
+    find_model_folder,
+)
 
 if TYPE_CHECKING:
     from amltrain.data.text import SentenceTokenizer
@@ -49,7 +57,10 @@ Complete = TypeVar("Complete", Preprocess, Protocol)
 
 
 class Pretrained(NamedTuple):
-    """What a model folder holds; the model is in eval mode on the CPU, both configs are complete."""
+    """What a model folder contains; the model is in eval mode on the CPU, both configs are complete.
+
+    folder: where it was read, without links: `best` may point elsewhere a moment later.
+    """
 
     model: RISModel
     preprocess: Preprocess
@@ -58,6 +69,7 @@ class Pretrained(NamedTuple):
     name: str
     kwargs: dict[str, Any]
     folder: str | Path = "this model folder"
+    identity: ModelIdentity | None = None
 
 
 def save_pretrained(
@@ -127,9 +139,11 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     """Load a model folder, a checkpoint folder that has one in `model/`, or a Hub repository "user/name".
 
     revision: branch, tag or commit of a Hub repository; "user/name@REVISION" names it as well. Raises UserError, naming
-    file or key, for a folder that is not there, misses a file, or does not fit the model that its config.json names.
+    file or key, for a folder that is not there, misses a file, is not as its manifest says, or does not fit the model
+    that its config.json names.
     """
-    folder = find_model_folder(source, revision)
+    folder = find_model_folder(source, revision).resolve()
+    identity = check_model(folder)
     config = read_object(folder / CONFIG_FILE)
     for key, kind, what in (("model", str, "name"), ("kwargs", dict, "object"), ("protocol", dict, "object")):
         if not isinstance(config.get(key), kind):
@@ -145,7 +159,7 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     model = _build(config["model"], config["kwargs"], folder / CONFIG_FILE)
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder, preprocess.max_tokens)
-    return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder)
+    return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder, identity)
 
 
 def _build(name: str, kwargs: dict[str, Any], path: Path) -> RISModel:

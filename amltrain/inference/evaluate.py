@@ -24,6 +24,7 @@ from amltrain.evaluation.prediction_files import PredictionWriter, find_predicti
 from amltrain.evaluation.results import (
     Results,
     merge_results,
+    moved_models,
     named_preprocess,
     named_protocol,
     presets,
@@ -78,6 +79,7 @@ class Source(NamedTuple):
     preprocess: Preprocess
     protocol: Protocol
     folder: Path | None
+    identity: dict[str, Any] = {}
 
 
 class NoText:
@@ -106,13 +108,16 @@ def evaluate(options: EvaluateOptions) -> list[Results]:
     if source.model is not None:
         source = source._replace(model=accelerator.prepare_model(source.model, evaluation_mode=True))
     results: list[Results] = []
+    rows: list[Results] = []
     for perturbation in perturbations:
         for loader in _loaders(options, splits, source, protocol, perturbation).values():
             result = _score(accelerator, options, source, protocol, loader, perturbation, output)
             results.append(result)
             if accelerator.is_main_process:  # after every split, so a failed evaluation keeps finished splits
-                rows = merge_results(output / RESULTS_FILE, [result])
-                write_tables(output, rows)
+                rows = merge_results(output / RESULTS_FILE, [result], also=write_tables)
+    if accelerator.is_main_process:
+        for line in moved_models(rows):
+            accelerator.print(f"WARNING: {line}")
     return results
 
 
@@ -176,8 +181,15 @@ def _source(options: EvaluateOptions) -> Source:
     pretrained = load_pretrained(str(options.checkpoint))
     if pretrained.tokenizer is None:
         raise UserError(f"{options.checkpoint} has no tokenizer files; save or convert it again with a tokenizer")
-    folder = find_model_folder(str(options.checkpoint))
-    return Source(pretrained.model, pretrained.tokenizer, pretrained.preprocess, own or pretrained.protocol, folder)
+    assert pretrained.identity is not None, "load_pretrained checks what it loads"
+    return Source(
+        pretrained.model,
+        pretrained.tokenizer,
+        pretrained.preprocess,
+        own or pretrained.protocol,
+        Path(pretrained.folder),
+        pretrained.identity.described(),
+    )
 
 
 def evaluation_splits(names: Sequence[str], data: DataConfig) -> list[str]:
@@ -230,6 +242,7 @@ def _provenance(options: EvaluateOptions, source: Source, perturbation: Perturba
         "leak_filter": data.get("leak_filter"),
         "train_seed": training["recipe"]["seed"] if training else None,
         "commit": training["commit"] if training else None,
+        **source.identity,
         **described,
     }
 

@@ -32,7 +32,7 @@ from amltrain.evaluation.results import SAMPLE_COLUMNS, Results
 from amltrain.methods.base import Masking, MaskingMaps
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
-from amltrain.run_folder import find_model_folder
+from amltrain.run_folder import check_model, find_model_folder
 
 RIGHT: Colour = (0, 158, 96)
 MISSED: Colour = (0, 114, 178)
@@ -317,8 +317,11 @@ def _same_model(run: Run, model: str) -> bool:
     checkpoint = run.results.provenance.get("checkpoint")
     if not checkpoint:
         return False
+    weights = run.results.provenance.get("weights_sha256")
     try:
-        return find_model_folder(checkpoint).resolve() == find_model_folder(model).resolve()
+        folder = find_model_folder(model).resolve()
+        # `best` may have moved since it was scored
+        return find_model_folder(checkpoint).resolve() == folder and weights in (None, check_model(folder).weights)
     except UserError:  # the model has moved since
         return False
 

@@ -168,7 +168,7 @@ def report(options: ReportOptions) -> Path:
         )
     check_writable(output)
     pretrained = load_pretrained(source.model)
-    training = read_training(find_model_folder(source.model))
+    training = read_training(Path(pretrained.folder))
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
     aligner = build_aligner(pretrained.model, training)
