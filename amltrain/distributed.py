@@ -19,6 +19,7 @@ from accelerate.utils import (
     LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
     parse_flag_from_env,
 )
 from torch import Tensor, nn
@@ -226,6 +227,25 @@ def skip_bad_steps(accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Let DeepSpeed, which steps inside its backward, look for NaN and Inf in full precision as well."""
     if _zero_stage(accelerator):
         optimizer.optimizer.check_grad_overflow = True  # type: ignore[attr-defined]  # DeepSpeed's own optimizer
+
+
+def agree(accelerator: Accelerator, facts: dict[str, str]) -> None:
+    """Compare facts between all processes. Raises UserError on each of them for the first that differs.
+
+    Machines of a cluster may see different copies of the data, or other versions of a library.
+    """
+    if accelerator.num_processes == 1:
+        return
+    every = gather_object([facts])
+    for rank, other in enumerate(every):
+        for key in sorted(every[0].keys() | other.keys()):
+            first, mine = every[0].get(key), other.get(key)
+            if first != mine:
+                shown = [str(value)[:12] for value in (first, mine)]
+                raise UserError(
+                    f"process {rank} has another {key} than process 0 ({shown[1]} and {shown[0]}); give every machine "
+                    f"the same data and the same environment"
+                )
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait: timedelta | None = None) -> Any:

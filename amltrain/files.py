@@ -11,12 +11,15 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amltrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @contextmanager
@@ -113,6 +116,60 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         raise UserError(f"could not read {path} ({getattr(error, 'strerror', None) or error})") from error
+
+
+SEAL = b"amltrain"
+"""Key of a Parquet table's metadata: what it was made from, and the checksum of its contents."""
+
+
+def seal(table: "pa.Table", facts: Mapping[str, Any]) -> "pa.Table":
+    """Return the table with what it was made from (JSON values) and a checksum over both in its metadata."""
+    content = json.dumps({"facts": facts, "sha256": _table_hash(table, facts)}, sort_keys=True)
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), SEAL: content.encode()})
+
+
+def unseal(table: "pa.Table", path: Path | str) -> dict[str, Any]:
+    """What a sealed table was made from. Raises UserError for a table that has changed, or that was never sealed."""
+    try:
+        content = json.loads((table.schema.metadata or {})[SEAL])
+        facts, wanted = content["facts"], content["sha256"]
+        same = isinstance(facts, dict) and _table_hash(table, facts) == wanted
+    except KeyError:
+        raise UserError(f"{path} carries no checksum; it was not written by this version: write it again") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged (its checksum cannot be read); write it again") from error
+    if not same:
+        raise UserError(f"{path} is damaged (its values have changed since they were written); write it again")
+    return facts
+
+
+def _table_hash(table: "pa.Table", facts: Mapping[str, Any]) -> str:
+    """Hash values, names and types of every column, however the file cuts them into pages."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in table.column_names:
+        digest.update(f"\0{name}\0".encode())
+        _hash_column(digest, table.column(name).combine_chunks())
+    return digest.hexdigest()
+
+
+def _hash_column(digest: Any, column: Any) -> None:
+    import numpy as np
+    import pyarrow as pa
+
+    kind = column.type
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    named = "list" if listed else kind  # Parquet gives the field of a list another name
+    digest.update(f"{named} {len(column)} {column.null_count}\0".encode())
+    if column.null_count:
+        digest.update(np.packbits(np.asarray(column.is_null())).tobytes())
+    if listed:
+        digest.update(np.asarray(column.value_lengths().fill_null(0), np.int64).tobytes())
+        _hash_column(digest, column.flatten())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        values = column if pa.types.is_floating(kind) else column.fill_null(0)
+        digest.update(np.ascontiguousarray(values).tobytes())
+    else:
+        digest.update(json.dumps(column.to_pylist()).encode())
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

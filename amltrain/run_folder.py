@@ -307,6 +307,15 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def saved_weights(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's weights, as its manifest lists it. Raises UserError."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return str(files[f"{MODEL}/{WEIGHTS_FILE}"]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is damaged: {first_line(error)}; run again to save it again") from error
+
+
 def point(output: Path, name: str, checkpoint: Path) -> None:
     """Let `last` or `best` point at a checkpoint, atomically."""
     with replacing(output / name) as temporary:
@@ -418,6 +427,11 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
             f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
+
+
+def public_name(source: str) -> str:
+    """The name of a local file or folder without the path that leads there; a Hub id as it is."""
+    return Path(source).resolve().name if Path(source).exists() else source
 
 
 def _reject_checkpoint(place: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -21,9 +22,9 @@ from amltrain.config.schema import MaskParts, RunConfig, free_options, sectioned
 from amltrain.data.text import SentenceTokenizer
 from amltrain.environment import code_commit, hardware, library_versions
 from amltrain.errors import UserError, fits
-from amltrain.hub.model_folder import public_name, read_training
+from amltrain.hub.model_folder import read_training
 from amltrain.models import model_info
-from amltrain.run_folder import BEST, FINISHED_FILE, MODEL, RUN_CONFIG, SEEN_FILE, mark_requeue
+from amltrain.run_folder import BEST, FINISHED_FILE, MODEL, RUN_CONFIG, SEEN_FILE, mark_requeue, public_name
 
 
 def describe_training(config: RunConfig) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def describe_training(config: RunConfig) -> dict[str, Any]:
         "commit": code_commit(),
         "hardware": hardware(),
         "versions": library_versions(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -206,6 +208,30 @@ def check_recipe(checkpoint: Path, config: RunConfig, log: Callable[[str], None]
                 f"--model.checkpoint {checkpoint / MODEL})"
             )
         log(f"WARNING: {change}; the run continues with the new value")
+
+
+def compare_surroundings(checkpoint: Path, evaluated: dict[str, str], log: Callable[[str], None]) -> None:
+    """Say what else differs from where a checkpoint was made: versions, threads, the data that it is scored on.
+
+    None of it may be a fault, and each can change the last digits or what `best` compares.
+    """
+    training = read_training(checkpoint / MODEL) or {}
+    now = {**library_versions(), "CPU threads": torch.get_num_threads(), "code": code_commit()}
+    versions = training.get("versions")
+    before = dict(versions) if isinstance(versions, dict) else {}
+    before |= {"CPU threads": training.get("threads"), "code": training.get("commit")}
+    changed = [f"{key} {before[key]}, now {now[key]}" for key in now if before.get(key) not in (None, now[key])]
+    if changed:
+        log(f"WARNING: {checkpoint} was made with {'; '.join(changed)}: results may differ in their last digits")
+    known = training.get("evaluated_fingerprints")
+    for split, contents in evaluated.items():
+        if isinstance(known, dict) and known.get(split, contents) != contents:
+            log(
+                f"WARNING: {checkpoint} was scored on other data of the split {split}: its metrics before and after "
+                f"cannot be compared, and `best` compares them"
+            )
+    if not training.get("data_fingerprint"):
+        log(f"WARNING: {checkpoint} does not know its training data's contents; only their number is compared")
 
 
 def _same_tokenizer(checkpoint: Path, config: RunConfig, before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.errors import UserError, one_line_errors
+from amltrain.errors import one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,11 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     with one_line_errors():
         from amltrain.hub.push import push_model  # once the arguments are known to be good: torch takes a while
-        from amltrain.run_folder import MANIFEST, find_fault
 
-        for checkpoint in (args.folder, args.folder.parent):
-            if (checkpoint / MANIFEST).is_file() and (fault := find_fault(checkpoint)):
-                raise UserError(f"checkpoint {checkpoint} is damaged: {fault}; push another one")
         address = push_model(
             args.folder,
             args.repo,

@@ -9,16 +9,18 @@ key, image_ids and scores: cosine similarities, best first. An image is not rank
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from amltrain.data.catalog import find_manifest, fingerprint
 from amltrain.data.mosaic import ranking_path
 from amltrain.errors import UserError, first_line, one_line_errors
-from amltrain.files import cure
+from amltrain.files import cure, seal
+from amltrain.run_folder import public_name
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,13 +50,15 @@ def rank(options: argparse.Namespace) -> None:
         sentences = torch.cat(list(_text_embeddings(model, processor, texts, options.batch, device)))
         output = Path(options.output)
         output.mkdir(parents=True, exist_ok=True)
+        contents = fingerprint(find_manifest(options.prepared, options.dataset), options.split)
+        facts = {"model": public_name(options.model), "data": contents, "sentence_field": options.sentence_field}
         for kind, queries, names, own in (
             ("sentences", sentences, keys, owners),
             ("images", pictures, image_ids, image_ids),
         ):
             path = ranking_path(output, options.dataset, options.split, kind)
             ranked = rank_images(queries, pictures, image_ids, own, options.keep)
-            write_ranking(path, names, *ranked)
+            write_ranking(path, names, *ranked, facts)
             print(f"{path}: {len(names):,} {kind}, {ranked[0].shape[1]} images each")
 
 
@@ -101,8 +105,14 @@ def rank_images(
     return np.concatenate(chosen), np.concatenate(scores)
 
 
-def write_ranking(path: Path, keys: NDArray[np.int64], images: NDArray[np.int64], scores: NDArray[np.float32]) -> None:
-    """Write a ranking file atomically: keys [Q], images [Q, K], scores [Q, K]."""
+def write_ranking(
+    path: Path,
+    keys: NDArray[np.int64],
+    images: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a ranking file atomically: keys [Q], images [Q, K], scores [Q, K]. facts: what they were made from."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -114,7 +124,7 @@ def write_ranking(path: Path, keys: NDArray[np.int64], images: NDArray[np.int64]
     }
     partial = path.with_name(f".{path.name}.partial")
     try:
-        pq.write_table(pa.table(columns), partial)
+        pq.write_table(seal(pa.table(columns), facts), partial, write_page_checksum=True)
         partial.replace(path)
     except OSError as error:
         raise UserError(f"could not write {path} ({error.strerror or error}); {cure(error)}") from error

@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter
 
 from amltrain.data.augment import Augmentation, RawDataset, RawSample, random_generator, register_augmentation
 from amltrain.errors import UserError
+from amltrain.files import unseal
 
 if TYPE_CHECKING:
     from amltrain.records import Draw
@@ -87,13 +88,17 @@ class Ranking:
     """A ranking file: for every key (a sent_id or an image_id) images with their similarities, best first."""
 
     def __init__(self, path: Path) -> None:
-        """path: a Parquet file with columns key, image_ids, scores. Raises UserError if it cannot be read."""
+        """path: as `amltrain data rank` wrote it: columns key, image_ids, scores, and a checksum. Raises UserError."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path, columns=["key", "image_ids", "scores"]).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
+            table = pq.read_table(path, page_checksum_verification=True).combine_chunks()
+            self.facts = unseal(table, path)
+            table = table.select(["key", "image_ids", "scores"])
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+            if isinstance(error, UserError):
+                raise UserError(f"{error} (amltrain data rank)") from error
             raise UserError(f"ranking {path} cannot be read ({error}); write it with amltrain data rank") from error
         order = np.argsort(np.asarray(table.column("key"), np.int64), kind="stable")
         self._keys = np.asarray(table.column("key"), np.int64)[order]
@@ -186,25 +191,32 @@ class Mosaic:
     def candidates(self, sample: RawSample, dataset: RawDataset) -> NDArray[np.int64]:
         """Referents of the images that a mosaic of this sample may be retrieved from, best first, at most `top_k`."""
         options, ids = self.options, sample.ids
-        images, scores = self._ranking(ids.dataset, ids.split, "sentences")[ids.sent_id]
+        images, scores = self._ranking(dataset, ids, "sentences")[ids.sent_id]
         kept = images != ids.image_id
         images, scores = images[kept], scores[kept]
         banned = np.zeros(len(images), bool)
         if options.max_text_similarity is not None:
             banned |= scores > options.max_text_similarity
         if options.max_image_similarity is not None:
-            near = self._ranking(ids.dataset, ids.split, "images")[ids.image_id]
+            near = self._ranking(dataset, ids, "images")[ids.image_id]
             banned |= np.isin(images, near.images[near.scores > options.max_image_similarity])
         images = images[-TAIL:] if len(images) and banned.all() else images[~banned]
         known, first = dataset.first_referents(ids.dataset)
         place = np.searchsorted(known, images).clip(max=len(known) - 1)
         return first[place[known[place] == images]][: options.top_k]
 
-    def _ranking(self, dataset: str, split: str, kind: str) -> Ranking:
+    def _ranking(self, dataset: RawDataset, ids: Any, kind: str) -> Ranking:
         assert self.options.rankings is not None
-        path = ranking_path(self.options.rankings, dataset, split, kind)
+        path = ranking_path(self.options.rankings, ids.dataset, ids.split, kind)
         if path not in self._rankings:
-            self._rankings[path] = Ranking(path)
+            ranking = Ranking(path)
+            for opened in getattr(dataset, "splits", ()):
+                same = (opened.dataset, opened.split) == (ids.dataset, ids.split)
+                if same and opened.fingerprint and ranking.facts.get("data") not in (None, "", opened.fingerprint):
+                    raise UserError(
+                        f"ranking {path} was made from other data of that name; write it again with amltrain data rank"
+                    )
+            self._rankings[path] = ranking
         return self._rankings[path]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from amltrain.errors import UserError
 from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
 from amltrain.evaluation.results import Results, moved_models, read_results
-from amltrain.evaluation.samples import read_samples, scored_samples
+from amltrain.evaluation.samples import check_origin, read_samples, scored_samples
 from amltrain.evaluation.tables import cell, latex, markdown
 from amltrain.run_folder import BEST, MODEL, RESULTS_FILE
 
@@ -114,6 +114,8 @@ def read_runs(place: str | Path) -> dict[SplitKey, list[Run]]:
             continue
         samples = row.files.get("samples")
         table = read_samples(path.parent / samples) if samples and (path.parent / samples).exists() else None
+        if table is not None:
+            check_origin(table, row, path.parent / str(samples))
         found.setdefault((row.dataset, row.split), []).append(Run(str(path), row, table))
     if not found:
         raise UserError(

@@ -140,7 +140,10 @@ def evaluate_predictions(
     def predict(batch: Batch, host: Batch) -> tuple[Masks, None]:
         return predictions.masks(host, loader.dataset, protocol), None
 
-    notes = {"predictions": str(predictions.source), **(provenance or {})}
+    made_by: dict[str, Any] = {
+        name: predictions.facts[name] for name in ("step", "weights_sha256") if name in predictions.facts
+    }
+    notes = {"predictions": str(predictions.source), **made_by, **(provenance or {})}
     results = _score_split(accelerator, predict, loader, protocol, pictures, notes, progress, None)
     faults = sorted(set(gather_object(predictions.faults)))
     predictions.raise_faults(faults)

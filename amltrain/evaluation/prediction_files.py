@@ -8,14 +8,18 @@ Two forms, each for one split; REF and SENT are the data set's ref_id and sent_i
             "no_target": false}; size and counts are COCO's compressed run lengths. They may lie in "mask" or
             "segmentation" too; ref_id and no_target may be missing; lines of another "dataset" or "split" are skipped.
 
+What an evaluation writes has a manifest beside it (`NAME.manifest.json`, in a folder `manifest.json`): which model made
+the masks, from which data, and the SHA-256 of every file, which is compared when they are read.
+
 A mask has the size of its image. For a protocol that scores at network size it may have that size instead.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,9 +32,12 @@ from pycocotools import mask as coco
 from amltrain.config.schema import Protocol
 from amltrain.data.images import FileFault, decode_file
 from amltrain.data.segmentation import decode_mask
+from amltrain.distributed import on_main_process
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.masks import Masks, network_size
+from amltrain.files import cure, load_json, sha256, write_text
 from amltrain.records import Batch
+from amltrain.run_folder import MANIFEST
 
 SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".jpg", ".jpeg")
 NO_TARGET_FILE = "no_target.json"
@@ -53,8 +60,13 @@ class FileMasks:
     faults collects, in one phrase each, the samples whose masks cannot be scored.
     """
 
-    def __init__(self, source: Path, entries: Sequence[tuple[SampleKey, Entry]]) -> None:
+    def __init__(
+        self, source: Path, entries: Sequence[tuple[SampleKey, Entry]], manifest: dict[str, Any] | None = None
+    ) -> None:
+        """manifest: as `PredictionWriter` wrote it; None = predictions from elsewhere, which have none."""
         self.source = source
+        self.facts: dict[str, Any] = (manifest or {}).get("facts", {})
+        self.hashes: dict[str, str] = (manifest or {}).get("files", {})
         self.entries = dict(entries)
         self.doubled = sorted(_name(key) for key, count in Counter(key for key, _ in entries).items() if count > 1)
         self.has_flags = any(entry.no_target is not None for entry in self.entries.values())
@@ -63,6 +75,9 @@ class FileMasks:
 
     def check_ids(self, dataset: Any) -> None:
         """Raise UserError, with counts and examples, unless every sample has exactly one prediction."""
+        contents = split_contents(dataset)
+        if contents and self.facts.get("data_fingerprint", contents) != contents:
+            raise UserError(f"{self.source} was predicted from other data of that name; predict again")
         wanted = [self._key(dataset.info(i)) for i in range(len(dataset))]
         faults = []
         if len(set(wanted)) < len(wanted):
@@ -91,7 +106,10 @@ class FileMasks:
 
     def _mask(self, entry: Entry, original: tuple[int, int], expected: tuple[int, int], dataset: Any) -> np.ndarray:
         try:
-            mask = _read_picture(entry.mask) if isinstance(entry.mask, Path) else _decode(entry.mask)
+            if isinstance(entry.mask, Path):
+                mask = _read_picture(entry.mask, self.hashes.get(entry.mask.name))
+            else:
+                mask = _decode(entry.mask)
         except (OSError, ValueError, TypeError, KeyError, FileFault) as error:
             self.faults.append(f"{entry.place}: {first_line(error)}")
             return np.zeros(expected, bool)
@@ -116,7 +134,10 @@ def find_predictions(source: str | Path, dataset: str, split: str) -> FileMasks:
     """
     source = Path(source)
     if source.is_file():
-        return FileMasks(source, _read_lines(source, dataset, split))
+        manifest = _read_manifest(source)
+        if manifest is not None and sha256(source) != manifest["files"].get(source.name):
+            raise UserError(f"{source} has changed since it was written; predict again, or remove {_beside(source)}")
+        return FileMasks(source, _read_lines(source, dataset, split), manifest)
     if not source.is_dir():
         raise UserError(f"there are no predictions at {source}; give a folder of masks or a .jsonl file")
     name = f"{dataset}-{split}"
@@ -134,6 +155,14 @@ def _read_folder(folder: Path) -> FileMasks:
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
         raise UserError(f"{folder} holds no masks (REF_SENT.png) and no predictions of this split")
+    manifest = _read_manifest(folder)
+    for name, wanted in (manifest["files"] if manifest else {}).items():
+        path = folder / name
+        if not path.is_file() or (name == NO_TARGET_FILE and sha256(path) != wanted):  # masks: when they are read
+            what = "has changed since it was written" if path.is_file() else "is missing"
+            raise UserError(f"{path} {what}; predict again, or remove {_beside(folder).name}")
+    if manifest is not None and (more := [p.name for p in paths if p.name not in manifest["files"]]):
+        raise UserError(f"{folder / more[0]} is not in {MANIFEST}; remove it, or predict again")
     names = _read_json(folder / NO_TARGET_FILE) if (folder / NO_TARGET_FILE).exists() else None
     entries = []
     for path in paths:
@@ -142,7 +171,28 @@ def _read_folder(folder: Path) -> FileMasks:
             raise UserError(f"{path} is not named REF_SENT.png or SENT.png (the data set's ref_id and sent_id)")
         key = (int(parts[0]) if len(parts) == 2 else None, int(parts[-1]))
         entries.append((key, Entry(path.name, path, None if names is None else path.stem in names)))
-    return FileMasks(folder, entries)
+    return FileMasks(folder, entries, manifest)
+
+
+def split_contents(dataset: Any) -> str:
+    """The fingerprint of a split's contents, whatever part of it is scored; "" where it is not known."""
+    return "".join(opened.fingerprint for opened in getattr(dataset, "splits", ()))
+
+
+def _beside(predictions: Path) -> Path:
+    """Where the manifest of a folder of masks, or of a file of run lengths, lies."""
+    return predictions / MANIFEST if predictions.is_dir() else predictions.with_suffix(f".{MANIFEST}")
+
+
+def _read_manifest(predictions: Path) -> dict[str, Any] | None:
+    path = _beside(predictions)
+    if not path.exists():
+        return None
+    content = load_json(path)
+    right = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("facts", "files"))
+    if not right:
+        raise UserError(f"{path} is not a manifest of predictions; predict again")
+    return content
 
 
 def _read_json(path: Path) -> list[str]:
@@ -190,8 +240,11 @@ def _listed(texts: Iterable[str], path: Path) -> list[str]:
         raise UserError(f"{path} is not a JSON list of predictions ({first_line(error)})") from error
 
 
-def _read_picture(path: Path) -> np.ndarray:
-    picture = decode_file(path.read_bytes())
+def _read_picture(path: Path, wanted: str | None) -> np.ndarray:
+    content = path.read_bytes()
+    if wanted is not None and hashlib.sha256(content).hexdigest() != wanted:
+        raise ValueError("it has changed since it was written")
+    picture = decode_file(content)
     pixels = np.asarray(picture if picture.mode in ("1", "L", "P", "I", "I;16") else picture.convert("L"))
     values = np.unique(pixels)
     if len(values) > 2 or (len(values) == 2 and values[0] != 0):
@@ -243,17 +296,26 @@ class PredictionWriter:
                 row |= {"size": list(pixels.shape), "counts": rle["counts"].decode()}
             self.lines.write(json.dumps({"sample_id": sample_id} | row) + "\n")
 
-    def finish(self, target: Path) -> Path:
+    def finish(self, target: Path, facts: Mapping[str, Any] | None = None) -> Path:
         """Join what the processes wrote under this name (plus .jsonl for run lengths), and return the path.
 
-        Older predictions of that name are replaced.
+        Older predictions of that name are replaced. facts: which model made them, from which data. Raises UserError.
         """
         target = target.with_name(f"{target.name}.jsonl") if self.form == "rle" else target
         self.lines.close()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self._join(target)
-        self.accelerator.wait_for_everyone()
+
+        def write() -> None:
+            try:
+                _beside(target).unlink(missing_ok=True)  # never beside files that it does not describe
+                self._join(target)
+                files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
+                manifest = {"facts": dict(facts or {}), "files": {path.name: sha256(path) for path in files}}
+                write_text(_beside(target), json.dumps(manifest, indent=1))
+            except OSError as error:
+                raise UserError(f"cannot write {target}: {error.strerror or error}; {cure(error)}") from error
+
+        on_main_process(self.accelerator, write)
         return target
 
     def _join(self, target: Path) -> None:

@@ -143,7 +143,7 @@ class Results:
         """Return the key by which rows of results.json are merged, as JSON text."""
         names = ("checkpoint", "predictions", "model", "step", "perturbation", "max_samples")
         source = {name: self.provenance.get(name) for name in names}
-        if source["checkpoint"] is not None:
+        if source["checkpoint"] is not None or source["predictions"] is not None:
             source["step"] = None  # scored again after `best` has moved, a split has one row, the new one
         return json.dumps([self.dataset, self.split, self.protocol, source], sort_keys=True)
 

@@ -1,6 +1,7 @@
 """One row per sample as Parquet: ids, sentence, pixels, IoU and flags, for error analysis, comparisons and reports."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pyarrow.parquet as pq
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
 from amltrain.evaluation.results import Results
+from amltrain.files import seal, unseal
 
 FOLDER = "samples"
+STANDS_ON = ("checkpoint", "predictions", "step", "weights_sha256", "data_fingerprint")
+"""Facts of an evaluation that its samples carry."""
 COLUMNS = {
     "dataset": "data set",
     "split": "split",
@@ -70,12 +74,16 @@ def sample_table(results: Results, dataset: Any) -> pa.Table:
     return pa.table({name: columns[name] for name in COLUMNS})
 
 
-def write_samples(path: Path, table: pa.Table) -> None:
-    """Write a Parquet file atomically. Raises UserError when it cannot be written."""
+def write_samples(path: Path, table: pa.Table, facts: Mapping[str, Any] | None = None) -> None:
+    """Write a Parquet file atomically, with a checksum. Raises UserError when it cannot be written.
+
+    facts: what the rows stand on, as in `Results.provenance`; the fingerprints of model and data are kept.
+    """
+    kept = {name: facts[name] for name in STANDS_ON if name in facts} if facts else {}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary)
+        pq.write_table(seal(table, kept), temporary, write_page_checksum=True)
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -86,13 +94,24 @@ def write_samples(path: Path, table: pa.Table) -> None:
 def read_samples(path: str | Path) -> pa.Table:
     """Read what `write_samples` wrote. Raises UserError for any other file."""
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+        table = pq.read_table(path, page_checksum_verification=True)
+        named = set(table.column_names)  # damaged names may not be UTF-8
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a table of samples ({first_line(error)}); evaluate again") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
+    missing = [name for name in COLUMNS if name not in named]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
+    unseal(table, path)
     return table
+
+
+def check_origin(table: pa.Table, results: Results, path: Path) -> None:
+    """Raise UserError if samples that were read belong to another model or other data than a row of results."""
+    facts = unseal(table, path)
+    for name, what in (("weights_sha256", "weights"), ("data_fingerprint", "data")):
+        mine, theirs = results.provenance.get(name), facts.get(name)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise UserError(f"{path} has the samples of other {what} than its row of results.json; evaluate again")
 
 
 def scored_samples(table: pa.Table, ties: Ties) -> Scored:

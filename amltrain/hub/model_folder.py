@@ -41,6 +41,7 @@ from amltrain.run_folder import (
     ModelIdentity,
     check_model,
     find_model_folder,
+    public_name,
 )
 
 if TYPE_CHECKING:
@@ -109,11 +110,6 @@ def save_pretrained(
     return folder
 
 
-def public_name(source: str) -> str:
-    """The name of a local file or folder without the path that leads there; a Hub id as it is."""
-    return Path(source).resolve().name if Path(source).exists() else source
-
-
 def _forget_origin(path: Path) -> None:
     """Remove from a tokenizer's config where it was loaded from, which may be a private path."""
     if path.is_file():
@@ -159,7 +155,8 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     model = _build(config["model"], config["kwargs"], folder / CONFIG_FILE)
     load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder, preprocess.max_tokens)
-    return Pretrained(model.eval(), preprocess, protocol, tokenizer, config["model"], config["kwargs"], folder, identity)
+    name, kwargs = config["model"], config["kwargs"]
+    return Pretrained(model.eval(), preprocess, protocol, tokenizer, name, kwargs, folder, identity)
 
 
 def _build(name: str, kwargs: dict[str, Any], path: Path) -> RISModel:

@@ -27,13 +27,16 @@ from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
 from amltrain.hub.model_card import build_model_card
 from amltrain.run_folder import (
+    MANIFEST,
     MODEL,
     MODEL_FILES,
     PREPROCESS_FILE,
     RESULTS_FILE,
     TRAINING_FILE,
     WEIGHTS_FILE,
+    check_model,
     find_model_folder,
+    model_manifest,
 )
 
 PAUSES = (0.0, 10.0, 30.0, 60.0)
@@ -71,6 +74,9 @@ def push_model(
     adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     if results:
         adds.append(CommitOperationAdd(RESULTS_FILE, results_json(results).encode()))
+    listed = {name: path for name, path in files.items() if name != MANIFEST}
+    adds = [add for add in adds if add.path_in_repo != MANIFEST]
+    adds.append(CommitOperationAdd(MANIFEST, model_manifest(listed).encode()))  # a download is checked against it
     adds.append(CommitOperationAdd("README.md", str(card).encode()))
     if dry_run:
         sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
@@ -121,7 +127,8 @@ def check_access(repo: str, *, online: bool = True) -> None:
 def _whole_model_folder(source: Path) -> Path:
     if not source.exists():
         raise UserError(f"there is no folder {source}; name a model folder, e.g. RUN/best")
-    folder = find_model_folder(source)
+    folder = find_model_folder(source).resolve()
+    check_model(folder)
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt"):  # checks the header and the file's length
             pass

@@ -1,8 +1,9 @@
 """Score a trained model, or masks that any model predicted, on splits of prepared data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from amltrain.distributed import PREPARATION, on_main_process
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
 from amltrain.evaluation.perturbations import PAPER, Perturbation, build_perturbation
-from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions
+from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions, split_contents
 from amltrain.evaluation.results import (
     Results,
     merge_results,
@@ -79,7 +80,7 @@ class Source(NamedTuple):
     preprocess: Preprocess
     protocol: Protocol
     folder: Path | None
-    identity: dict[str, Any] = {}
+    identity: Mapping[str, Any] = MappingProxyType({})
 
 
 class NoText:
@@ -154,11 +155,12 @@ def _score(
         )
     files = {"samples": f"samples/{result.stem()}.parquet"}
     if writer is not None:
-        files["predictions"] = f"predictions/{writer.finish(output / 'predictions' / result.stem()).name}"
+        facts = {**source.identity, "checkpoint": options.checkpoint, "data_fingerprint": split_contents(dataset)}
+        files["predictions"] = f"predictions/{writer.finish(output / 'predictions' / result.stem(), facts).name}"
     if options.pictures:
         files["picture"] = f"pictures/{result.stem()}.png"
     if accelerator.is_main_process:
-        write_samples(output / files["samples"], sample_table(result, dataset))
+        write_samples(output / files["samples"], sample_table(result, dataset), result.provenance)
         if options.pictures:
             from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
 

@@ -169,8 +169,18 @@ def write_model_folder(folder: Path, config: RunConfig, components: RunComponent
         protocol=components.protocol,
         tokenizer=components.tokenizer,
     )
-    record = describe_training(config) | {"data_fingerprint": components.dataset.fingerprint}
+    record = describe_training(config) | {
+        "data_fingerprint": components.dataset.fingerprint,
+        "evaluated_fingerprints": evaluated_contents(components),
+    }
     write_text(folder / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def evaluated_contents(components: RunComponents) -> dict[str, str]:
+    """Fingerprints of the data that a run is scored on, by split; without those that are not known."""
+    loaders: dict[str, Any] = {name: loader.dataset for name, loader in components.eval_loaders.items()}
+    found = {name: getattr(dataset, "fingerprint", "") for name, dataset in loaders.items()}
+    return {name: contents for name, contents in found.items() if contents}
 
 
 LARGE_FROZEN = 1_000_000

@@ -19,7 +19,14 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from amltrain.checkpoints.lock import OutputLock
-from amltrain.checkpoints.resume import Progress, check_shared, prepare_output, resume_progress, write_config
+from amltrain.checkpoints.resume import (
+    Progress,
+    check_shared,
+    compare_surroundings,
+    prepare_output,
+    resume_progress,
+    write_config,
+)
 from amltrain.checkpoints.saver import Saver
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.data.loaders import build_sampler, collate
@@ -28,6 +35,7 @@ from amltrain.data.transforms import prepare_batch
 from amltrain.distributed import (
     PREPARATION,
     BatchPlan,
+    agree,
     build_accelerator,
     is_sharded,
     on_main_process,
@@ -36,6 +44,7 @@ from amltrain.distributed import (
     shard,
     skip_bad_steps,
 )
+from amltrain.environment import library_versions
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results
 from amltrain.hub.push import check_access
@@ -49,6 +58,7 @@ from amltrain.training.build import (
     build_components,
     check_before_data,
     check_components,
+    evaluated_contents,
     write_model_folder,
 )
 from amltrain.training.optim import average_weights, blocks_called_whole, build_optimizer, compile_blocks
@@ -303,7 +313,9 @@ def build_run(
         data=components.dataset.fingerprint,
         engine=accelerator.distributed_type.value.lower(),
     )
+    agree(accelerator, {"training data": progress.data, **evaluated_contents(components), **library_versions()})
     if resume_from is not None:
+        compare_surroundings(resume_from, evaluated_contents(components), log)
         progress = resume_progress(saver, resume_from, progress, config.folder, log)
         for callback in callbacks:
             callback.load_state_dict(progress.callbacks.get(type(callback).__name__))

@@ -10,6 +10,7 @@ stop and failed saves go together, averaged over the processes, so that all of t
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from amltrain.evaluation.results import Results, write_results
 from amltrain.models.base import RISModel
 from amltrain.randomness import random_key
 from amltrain.records import Batch
-from amltrain.run_folder import BEST, FINISHED_FILE
+from amltrain.run_folder import BEST, FINISHED_FILE, RESULTS_FILE
 from amltrain.training.build import MethodBuilder
 from amltrain.training.callbacks import build_callbacks
 from amltrain.training.optim import lr_factor, set_lr, uncompiled
@@ -323,8 +324,11 @@ class Trainer:
         """Add the evaluation to its checkpoint, and point `best` at it if it is one; main process only."""
         output, best = self.run.output, self.progress.best_step == self.progress.step
         path = output / run_folder.checkpoint_name(self.progress.step)
-        write = partial(write_results, results=self.run.results)
-        run_folder.add_scores(path, self.progress.state_dict(), write)
+        weights = run_folder.saved_weights(path)  # known once the checkpoint is complete
+        named = [replace(r, provenance={**r.provenance, "weights_sha256": weights}) for r in self.run.results]
+        self.run.results = named
+        run_folder.add_scores(path, self.progress.state_dict(), partial(write_results, results=named))
+        write_results(output / RESULTS_FILE, named)
         if best:
             run_folder.point(output, BEST, path)
             run_folder.prune(output, self.config.checkpoint.keep)

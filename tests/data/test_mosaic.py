@@ -12,6 +12,7 @@ from PIL import Image
 from amltrain.data.mosaic import Mosaic, MosaicOptions, allowed_cells, compose, ranking_path
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
+from amltrain.files import seal
 from amltrain.records import Draw
 from tests.data.stand_in import shapes_dataset
 
@@ -25,7 +26,7 @@ def write_ranking(folder: Path, kind: str, ranking: dict[int, list[tuple[int, fl
         "scores": pa.array([[s for _, s in ranked] for ranked in ranking.values()], pa.list_(pa.float32())),
     }
     folder.mkdir(exist_ok=True)
-    pq.write_table(pa.table(columns), ranking_path(folder, "refshapes", "train", kind))
+    pq.write_table(seal(pa.table(columns), {}), ranking_path(folder, "refshapes", "train", kind))
 
 
 @pytest.mark.parametrize(("cells", "size"), [(4, 32), (9, 32), (9, 31)])

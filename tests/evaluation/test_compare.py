@@ -78,7 +78,7 @@ def test_one_image_gives_no_interval(scored: Results, tmp_path: Path):
         path = place / "samples" / "x.parquet"
         table = pq.read_table(path)
         same = pa.array([7] * len(table), table.schema.field("image_id").type)
-        pq.write_table(table.set_column(table.schema.get_field_index("image_id"), "image_id", same), path)
+        write_samples(path, table.set_column(table.schema.get_field_index("image_id"), "image_id", same))
     found = compare({"a": places[:1], "b": places[1:]}, draws=20)
     assert all(np.isnan(d.low) and not d.unequal for d in found.differences)
     assert "a single image" in found.notes[0]

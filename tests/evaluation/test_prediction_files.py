@@ -1,8 +1,10 @@
 """Masks from files get the scores of the model that made them; faults are counted and named, and nothing is scored."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +128,7 @@ def test_faults_are_named_and_nothing_is_scored(accelerator: Accelerator, tmp_pa
     writer = PredictionWriter(tmp_path, "masks", accelerator)
     evaluate_model(accelerator, SeesBright(), loader(Scenes()), protocol, writer=writer)
     folder = writer.finish(tmp_path / "masks")
+    (folder / "manifest.json").unlink()  # as predictions from elsewhere, which have none
     spoil(folder)
     with pytest.raises(UserError, match=message):
         evaluate_predictions(accelerator, find_predictions(folder, "scenes", "val"), loader(Scenes()), protocol)
@@ -143,9 +146,73 @@ def test_lines_without_ref_ids_and_of_other_splits(accelerator: Accelerator, tmp
         row["no_target"] = False
         row["segmentation"] = {"size": row.pop("size"), "counts": row.pop("counts")}
     path.write_text("\n".join(map(json.dumps, [foreign, *rows])))
+    (tmp_path / "ours.manifest.json").unlink()
     found = find_predictions(path, "scenes", "val")
     assert len(found.entries) == COUNT
     assert scores(evaluate_predictions(accelerator, found, loader(Scenes()), protocol)) == scores(by_model)
     path.write_text('{"sent_id": 3}\n')
     with pytest.raises(UserError, match=r"line 1: not a prediction"):
         find_predictions(path, "scenes", "val")
+
+
+def flipped(path: Path, number: int) -> None:
+    """Change one bit, another one for every number, spread over the file."""
+    content = bytearray(path.read_bytes())
+    content[(number * 7919) % len(content)] ^= 1 << number % 8
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, accelerator = tmp_path_factory.mktemp("written"), Accelerator(cpu=True)
+    for form in ("masks", "rle"):
+        writer = PredictionWriter(folder, form, accelerator)
+        evaluate_model(accelerator, SeesBright(), loader(Scenes()), named_protocol("cris"), writer=writer)
+        writer.finish(folder / form, {"weights_sha256": "ab", "step": 4, "data_fingerprint": "seven"})
+    return folder
+
+
+@pytest.mark.parametrize("number", range(25))
+@pytest.mark.parametrize("form", ["masks", "rle"])
+def test_a_flipped_bit_is_found(accelerator: Accelerator, written: Path, tmp_path: Path, form: str, number: int):
+    copy = tmp_path / "copy"
+    shutil.copytree(written, copy)
+    source = copy / "masks" if form == "masks" else copy / "rle.jsonl"
+    victim = sorted(source.glob("*.png"))[number % COUNT] if form == "masks" else source
+    flipped(victim, number)
+    with pytest.raises(UserError, match="has changed since it was written"):
+        evaluate_predictions(
+            accelerator, find_predictions(source, "scenes", "val"), loader(Scenes()), named_protocol("cris")
+        )
+
+
+def test_predictions_name_their_model_and_their_data(accelerator: Accelerator, written: Path, tmp_path: Path):
+    protocol = named_protocol("cris")
+    scored = evaluate_predictions(
+        accelerator, find_predictions(written / "rle.jsonl", "scenes", "val"), loader(Scenes()), protocol
+    )
+    assert (scored.provenance["weights_sha256"], scored.provenance["step"]) == ("ab", 4)
+    other = Scenes()
+    other.splits = [SimpleNamespace(fingerprint="eight")]  # type: ignore[attr-defined]
+    for source in ("rle.jsonl", "masks"):
+        with pytest.raises(UserError, match="predicted from other data of that name"):
+            find_predictions(written / source, "scenes", "val").check_ids(other)
+    other.splits = [SimpleNamespace(fingerprint="seven")]  # type: ignore[attr-defined]
+    find_predictions(written / "masks", "scenes", "val").check_ids(other)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: next(f.glob("*.png")).unlink(), "png is missing"),
+        (lambda f: Image.new("L", (24, 24)).save(f / "9_9.png"), "9_9.png is not in manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "is not a manifest of predictions"),
+        (lambda f: (f / "manifest.json").write_text('{"facts": 1, "files": {}}'), "is not a manifest of predictions"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is damaged or no JSON"),
+    ],
+)
+def test_a_folder_that_its_manifest_does_not_describe(written: Path, tmp_path: Path, spoil: Spoil, message: str):
+    shutil.copytree(written / "masks", tmp_path / "masks")
+    spoil(tmp_path / "masks")
+    with pytest.raises(UserError, match=message):
+        find_predictions(tmp_path / "masks", "scenes", "val")

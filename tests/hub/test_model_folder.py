@@ -3,6 +3,8 @@
 import errno
 import json
 import pickle
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from amltrain import files, run_folder
 from amltrain.config.schema import Preprocess
 from amltrain.errors import UserError
 from amltrain.evaluation.results import named_protocol
+from amltrain.hub import model_folder
 from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
 from amltrain.models.base import RISModel
 from amltrain.registry import MODELS, Entry
@@ -225,3 +229,141 @@ def test_config_is_for_people(tmp_path: Path):
     assert config["model"] == "two_linears"
     assert config["protocol"]["threshold"] == 0.4
     assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == 32
+
+
+TOKENIZER = {"tokenizer.json": '{"model": {}}', "tokenizer_config.json": "{}"}
+
+
+def checkpoint(run: Path, step: int = 4) -> Path:
+    def write(folder: Path) -> None:
+        torch.manual_seed(step)
+        save(folder / "model", TwoLinears(4))
+        for name, text in TOKENIZER.items():
+            (folder / "model" / name).write_text(text)
+        (folder / "state" / "trainer.json").write_text("{}")
+
+    return run_folder.write_checkpoint(run, step, write)
+
+
+def a_bit(name: str, place: float) -> Callable[[Path], None]:
+    def harm(model: Path) -> None:
+        content = bytearray((model / name).read_bytes())
+        content[int(place * (len(content) - 1))] ^= 4
+        (model / name).write_bytes(content)
+
+    return harm
+
+
+def written(name: str, text: str) -> Callable[[Path], None]:
+    return lambda model: (model / name).write_text(text) and None
+
+
+def edited(name: str, key: str, value: object) -> Callable[[Path], None]:
+    def harm(model: Path) -> None:
+        content = json.loads((model / name).read_text())
+        content[key] = value
+        (model / name).write_text(json.dumps(content, indent=2))
+
+    return harm
+
+
+def zeros(model: Path) -> None:
+    """Another model of the same shapes, whole and loadable."""
+    state = {key: torch.zeros_like(value) for key, value in load_file(model / "model.safetensors").items()}
+    save_file(state, model / "model.safetensors")
+
+
+FILES = ("model.safetensors", "config.json", "preprocessor_config.json", *TOKENIZER)
+CHANGES: dict[str, Callable[[Path], None]] = {
+    **{f"bit of {name} at {place}": a_bit(name, place) for name in FILES for place in (0.0, 0.5, 0.97)},
+    **{f"{name} empty": written(name, "") for name in FILES},
+    **{f"{name} gone": lambda model, name=name: (model / name).unlink() for name in FILES},
+    "other weights": zeros,
+    "size 16": edited("preprocessor_config.json", "size", 16),
+    "letterbox": edited("preprocessor_config.json", "resize", "letterbox"),
+    "normalization": edited("preprocessor_config.json", "normalization", "clip"),
+    "threshold": edited("config.json", "protocol", {"threshold": 0.01}),
+    "kwargs": edited("config.json", "kwargs", {"width": 4}),
+    "vocabulary": written("tokenizer.json", '{"model": {"vocab": {"left": 1}}}'),
+    "added token file": written("added_tokens.json", "{}"),
+    "added vocabulary": written("vocab.txt", "left"),
+    "added special tokens": written("special_tokens_map.json", "{}"),
+    "manifest cut": lambda model: (model.parent / "manifest.json").write_text('{"files"') and None,
+    "manifest empty": lambda model: (model.parent / "manifest.json").write_text("") and None,
+    "manifest lists nothing": lambda model: (model.parent / "manifest.json").write_text('{"files": {}}') and None,
+    "manifest of numbers": lambda model: (
+        (model.parent / "manifest.json").write_text('{"files": {"model/x": 3}}') and None
+    ),
+    "manifest is a list": lambda model: (model.parent / "manifest.json").write_text("[]") and None,
+    "manifest nested": lambda model: (model.parent / "manifest.json").write_text("[" * 100_000) and None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_checkpoint_is_no_model(tmp_path: Path, change: str) -> None:
+    saved = checkpoint(tmp_path)
+    assert run_folder.check_model(saved / "model").step == 4
+    CHANGES[change](saved / "model")
+    for name in (tmp_path / "last", saved, saved / "model"):
+        if (saved / "model" / "config.json").exists():
+            with pytest.raises(UserError, match="is not the model that was saved") as caught:
+                load_pretrained(name)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        else:
+            with pytest.raises(UserError):
+                load_pretrained(name)
+
+
+def test_what_a_model_does_not_read_may_change(tmp_path: Path) -> None:
+    """State, scores that have no entry yet, notes and pictures."""
+    saved = checkpoint(tmp_path)
+    (saved / "state" / "trainer.json").write_text("{ }")
+    (saved / "model" / "results.json").write_text("{}")
+    (saved / "model" / "README.md").write_text("a note")
+    before = run_folder.check_model(saved / "model")
+    assert before.weights == run_folder.saved_weights(saved) and before.described()["step"] == 4
+    shutil.copytree(saved / "model", tmp_path / "mine")  # a folder of its own may be changed
+    edited("config.json", "kwargs", {"width": 4})(tmp_path / "mine")
+    assert run_folder.check_model(tmp_path / "mine") == (None, before.weights)
+
+
+def test_a_folder_of_its_own_with_a_manifest_is_checked(tmp_path: Path) -> None:
+    save(tmp_path / "model", TwoLinears(4))
+    run_folder.write_model_manifest(tmp_path / "model")
+    assert load_pretrained(tmp_path / "model").identity.step is None
+    (tmp_path / "model" / "manifest.json").write_text('{"files": {}, "name": "a stranger\'s"}')
+    load_pretrained(tmp_path / "model")  # not ours: ignored
+    run_folder.write_model_manifest(tmp_path / "model")
+    zeros(tmp_path / "model")
+    with pytest.raises(UserError, match=r"model\.safetensors has 400 bytes instead of 432"):
+        load_pretrained(tmp_path / "model")
+
+
+def test_best_that_moves_while_a_model_loads_is_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    for saved in (first, second):
+        for name in TOKENIZER:
+            (saved / "model" / name).unlink()
+        run_folder._write_manifest(saved)
+    run_folder.point(tmp_path, "best", first)
+    sound = model_folder._from_dict
+
+    def moved(*arguments: object) -> object:
+        run_folder.point(tmp_path, "best", second)
+        return sound(*arguments)
+
+    monkeypatch.setattr(model_folder, "_from_dict", moved)
+    loaded = load_pretrained(tmp_path / "best")
+    assert loaded.identity == (4, run_folder.saved_weights(first))
+    weights = load_file(first / "model" / "model.safetensors")
+    assert all(torch.equal(weights[key], value) for key, value in loaded.model.state_dict().items())
+
+
+def test_large_files_are_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, hashed = checkpoint(tmp_path), []
+    run_folder._hashed.cache_clear()
+    monkeypatch.setattr(run_folder, "sha256", lambda path: hashed.append(path.name) or files.sha256(path))
+    for _ in range(3):
+        run_folder.check_model(saved / "model")
+        assert run_folder.find_fault(saved) is None
+    assert sorted(hashed) == sorted({*FILES, "trainer.json"})
