@@ -56,6 +56,13 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_tree(folder: Path) -> None:
+    """Write all files below a folder, and its folders, through to the disk; before it gets its name. Raises OSError."""
+    for path in sorted(folder.rglob("*")):
+        flush(path)
+    flush(folder)
+
+
 def sha256(path: Path) -> str:
     """Hash a file's content, in hexadecimal."""
     with path.open("rb") as file:
@@ -215,7 +222,7 @@ def locked(path: Path, otherwise: str = "choose another folder") -> Iterator[Non
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UserError(f"cannot write {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
+        raise UserError(f"could not write {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -28,6 +28,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -37,7 +38,7 @@ from safetensors import SafetensorError
 
 from amltrain import __version__
 from amltrain.errors import UserError, first_line
-from amltrain.files import flush, replacing, sha256, way_out, write_text
+from amltrain.files import flush, flush_tree, replacing, sha256, way_out, write_text
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
@@ -265,6 +266,15 @@ def finish_checkpoint(output: Path, step: int) -> Path:
     return final
 
 
+def folder_id(output: Path) -> tuple[int, int] | None:
+    """What tells a run's folder from another of the same name; None where there is none."""
+    try:
+        status = output.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def not_saved(output: Path, step: int, error: Exception) -> UserError:
     """The error of a checkpoint that could not be written, with the way out; a UserError stays as it is."""
     if isinstance(error, UserError) and not isinstance(error.__cause__, (OSError, SafetensorError)):
@@ -347,7 +357,8 @@ def _temporary(output: Path, step: int) -> Path:
 
 def _make_room(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / STATE).mkdir(parents=True)
+    temporary.mkdir()  # not its parents: a run's folder that was removed is not made again
+    (temporary / STATE).mkdir()
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -362,8 +373,7 @@ def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {path.relative_to(folder).as_posix(): _entry(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps({"amltrain": __version__, "files": entries}, indent=1))
-    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        flush(path)
+    flush_tree(folder)
 
 
 def _rename(temporary: Path, final: Path) -> None:
@@ -384,11 +394,13 @@ def _put_away(checkpoint: Path) -> None:
     os.replace(checkpoint, _removing(checkpoint))
 
 
-def mark_requeue(output: Path, wanted: bool) -> None:
-    """Tell a job script whether to queue the run again."""
+def mark_requeue(output: Path, wanted: bool, *, make: bool = True) -> None:
+    """Tell a job script whether to queue the run again. make: also where the run has no folder yet."""
     if wanted:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / REQUEUE_FILE).touch()
+        if make:
+            output.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the folder was removed: there is nothing to resume
+            (output / REQUEUE_FILE).touch()
     else:
         (output / REQUEUE_FILE).unlink(missing_ok=True)
 

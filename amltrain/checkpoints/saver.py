@@ -65,11 +65,28 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._fault: str | None = None
         self._finished: list[Path] = []
+        self._folder = run_folder.folder_id(output) if accelerator.is_main_process else None
 
     @property
     def failed(self) -> bool:
-        """Whether a write in the background has failed; `wait` raises its error."""
+        """Whether a write in the background has failed, or the run's folder is gone; `wait` raises the error."""
+        if self._fault is None and self._folder is not None:
+            self._fault = self._folder_fault()
         return self._fault is not None
+
+    def _folder_fault(self) -> str | None:
+        """Why nothing can be saved any more: the folder was removed or renamed; it is not made again."""
+        try:
+            now = run_folder.folder_id(self.output)
+        except OSError as error:
+            return f"{self.output} cannot be read: {error.strerror or error}; make it readable and run again"
+        if now == self._folder:
+            return None
+        what = "was removed or renamed" if now is None else "is another folder than the run began with"
+        return (
+            f"{self.output} {what} while the run wrote to it; put it back and run again to resume, or start a new run "
+            f"in another --output"
+        )
 
     @property
     def is_writing(self) -> bool:
@@ -81,6 +98,7 @@ class Saver:
 
         Raises UserError on every process if this write, or the one before, failed.
         """
+        self._raise_everywhere(self._folder_fault() if self._folder is not None else None)
         self.wait()
         last_good = run_folder.newest(self.output)
         if self.writes_shards:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +31,7 @@ from amltrain.data.rows import Rows
 from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
-from amltrain.files import cure, sha256
+from amltrain.files import NO_ROOM, cure, flush_tree, locked, sha256
 
 FORMAT = 2
 FOLDER = "presized"
@@ -102,10 +101,12 @@ class PresizedImages:
         return torch.from_numpy(np.repeat(self._runs.values[runs], lengths).reshape(side, side))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}  # another process maps the file itself
+        return {"folder": self.folder, "manifest": self.manifest}  # another process maps the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["folder"])  # type: ignore[misc]  # of this class, which has no subclass
+        if self.manifest != state["manifest"]:
+            raise UserError(f"{self.folder} was written again while this run was starting; start it again")
 
 
 def checksum(image: NDArray[np.uint8]) -> int:
@@ -144,13 +145,12 @@ def write_presized(
     """
     final = presized_folder(prepared, dataset, split, transform, mask_parts, decoder)
     source = describe_source(prepared, dataset, split)
-    if _is_current(final, source):
+    if _is_current(final, source) and _is_sound(final):
         return final
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        # the lock's file stays: removing it would give two locks to those who wait and those who come later
-        with FileLock(final.with_name(f".{final.name}.lock")):
-            if not _is_current(final, source):  # another process may have written it meanwhile
+        with locked(final):
+            # another process may have written it meanwhile; a damaged one is written again
+            if not (_is_current(final, source) and _is_sound(final)):
                 _write(final, source, rows, transform, mask_parts, decoder, f"{dataset}/{split}", workers, progress)
     except OSError as error:
         raise UserError(f"could not write {final} ({error.strerror or error}); {cure(error)}") from error
@@ -181,6 +181,7 @@ def _write(
         images = np.lib.format.open_memmap(
             partial / _IMAGES, mode="w+", dtype=np.uint8, shape=(len(rows), 3, side, side)
         )
+        _reserve(partial / _IMAGES)
         runs = _fill(images, rows, transform, mask_parts, decoder, place, workers, progress)
         sums = np.array([checksum(image) for image in images], np.uint64)
         images.flush()
@@ -191,10 +192,35 @@ def _write(
         settings = {"format": FORMAT, "source": source, "mask_parts": mask_parts, "decoder": decoder, "files": hashes}
         settings |= {"size": side, "resize": transform.resize, "normalization": transform.normalization}
         (partial / MANIFEST).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
+        flush_tree(partial)  # a power failure must not leave a manifest beside images that are still zeros
+        old = final.with_name(f".{final.name}.{os.getpid()}.old")
+        if final.exists():
+            final.replace(old)
         partial.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _reserve(path: Path) -> None:
+    """Give a sparse file its space now: a disk that fills up under a mapped file ends the process with SIGBUS."""
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise  # other answers: the file system cannot reserve
+
+
+def _is_sound(folder: Path) -> bool:
+    """Whether every image and every run is as it was written; reads all of it."""
+    try:
+        presized = PresizedImages(folder)
+        for row in range(len(presized)):
+            presized.image(row)
+    except UserError:
+        return False
+    return True
 
 
 def open_presized(

@@ -23,7 +23,6 @@ from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from amltrain.config.schema import DataConfig, ShapesConfig
@@ -54,7 +53,7 @@ from amltrain.data.sources.annotations import (
 from amltrain.data.sources.refer import names_of_2017, read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
 from amltrain.errors import UserError
-from amltrain.files import cure
+from amltrain.files import cure, flush_tree, locked
 from amltrain.registry import DATASETS, READERS
 
 FORMAT = 1
@@ -159,14 +158,12 @@ def prepare_files(
     if manifest is None:
         files, images = find_images(files, Path(image_root), image_option)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            # one of several runs that start together prepares, the others find it done; the lock's file stays, because
-            # removing it would give those that wait for it and those that come later two different locks
-            with FileLock(folder.parent / f".{files.name}.lock"):
+            # one of several runs that start together prepares, the others find it done
+            with locked(folder, "choose another output"):
                 manifest = read_manifest(folder)
                 if manifest is None:
                     manifest = _prepare_atomically(files, folder, images, max_skipped, drawn, workers, progress)
-                    with FileLock(folder.parent / ".README.lock"):
+                    with locked(folder.parent / "README", "choose another output"):
                         write_data_card(folder.parent)
                     return manifest
         except OSError as error:
@@ -221,6 +218,7 @@ def _prepare_atomically(
             **({} if drawn is None else {"drawn": dict(drawn)}),
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        flush_tree(temporary)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -75,11 +75,11 @@ class Preemption:
         finally:
             self._leave = outer
 
-    def leave(self, output: Path) -> NoReturn:
-        """End this process with the exit code of the reason."""
+    def leave(self, output: Path, *, started: bool = False) -> NoReturn:
+        """End this process with the exit code of the reason. started: the run has its folder, or had it."""
         if self.reason == CTRL_C:
             raise SystemExit(CTRL_C_EXIT_CODE)
-        mark_requeue(output, True)  # by whichever process leaves: another may not get that far
+        mark_requeue(output, True, make=not started)  # by whichever process leaves: another may not get that far
         raise SystemExit(REQUEUE_EXIT_CODE)
 
     def requested(self) -> bool:

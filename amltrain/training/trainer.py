@@ -380,7 +380,7 @@ class Trainer:
             f"asked to stop ({run.preemption.reason or 'by another process'}): saved at step {self.progress.saved}; "
             f"rerun the same command to resume"
         )
-        run.preemption.leave(run.output)
+        run.preemption.leave(run.output, started=True)
 
     def _finish(self) -> None:
         run, p, folders, best = self.run, self.progress, f"; {self.run.output}/last/model", ""

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from amltrain.config.schema import CheckpointConfig, EvaluationConfig, HubConfig, RunConfig, TrackingConfig
 from amltrain.data.prepare import read_manifest
+from amltrain.distributed import on_main_process
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results, write_results
 from amltrain.evaluation.tables import table
 from amltrain.hub.push import check_access
-from amltrain.run_folder import RESULTS_FILE, find_resumable, step_of
+from amltrain.run_folder import RESULTS_FILE, find_resumable, folder_id, step_of
 from amltrain.training.build import RunComponents
 
 
@@ -48,9 +49,16 @@ def evaluate_splits(
         for name, loader in components.eval_loaders.items()
     }
     results = list(scored.values())
-    if accelerator.is_main_process:
+
+    def write() -> None:
         tqdm.write(f"step {step}\n{table(results)}")
+        if folder_id(config.folder) is None:
+            raise UserError(
+                f"{config.folder} was removed or renamed during the run; put it back and run again to resume"
+            )
         write_results(config.folder / RESULTS_FILE, results)
+
+    on_main_process(accelerator, write)
     return scored
 
 
