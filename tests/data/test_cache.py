@@ -1,9 +1,13 @@
 """Presized images give exactly the tensors of the uncached path, and only while they are up to date."""
 
+import errno
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,3 +128,90 @@ def test_augmented_images_are_read_from_the_originals(own: str) -> None:
     )
     assert augmented.splits[0].presized is None
     assert augmented[0].image.shape == (3, 32, 32)
+
+
+def write_one(prepared: str, number: int, results: Any, start: str) -> None:
+    torch.set_num_threads(1)
+    while not Path(start).exists():
+        pass
+    rows, transform = open_rows(prepared, "refshapes", "train"), ImageTransform(24, "square", "clip")
+    try:
+        write_presized(prepared, "refshapes", "train", rows, transform, workers=1, progress=False)
+        presized = open_presized(prepared, "refshapes", "train", transform)
+        results.put([int(presized.image(row).sum()) for row in range(len(presized))])
+    except UserError as error:
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("before", ["nothing", "a damaged one", "black images", "one of a run that was killed"])
+def test_many_starts_at_once_leave_one_whole_cache(own: str, tmp_path: Path, before: str) -> None:
+    rows, transform = open_rows(own, "refshapes", "train"), ImageTransform(24, "square", "clip")
+    folder = presized_folder(own, "refshapes", "train", transform, "union", "pil")
+    write_presized(own, "refshapes", "train", rows, transform, progress=False)
+    presized = open_presized(own, "refshapes", "train", transform)
+    plain = [int(presized.image(row).sum()) for row in range(len(presized))]
+    assert all(plain)
+    if before == "nothing":
+        shutil.rmtree(folder)
+    elif before == "one of a run that was killed":
+        folder.rename(folder.with_name(f".{folder.name}.99.partial"))
+    else:
+        images = np.load(folder / "images.npy", mmap_mode="r+")
+        images[3 if before == "a damaged one" else slice(None)] = 0
+        images.flush()
+        del images
+    forks, start = multiprocessing.get_context("fork"), tmp_path / "start"
+    results = forks.Queue()
+    writers = [forks.Process(target=write_one, args=(own, n, results, str(start))) for n in range(5)]
+    for process in writers:
+        process.start()
+    start.touch()
+    assert [results.get(timeout=120) for _ in writers] == [plain] * 5
+    for process in writers:
+        process.join()
+
+
+@pytest.mark.parametrize(
+    "name", ["images.npy", "sums.npy", "values.npy", "starts.npy", "first_run.npy", "presized.json"]
+)
+@pytest.mark.parametrize("harm", ["bit", "cut", "empty", "gone", "zeros"])
+def test_the_command_writes_a_damaged_cache_again(own: str, name: str, harm: str) -> None:
+    rows, transform = open_rows(own, "refshapes", "val"), ImageTransform(24, "square", "clip")
+    folder = write_presized(own, "refshapes", "val", rows, transform, progress=False)
+    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
+    path, content = folder / name, bytearray(sound[name])
+    content[len(content) * 2 // 3] ^= 16
+    {
+        "bit": lambda: path.write_bytes(content),
+        "cut": lambda: path.write_bytes(content[: len(content) // 2]),
+        "empty": lambda: path.write_bytes(b""),
+        "gone": path.unlink,
+        "zeros": lambda: path.write_bytes(bytes(len(content))),
+    }[harm]()
+    write_presized(own, "refshapes", "val", rows, transform, progress=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == sound
+    assert not [path for path in folder.parent.iterdir() if path.suffix in (".partial", ".old")]
+
+
+def test_a_disk_that_cannot_reserve_the_images_is_said_before_they_are_written(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    rows, transform = open_rows(own, "refshapes", "val"), ImageTransform(24, "square", "clip")
+    with pytest.raises(UserError, match=r"could not write .*No space left on device.*make room"):
+        write_presized(own, "refshapes", "val", rows, transform, progress=False)
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")))
+    assert write_presized(own, "refshapes", "val", rows, transform, progress=False).is_dir()
+
+
+def test_a_cache_written_again_while_loaders_start_is_named(own: str) -> None:
+    rows, transform = open_rows(own, "refshapes", "val"), ImageTransform(24, "square", "clip")
+    folder = write_presized(own, "refshapes", "val", rows, transform, progress=False)
+    travelling = pickle.dumps(open_presized(own, "refshapes", "val", transform))
+    content = json.loads((folder / "presized.json").read_text())
+    (folder / "presized.json").write_text(json.dumps({**content, "source": "another"}))
+    with pytest.raises(UserError, match="was written again while this run was starting"):
+        pickle.loads(travelling)

@@ -1,13 +1,16 @@
 """What the loop promises of one uninterrupted run, on a tiny CARIS with AML and dropout."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from amltrain import run_folder as checkpoints
+from amltrain.checkpoints.resume import compare_surroundings
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.records import Batch
@@ -119,3 +122,57 @@ def test_a_batch_that_does_not_divide_is_rejected(shapes: Path, tmp_path: Path) 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.refer_root"):
         runs.run(tmp_path / "nowhere", tmp_path / "out", "--data.datasets", "[refcoco]")
+
+
+@pytest.mark.parametrize("harm", ["renamed", "removed", "replaced"])
+def test_a_folder_that_goes_ends_the_run_and_is_not_made_again(shapes: Path, tmp_path: Path, harm: str) -> None:
+    """Also where nothing is logged for a long time, and nothing is saved."""
+    output = tmp_path / "run"
+    extra = ("--train.log_every", "100", "--train.max_steps", "300", "--checkpoint.every_steps", "300")
+    launched = runs.launch(shapes, output, *extra, "--evaluation.every_steps", "300")
+    launched.wait_until((output / "config.yaml").exists)
+    output.rename(tmp_path / "away")
+    if harm == "removed":
+        shutil.rmtree(tmp_path / "away", ignore_errors=True)
+    if harm == "replaced":
+        output.mkdir()
+    assert launched.finish(60) == 2, launched.said()
+    said = "is another folder than the run began with" if harm == "replaced" else "was removed or renamed"
+    (line,) = [line for line in launched.said().splitlines() if line.startswith("error: ")]
+    assert said in line and "put it back" in line and "Traceback" not in launched.said()
+    assert output.exists() == (harm == "replaced")
+    assert not output.exists() or not list(output.iterdir())
+
+
+def test_what_differs_from_where_a_checkpoint_was_made_is_said(
+    whole: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tmp_path / "step-000008"
+    (checkpoint / "model").mkdir(parents=True)
+    record = json.loads((whole / "last/model/training.json").read_text())
+    assert record["threads"] == torch.get_num_threads() and record["evaluated_fingerprints"]
+    said: list[str] = []
+
+    def compare(**changes: Any) -> str:
+        said.clear()
+        (checkpoint / "model" / "training.json").write_text(json.dumps({**record, **changes}))
+        compare_surroundings(checkpoint, record["evaluated_fingerprints"], said.append)
+        return "\n".join(said)
+
+    assert compare() == ""
+    versions = record["versions"]
+    assert "torch 1.0, now" in compare(versions={**versions, "torch": "1.0"})
+    assert "CPU threads 77, now" in compare(threads=77)
+    assert "code abc, now" in compare(commit="abc") or record["commit"] is None
+    assert "was scored on other data of the split val" in compare(evaluated_fingerprints={"val": "other"})
+    assert "does not know its training data's contents" in compare(data_fingerprint="")
+    for odd in ({"versions": 3}, {"evaluated_fingerprints": []}, {"threads": None}, {"versions": {}}):
+        assert "Traceback" not in compare(**odd)
+
+
+def test_results_of_a_run_name_step_and_weights(whole: Path) -> None:
+    manifest = json.loads((whole / "last/manifest.json").read_text())
+    hashed = manifest["files"]["model/model.safetensors"]["sha256"]
+    for path in (whole / "results.json", whole / "last/model/results.json"):
+        (row,) = json.loads(path.read_text())["results"]
+        assert (row["provenance"]["step"], row["provenance"]["weights_sha256"]) == (8, hashed)
