@@ -30,7 +30,8 @@ from torch.optim import Optimizer
 
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.environment import hush_deepspeed
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError, first_line, shared_error, unknown_name
+from amltrain.files import cure
 from amltrain.run_folder import LOGS
 
 PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait
@@ -242,7 +243,7 @@ def agree(accelerator: Accelerator, facts: dict[str, str]) -> None:
             first, mine = every[0].get(key), other.get(key)
             if first != mine:
                 shown = [str(value)[:12] for value in (first, mine)]
-                raise UserError(
+                raise shared_error(
                     f"process {rank} has another {key} than process 0 ({shown[1]} and {shown[0]}); give every machine "
                     f"the same data and the same environment"
                 )
@@ -261,6 +262,10 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait
             outcome = [action(), None]
         except UserError as error:
             outcome = [None, str(error)]
+        except OSError as error:  # raised here alone, it would leave the others waiting
+            name = error.filename or "a file of the run"
+            why = f"{error.strerror or first_line(error)}; {cure(error, 'run again to resume')}"
+            outcome = [None, f"cannot write {name}: {why}"]
     if waiting is None:
         broadcast_object_list(outcome)
     else:
@@ -268,5 +273,5 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], Any], *, wait
         torch.distributed.broadcast_object_list(outcome, src=0, group=waiting)
         torch.distributed.destroy_process_group(waiting)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        raise shared_error(outcome[1])
     return outcome[0]

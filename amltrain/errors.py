@@ -1,6 +1,7 @@
 """What a user may get wrong. The command lines print it in one line; anything else is our bug and keeps its trace."""
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,34 @@ UNIONS = (Union, UnionType)
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence or two: what is wrong, in which file, row, flag or key, and the fix."""
+    """Bad input. The message is one sentence or two: what is wrong, in which file, row, flag or key, and the fix.
+
+    raised_by: "one" process; every process of the "machine", or of the "run": then the first of them prints it.
+    """
+
+    raised_by: Literal["one", "machine", "run"] = "one"
+
+
+def shared_error(message: str) -> UserError:
+    """An error that every process of a run raises: the main one prints it, so that it is read once."""
+    error = UserError(message)
+    error.raised_by = "run"
+    return error
+
+
+@contextmanager
+def same_on_every_process() -> Iterator[None]:
+    """Mark a UserError as one that the other processes of this machine raise as well: they have the same arguments."""
+    try:
+        yield
+    except UserError as error:
+        error.raised_by = "machine"
+        raise
+
+
+def _is_said_elsewhere(error: UserError) -> bool:
+    first = {"one": None, "machine": "LOCAL_RANK", "run": "RANK"}[error.raised_by]
+    return first is not None and os.environ.get(first, "0") != "0"
 
 
 @contextmanager
@@ -23,7 +51,8 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error).rsplit(f"{UserError.__name__}: ", 1)[-1]  # a loader's worker wraps it in its own trace
-        print(f"error: {message.strip()}", file=sys.stderr)
+        if not _is_said_elsewhere(error):
+            print(f"error: {message.strip()}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -40,7 +69,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {shown!r}; {hint}")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message, or its type if the message is empty."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
 

@@ -13,6 +13,7 @@ import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,17 @@ def sha256(path: Path) -> str:
     """Hash a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_once(path: Path) -> str:
+    """SHA-256 of a file; a large one that has not changed is read once per process. Raises OSError."""
+    status = path.stat()
+    return _hashed(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@cache
+def _hashed(path: Path, *_: int) -> str:
+    return sha256(path)
 
 
 def _remove(path: Path) -> None:
@@ -192,7 +204,23 @@ def way_out(error: Exception | None, folder: Path) -> str:
         return f"{folder} is gone; run again, which starts from its beginning unless a copy is put back"
     if number in FORBIDDEN:
         return f"{free_space(folder)}; saved checkpoints are intact, make {folder} writable and run again"
+    if number == errno.EDQUOT:
+        return "your quota there is used up; saved checkpoints are intact, make room and run again"
+    if number in FAILING:
+        return "the disk or the network file system fails; saved checkpoints are intact, check it and run again"
+    if number not in NO_ROOM and number is not None:
+        return "saved checkpoints are intact, run again to resume"
     return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
+
+
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN)
+"""What a disk or a network file system answers that is broken or out of reach."""
+
+
+def os_fault(error: OSError, folder: Path) -> str:
+    """One sentence for any error of the system while files below `folder` are written or read."""
+    files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return f"cannot write {files[-1] if files else folder}: {error.strerror or error} ({way_out(error, folder)})"
 
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -207,6 +235,8 @@ def cure(error: OSError, otherwise: str = "choose another folder") -> str:
         return f"make room, or {otherwise}"
     if error.errno in FORBIDDEN:
         return f"make it writable, or {otherwise}"
+    if error.errno in FAILING:
+        return f"the disk or the network file system fails: check it, or {otherwise}"
     return otherwise
 
 

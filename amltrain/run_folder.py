@@ -30,7 +30,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +37,7 @@ from safetensors import SafetensorError
 
 from amltrain import __version__
 from amltrain.errors import UserError, first_line
-from amltrain.files import flush, flush_tree, replacing, sha256, way_out, write_text
+from amltrain.files import flush, flush_tree, hash_once, replacing, sha256, way_out, write_text
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
@@ -170,17 +169,6 @@ def model_manifest(files: dict[str, Path]) -> str:
     """The text of a model folder's own manifest."""
     entries = {name: {"size": path.stat().st_size, "sha256": hash_once(path)} for name, path in files.items()}
     return json.dumps({"amltrain": __version__, "files": entries}, indent=1)
-
-
-def hash_once(path: Path) -> str:
-    """SHA-256 of a file; a large one that has not changed is read once per process. Raises OSError."""
-    status = path.stat()
-    return _hashed(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-@cache
-def _hashed(path: Path, *_: int) -> str:
-    return sha256(path)
 
 
 def find_resumable(output: Path, resume: str, warn: Log) -> Path | None:
@@ -420,25 +408,9 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
     _reject_checkpoint(local)
-    import huggingface_hub  # only where a name is no folder
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from amltrain.network import download_model  # imports the Hub's client, only where a name is no folder
 
-    repo, _, named = str(source).partition("@")
-    revision = revision or named or None
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(MODEL_FILES)))
-    except HFValidationError as error:
-        raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"no folder {source} here, and no Hub repository of that name in the cache while the Hub is out of reach; "
-            "check the name, the network and HF_HUB_OFFLINE"
-        ) from error
-    except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        raise UserError(
-            f"no folder {source} here, and the Hub repository of that name could not be read ({first_line(error)}); "
-            "check the name, the network and HF_HUB_OFFLINE"
-        ) from error
+    return download_model(str(source), revision, MODEL_FILES)
 
 
 def public_name(source: str) -> str:

@@ -45,13 +45,15 @@ class Repo:
 
 
 class HubServer:
-    """`failing` sees "METHOD path" and may have that request answered with 500; `stop` rejects connections."""
+    """`failing` sees "METHOD path" and may spoil the answer: True is 500, a number that status, "silent" no answer at
+    all, "cut" half the content and a closed connection, "flip" one changed bit. `stop` rejects connections."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.failing: Callable[[str], bool] = lambda request: False
+        self.failing: Callable[[str], bool | int | str] = lambda request: False
+        self.ended = threading.Event()
         self.port = 0
         self.start()
 
@@ -63,6 +65,7 @@ class HubServer:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
+        self.ended.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -101,8 +104,14 @@ class Handler(BaseHTTPRequestHandler):
         self.user = TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
-        if self.hub.failing(request):
-            return self.answer(500, {"error": "Internal Error"})
+        self.spoiled = self.hub.failing(request)
+        if self.spoiled == "silent":
+            self.hub.ended.wait(120)
+            self.close_connection = True
+            return None
+        if self.spoiled and not isinstance(self.spoiled, str):
+            status = 500 if self.spoiled is True else int(self.spoiled)
+            return self.answer(status, {"error": "spoiled"}, {"Retry-After": "7"} if status == 429 else None)
         for method, pattern, action in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
@@ -272,8 +281,15 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD" or not content:
+            return
+        if self.spoiled == "cut":
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
+        if self.spoiled == "flip":
+            content = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+        self.wfile.write(content)
 
     def _read(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

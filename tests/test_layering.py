@@ -8,7 +8,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "amltrain"
 LAYERS = [
-    {"errors", "environment", "records", "randomness", "files", "config", "registry", "run_folder", "matching"},
+    {
+        "errors",
+        "environment",
+        "records",
+        "randomness",
+        "files",
+        "config",
+        "registry",
+        "run_folder",
+        "network",
+        "matching",
+    },
     {"distributed"},
     {"data", "models", "losses"},
     {"methods"},

@@ -33,7 +33,7 @@ from amltrain.checkpoints.state import (
     write_state,
 )
 from amltrain.distributed import model_weights
-from amltrain.errors import UserError, first_line
+from amltrain.errors import UserError, first_line, shared_error
 from amltrain.run_folder import MODEL, STATE
 
 WriteModel = Callable[[Path, dict[str, Tensor], int, str], None]
@@ -212,7 +212,7 @@ class Saver:
             self._fault = None
             if self.accelerator.is_main_process:
                 run_folder.remove_leftovers(self.output)
-            raise UserError(found[0])
+            raise shared_error(found[0])
 
 
 def _write_progress(folder: Path, trainer_state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from amltrain.config.parse import as_yaml, build_run_parser, checked
 from amltrain.config.schema import RunConfig
-from amltrain.errors import exit_on_signals, one_line_errors
+from amltrain.errors import exit_on_signals, one_line_errors, same_on_every_process
 from amltrain.registry import import_flags
 
 QUICKSTART = "quickstart"
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not any(argument.split("=")[0] == "--config" for argument in arguments):
         arguments = ["--config", QUICKSTART, *arguments]
     with one_line_errors():
-        config = read_run(arguments)
+        with same_on_every_process():
+            config = read_run(arguments)
         with exit_on_signals(), no_garbage_collection():
             from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
 

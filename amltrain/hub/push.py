@@ -6,6 +6,8 @@ nothing from here: `load_pretrained("user/name")` downloads a repository like an
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +28,8 @@ from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
 from amltrain.hub.model_card import build_model_card
+from amltrain.network import failure_reason, limit_waiting
+from amltrain.registry import import_flags
 from amltrain.run_folder import (
     MANIFEST,
     MODEL,
@@ -42,7 +46,10 @@ from amltrain.run_folder import (
 PAUSES = (0.0, 10.0, 30.0, 60.0)
 """Seconds before each of the tries at the end of a run."""
 LONGEST_PUSH = 3600.0
-"""Seconds that the end of a run waits for pushes in all; an upload that hangs must not hold a cluster's nodes."""
+"""Seconds that one push beside a training may take."""
+LONGEST_WAIT = 300.0
+"""Seconds that the end of a run waits for pushes in all: an upload must not hold a cluster's nodes. What is not on the
+Hub by then is pushed later by hand."""
 
 
 def push_model(
@@ -81,6 +88,7 @@ def push_model(
     if dry_run:
         sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
         return f"would push to {repo}:\n{sizes}\n  README.md:\n\n{card}"
+    limit_waiting()
     api = HfApi(library_name="amltrain")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -92,7 +100,7 @@ def push_model(
         old = [CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE) if name in there - added]
         return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        raise UserError(f"could not push to {repo}: {failure_reason(error, repo)}") from error
+        raise UserError(f"could not push to {repo}: {failure_reason(error, repo, writing=True)}") from error
 
 
 def _public(row: Results) -> Results:
@@ -155,19 +163,56 @@ def _message(results: list[Results]) -> str:
     return f"{step}{name} {value:.2f} on {first.dataset} {first.split}"
 
 
-def failure_reason(error: Exception, repo: str) -> str:
-    """Describe a failure in one phrase; an upload's error wraps the Hub's answer."""
-    cause: BaseException | None = error
-    while cause is not None and getattr(cause, "response", None) is None:
-        cause = cause.__cause__
-    status = getattr(getattr(cause, "response", None), "status_code", None)
-    if status == 401:
-        return "the Hub does not know the token; log in with `hf auth login`, or set HF_TOKEN to one that may write"
-    if status == 403:
-        return f"the token may not write to {repo}; use one that may"
-    if status is not None and status >= 500:
-        return f"the Hub answered {status}; try again later"
-    return first_line(error)
+class PushProcess:
+    """Pushes a model folder in a process of its own, which can be ended: a thread that hangs in the network cannot.
+
+    The process has no GPU and is over after `LONGEST_PUSH` seconds at the latest.
+    """
+
+    def __init__(self, repo: str, *, private: bool) -> None:
+        self.command = [repo, *(["--private"] if private else []), *import_flags()]
+        self._running: subprocess.Popen[str] | None = None
+        self._stopped = False
+
+    def __call__(self, folder: Path) -> str:
+        """Push and return the commit's address. Raises UserError."""
+        command = [sys.executable, "-m", "amltrain", "push", str(folder), *self.command]
+        with subprocess.Popen(
+            command, env=_child_environment(), text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as self._running:  # fmt: skip
+            if self._stopped:
+                self._running.kill()
+            try:
+                said, complaints = self._running.communicate(timeout=LONGEST_PUSH)
+            except subprocess.TimeoutExpired:
+                self._running.kill()
+                raise UserError(
+                    f"the upload was not done after {LONGEST_PUSH / 60:.0f} minutes and was ended"
+                ) from None
+            code = self._running.returncode
+        if code == 0:
+            return said.strip().splitlines()[-1].removeprefix("pushed to ")
+        if self._stopped:
+            raise UserError("the upload was ended with the run")
+        errors = [line.removeprefix("error: ") for line in complaints.splitlines() if line.startswith("error: ")]
+        raise UserError(errors[-1] if errors else f"the pushing process ended with code {code}")
+
+    def stop(self) -> None:
+        """End a running upload; half an upload is never visible on the Hub."""
+        self._stopped = True
+        if self._running is not None and self._running.poll() is None:
+            self._running.kill()
+
+
+def _child_environment() -> dict[str, str]:
+    """Return what this process knows of the Hub, without GPUs and without being a process of a distributed run."""
+    constants = huggingface_hub.constants
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    seen = {"HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(constants.HF_HUB_CACHE)}
+    flags = {name: "1" if getattr(constants, name) else "0" for name in ("HF_HUB_DISABLE_XET", "HF_HUB_OFFLINE")}
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**kept, **seen, **flags, **quiet}
 
 
 class Version(NamedTuple):
@@ -188,9 +233,11 @@ class Publisher:
     way, only the newest checkpoint waits. A failed try is logged in one line.
     """
 
-    def __init__(self, push: Callable[[Path], str], log: Callable[[str], None]) -> None:
-        """push: pushes a model folder and returns its address. log: called from another thread."""
-        self.push, self.log = push, log
+    def __init__(
+        self, push: Callable[[Path], str], log: Callable[[str], None], stop: Callable[[], None] = lambda: None
+    ) -> None:
+        """push: pushes a model folder and returns its address. log: called from another thread. stop: ends a push."""
+        self.push, self.log, self.stop = push, log, stop
         self._pushed: Version | None = None
         self._lock = threading.Lock()
         self._waiting: tuple[Version, Path] | None = None
@@ -224,16 +271,23 @@ class Publisher:
             self.log(f"WARNING: nothing is on the Hub: there is no {checkpoint}")
             return
         version = _version(checkpoint.resolve())
-        deadline = time.monotonic() + LONGEST_PUSH
+        deadline = time.monotonic() + LONGEST_WAIT
         self._wait(deadline)
         for pause in PAUSES:
             if self._pushed == version or self._thread is not None:
                 break
-            time.sleep(pause)
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            if time.monotonic() >= deadline:
+                break
             self.submit(checkpoint)
             self._wait(deadline)
         done = self._pushed == version
+        self.close()
         self.log(f"{version.name} is on the Hub" if done else f"WARNING: {version.name} is NOT on the Hub; {advice}")
+
+    def close(self) -> None:
+        """End what is still running: nobody waits for it."""
+        self.stop()
 
     def _wait(self, deadline: float) -> None:
         thread = self._thread
@@ -264,7 +318,8 @@ def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | N
     check_access(repo)
     disable_progress_bars()  # the run's own bar is on the screen
     hub_logging.set_verbosity_error()  # we log each failure once
-    return Publisher(lambda folder: push_model(folder, repo, private=private), log)
+    process = PushProcess(repo, private=private)
+    return Publisher(process, log, process.stop)
 
 
 def _link(source: str, target: str) -> None:

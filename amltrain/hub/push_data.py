@@ -10,7 +10,8 @@ from amltrain.data.catalog import CARD, MANIFEST, data_card, read_manifest
 from amltrain.data.rows import check_file
 from amltrain.errors import UserError
 from amltrain.files import sha256
-from amltrain.hub.push import check_access, failure_reason
+from amltrain.hub.push import check_access
+from amltrain.network import failure_reason, limit_waiting
 
 COMMIT_BYTES = 2**30
 """Shards of about so many bytes arrive together; an interruption loses no more than these."""
@@ -33,6 +34,7 @@ def push_data(
     check_access(repo)
     folders = _folders(prepared, names)
     shards = [shard for folder in folders for shard in _checked_shards(folder)]
+    limit_waiting()
     api = HfApi(library_name="amltrain")
     try:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -52,7 +54,9 @@ def push_data(
         last.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(repo, last, commit_message="Card and manifests", repo_type="dataset", revision=revision)
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        raise UserError(f"could not push to {repo}: {failure_reason(error, repo)}; rerun to resume") from error
+        raise UserError(
+            f"could not push to {repo}: {failure_reason(error, repo, writing=True)}; rerun to resume"
+        ) from error
     return f"{api.endpoint}/datasets/{repo}"
 
 

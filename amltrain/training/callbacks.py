@@ -191,6 +191,10 @@ class Publish(Callback):
             final = run.output / run.config.hub.push
             self.publisher.finish(final, f"push it later: amltrain push {final} {run.config.hub.repo}")
 
+    def on_stop(self, run: Run) -> None:
+        if self.publisher is not None:
+            self.publisher.close()
+
 
 SKIPPED = 2
 """Steps before the profiled ones."""

@@ -45,7 +45,7 @@ from amltrain.distributed import (
     skip_bad_steps,
 )
 from amltrain.environment import library_versions
-from amltrain.errors import UserError
+from amltrain.errors import UserError, same_on_every_process
 from amltrain.evaluation.results import Results
 from amltrain.hub.push import check_access
 from amltrain.methods.base import Method
@@ -226,7 +226,7 @@ def open_run(
     """
     lock = OutputLock(config.folder)
     log = tqdm.write
-    with preemption.leaving_at_once(lambda: preemption.leave(config.folder)):
+    with preemption.leaving_at_once(lambda: preemption.leave(config.folder)), same_on_every_process():
         check_before_data(config)
         accelerator, plan = build_accelerator(config)
 

@@ -27,8 +27,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from amltrain.config.schema import RunConfig
 from amltrain.data.dataset import ReferDataset
 from amltrain.distributed import plan_batches
-from amltrain.errors import CTRL_C, CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE, SIGNALS, UserError
-from amltrain.files import FORBIDDEN, NO_ROOM, free_space, way_out
+from amltrain.errors import CTRL_C, CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE, SIGNALS, UserError, first_line
+from amltrain.files import free_space, os_fault
 from amltrain.run_folder import mark_requeue
 
 LAUNCHER_CHECK = 1.0
@@ -108,6 +108,9 @@ NO_FILES = ("Too many open files", "ancdata")
 """Words in torch's errors about open files, which have no type of their own."""
 NO_SHARED_MEMORY = ("shared memory", "/torch_", "Bus error")
 """Words in torch's errors about /dev/shm."""
+NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+NO_THREADS = ("can't start new thread", "Resource temporarily unavailable", "Thread creation failed")
+"""Words in errors of torch and Python about main memory and threads."""
 LOST_PROCESS = ("gloo", "Application timeout", "Connection closed by peer")
 """Words in gloo's errors, which have no type of their own."""
 
@@ -122,12 +125,19 @@ def explained(config: RunConfig) -> Iterator[None]:
     except OSError as error:
         if error.errno in TOO_MANY_FILES:
             raise UserError(_out_of_files(config)) from error
-        gone = error.errno == errno.ENOENT and not config.folder.is_dir()
-        if not gone and error.errno not in (*NO_ROOM, *FORBIDDEN):
-            raise
-        name = error.filename or config.folder
-        raise UserError(f"cannot write {name}: {error.strerror} ({way_out(error, config.folder)})") from error
+        if isinstance(error, (ConnectionError, TimeoutError)) and error.filename is None:
+            raise UserError(_lost_process(config, first_line(error))) from error
+        raise UserError(os_fault(error, config.folder)) from error
+    except MemoryError as error:
+        raise UserError(_out_of_main_memory(config)) from error
     except RuntimeError as error:
+        if any(words in str(error) for words in NO_MEMORY):
+            raise UserError(_out_of_main_memory(config)) from error
+        if any(words in str(error) for words in NO_THREADS):
+            raise UserError(
+                f"the system allows no further thread or process: raise the limit (ulimit -u or the container's), "
+                f"lower data.workers ({config.data.workers}) or set OMP_NUM_THREADS, and run again to resume"
+            ) from error
         what = (str(error).strip().splitlines() or [""])[0]
         if any(words in str(error) for words in NO_FILES):
             raise UserError(_out_of_files(config)) from error
@@ -143,11 +153,7 @@ def explained(config: RunConfig) -> Iterator[None]:
                 f"more memory, and run again to resume from the last checkpoint"
             ) from error
         if isinstance(error, torch.distributed.DistError) or any(words in what for words in LOST_PROCESS):
-            minutes = f"{config.train.collective_timeout:g} minutes (train.collective_timeout)"
-            raise UserError(
-                f"another process of this run is gone, or did not answer for {minutes}; see its own output, run "
-                f"again to resume from the last checkpoint ({what})"
-            ) from error
+            raise UserError(_lost_process(config, what)) from error
         raise
 
 
@@ -177,6 +183,21 @@ def _out_of_memory(config: RunConfig) -> str:
     if config.evaluation.batch_size > 1:
         ways.append("lower evaluation.batch_size if it was evaluating")
     return f"out of memory with {micro} samples per forward pass; " + ", or ".join(ways or ["use a smaller model"])
+
+
+def _lost_process(config: RunConfig, what: str) -> str:
+    minutes = f"{config.train.collective_timeout:g} minutes (train.collective_timeout)"
+    return (
+        f"another process of this run is gone, or did not answer for {minutes}; see its own output, run again to "
+        f"resume from the last checkpoint ({what})"
+    )
+
+
+def _out_of_main_memory(config: RunConfig) -> str:
+    return (
+        f"out of main memory: lower data.workers ({config.data.workers}) or train.micro_batch_size, or ask for more "
+        f"memory, and run again to resume from the last checkpoint"
+    )
 
 
 def _out_of_files(config: RunConfig) -> str:

@@ -361,8 +361,9 @@ def test_best_that_moves_while_a_model_loads_is_one_model(tmp_path: Path, monkey
 
 def test_large_files_are_hashed_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, hashed = checkpoint(tmp_path), []
-    run_folder._hashed.cache_clear()
-    monkeypatch.setattr(run_folder, "sha256", lambda path: hashed.append(path.name) or files.sha256(path))
+    files._hashed.cache_clear()
+    sound = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sound(path))
     for _ in range(3):
         run_folder.check_model(saved / "model")
         assert run_folder.find_fault(saved) is None

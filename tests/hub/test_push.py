@@ -1,5 +1,6 @@
 """Pushed by the real client to a server that speaks the Hub's endpoints on loopback, pulled from it, and used."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -15,10 +17,13 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from amltrain import network
+from amltrain import run_folder as checkpoints
 from amltrain.commands import push
 from amltrain.errors import UserError
 from amltrain.evaluation.results import read_results
 from amltrain.hub import push as hub
+from amltrain.hub.model_folder import load_pretrained
 from amltrain.hub.push import Publisher, push_model
 from amltrain.inference.predictor import Predictor
 from tests.hub_server import HubServer, running_hub
@@ -223,7 +228,7 @@ def test_training_does_not_wait_and_old_checkpoints_may_go(tmp_path: Path) -> No
         ("nobody's", "caris", "write user/caris"),
         ("malformed", "alice/-caris", "cannot name a Hub repository"),
         ("no folder", REPO, "there is no folder"),
-        ("truncated weights", REPO, "is damaged: model/model.safetensors has"),
+        ("truncated weights", REPO, "is not the model that was saved: model/model.safetensors has"),
     ],
 )
 def test_one_line_says_what_is_wrong(
@@ -257,3 +262,106 @@ def test_one_line_says_what_is_wrong(
     assert stopped.value.code == 2
     assert said.startswith("error: ") and named in said and "\n" not in said
     assert not server.repos.get(repo)
+
+
+STATUS = {
+    401: ("the Hub does not know the token", "there is no alice/caris-shapes, or it is private"),
+    403: ("the token may not write to alice/caris-shapes", "the token may not read alice/caris-shapes"),
+    404: ("there is no alice/caris-shapes, or one of its files is gone",) * 2,
+    429: ("the Hub asks to slow down (429); try again in 7 s",) * 2,
+    500: ("the Hub answered 500; try again later",) * 2,
+    502: ("the Hub answered 502; try again later",) * 2,
+    503: ("the Hub answered 503; try again later",) * 2,
+    504: ("the Hub answered 504; try again later",) * 2,
+}
+WRITES = {"create": "repos/create", "preupload": "/preupload/", "lfs": "objects/batch", "commit": "/commit/"}
+READS = {"info": "/revision/", "file": "/resolve/", "weights": "/storage/"}
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client waits between its tries; its limits of silence are short here."""
+    monkeypatch.setattr("time.sleep", lambda seconds, sound=time.sleep: sound(min(seconds, 0.05)))
+    monkeypatch.setattr(network, "SILENCE", 1.0)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 1)
+
+
+@pytest.mark.parametrize("place", WRITES)
+@pytest.mark.parametrize("status", STATUS)
+def test_every_answer_to_a_push_says_what_to_do(trained: Path, server: HubServer, status: int, place: str) -> None:
+    server.failing = lambda request: status if WRITES[place] in request else False
+    with pytest.raises(UserError) as caught:
+        push_model(trained / "best", REPO, private=False)
+    assert f"could not push to {REPO}: {STATUS[status][0]}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", READS)
+@pytest.mark.parametrize("status", STATUS)
+def test_every_answer_to_a_download_says_what_to_do(trained: Path, server: HubServer, status: int, place: str) -> None:
+    push_model(trained / "best", REPO, private=False)
+    server.failing = lambda request: status if READS[place] in request else False
+    with pytest.raises(UserError) as caught:
+        load_pretrained(REPO)
+    assert STATUS[status][1] in str(caught.value) or "out of reach" in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("place", [*WRITES, *READS])
+@pytest.mark.parametrize("how", ["silent", "cut"])
+def test_a_hub_that_is_silent_or_hangs_up_is_left(trained: Path, server: HubServer, how: str, place: str) -> None:
+    before = time.monotonic()
+    if place in READS:
+        push_model(trained / "best", REPO, private=False)
+    server.failing = lambda request: how if (WRITES | READS)[place] in request else False
+    action = (
+        partial(load_pretrained, REPO) if place in READS else partial(push_model, trained / "best", REPO, private=False)
+    )
+    with pytest.raises(UserError) as caught:
+        action()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert time.monotonic() - before < 60
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json"])
+def test_a_bit_that_flips_on_the_way_is_found(trained: Path, server: HubServer, name: str) -> None:
+    push_model(trained / "best", REPO, private=False)
+    large = name.endswith("safetensors")
+    server.failing = lambda request: (
+        "flip"
+        if ("/storage/" if large else "/resolve/") in request
+        and (large or request.endswith(name))
+        and not request.startswith("HEAD")
+        else False
+    )
+    with pytest.raises(UserError, match=r"is not the file that the Hub named|consistency|hash"):
+        load_pretrained(REPO)
+
+
+def test_a_pushed_model_has_a_manifest_that_its_download_is_checked_against(trained: Path, server: HubServer) -> None:
+    push_model(trained / "best", REPO, private=False)
+    listed = json.loads(server.files(REPO)["manifest.json"])["files"]
+    assert listed["model.safetensors"]["sha256"] == checkpoints.saved_weights(trained / "best")
+    assert load_pretrained(REPO).identity.weights == listed["model.safetensors"]["sha256"]
+    commit = server.repos[REPO].branches["main"][-1]
+    commit[2]["config.json"] += b" "  # changed on the Hub, and not by a push
+    server.repos[REPO].commit("main", "edited", dict(commit[2]))
+    with pytest.raises(UserError, match=r"config.json has \d+ bytes instead of"):
+        load_pretrained(REPO)
+
+
+def test_a_push_that_hangs_is_ended_and_holds_nobody(
+    trained: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.failing = lambda request: "silent"
+    monkeypatch.setattr(hub, "LONGEST_WAIT", 3.0)
+    said: list[str] = []
+    process = hub.PushProcess(REPO, private=True)
+    publisher = Publisher(process, said.append, process.stop)
+    before = time.monotonic()
+    publisher.submit(trained / "last")
+    publisher.finish(trained / "last", "push it later")
+    assert time.monotonic() - before < 10
+    assert said[-1] == "WARNING: step-000004 is NOT on the Hub; push it later"
+    assert process._running is not None and process._running.wait(10) is not None
