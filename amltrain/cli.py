@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from amltrain import __version__
-from amltrain.errors import one_line_errors, unknown_name
+from amltrain.errors import PlainStream, one_line_errors, unknown_name
 from amltrain.registry import take_imports
 
 COMMANDS = {
@@ -62,6 +62,7 @@ def main() -> None:
         from amltrain.completion import complete
 
         complete(COMMANDS)
+    sys.stdout, sys.stderr = PlainStream(sys.stdout), PlainStream(sys.stderr)  # type: ignore[assignment]
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview(COMMANDS))

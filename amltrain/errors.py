@@ -29,6 +29,44 @@ def shared_error(message: str) -> UserError:
     return error
 
 
+_CONTROLS = {c: "\N{REPLACEMENT CHARACTER}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\t\n\r"}
+_CONTROLS |= dict.fromkeys(
+    (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029), "\N{REPLACEMENT CHARACTER}"
+)
+_CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), "\N{REPLACEMENT CHARACTER}")
+"""Characters that a terminal or an editor obeys instead of showing: escapes, directions of writing, half characters."""
+_CURSOR_UP = "\x1b[A"
+
+
+def plain(text: str) -> str:
+    """One line that anything can show: a file's name, a sentence or a value of a stranger's file inside our text."""
+    return " ".join(text.translate(_CONTROLS).replace("\t", " ").splitlines())
+
+
+class PlainStream:
+    """A text stream on which nothing commands the terminal; progress bars may move the cursor up and back."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text without its control characters."""
+        parts = text.split(_CURSOR_UP) if set(text) <= _BAR_ONLY else [text]
+        self._stream.write(_CURSOR_UP.join(part.translate(_CONTROLS) for part in parts))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+_BAR_ONLY = set("\x1b[A\n\r")
+
+
 @contextmanager
 def same_on_every_process() -> Iterator[None]:
     """Mark a UserError as one that the other processes of this machine raise as well: they have the same arguments."""
@@ -52,7 +90,7 @@ def one_line_errors() -> Iterator[None]:
     except UserError as error:
         message = str(error).rsplit(f"{UserError.__name__}: ", 1)[-1]  # a loader's worker wraps it in its own trace
         if not _is_said_elsewhere(error):
-            print(f"error: {message.strip()}", file=sys.stderr)
+            print(f"error: {plain(message.strip())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

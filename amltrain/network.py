@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,16 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from amltrain.errors import UserError, first_line
 from amltrain.files import hash_once
 
-SILENCE = 60.0
+SILENCE = 20.0
 """Seconds that a connection may stay silent, for every request; the client's own limit is none for most of them."""
+GIVE_UP = 3
+"""Requests in a row without an answer in time, after which the client's further tries fail at once."""
+_unanswered: list[BaseException] = []
 
 
 def limit_waiting() -> None:
-    """Give every request of this process's Hub client a time limit. Later calls change nothing."""
+    """Give every request of this process's Hub client a time limit. A later call forgets earlier failures only."""
+    _unanswered.clear()
     if hasattr(huggingface_hub, "set_client_factory"):  # from version 1 on
         from huggingface_hub.utils import _http
 
@@ -27,8 +31,7 @@ def limit_waiting() -> None:
 
         def limited() -> Any:
             client = sound()
-            if client.timeout.read is None:
-                client.timeout = SILENCE
+            client.send = _limited(client.send)
             return client
 
         limited.limited = True  # type: ignore[attr-defined]
@@ -43,6 +46,26 @@ def limit_waiting() -> None:
             return super().request(*arguments, **keywords)
 
     huggingface_hub.configure_http_backend(Limited)
+
+
+def _limited(send: Callable[..., Any]) -> Callable[..., Any]:
+    """Limit a client's `send`: each request by itself, and all of them when the Hub has gone silent."""
+
+    def send_limited(request: Any, **keywords: Any) -> Any:
+        if len(_unanswered) >= GIVE_UP:
+            raise _unanswered[-1]
+        limits = request.extensions.get("timeout") or dict.fromkeys(("connect", "read", "write", "pool"))
+        request.extensions["timeout"] = {name: SILENCE if s is None else s for name, s in limits.items()}
+        try:
+            answer = send(request, **keywords)
+        except Exception as error:
+            if "Timeout" in type(error).__name__:
+                _unanswered.append(error)
+            raise
+        _unanswered.clear()
+        return answer
+
+    return send_limited
 
 
 def failure_reason(error: BaseException, repo: str, *, writing: bool = False) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from amltrain import __version__
 from amltrain.config.fields import check_number, override
 from amltrain.config.schema import DataConfig, Preprocess, Protocol, ProtocolOverrides
-from amltrain.errors import UserError, unknown_name
+from amltrain.errors import UserError, plain, unknown_name
 from amltrain.evaluation.metrics import Kind, Scored
 from amltrain.files import locked
 from amltrain.models import model_info
@@ -234,7 +234,9 @@ def moved_models(rows: Sequence[Results]) -> list[str]:
                 splits = ", ".join(dict.fromkeys(f"{row.dataset} {row.split}" for row in scored))
                 step = scored[0].provenance.get("step")
                 parts.append(f"{splits} by {weights[:8]}" + ("" if step is None else f" (step {step})"))
-            lines.append(f"{name} is not one model in these results: {'; '.join(parts)}. Score every split again.")
+            lines.append(
+                f"{plain(name)} is not one model in these results: {'; '.join(parts)}. Score every split again."
+            )
     return lines
 
 

@@ -3,9 +3,11 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from amltrain.errors import plain
 from amltrain.evaluation.results import Results, moved_models, write_text
 
 Row = Sequence[str]
@@ -20,7 +22,7 @@ def table(results: Sequence[Results]) -> str:
     for names, group in _groups(results).items():
         lines += [*markdown([("dataset", "split", "samples", *names), *_rows(group, names)]), ""]
     lines += dict.fromkeys(f"Scored {describe(r)}." for r in results)
-    lines += [f"{r.dataset} {split_label(r)}: {warning}" for r in results for warning in _warnings(r)]
+    lines += [plain(f"{r.dataset} {split_label(r)}: {warning}") for r in results for warning in _warnings(r)]
     lines += moved_models(results)
     return "\n".join(lines)
 
@@ -44,14 +46,12 @@ def latex_table(results: Sequence[Results]) -> str:
 def csv_table(results: Sequence[Results]) -> str:
     """The scores as CSV: one row per result, empty cells for metrics of the other kind; full precision."""
     names = list(dict.fromkeys(name for r in results for name in r.metrics))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("model", "dataset", "split", "alteration", "samples", *names, "protocol"))
+    rows: list[Sequence[object]] = [("model", "dataset", "split", "alteration", "samples", *names, "protocol")]
     for r in results:
         values = [r.metrics.get(name, math.nan) for name in names]
         cells = ["" if math.isnan(v) else f"{v:.4f}" for v in values]
-        writer.writerow((_model(r), r.dataset, r.split, r.alteration, r.counts["samples"], *cells, describe(r)))
-    return text.getvalue()
+        rows.append((_model(r), r.dataset, r.split, r.alteration, r.counts["samples"], *cells, describe(r)))
+    return csv_text(rows)
 
 
 def write_tables(folder: Path, results: Sequence[Results]) -> None:
@@ -63,6 +63,7 @@ def write_tables(folder: Path, results: Sequence[Results]) -> None:
 
 def markdown(rows: Sequence[Row], text_columns: int = 2) -> list[str]:
     """Lines of a Markdown table whose first row is the header; the first columns are left-aligned."""
+    rows = [[plain(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(2, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]  # a rule of ":" alone is no table
     pad = [str.ljust] * text_columns + [str.rjust] * (len(widths) - text_columns)
     lines = ["| " + " | ".join(p(c, w) for p, c, w in zip(pad, row, widths, strict=True)) + " |" for row in rows]
@@ -82,13 +83,31 @@ def latex(header: Row, rows: Sequence[Row], bold: Sequence[tuple[int, int]] = ()
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
 
 
+def csv_cell(value: object) -> object:
+    """Return a cell that a spreadsheet does not compute: text that starts a formula gets a quotation mark before it."""
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
+    start = text.lstrip()[:1]
+    is_number = bool(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(inf|nan)", text))
+    return f"'{text}" if start and start in "=+-@|%" and not is_number else text
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Rows as CSV, every text harmless."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([csv_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
 def _escape(text: str) -> str:
+    text = plain(text)
     for character in "\\&%$#_{}":
         text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
     signs = {"±": r"$\pm$", "\N{MINUS SIGN}": "$-$", "~": r"\textasciitilde ", "^": r"\textasciicircum "}
     for character, command in signs.items():
         text = text.replace(character, command)
-    return text
+    return f"{{}}{text}" if text.startswith(("[", "*")) else text  # after a row's end they would be its options
 
 
 def cell(value: float | None) -> str:
@@ -107,7 +126,7 @@ def describe(result: Results) -> str:
         text += ", pixels of two polygons of one object are background"
     if p["metrics"] == "generalized":
         text += f", no target by {p['no_target_by']}"
-    return text
+    return plain(text)
 
 
 def _groups(results: Sequence[Results]) -> dict[tuple[str, ...], list[Results]]:

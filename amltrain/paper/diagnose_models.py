@@ -1,8 +1,6 @@
 """From models and scorers to a table, a CSV and pictures: what `amltrain analyse diagnose` does."""
 
 import argparse
-import csv
-import io
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +14,7 @@ from amltrain.config.schema import DataConfig, ProtocolOverrides
 from amltrain.data.transforms import prepare_batch
 from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.results import run_protocol, write_text
+from amltrain.evaluation.tables import csv_text
 from amltrain.methods.aml.scorers import GroundedScorer
 from amltrain.paper.alignment import (
     CANDIDATES,
@@ -142,13 +141,11 @@ def _table(found: list[Diagnosis], temperatures: Mapping[str, float], left_out: 
 
 
 def _csv(found: list[Diagnosis]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["scorer", "model", "temperature", *found[0].statistics])
+    rows: list[list[object]] = [["scorer", "model", "temperature", *found[0].statistics]]
     for d in found:
         temperature = "" if d.temperature is None else f"{d.temperature:.6g}"
-        writer.writerow([d.scorer, d.model, temperature, *(f"{value:.6g}" for value in d.statistics.values())])
-    return text.getvalue()
+        rows.append([d.scorer, d.model, temperature, *(f"{value:.6g}" for value in d.statistics.values())])
+    return csv_text(rows)
 
 
 def _draw(args: argparse.Namespace, found: list[Diagnosis]) -> None:

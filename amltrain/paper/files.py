@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from amltrain.environment import code_commit
+from amltrain.errors import plain
 from amltrain.evaluation.results import write_text
 from amltrain.evaluation.tables import latex, markdown
 from amltrain.paper.plan import PERCENT, Kind, Settings, Table
@@ -77,7 +78,7 @@ def latex_table(content: dict[str, Any]) -> str:
     """The table as a booktabs tabular; protocols and notes are comments below it."""
     header, rows, protocols = _grid(content)
     comments = [_scale_line(content), *(f"[{n}] {text}." for text, n in protocols.items()), *content["notes"]]
-    return "\n".join([latex(header, rows), *(f"% {line}" for line in comments)]) + "\n"
+    return "\n".join([latex(header, rows), *(f"% {plain(line)}" for line in comments)]) + "\n"
 
 
 def status_page(root: Path) -> str:
