@@ -31,7 +31,7 @@ def limit_waiting() -> None:
 
         def limited() -> Any:
             client = sound()
-            client.send = _limited(client.send)
+            client.send = _limited(client.send)  # type: ignore[method-assign]
             return client
 
         limited.limited = True  # type: ignore[attr-defined]
