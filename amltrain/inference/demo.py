@@ -1,5 +1,6 @@
 """Load models, build the page and serve it: what `amltrain demo` does after its arguments are read."""
 
+import html
 import inspect
 import os
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from amltrain.environment import choose_device
-from amltrain.errors import UserError
+from amltrain.errors import UserError, plain
 from amltrain.evaluation.draw import tint
 from amltrain.hub.model_folder import load_pretrained, read_training
 from amltrain.inference.predict import describe, unread
@@ -21,6 +22,12 @@ from amltrain.report.collect import onto_image
 from amltrain.run_folder import find_model_folder
 
 SIDE = 800
+MAX_BYTES, MAX_PIXELS, MAX_LETTERS = 20 * 2**20, 30_000_000, 500
+"""The largest upload, image and sentence: larger ones would keep everybody else waiting."""
+MAX_WAITING = 64
+"""Requests in the queue; later ones are told to come back."""
+CACHE_SECONDS = 600
+"""Age at which uploads and answers are deleted."""
 ALIGNMENT = "Alignment scores, dark 0 to bright 1 (temperature solved on this image)"
 
 
@@ -82,26 +89,59 @@ def load_contenders(checkpoints: Sequence[str], device: str | None, revision: st
     return contenders
 
 
+def respond(contenders: Sequence[Contender], upload: str | None, sentence: Any) -> list[Shown]:
+    """Segment an uploaded file with every model. Raises UserError for anything that is not an image and a sentence.
+
+    Sizes are looked at before anything is decoded or read by a tokenizer.
+    """
+    if not upload:
+        raise UserError("Upload an image first.")
+    if not isinstance(sentence, str) or not sentence.strip():
+        raise UserError("Type what to look for.")
+    if len(sentence) > MAX_LETTERS:
+        raise UserError(f"The sentence has {len(sentence):,} characters; type at most {MAX_LETTERS}.")
+    image = read_upload(Path(upload))
+    return [contender(image, plain(sentence).strip()) for contender in contenders]
+
+
+def read_upload(path: Path) -> Image.Image:
+    """Read an uploaded image as RGB, upright. Raises UserError without the server's path in it."""
+    try:
+        size = path.stat().st_size if path.is_file() else 0
+        if size > MAX_BYTES:
+            raise UserError(f"The file has {size / 2**20:.0f} MiB; upload at most {MAX_BYTES // 2**20}.")
+        with Image.open(path) as image:  # reads the header alone
+            pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise UserError(
+                f"The image has {pixels / 1e6:,.0f} million pixels; upload at most {MAX_PIXELS // 10**6} million."
+            )
+        return load_image(path)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), "The file")) from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"The image has too many pixels; upload at most {MAX_PIXELS // 10**6} million.") from error
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+        raise UserError("The file is not an image that can be read; upload a JPEG, PNG or WebP picture.") from error
+
+
 def build_page(contenders: Sequence[Contender]) -> Any:
     """The page as gradio Blocks. Raises UserError where gradio is not installed."""
     gradio = import_gradio()
 
-    def segment(image: Image.Image | None, sentence: str) -> list[Any]:
-        if image is None:
-            raise gradio.Error("Upload an image first.")
-        if not sentence or not sentence.strip():
-            raise gradio.Error("Type what to look for.")
+    def segment(upload: str | None, sentence: str) -> list[Any]:
         try:
-            upright = load_image(image)
-            shown = [contender(upright, sentence.strip()) for contender in contenders]
-            return [value for found in shown for value in (found.mask, found.text, found.alignment)]
+            shown = respond(contenders, upload, sentence)
         except UserError as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(html.escape(str(error))) from error
+        return [value for found in shown for value in (found.mask, found.text, found.alignment)]
 
-    with gradio.Blocks(title="amltrain demo", analytics_enabled=False) as page:
+    cache = (60, CACHE_SECONDS)  # seconds between looks, and the age of what is deleted
+    with gradio.Blocks(title="amltrain demo", analytics_enabled=False, delete_cache=cache) as page:
         gradio.Markdown("# Referring image segmentation\nUpload an image and type what to look for.")
         with gradio.Row():
-            image = gradio.Image(type="pil", label="Image", height=320, sources=["upload", "clipboard"])
+            image = gradio.Image(type="filepath", label="Image", height=320, sources=["upload", "clipboard"])
+            image.preprocess = lambda payload: getattr(payload, "path", None)  # decoded here, after its size is known
             with gradio.Column():
                 sentence = gradio.Textbox(label="Sentence", placeholder="the red car on the left", elem_id="sentence")
                 button = gradio.Button("Segment", variant="primary", elem_id="segment")
@@ -115,8 +155,9 @@ def build_page(contenders: Sequence[Contender]) -> Any:
                     scored = contender.aligner is not None
                     gradio.Markdown(ALIGNMENT, visible=scored)
                     outputs += [mask, answer, _picture(gradio, "Alignment scores", visible=scored)]
-        gradio.on([button.click, sentence.submit], segment, [image, sentence], outputs, api_name="segment")
-    return page
+        events = [button.click, sentence.submit]
+        gradio.on(events, segment, [image, sentence], outputs, api_name="segment", concurrency_limit=1)
+    return page.queue(max_size=MAX_WAITING)  # the page shows the place in it
 
 
 def _picture(gradio: Any, label: str, visible: bool = True) -> Any:
@@ -146,7 +187,13 @@ def launch(page: Any, host: str, port: int | None, *, block: bool = True) -> str
     theme = gradio.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     try:
         _, address, _ = page.launch(
-            server_name=host, server_port=port, theme=theme, prevent_thread_lock=True, share=False, quiet=True
+            server_name=host,
+            server_port=port,
+            theme=theme,
+            prevent_thread_lock=True,
+            share=False,
+            quiet=True,
+            max_file_size=MAX_BYTES,
         )
     except OSError as error:
         raise UserError(f"--port {port} on {host} cannot be used ({error}); choose another") from error
