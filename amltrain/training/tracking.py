@@ -101,10 +101,11 @@ class History:
     def __init__(self, path: Path, keep: int, *, enabled: bool) -> None:
         self.path, self.enabled, self.lines = path, enabled, 0
         if enabled and path.is_file():
-            kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep]
-            kept = [line for line in kept if line.endswith("\n")]  # the last one may be truncated by a power failure
-            write_text(path, "".join(kept))
-            self.lines = len(kept)
+            with path.open("r+b") as file:  # line by line: a long run's log does not fit into memory
+                end = 0
+                while self.lines < keep and (line := file.readline()).endswith(b"\n"):  # a power failure cuts the last
+                    self.lines, end = self.lines + 1, end + len(line)
+                file.truncate(end)
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Append a line."""

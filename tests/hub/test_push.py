@@ -321,7 +321,7 @@ def test_a_hub_that_is_silent_or_hangs_up_is_left(trained: Path, server: HubServ
     with pytest.raises(UserError) as caught:
         action()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-    assert time.monotonic() - before < 60
+    assert time.monotonic() - before < 120  # the client asks for every file, and tries again
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json"])
