@@ -76,9 +76,7 @@ def check_weighs_pixels(loss: nn.Module, asked_by: str) -> None:
     """Raise UserError for a loss that does not read `batch.loss_weight`; asked_by: the setting that needs it."""
     if not getattr(loss, "weighs_pixels", False):
         able = ", ".join(entry.name for entry in LOSSES.entries() if getattr(entry.value, "weighs_pixels", False))
-        raise UserError(
-            f"{asked_by} leaves pixels out of the loss, and {type(loss).__name__} cannot; losses that can: {able}"
-        )
+        raise UserError(f"{asked_by} leaves pixels out of the loss, and {type(loss).__name__} cannot; use {able}")
 
 
 def pixel_weights(batch: Batch, size: torch.Size | tuple[int, ...]) -> Tensor | None:
