@@ -71,6 +71,27 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
+def detectable(differences: Sequence[float], power: float = 0.8) -> float:
+    """The smallest true difference that a paired t-test at 0.05 finds with this power, given the spread of n pairs.
+
+    In the unit of the differences; NaN for fewer than two.
+    """
+    n = len(differences)
+    if n < 2:
+        return math.nan
+    from scipy.optimize import brentq  # slow to import
+    from scipy.stats import chi2, norm, t
+
+    # t of a shifted sample is (z + shift) / sqrt(v / df), v chi-squared: its power as a mean over quantiles of v
+    spread = np.sqrt(chi2.ppf((np.arange(2000) + 0.5) / 2000, n - 1) / (n - 1)) * t.ppf(0.975, n - 1)
+
+    def short_of(shift: float) -> float:
+        return float(power - np.mean(norm.cdf(shift - spread) + norm.cdf(-shift - spread)))
+
+    found = brentq(short_of, 0, spread.max() + 5)
+    return float(found * np.std(differences, ddof=1) / math.sqrt(n))
+
+
 def image_draws(image_ids: NDArray[np.int64], draws: int, seed: int) -> NDArray[np.float64]:
     """Count every sample in every draw, [draws, samples]: images are drawn with replacement."""
     _, image = np.unique(image_ids, return_inverse=True)

@@ -22,7 +22,7 @@ from amltrain.records import Draw
 from amltrain.registry import AUGMENTATIONS
 from tests.data.stand_in import shapes_dataset
 
-NAMES = ["negatives", "flip", "scale_jitter", "resize_crop", "colour_jitter"]
+NAMES = ["negatives", "flip", "scale_jitter", "resize_crop", "colour_jitter", "label_noise"]
 HEIGHT, WIDTH = 40, 60
 
 
@@ -65,7 +65,7 @@ def draws(count: int = 200) -> list[Draw]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_are_registered_and_functions_of_the_draw(name: str, prepared: str) -> None:
-    options = {"negatives": {"rate": 1.0}, "flip": {"probability": 1.0}}.get(name, {"probability": 1.0})
+    options = {"negatives": {"rate": 1.0}, "label_noise": {"share": 1.0}}.get(name, {"probability": 1.0})
     one, two = (shapes_dataset(prepared, augmentations=[build(name, **options)]) for _ in range(2))
     changed = 0
     for index in range(12):
@@ -73,7 +73,8 @@ def test_all_are_registered_and_functions_of_the_draw(name: str, prepared: str) 
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if isinstance(a, torch.Tensor))
         plain = shapes_dataset(prepared)[Draw(1, index)]
         assert torch.equal(first.random_key, plain.random_key) and first.image.shape == plain.image.shape
-        changed += not torch.equal(first.image, plain.image) or bool(first.no_target != plain.no_target)
+        same = torch.equal(first.image, plain.image) and torch.equal(first.target, plain.target)
+        changed += not same or bool(first.no_target != plain.no_target)
     assert changed or name in ("negatives", "colour_jitter")  # every sentence of RefShapes names a colour
 
 

@@ -5,7 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from amltrain.evaluation.statistics import holm, image_draws, least_p, paired_t, sign_flip, two_sided, two_way
+from amltrain.evaluation.statistics import (
+    detectable,
+    holm,
+    image_draws,
+    least_p,
+    paired_t,
+    sign_flip,
+    two_sided,
+    two_way,
+)
 
 
 def test_the_statistic_by_hand() -> None:
@@ -47,6 +56,21 @@ def test_holm_by_hand() -> None:
     corrected = holm([0.9, math.nan, 0.6])
     assert corrected[::2] == [1.0, 1.0] and math.isnan(corrected[1])
     assert holm([]) == []
+
+
+def test_what_so_many_pairs_can_find() -> None:
+    """A difference of the stated size is found in four of five tries."""
+    rng, spread = np.random.default_rng(0), []
+    for _ in range(300):
+        spread.append(detectable(rng.normal(0, 1, 6).tolist()))
+    size = detectable((np.array([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0]) * math.sqrt(5 / 6)).tolist())
+    assert size == pytest.approx(1.44, abs=0.01)  # 6 pairs, deviation 1: 80 % power needs 1.44 (tables of Cohen's d)
+    found = [paired_t([0.0] * 6, rng.normal(size, 1, 6).tolist()).p < 0.05 for _ in range(400)]
+    assert 0.74 < np.mean(found) < 0.86
+    assert np.mean(spread) == pytest.approx(size * 0.95, rel=0.05)  # the deviation of few is a little too small
+    assert math.isnan(detectable([1.0]))
+    assert detectable([1.0, 2.0]) > detectable([1.0, 2.0, 1.5]) > 0
+    assert detectable([1.0, 1.0, 1.0]) == 0
 
 
 def test_draws_have_a_p() -> None:
