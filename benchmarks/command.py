@@ -23,7 +23,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
 from amltrain.errors import one_line_errors
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
