@@ -37,7 +37,7 @@ from amltrain.training.optim import lr_factor, set_lr, uncompiled
 from amltrain.training.run import Callback, Run, Step, open_run
 from amltrain.training.stopping import NormStatistics, Preemption, describe_samples, drop_frames, explained
 from amltrain.training.tracking import Meter
-from amltrain.training.validation import best_value, dry_run, evaluate_splits, zero_score_hint
+from amltrain.training.validation import best_value, dry_run, evaluate_splits, with_samples, zero_score_hint
 
 
 def step_batches(
@@ -328,7 +328,7 @@ class Trainer:
         named = [replace(r, provenance={**r.provenance, "weights_sha256": weights}) for r in self.run.results]
         self.run.results = named
         run_folder.add_scores(path, self.progress.state_dict(), partial(write_results, results=named))
-        write_results(output / RESULTS_FILE, named)
+        write_results(output / RESULTS_FILE, [with_samples(result) for result in named])
         if best:
             run_folder.point(output, BEST, path)
             run_folder.prune(output, self.config.checkpoint.keep)

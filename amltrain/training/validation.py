@@ -20,16 +20,17 @@ from amltrain.distributed import on_main_process
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results, write_results
+from amltrain.evaluation.samples import sample_table, write_samples
 from amltrain.evaluation.tables import table
 from amltrain.hub.push import check_access
-from amltrain.run_folder import RESULTS_FILE, find_resumable, folder_id, step_of
+from amltrain.run_folder import RESULTS_FILE, SAMPLES, find_resumable, folder_id, step_of
 from amltrain.training.build import RunComponents
 
 
 def evaluate_splits(
     accelerator: Accelerator, model: nn.Module, components: RunComponents, config: RunConfig, step: int
 ) -> dict[str, Results]:
-    """Score every split; the main process writes results.json. Returns the results by split.
+    """Score every split; the main process writes results.json and the rows per sample. Returns the results by split.
 
     model: whole, on the accelerator's device.
     """
@@ -56,10 +57,18 @@ def evaluate_splits(
             raise UserError(
                 f"{config.folder} was removed or renamed during the run; put it back and run again to resume"
             )
-        write_results(config.folder / RESULTS_FILE, results)
+        for result, loader in zip(results, components.eval_loaders.values(), strict=True):
+            path = config.folder / with_samples(result).files["samples"]
+            write_samples(path, sample_table(result, loader.dataset), result.provenance)
+        write_results(config.folder / RESULTS_FILE, [with_samples(result) for result in results])
 
     on_main_process(accelerator, write)
     return scored
+
+
+def with_samples(result: Results) -> Results:
+    """The row of a run's results.json, which names the table of its samples; a published row has no files."""
+    return replace(result, files={"samples": f"{SAMPLES}/{result.stem()}.parquet"})
 
 
 def zero_score_hint(value: float, config: RunConfig, total_steps: int) -> str | None:
