@@ -138,3 +138,72 @@ def test_a_run_cannot_be_started_inside_a_checkpoint(averaged: Path, shapes: Pat
     with pytest.raises(UserError, match=f"is a checkpoint; resume its run with --output {checkpoint.parent}"):
         runs.run(shapes, checkpoint)
     assert sorted(checkpoint.rglob("*")) == before
+
+
+CRAFTED = {
+    "torch's distributed metadata": (".metadata", "__0_0.distcp"),
+    "metadata in a folder": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"),
+    "an optimizer's folder": ("optimizer_0/.metadata", "optimizer_0/__1_0.distcp"),
+    "a pickle named json": ("index.json", "model.safetensors.index.json"),
+    "a pickle named safetensors": ("extra.safetensors", "pytorch_model.safetensors.index.json"),
+    "the optimizer of 0.1 beside the new one": ("optimizer.bin", "method.bin"),
+    "torch's weights": ("pytorch_model.bin", "model.pt", "model.pth", "scheduler.bin", "sampler.bin"),
+    "random states of Accelerate": ("random_states_0.pkl", "scaler.pt", "custom_checkpoint_0.pkl"),
+    "DeepSpeed's files": ("latest", "zero_to_fp32.py", "deepspeed/mp_rank_00_model_states.pt"),
+    "Python files": ("sitecustomize.py", "__init__.py", "torch.py", "conftest.py"),
+}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("name", CRAFTED)
+def test_no_crafted_file_is_read_in_a_whole_resume(
+    whole: Path, shapes: Path, tmp_path: Path, name: str, listed: bool
+) -> None:
+    """Files that other programs write into such a folder; the run goes on as if they were not there."""
+    checkpoint, mark = tmp_path / "from" / "step-000006", tmp_path / "code ran"
+    shutil.copytree(whole / "step-000006", checkpoint)
+    for file in CRAFTED[name]:
+        path = checkpoint / "state" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = f"open({str(mark)!r}, 'w')".encode()
+        path.write_bytes(text if path.suffix == ".py" or file == "latest" else pickle.dumps(Touch(mark)))
+    if listed:
+        run_folder._write_manifest(checkpoint)
+    runs.run(shapes, tmp_path / "run", "--resume", str(checkpoint))
+    assert not mark.exists()
+    assert runs.same_weights(whole, tmp_path / "run")
+
+
+INSTEAD = {
+    "optimizer.json": "is not the JSON",
+    "method.safetensors": "a pickle",
+    "optimizer.safetensors": "a pickle",
+    "rank-00000-of-00001.safetensors": "a pickle among the ranks",
+    "rank-00001-of-00002.safetensors": "a rank without its first",
+}
+
+
+@pytest.mark.parametrize("how", ["pickle", "pickle after a sound start", "link elsewhere", "folder"])
+@pytest.mark.parametrize("name", INSTEAD)
+def test_a_crafted_state_ends_a_whole_resume_with_a_sentence(
+    whole: Path, shapes: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    checkpoint, mark = tmp_path / "from" / "step-000006", tmp_path / "code ran"
+    shutil.copytree(whole / "step-000006", checkpoint)
+    path = checkpoint / "state" / name
+    sound = path.read_bytes() if path.exists() else b""
+    path.unlink(missing_ok=True)
+    if how == "folder":
+        path.mkdir()
+        (path / "x").write_bytes(pickle.dumps(Touch(mark)))
+    elif how == "link elsewhere":
+        (tmp_path / "elsewhere").write_bytes(pickle.dumps(Touch(mark)))
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.write_bytes((sound[:40] if "after" in how else b"") + pickle.dumps(Touch(mark)))
+    run_folder._write_manifest(checkpoint)
+    with pytest.raises(UserError) as caught:
+        runs.run(shapes, tmp_path / "run", "--resume", str(checkpoint))
+    assert not mark.exists()
+    assert "resume from another" in str(caught.value) or "cannot resume" in str(caught.value), caught.value
+    assert "\n" not in str(caught.value)
