@@ -140,6 +140,12 @@ def test_a_run_cannot_be_started_inside_a_checkpoint(averaged: Path, shapes: Pat
     assert sorted(checkpoint.rglob("*")) == before
 
 
+def relist(checkpoint: Path) -> None:
+    """Write a manifest that vouches for whatever is there, as somebody who crafts a checkpoint can."""
+    (checkpoint / run_folder.MANIFEST).unlink()
+    run_folder._write_manifest(checkpoint)
+
+
 CRAFTED = {
     "torch's distributed metadata": (".metadata", "__0_0.distcp"),
     "metadata in a folder": ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp"),
@@ -168,7 +174,7 @@ def test_no_crafted_file_is_read_in_a_whole_resume(
         text = f"open({str(mark)!r}, 'w')".encode()
         path.write_bytes(text if path.suffix == ".py" or file == "latest" else pickle.dumps(Touch(mark)))
     if listed:
-        run_folder._write_manifest(checkpoint)
+        relist(checkpoint)
     runs.run(shapes, tmp_path / "run", "--resume", str(checkpoint))
     assert not mark.exists()
     assert runs.same_weights(whole, tmp_path / "run")
@@ -201,7 +207,7 @@ def test_a_crafted_state_ends_a_whole_resume_with_a_sentence(
         path.symlink_to(tmp_path / "elsewhere")
     else:
         path.write_bytes((sound[:40] if "after" in how else b"") + pickle.dumps(Touch(mark)))
-    run_folder._write_manifest(checkpoint)
+    relist(checkpoint)
     with pytest.raises(UserError) as caught:
         runs.run(shapes, tmp_path / "run", "--resume", str(checkpoint))
     assert not mark.exists()
