@@ -102,7 +102,6 @@ class Round:
         self.random = random.Random(seed)
         self.log_every = self.random.choice((1, 1, 3, 100))
         self.told: list[str] = []
-        self._read = 0
 
     def start(self, before: Callable[[], None] | None = None) -> runs.Launched:
         extra = ("--train.log_every", str(self.log_every), "--data.workers", str(self.random.choice((0, 0, 1))))
@@ -117,11 +116,12 @@ class Round:
         for process in hung:
             process.kill()
             process.join()
-        said = "\n".join(self._log(rank).read_text(errors="replace") for rank in range(self.processes))
-        new, self._read = said[self._read :] if self.processes == 1 else said, len(said)
+        new = ""
         for rank in range(self.processes):
-            self._log(rank).write_text("")
-        self._read = 0
+            log = self._log(rank)
+            if log.exists():  # else it was killed before it said anything
+                new += log.read_text(errors="replace") + "\n"
+                log.unlink()
         if hung:
             raise WrongError(f"hangs after {LONGEST:g} s: {new[-1500:]}")
         codes = {process.exitcode for process in launched.processes if process.exitcode is not None}
