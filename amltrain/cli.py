@@ -62,6 +62,8 @@ def main() -> None:
         from amltrain.completion import complete
 
         complete(COMMANDS)
+    # before torch is imported: 60 lines of c10d's C++ frames for a process that is gone, which we name in one sentence
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.stdout, sys.stderr = PlainStream(sys.stdout), PlainStream(sys.stderr)  # type: ignore[assignment]
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):

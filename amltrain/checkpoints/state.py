@@ -152,7 +152,7 @@ class SavedState:
             if not ranks:
                 self._add(checkpoint / MODEL / "model.safetensors", f"method/{PREFIX}")
                 self._add(folder / METHOD_FILE, "method/")  # after the model's: with an average it has the raw weights
-                if (folder / OPTIMIZER_FILE).is_file():
+                if not (folder / OLD_OPTIMIZER_FILE).is_file() or (folder / OPTIMIZER_JSON).is_file():
                     self._add(folder / OPTIMIZER_FILE, "optimizer/")
             self.numbers: dict[str, Any] | None = None
             if (folder / OPTIMIZER_JSON).is_file():

@@ -26,6 +26,7 @@ from amltrain.training.tracking import MEASURED
 from amltrain.training.trainer import train
 
 SHORT_RUN = Path(__file__).with_name("short_run.yaml")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as amltrain.cli sets it, before the server imports torch
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["amltrain.training.trainer", "amltrain.commands.train", "torch._dynamo", "deepspeed"])
 
