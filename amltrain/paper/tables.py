@@ -286,7 +286,7 @@ TABLE_5 = Table(
         "The bound (Johnson-Lindenstrauss) is the epsilon that all squared distances between the patches and tokens of "
         "one sample keep to with probability 0.95. It covers distances inside a modality and of concatenated pairs, "
         "not inner products across modalities.",
-        "The paper's JL error is another formula: its three values are sqrt(89.4 / D) to 0.0002, where the bound's own constant "
+        "The paper's JL error is another formula: its three values are sqrt(89.4 / D) to 0.0002; the bound's constant "
         "depends on the number of points.",
     ),
 )
