@@ -91,6 +91,19 @@ def library_versions() -> dict[str, str]:
     return {"amltrain": __version__, "python": platform.python_version(), **versions}
 
 
+def free_memory() -> float:
+    """GiB of main memory that programs may still take, or all of it where the system does not tell."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    free = [int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")]
+    if free:
+        return free[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8.0
+
+
 @cache
 def processor_name() -> str:
     """The CPU's name as the system reports it."""
