@@ -87,6 +87,7 @@ def prepare(
     describe: bool | None = False,
     sentences: int = 3,
     negatives: int = 0,
+    hold_out: bool = False,
     options: Any = None,
     label_field: str | None = None,
     max_skipped: float = 0.001,
@@ -97,6 +98,7 @@ def prepare(
 
     name: of the data set; None = from the path. images, masks, form, columns, label_field: as the flags of
     `amltrain data prepare`. describe: whether objects without a sentence get some; None = only where no object has one.
+    hold_out: split a tool's export anew if all of its pictures are in one split.
     options: `ReadOptions` of `amltrain.data.sources.table`, e.g. seed and shares of the splits. said: gets a line about
     the form that was found. Raises UserError.
     """
@@ -124,6 +126,7 @@ def prepare(
         options=read,
         describe=None if describe is False else lambda imported: describe_rows(imported, choice, links=read.links),
         describe_all=describe is True,
+        hold_out=hold_out,
     )
     said(source.said)
     return prepare_files(

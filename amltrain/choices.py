@@ -91,6 +91,8 @@ class Rules(NamedTuple):
     """Room for sentences longer than those of the data."""
     flip_below: int = 20_000
     """Sets of fewer referents are mirrored at random."""
+    few_refs: int = 200
+    """Objects in training, below which a model mostly remembers; it is then scored on its training pictures too."""
     reads_words: float = 5.0
     """Points of mIoU that the model should lose with another sample's sentence."""
 
@@ -102,9 +104,9 @@ class Facts(NamedTuple):
     """What the choices depend on, of prepared data.
 
     images, refs, sentences: of the training split. scored: the split that is evaluated in training; final: that of the
-    last score. side: quartile of the objects' sides as a share of the picture's. longest: tokens of the longest
-    sentence. english: share of sentences with common English words. findings: what a person should know, before it
-    trains.
+    last score. side: first quartile of the objects' sides as a share of the picture's. photo: median width and height.
+    english: share of sentences with common English words. texts: different sentences. findings: what a person should
+    know before it trains.
     """
 
     name: str
@@ -115,9 +117,9 @@ class Facts(NamedTuple):
     scored: str
     scored_samples: int
     final: str
+    final_refs: int
     side: float
     photo: tuple[int, int]
-    alone: float
     english: float
     texts: tuple[str, ...]
     findings: tuple[str, ...]
@@ -171,14 +173,18 @@ def this_machine() -> Machine:
     return Machine("cuda", card.total_memory / 2**30, threads, card.name, bf16=card.major >= 8)
 
 
-def choose_base(machine: Machine, wanted: str | None) -> Base:
-    """The first of `BASES` that fits the machine and whose packages and weights are at hand. Raises UserError."""
+def choose_base(machine: Machine, wanted: str | None, *, own_weights: bool = False) -> Base:
+    """The first of `BASES` that fits the machine and whose packages and weights are at hand.
+
+    wanted: its name, if the user chose it. own_weights: the user named other weights, so none are looked for. Raises
+    UserError.
+    """
     if wanted is not None:
         named = {base.name: base for base in BASES}
         if wanted not in named:
             raise unknown_name("model of finetune", wanted, named)
         lacking = missing(named[wanted])
-        if lacking:
+        if lacking and not own_weights:
             raise UserError(f"{wanted} cannot start: {lacking}")
         return named[wanted]
     memory = machine.memory if machine.device == "cuda" else 0.0
@@ -238,16 +244,16 @@ def make_plan(
     run: Path,
     given: Mapping[str, Any],
     *,
+    method: str = "supervised",
+    seed: int = 0,
     minutes: float | None = None,
 ) -> Plan:
     """Choose every key of the run. given: keys that the user sets. Raises UserError without the model's tokenizer."""
-    own = dict(given)
-    method = own.pop("method", "supervised")
-    chooser, on_card = _Chooser(own), machine.device == "cuda"
+    chooser, on_card = _Chooser(given), machine.device == "cuda"
     pick = chooser.pick
     pick("output", str(run), "one folder for all of the run; the same command continues it")
-    chooser.choices.append(Choice("method", method, METHODS_SAY.get(method, "given by you")))
-    pick("seed", 0, "of every random choice")
+    pick("method", method, METHODS_SAY.get(method, "given by you"))
+    pick("seed", seed, "of every random choice")
     pick(
         "data.datasets",
         [facts.name],
@@ -257,11 +263,13 @@ def make_plan(
     pick("data.workers", max(1, min(8, machine.threads - 1)) if on_card else 1, "processes that read pictures")
     if facts.refs < RULES.flip_below and facts.english > 0.5:
         pick("data.augment", ["flip"], "few pictures; mirrored ones exchange left and right in the sentence")
+    pick("model.name", base.name, base.why)
     if base.kwargs:
-        pick("model.kwargs", dict(base.kwargs), base.why)
+        kinds = " and ".join(dict.fromkeys(base.kwargs.values()))
+        pick("model.kwargs", dict(base.kwargs), f"how its encoders learn: {kinds}")
     size, size_findings = _choose_size(pick, facts, base)
-    tokens_findings = _choose_tokens(pick, facts, base)
-    batch, steps, length = _choose_length(pick, own, facts, machine, size, minutes)
+    tokens_findings = _choose_tokens(pick, facts, base, given.get("preprocess.tokenizer"))
+    batch, steps, length = _choose_length(pick, given, facts, machine, size, minutes)
     _choose_micro(pick, base, machine, size, batch)
     if on_card:
         pick("train.mixed_precision", "bf16" if machine.bf16 else "fp16", f"what {machine.name} computes fastest")
@@ -315,8 +323,8 @@ def _choose_size(pick: Any, facts: Facts, base: Base) -> tuple[int, list[str]]:
     ]
 
 
-def _choose_tokens(pick: Any, facts: Facts, base: Base) -> list[str]:
-    """Sentence length from the data, and findings about words that the model's vocabulary lacks."""
+def _choose_tokens(pick: Any, facts: Facts, base: Base, wanted: str | None) -> list[str]:
+    """Sentence length from the data, and findings about words that the vocabulary lacks. wanted: another tokenizer."""
     from amltrain.config.fields import override
     from amltrain.config.parse import config_of
     from amltrain.data.text import SentenceTokenizer
@@ -325,7 +333,9 @@ def _choose_tokens(pick: Any, facts: Facts, base: Base) -> list[str]:
     config = config_of({}, f"models/{base.name}")
     preprocess = override(model_info(config.model.name).preprocess, config.preprocess)
     texts = facts.texts[:5000]
-    tokenizer = SentenceTokenizer.load(preprocess.tokenizer, 512)
+    name = wanted or preprocess.tokenizer
+    own = name == "wordpiece"
+    tokenizer = SentenceTokenizer.train_wordpiece(texts, 512) if own else SentenceTokenizer.load(name, 512)
     longest = max(int(tokenizer(text)[1].sum()) for text in texts)
     limit = RULES.most_tokens if base.name != "sam3" else 32
     tokens = int(pick(

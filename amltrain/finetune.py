@@ -17,8 +17,14 @@ from amltrain.errors import UserError
 from amltrain.run_folder import BEST
 
 
+SHARES = {"train": 0.8, "val": 0.2}
+"""Of pictures whose annotations state no split: one held-out part, because it is small."""
+
+
 class FineTuned(NamedTuple):
-    """run: its folder. results, shuffled: of the last split, with its own and with other samples' sentences."""
+    """run: its folder. results, shuffled: `Results` of the last split, with its own and with other samples' sentences
+    (None for a split of one object).
+    """
 
     run: Path
     plan: Plan
@@ -54,10 +60,10 @@ def finetune(
     data = prepare_data(path, name, Path(prepared), images=images, form=form, seed=seed, said=said)
     facts = look(*data)
     machine = this_machine()
-    base = choose_base(machine, model)
+    own_weights = {"model.vision_weights", "model.text_weights"} <= set(settings or {})
+    base = choose_base(machine, model, own_weights=own_weights)
     run = Path(output) if output is not None else Path("runs") / facts.name
-    given = {"method": method, "seed": seed, **(settings or {})}
-    chosen = make_plan(facts, machine, base, run, given, minutes=minutes)
+    chosen = make_plan(facts, machine, base, run, settings or {}, method=method, seed=seed, minutes=minutes)
     said(_heading(facts, machine, chosen))
     said(str(chosen))
     if plan_only:
@@ -92,7 +98,8 @@ def prepare_data(
         images=images,
         form=form,
         describe=None,
-        options=ReadOptions(seed=seed),
+        hold_out=True,
+        options=ReadOptions(seed=seed, shares=SHARES),
         workers=available_cores(),
         said=said,
     )
@@ -132,9 +139,9 @@ def look(prepared: str, name: str) -> Facts:
         scored=scored,
         scored_samples=sum(len(ref["sentences"]) for ref in refs[scored]),
         final=final,
+        final_refs=len(refs[final]),
         side=float(np.quantile(boxes, 0.25)) if boxes else 0.5,
         photo=_median_size(rows["train"]),
-        alone=float(np.mean([len(row["referents"]) == 1 for row in rows["train"]])),
         english=float(np.mean([bool(ENGLISH & set(text.lower().split())) for text in texts])),
         texts=tuple(dict.fromkeys(every)),
         findings=tuple(_findings(name, scored, final, refs, rows["train"])),
@@ -158,10 +165,10 @@ def _findings(name: str, scored: str, final: str, refs: Mapping[str, Sequence[An
         )
     elif len(refs[final]) < 30:
         found.append(
-            f"the last score is of {len(refs[final])} objects in split {final}: one more or less changes it by "
+            f"split {final} has {len(refs[final])} objects, so one of them changes the last score by up to "
             f"{100 / max(1, len(refs[final])):.0f} points"
         )
-    if len(refs["train"]) < 200:
+    if len(refs["train"]) < RULES.few_refs:
         found.append(
             f"{len(refs['train'])} objects are few: expect a model that knows these pictures; some hundreds generalise"
         )
@@ -169,7 +176,7 @@ def _findings(name: str, scored: str, final: str, refs: Mapping[str, Sequence[An
     unseen = sorted({ref["category"] for ref in refs[final] if ref["category"]} - known)
     if unseen and known:
         some = f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
-        found.append(f"{len(unseen)} classes of split {final} are not in training ({some}): the model may miss them")
+        found.append(f"classes of split {final} that training does not have: {some}; the model may miss them")
     if rows and np.mean([len(row["referents"]) == 1 for row in rows]) > 0.9:
         found.append(
             "almost every picture has one object with a sentence, so the sentence is not needed to find it: annotate "
@@ -199,22 +206,31 @@ def _train(run: Path, chosen: Plan, facts: Facts, said: Callable[[str], None]) -
     api.train(file)
     best = run / BEST
     data = {"datasets": [facts.name], "prepared": facts.prepared, "workers": 0}
-    said(f"score of split {facts.final}, then with the sentences of other samples")
-    own, shuffled = (
-        api.evaluate(best, data=data, splits=[facts.final], output=str(folder), shuffle_sentences=shuffle)[0]
-        for folder, shuffle in ((run / "evaluation", False), (run / "evaluation" / "shuffled", True))
-    )
-    page = api.report(run, splits=[facts.final], results=str(run / "evaluation"))
-    said(verdict(own.metrics, shuffled.metrics, facts.final))
+    said(f"the last score: split {facts.final}, then with the sentences of other samples")
+    folder = run / "evaluation"
+    [own] = api.evaluate(best, data=data, splits=[facts.final], output=str(folder))
+    shuffled = None
+    if facts.final_refs > 1:
+        [shuffled] = api.evaluate(
+            best, data=data, splits=[facts.final], output=str(folder / "shuffled"), shuffle_sentences=True
+        )
+    page = api.report(run, splits=[facts.final], results=str(folder))
+    said(verdict(own.metrics, None if shuffled is None else shuffled.metrics, facts.final))
+    if facts.refs < RULES.few_refs and facts.final != "train":
+        [known] = api.evaluate(best, data=data, splits=["train"], output=str(folder / "train"))
+        said(f"on the {facts.images} pictures that it was trained on: mIoU {known.metrics['mIoU']:.1f}")
     said(f"report -> {page}")
     said(f'try it: amltrain predict --checkpoint {best} --image PHOTO --sentence "the person on the left"')
     said(f"in the browser: amltrain demo --checkpoint {best}")
     return FineTuned(run, chosen, own, shuffled, page)
 
 
-def verdict(own: Mapping[str, float], shuffled: Mapping[str, float], split: str) -> str:
+def verdict(own: Mapping[str, float], shuffled: Mapping[str, float] | None, split: str) -> str:
     """The result in two sentences: the score, and whether the model reads the words."""
-    score, other = own["mIoU"], shuffled["mIoU"]
+    score = own["mIoU"]
+    if shuffled is None:
+        return f"mIoU {score:.1f} on {split}, which has one object: no other sentence to try it with"
+    other = shuffled["mIoU"]
     text = f"mIoU {score:.1f}, oIoU {own['oIoU']:.1f} on {split}; with other samples' sentences mIoU {other:.1f}: "
     if score < 5:
         return f"{text}the model has hardly learned yet; train longer (--minutes) or give more pictures"
