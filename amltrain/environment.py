@@ -72,7 +72,7 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if "cuda" in here else "cpu")
     if name not in here:
-        raise UserError(f"there is no --device {name} here; there is {', '.join(here)}")
+        raise UserError(f"there is no device {name} here; there is {', '.join(here)}")
     return torch.device(name)
 
 

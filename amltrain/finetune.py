@@ -16,7 +16,6 @@ from amltrain.choices import RULES, Facts, Machine, Plan, as_config, choose_base
 from amltrain.errors import UserError
 from amltrain.run_folder import BEST
 
-
 SHARES = {"train": 0.8, "val": 0.2}
 """Of pictures whose annotations state no split: one held-out part, because it is small."""
 
