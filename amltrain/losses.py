@@ -3,6 +3,9 @@
 Terms of a loss that are worth a curve are returned detached, next to `loss`. Losses compute in float32 at
 least, under autocast too.
 
+`batch.loss_weight` [B, H, W] says how much each pixel counts; a loss that reads it says so (`weighs_pixels`). Terms
+that are no sums over pixels (boxes, the no-target head, reconstruction) are not weighed.
+
 Dimensions: B batch, H W network input size, h w the logits' size.
 """
 
@@ -69,6 +72,53 @@ def check_channels(loss: nn.Module, model_name: str, channels: int | None) -> No
     )
 
 
+def check_weighs_pixels(loss: nn.Module, asked_by: str) -> None:
+    """Raise UserError for a loss that does not read `batch.loss_weight`; asked_by: the setting that needs it."""
+    if not getattr(loss, "weighs_pixels", False):
+        able = ", ".join(entry.name for entry in LOSSES.entries() if getattr(entry.value, "weighs_pixels", False))
+        raise UserError(f"{asked_by} leaves pixels out of the loss, and {type(loss).__name__} cannot; use {able}")
+
+
+def pixel_weights(batch: Batch, size: torch.Size | tuple[int, ...]) -> Tensor | None:
+    """`batch.loss_weight` at the size (h, w), by nearest neighbour, [B, h, w]; None: all count the same."""
+    if batch.loss_weight is None or batch.loss_weight.shape[-2:] == size:
+        return batch.loss_weight
+    return F.interpolate(batch.loss_weight[:, None], size=size, mode="nearest")[:, 0]
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None, normaliser: Tensor | None = None) -> Tensor:
+    """Mean of values by weights of the same shape, []; 0 where all weights are 0.
+
+    normaliser: what a weight of 1 counts as, per value (class weights); None = 1.
+    """
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype)
+    total = (weights if normaliser is None else weights * normaliser).sum()
+    return (values * weights).sum() / total.clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def class_cross_entropy(logits: Tensor, referent: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+    """Cross-entropy of logits [B, 2, H, W] and referent [B, H, W] bool, a mean weighted by class and by pixel, [].
+
+    weight [2]: background, referent. weights [B, H, W]: of the pixels; None = the same for all.
+    """
+    weight, truth = weight.to(logits.dtype), referent.long()
+    if weights is None:
+        return F.cross_entropy(logits, truth, weight)
+    return weighted_mean(F.cross_entropy(logits, truth, weight, reduction="none"), weights, weight[truth])
+
+
+def binary_cross_entropy(logits: Tensor, truth: Tensor, weights: Tensor | None) -> Tensor:
+    """Binary cross-entropy of logits and truth (0..1) [B, 1, h, w], a mean weighted by pixel, [].
+
+    weights [B, h, w]; None = the same for all.
+    """
+    if weights is None:
+        return F.binary_cross_entropy_with_logits(logits, truth)
+    return weighted_mean(F.binary_cross_entropy_with_logits(logits, truth, reduction="none"), weights[:, None])
+
+
 def upsample_logits(logits: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """[B, K, h, w] -> [B, K, H, W] in at least float32, bilinear, align_corners=True as all official code does."""
     logits = at_least_float32(logits)
@@ -85,6 +135,7 @@ class WeightedCrossEntropy(nn.Module):
     """
 
     channels = 2
+    weighs_pixels = True
     weight: Tensor
 
     def __init__(self, background_weight: float = 0.9, referent_weight: float = 1.1) -> None:
@@ -95,7 +146,8 @@ class WeightedCrossEntropy(nn.Module):
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 2, h, w], batch.target [B, H, W] uint8."""
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
-        return {"loss": F.cross_entropy(logits, (batch.target >= 128).long(), self.weight.to(logits.dtype))}
+        weights = pixel_weights(batch, batch.target.shape[-2:])
+        return {"loss": class_cross_entropy(logits, batch.target >= 128, self.weight, weights)}
 
 
 @register_loss("binary_cross_entropy")
@@ -106,12 +158,13 @@ class BinaryCrossEntropy(nn.Module):
     """
 
     channels = 1
+    weighs_pixels = True
 
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
         """output.logits [B, 1, h, w], batch.target [B, H, W] uint8."""
         logits = at_least_float32(output.logits)
         target = F.interpolate(batch.target[:, None].to(logits.dtype) / 255, size=logits.shape[-2:], mode="nearest")
-        return {"loss": F.binary_cross_entropy_with_logits(logits, target)}
+        return {"loss": binary_cross_entropy(logits, target, pixel_weights(batch, logits.shape[-2:]))}
 
 
 @register_loss("barleria")
@@ -144,6 +197,7 @@ class CrossEntropyDice(nn.Module):
     """
 
     channels = 1
+    weighs_pixels = True
 
     def __init__(self, dice_weight: float = 1.0, smoothing: float = 1.0) -> None:
         """smoothing: added to both sides of Dice's fraction; EVF-SAM has 1e-3."""
@@ -157,8 +211,9 @@ class CrossEntropyDice(nn.Module):
         """
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         truth = (batch.target >= 128)[:, None].to(logits.dtype)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
-        dice = dice_loss(logits, truth, self.smoothing)
+        weights = pixel_weights(batch, truth.shape[-2:])
+        cross_entropy = binary_cross_entropy(logits, truth, weights)
+        dice = dice_loss(logits, truth, self.smoothing, weights)
         return {
             "loss": cross_entropy + self.dice_weight * dice,
             "cross_entropy": cross_entropy.detach(),
@@ -179,6 +234,7 @@ class RegionLoss(nn.Module):
 
     channels = 2
     needs_heads = True
+    weighs_pixels = True
     weight: Tensor
 
     def __init__(
@@ -204,7 +260,7 @@ class RegionLoss(nn.Module):
             )
         referent = batch.target >= 128
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
-        mask = F.cross_entropy(logits, referent.long(), self.weight)
+        mask = class_cross_entropy(logits, referent, self.weight, pixel_weights(batch, referent.shape[-2:]))
         cells = at_least_float32(output.aux["minimap"]).transpose(1, 2)
         minimap = F.cross_entropy(cells, self.minimap_target(referent, output), self.weight)
         decision = at_least_float32(output.aux["no_target"])
@@ -234,6 +290,7 @@ class GroupingLoss(nn.Module):
 
     channels = 1
     needs_heads = True
+    weighs_pixels = True
 
     def __init__(self, assignment_weights: Sequence[float] = (0.001, 0.01, 0.1)) -> None:
         super().__init__()
@@ -249,13 +306,15 @@ class GroupingLoss(nn.Module):
             raise UserError(f"loss cgformer needs a model that gives {missing[0]} (cgformer_*); name another loss.name")
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         truth = (batch.target >= 128)[:, None].to(logits.dtype)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
-        dice = dice_loss(logits, truth)
+        weights = pixel_weights(batch, truth.shape[-2:])
+        cross_entropy = binary_cross_entropy(logits, truth, weights)
+        dice = dice_loss(logits, truth, weights=weights)
         assignment = logits.new_zeros(())
         for i, weight in enumerate(self.assignment_weights):
             assigned = at_least_float32(output.aux[f"assigned{i}"])[:, None]
             small = F.interpolate(truth, size=assigned.shape[-2:], mode="nearest")
-            assignment = assignment + weight * dice_loss(assigned, small)
+            seen = pixel_weights(batch, assigned.shape[-2:])
+            assignment = assignment + weight * dice_loss(assigned, small, weights=seen)
         return {
             "loss": cross_entropy + dice + assignment,
             "cross_entropy": cross_entropy.detach(),
@@ -264,11 +323,17 @@ class GroupingLoss(nn.Module):
         }
 
 
-def dice_loss(logits: Tensor, truth: Tensor, smoothing: float = 1.0) -> Tensor:
-    """Mean over samples of 1 - (2 |P and G| + s) / (|P| + |G| + s); logits and truth (0 or 1) [B, 1, H, W]."""
+def dice_loss(logits: Tensor, truth: Tensor, smoothing: float = 1.0, weights: Tensor | None = None) -> Tensor:
+    """Mean over samples of 1 - (2 |P and G| + s) / (|P| + |G| + s); logits and truth (0 or 1) [B, 1, H, W].
+
+    weights [B, H, W] multiply every pixel's share of the three sums; None = 1.
+    """
     probability, truth = logits.sigmoid().flatten(1), truth.flatten(1)
+    counted = truth
+    if weights is not None:
+        probability, counted = probability * weights.flatten(1), truth * weights.flatten(1)
     both = (probability * truth).sum(dim=1)
-    return (1 - (2 * both + smoothing) / (probability.sum(dim=1) + truth.sum(dim=1) + smoothing)).mean()
+    return (1 - (2 * both + smoothing) / (probability.sum(dim=1) + counted.sum(dim=1) + smoothing)).mean()
 
 
 @register_loss("mask_and_presence")
@@ -280,6 +345,7 @@ class MaskAndPresence(nn.Module):
 
     channels = 1
     needs_heads = True
+    weighs_pixels = True
 
     def __init__(self, dice_weight: float = 1.0, presence_weight: float = 0.1) -> None:
         super().__init__()
@@ -294,8 +360,9 @@ class MaskAndPresence(nn.Module):
             raise UserError("loss mask_and_presence needs a model with a no-target head (sam3); name another loss.name")
         logits = upsample_logits(output.logits, batch.target.shape[-2:])
         truth = batch.target[:, None].to(logits.dtype) / 255
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, truth)
-        dice = dice_loss(logits, truth)
+        weights = pixel_weights(batch, truth.shape[-2:])
+        cross_entropy = binary_cross_entropy(logits, truth, weights)
+        dice = dice_loss(logits, truth, weights=weights)
         presence = F.cross_entropy(at_least_float32(output.aux["no_target"]), batch.no_target.long())
         return {
             "loss": cross_entropy + self.dice_weight * dice + self.presence_weight * presence,
@@ -319,6 +386,7 @@ class CoarseToFine(nn.Module):
 
     channels = 1
     needs_heads = True
+    weighs_pixels = True
 
     def __init__(self, coarse_weight: float = 0.3, box_weight: float = 0.05, consistency_weight: float = 0.1) -> None:
         super().__init__()
@@ -343,9 +411,8 @@ class CoarseToFine(nn.Module):
         terms = {}
         for stage, weight, small, given in stages:
             logits, box = upsample_logits(small, size), at_least_float32(given)
-            mask = dice_loss(logits, truth[:, None]) + F.binary_cross_entropy_with_logits(
-                logits, truth[:, None].to(logits.dtype)
-            )
+            covered, weights = truth[:, None].to(logits.dtype), pixel_weights(batch, size)
+            mask = dice_loss(logits, covered, weights=weights) + binary_cross_entropy(logits, covered, weights)
             terms[f"mask_{stage}"] = weight * mask
             terms[f"box_{stage}"] = weight * self.box_weight * (box_loss(box, wanted) * some).mean()
             contradiction = consistency(logits, box)

@@ -32,6 +32,7 @@ class Sample(NamedTuple):
     random_key: Tensor
     geometry: Tensor
     original_target: Tensor | None = None
+    regions: Tensor | None = None
 
 
 class Vocabulary(NamedTuple):
@@ -64,6 +65,9 @@ class Batch(NamedTuple):
     geometry         [B, 6] float64: original height, original width, then the map from original to network pixels:
                      scale_y, scale_x, offset_y, offset_x (network = original * scale + offset, continuous coordinates)
     original_target  B tensors [h0, w0] uint8 0/255 at each image's own size; empty unless the evaluation needs it
+    regions          [B, H, W] uint8, what the annotations say of every pixel before any label noise: BACKGROUND,
+                     OTHER (another referent of the picture) or REFERENT of `data.augment`; None unless the method asks
+    loss_weight      [B, H, W] float32, 0..1: how much a pixel counts in the loss; None = all the same. A method sets it
     """
 
     image: Tensor
@@ -75,6 +79,8 @@ class Batch(NamedTuple):
     random_key: Tensor
     geometry: Tensor
     original_target: tuple[Tensor, ...] = ()
+    regions: Tensor | None = None
+    loss_weight: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is."""
@@ -88,6 +94,8 @@ class Batch(NamedTuple):
             random_key=change(self.random_key),
             geometry=change(self.geometry),
             original_target=self.original_target,
+            regions=None if self.regions is None else change(self.regions),
+            loss_weight=None if self.loss_weight is None else change(self.loss_weight),
         )
 
 

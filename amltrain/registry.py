@@ -169,13 +169,20 @@ METHODS: Registry[Callable[..., Any]] = Registry(
     options={"aml": "amltrain.methods.aml.options", "supervised": "amltrain.registry"},
 )
 MASKERS: Registry[Callable[..., Any]] = Registry(
-    "masker", {"amltrain.methods.maskris": ("random",), "amltrain.methods.aml.masker": ("aml",)}
+    "masker", {"amltrain.methods.maskris": ("random",), "amltrain.methods.aml.masker": ("aml", "oracle")}
 )
 AUGMENTATIONS: Registry[Callable[..., Any]] = Registry(
     "augmentation",
     {
         "amltrain.data.mosaic": ("mosaic",),
-        "amltrain.data.augmentations": ("negatives", "flip", "scale_jitter", "resize_crop", "colour_jitter"),
+        "amltrain.data.augmentations": (
+            "negatives",
+            "flip",
+            "scale_jitter",
+            "resize_crop",
+            "colour_jitter",
+            "label_noise",
+        ),
     },
 )
 LOSSES: Registry[Callable[..., Any]] = Registry(

@@ -11,7 +11,7 @@
       best -> step-000400
       config.yaml       the run, as `--config` takes it
       log.jsonl         one line per logged step and evaluation
-      results.json      the last evaluation
+      results.json      the last evaluation; samples/ has its rows per sample
       pictures/ logs/ profile/ trackers.json
       finished          empty: the run reached its end
       requeue           empty: a job script shall start the run again
@@ -39,7 +39,7 @@ from amltrain.files import flush, replacing, sha256, way_out, write_text
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
-MODEL, STATE, PICTURES, LOGS, PROFILE = "model", "state", "pictures", "logs", "profile"
+MODEL, STATE, PICTURES, LOGS, PROFILE, SAMPLES = "model", "state", "pictures", "logs", "profile", "samples"
 LAST, BEST = "last", "best"
 TRAINER_FILE, EVALUATED_FILE = f"{STATE}/trainer.json", f"{STATE}/evaluated.json"
 RUN_CONFIG, LOG_FILE, TRACKERS_FILE = "config.yaml", "log.jsonl", "trackers.json"

@@ -5,6 +5,7 @@
     python launch/benchmark.py loader --help              # loading data
     python launch/benchmark.py sentences --help           # sentences that share an image
     python launch/benchmark.py scale --help               # large data
+    python launch/benchmark.py masking --help             # a planned comparison of masking methods
     python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
     python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
@@ -22,7 +23,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
 from amltrain.errors import one_line_errors
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -52,6 +55,7 @@ OTHERS = {
     "sentences": "benchmarks.sentences",
     "scale": "benchmarks.scale",
     "suite": "benchmarks.suite.command",
+    "masking": "benchmarks.masking",
 }
 """Benchmarks that the first argument chooses; without it, steps are measured."""
 SUITES = {"gpu": "cuda", "cpu": "cpu"}

@@ -24,13 +24,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
-from benchmarks.steps import measured_on
+
 from amltrain.data.cache import PresizedImages, write_presized
 from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.images import Decoder
@@ -41,6 +42,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import MEAN_STD, ImageTransform, Normalization, Resize, normalise
 from amltrain.errors import UserError, one_line_errors
 from amltrain.records import Batch
+from benchmarks.steps import measured_on
 
 Make = Callable[[list[int]], object]
 """Makes one batch of the samples with these indices."""

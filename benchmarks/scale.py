@@ -20,19 +20,21 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
-from benchmarks.steps import measured_on
+
 from amltrain.data.dataset import OpenSplit, ReferDataset
 from amltrain.data.rows import ROWS_PER_GROUP, SHOWN_FEATURES, open_rows
 from amltrain.data.sampler import EpochSampler
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError, one_line_errors
+from benchmarks.steps import measured_on
 
 SENTENCES = (3, 2)
 """Sentences of the two referents of an image."""

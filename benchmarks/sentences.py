@@ -12,18 +12,21 @@ import statistics
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
-from benchmarks.steps import measured_on, random_batch
+
 from amltrain.environment import choose_device
 from amltrain.errors import UserError, one_line_errors
 from amltrain.evaluation.evaluator import ImageCache
 from amltrain.models import create_model, list_models, model_builder, model_info
 from amltrain.models.base import RISModel
 from amltrain.records import Batch
+from benchmarks.steps import measured_on, random_batch
+
 
 class Sharing(NamedTuple):
     """One model. gflop: of an expression, without and with sharing. Only where timed, otherwise None:

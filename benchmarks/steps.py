@@ -12,18 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
 from amltrain.environment import choose_device, processor_name
 from amltrain.errors import UserError
 from amltrain.evaluation.results import write_text
 from amltrain.losses import create_loss
 from amltrain.methods.aml.options import AMLOptions
-from amltrain.methods.base import Method
-from amltrain.methods.base import build_method
+from amltrain.methods.base import Method, build_method
 from amltrain.models import create_model, model_info
 from amltrain.randomness import random_key
 from amltrain.records import Batch

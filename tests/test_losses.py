@@ -8,6 +8,7 @@ import torch
 from amltrain.errors import UserError
 from amltrain.losses import check_channels, create_loss, upsample_logits
 from amltrain.records import Batch, ModelOutput
+from amltrain.registry import LOSSES
 
 
 def batch_of(target: torch.Tensor) -> Batch:
@@ -80,3 +81,47 @@ def test_what_a_user_may_get_wrong() -> None:
         create_loss("weighted_crossentropy")
     with pytest.raises(UserError, match=r"'foreground_weight' \(loss\.kwargs\)"):
         create_loss("weighted_cross_entropy", foreground_weight=1.0)
+
+
+def heads_of(name: str) -> tuple[int, dict[str, torch.Tensor]]:
+    """Channels of the logits, and the extra outputs that a loss reads, for two samples of 8 x 8 pixels."""
+    corner = torch.tensor([[0.5, 0.5, 0.5, 0.5]]).repeat(2, 1)
+    heads = {
+        "rela": {"minimap": torch.zeros(2, 4, 2), "no_target": torch.zeros(2, 2)},
+        "cgformer": {f"assigned{i}": torch.rand(2, 4, 4) for i in range(3)},
+        "mask_and_presence": {"no_target": torch.zeros(2, 2)},
+        "barleria": {"reconstruction": torch.zeros(2)},
+        "c3vg": {"coarse_logits": torch.zeros(2, 1, 8, 8), "box": corner, "coarse_box": corner},
+    }
+    return getattr(LOSSES[name].value, "channels", 1), heads.get(name, {})
+
+
+WEIGHING = [entry.name for entry in LOSSES.entries() if getattr(entry.value, "weighs_pixels", False)]
+
+
+@pytest.mark.parametrize("name", WEIGHING)
+def test_pixels_of_weight_0_teach_nothing_and_weights_of_1_change_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    channels, heads = heads_of(name)
+    logits = torch.randn(2, channels, 8, 8, requires_grad=True)
+    batch = batch_of((torch.rand(2, 8, 8) > 0.5) * 255)
+    loss = create_loss(name)
+    plain = loss(ModelOutput(logits, heads), batch)["loss"]
+    ones = loss(ModelOutput(logits, heads), batch._replace(loss_weight=torch.ones(2, 8, 8)))["loss"]
+    torch.testing.assert_close(ones, plain)
+    weights = torch.ones(2, 8, 8)
+    weights[:, :3] = 0
+    weighed = batch._replace(loss_weight=weights)
+    loss(ModelOutput(logits, heads), weighed)["loss"].backward()
+    assert (logits.grad[:, :, :3] == 0).all() and (logits.grad[:, :, 3:] != 0).any()
+    moved = logits.detach().clone()
+    moved[:, :, :3] += 5
+    values = [loss(ModelOutput(given, heads), weighed)["loss"] for given in (logits.detach(), moved)]
+    if name != "c3vg":  # its boxes are compared with the whole mask
+        torch.testing.assert_close(values[0], values[1])
+    nothing = loss(ModelOutput(logits, heads), batch._replace(loss_weight=torch.zeros(2, 8, 8)))["loss"]
+    assert nothing.isfinite()
+
+
+def test_most_losses_weigh_pixels() -> None:
+    assert {"weighted_cross_entropy", "binary_cross_entropy", "cross_entropy_dice", "rela", "cgformer"} <= set(WEIGHING)

@@ -30,9 +30,12 @@ class ShapesConfig:
     """Side of a scene, pixels."""
     seed: int = key(0, low=0)
     """Seed of the scenes."""
-    style: Literal["simple", "cluttered"] = "simple"
+    style: Literal["simple", "cluttered", "alike"] = "simple"
     """simple: 3 to 6 objects of 4 forms on a grey ground. cluttered: 4 to 8 smaller objects of 9 forms and 9 colours on
-    a ground of coloured stains and shards."""
+    a ground of coloured stains and shards. alike: as cluttered, with 7 objects of one form, so that a referent has six
+    distractors."""
+    described: int = key(3, low=1)
+    """Most objects of a scene that get sentences; those without a sentence that fits them alone never do."""
 
 
 @dataclass

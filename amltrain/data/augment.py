@@ -37,6 +37,10 @@ class SampleIds(NamedTuple):
     sent_id: int
 
 
+BACKGROUND, OTHER, REFERENT = 0, 1, 2
+"""What a pixel of `RawSample.regions` shows: no referent of the picture, another one, the sample's own."""
+
+
 class RawSample(NamedTuple):
     """A sample before transform and tokenizer.
 
@@ -45,6 +49,7 @@ class RawSample(NamedTuple):
     sentence  the text that the tokenizer will read
     ids       where the sample comes from; an augmentation keeps them
     no_target the sentence means nothing in the image; the mask is then all 0
+    regions   [h, w] uint8, BACKGROUND, OTHER or REFERENT, as annotated; None unless the method asks for it
     """
 
     image: Image.Image
@@ -52,6 +57,12 @@ class RawSample(NamedTuple):
     sentence: str
     ids: SampleIds
     no_target: bool = False
+    regions: NDArray[np.uint8] | None = None
+
+    def moved(self, image: Image.Image, move: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> "RawSample":
+        """The sample with another image, and with `move` applied to every map of its pixels: [h, w] -> [h', w']."""
+        regions = None if self.regions is None else move(self.regions)
+        return self._replace(image=image, mask=move(self.mask), regions=regions)
 
 
 class About(NamedTuple):
@@ -90,6 +101,9 @@ class RawDataset(Protocol):
 
     @property
     def referent_images(self) -> NDArray[np.int64]: ...
+
+    def other_masks(self, sample_id: int) -> list[NDArray[np.uint8]]:
+        """Masks [h, w] uint8 of the other referents of a sample's picture."""
 
     def referent_picture(self, referent: int) -> Image.Image:
         """Decode the image of one referent (an index into `referent_images`), RGB."""

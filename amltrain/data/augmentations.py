@@ -5,19 +5,28 @@
     scale_jitter   the picture larger or smaller in a frame of its own size (large-scale jitter)
     resize_crop    a part of the picture that keeps the whole referent
     colour_jitter  brightness, contrast, saturation and hue; sentences that name a colour are spared
+    label_noise    wrong masks for a share of the samples, the same in every epoch: an experiment, not a help
 
 Each is off by default and a function of (seed, epoch, sample): see `augment`.
 """
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from amltrain.data.augment import Augmentation, RawDataset, RawSample, random_generator, register_augmentation
+from amltrain.data.augment import (
+    OTHER,
+    Augmentation,
+    RawDataset,
+    RawSample,
+    random_generator,
+    register_augmentation,
+)
 from amltrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +99,9 @@ class Negatives:
                 continue
             sentence = there.own[int(rng.integers(len(there.own)))]
             if not content_words(sentence) & words:
-                return sample._replace(sentence=sentence, mask=np.zeros_like(sample.mask), no_target=True)
+                regions = None if sample.regions is None else np.minimum(sample.regions, np.uint8(OTHER))
+                mask = np.zeros_like(sample.mask)
+                return sample._replace(sentence=sentence, mask=mask, no_target=True, regions=regions)
         return sample
 
 
@@ -132,7 +143,7 @@ class Flip:
         if rng.random() >= self.options.probability or sentence is None:
             return sample
         image = sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return sample._replace(image=image, mask=np.ascontiguousarray(sample.mask[:, ::-1]), sentence=sentence)
+        return sample.moved(image, lambda pixels: np.ascontiguousarray(pixels[:, ::-1]))._replace(sentence=sentence)
 
 
 def mirrored(sentence: str) -> str | None:
@@ -203,7 +214,8 @@ class ScaleJitter:
                 image = sample.image.resize(size[::-1], Image.Resampling.BILINEAR)
                 canvas = Image.new("RGB", (width, height), _mean_colour(sample.image))
                 canvas.paste(image, (left, top))
-                return sample._replace(image=canvas, mask=framed)
+                move = partial(_scaled, size=size, frame=(height, width), top=top, left=left)
+                return sample.moved(canvas, move)
         return sample
 
 
@@ -211,6 +223,12 @@ def _place(rng: np.random.Generator, frame: int, inside: int) -> int:
     """Where the picture starts in the frame: inside it if it is smaller, else so that the frame is filled."""
     low, high = min(0, frame - inside), max(0, frame - inside)
     return int(rng.integers(low, high + 1))
+
+
+def _scaled(
+    pixels: NDArray[np.uint8], size: tuple[int, int], frame: tuple[int, int], top: int, left: int
+) -> NDArray[np.uint8]:
+    return _framed(_resized(pixels, size), frame, top, left)
 
 
 def _framed(mask: NDArray[np.uint8], frame: tuple[int, int], top: int, left: int) -> NDArray[np.uint8]:
@@ -274,7 +292,7 @@ class ResizeCrop:
             spans.append(slice(start, start + length))
         rows, columns = spans
         image = sample.image.crop((columns.start, rows.start, columns.stop, rows.stop))
-        return sample._replace(image=image, mask=np.ascontiguousarray(sample.mask[rows, columns]))
+        return sample.moved(image, lambda pixels: np.ascontiguousarray(pixels[rows, columns]))
 
 
 @register_augmentation(options=ResizeCropOptions)
@@ -340,3 +358,61 @@ def names_a_colour(sentence: str) -> bool:
 def colour_jitter(options: ColourJitterOptions) -> Augmentation:
     """Build the colour jitter. Raises UserError."""
     return ColourJitter(options)
+
+
+@dataclass
+class LabelNoiseOptions:
+    """Wrong masks for a share of the training samples, to study how a method bears them."""
+
+    share: float = 0.35
+    """Share of the samples whose mask is wrong."""
+    kind: Literal["swap", "shift"] = "swap"
+    """swap: the mask of another referent of the picture, shifted where there is none; shift: the own mask moved."""
+    smallest: float = 0.25
+    """Least distance of a shift, as a share of the picture's sides; the mask wraps around."""
+
+    def check(self) -> None:
+        """Raise UserError for a value out of range."""
+        _share("label_noise.share", self.share)
+        _range("label_noise.smallest", self.smallest, 0.5, 0, 0.5)
+        if self.kind not in ("swap", "shift"):
+            raise UserError(f"label_noise.kind is {self.kind!r}; it is swap or shift")
+
+
+class LabelNoise:
+    """Gives a share of the samples a wrong mask. Which ones is a function of seed and sample, not of the epoch.
+
+    Put it first in `data.augment`: other augmentations then move the wrong mask as they would move the right one.
+    A sentence without a target keeps its empty mask.
+    """
+
+    def __init__(self, options: LabelNoiseOptions) -> None:
+        """Raises UserError for options out of range."""
+        options.check()
+        self.options = options
+
+    def is_wrong(self, seed: int, index: int) -> bool:
+        """Whether the sample gets a wrong mask."""
+        return bool(self._generator(seed, index).random() < self.options.share)
+
+    def __call__(self, sample: RawSample, draw: "Draw", dataset: RawDataset) -> RawSample:
+        rng = self._generator(dataset.seed, draw.index)
+        if rng.random() >= self.options.share or sample.no_target:
+            return sample
+        others = dataset.other_masks(draw.index) if self.options.kind == "swap" else []
+        if others:
+            return sample._replace(mask=others[int(rng.integers(len(others)))])
+        least, sides = self.options.smallest, sample.mask.shape
+        steps = [round(side * float(rng.uniform(least, 1 - least))) for side in sides]
+        return sample._replace(mask=np.roll(sample.mask, steps, axis=(0, 1)))
+
+    def _generator(self, seed: int, index: int) -> np.random.Generator:
+        from amltrain.records import Draw  # imports torch
+
+        return random_generator("label_noise", seed, Draw(0, index))
+
+
+@register_augmentation(options=LabelNoiseOptions)
+def label_noise(options: LabelNoiseOptions) -> Augmentation:
+    """Build the label noise. Raises UserError."""
+    return LabelNoise(options)

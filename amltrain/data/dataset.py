@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from amltrain.data.augment import About, Augmentation, RawSample, SampleIds
+from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, Augmentation, RawSample, SampleIds
 from amltrain.data.cache import PresizedImages
 from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
@@ -123,6 +123,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         perturb: Callable[[Image.Image, int], Image.Image] | None = None,
         augmentations: Sequence[Augmentation] = (),
         decoder: Decoder = "pil",
+        regions: bool = False,
     ) -> None:
         """Index the splits.
 
@@ -133,13 +134,14 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         perturb: changes every image, given with its sample id, before the transform (a robustness test).
         augmentations: change the raw sample before transform and tokenizer (training), in order.
         decoder: see `decode_image`; with torchvision, square images are resized by torch: at most one grey level apart.
+        regions: add what every pixel shows, see `Batch.regions`.
 
         Presized images of a split are used unless the images are perturbed or augmented.
         """
         self.splits, self.transform, self.tokenizer = list(splits), transform, tokenizer
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
         self.keep_original_target, self.perturb = keep_original_target, perturb
-        self.augmentations, self.decoder = list(augmentations), decoder
+        self.augmentations, self.decoder, self.regions = list(augmentations), decoder, regions
         self._recent: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         indices = [_index_split(number, opened, excluded_images) for number, opened in enumerate(self.splits)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
@@ -219,11 +221,12 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         if self.augmentations:
             mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
-            no_target = raw.no_target
+            no_target, regions = raw.no_target, raw.regions
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
             mask = self._mask(index, referent) if self._needs_mask(index) else None
             image, target, geometry = self._network_input(index, mask)
+            regions = self._regions(index) if self.regions else None
         input_ids, text_mask = self.tokenizer(text)
         assert target is not None
         original = torch.from_numpy(mask * np.uint8(255)) if self.keep_original_target and mask is not None else None
@@ -237,6 +240,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             torch.tensor(key),
             geometry,
             original,
+            None if regions is None else self._network_regions(regions),
         )
 
     def raw(self, draw: Draw | int) -> RawSample:
@@ -331,7 +335,28 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         sentence = self._sentence(index, referent, key)
         ids = self._ids(index, referent, sentence)
         mask, text = self._mask(index, referent), sentence[self.sentence_field]
-        return RawSample(self.picture(index), mask, text, ids, referent["no_target"])
+        regions = self._regions(index) if self.regions else None
+        return RawSample(self.picture(index), mask, text, ids, referent["no_target"], regions)
+
+    def other_masks(self, sample_id: int) -> list[NDArray[np.uint8]]:
+        """Masks [h, w] uint8 of the other referents of a sample's picture; those of its own objects are left out."""
+        number, row, place = self._place(sample_id)
+        referents = self.splits[number].rows.columns.column("referents")[row].as_py()
+        own = set(referents[place]["ann_ids"])
+        others = [r for r in referents if not r["no_target"] and not own & set(r["ann_ids"])]
+        return [self._mask(sample_id, referent) for referent in others]
+
+    def _regions(self, index: int) -> NDArray[np.uint8]:
+        """`RawSample.regions` before any augmentation."""
+        own = self._mask(index, self._referent(index))
+        others = self.other_masks(index)
+        covered = np.any(others, axis=0) if others else np.zeros(own.shape, bool)
+        return np.where(own > 0, np.uint8(REFERENT), np.where(covered, np.uint8(OTHER), np.uint8(BACKGROUND)))
+
+    def _network_regions(self, regions: NDArray[np.uint8]) -> Tensor:
+        """Regions [h, w] as the network sees them, [H, W] uint8; where the transform mixes two, the referent wins."""
+        own, covered = (self.transform.target((regions >= least).astype(np.uint8)) for least in (REFERENT, OTHER))
+        return torch.where(own >= 128, REFERENT, torch.where(covered >= 128, OTHER, BACKGROUND)).to(torch.uint8)
 
     def _ids(self, index: int, referent: dict[str, Any], sentence: dict[str, Any]) -> SampleIds:
         number, row, _ = self._place(index)

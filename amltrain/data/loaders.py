@@ -29,6 +29,7 @@ from amltrain.records import Batch, Sample
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples into a batch; images stay uint8, and masks at the images' own sizes a tuple, as sizes differ."""
+    regions = [sample.regions for sample in samples if sample.regions is not None]
     return Batch(
         image=torch.stack([sample.image for sample in samples]),
         input_ids=torch.stack([sample.input_ids for sample in samples]),
@@ -39,6 +40,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         random_key=torch.stack([sample.random_key for sample in samples]),
         geometry=torch.stack([sample.geometry for sample in samples]),
         original_target=tuple(s.original_target for s in samples if s.original_target is not None),
+        regions=torch.stack(regions) if regions else None,
     )
 
 
@@ -67,10 +69,12 @@ def build_train_dataset(
     seed: int,
     augmentations: Sequence[Augmentation] = (),
     max_samples: int | None = None,
+    regions: bool = False,
 ) -> ReferDataset:
     """Build the training samples of all data sets, without the images that any of them evaluates on (data.leak_filter).
 
-    mask_parts: data.mask_parts, or its default for null. augmentations: of `build_augmentations`.
+    mask_parts: data.mask_parts, or its default for null. augmentations: of `build_augmentations`. regions: whether the
+    method reads `Batch.regions`.
     """
     assert preprocess.sentence_field
     _check_weights(data)
@@ -90,6 +94,7 @@ def build_train_dataset(
         augmentations=augmentations,
         decoder=data.decoder,
         max_samples=max_samples,
+        regions=regions,
     )
     if max_samples is not None:
         return dataset

@@ -13,6 +13,7 @@ there. The default values are ours.
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,8 +141,8 @@ class Mosaic:
         own = self._cell(sample.sentence, cells, rng)
         pictures = [dataset.referent_picture(referent) for referent in companions]
         pictures.insert(own, sample.image)
-        image, mask = compose(pictures, sample.mask, own, dataset.input_size, options.blur)
-        return sample._replace(image=image, mask=mask)
+        canvas = compose(pictures, own, dataset.input_size, options.blur)
+        return sample.moved(canvas, partial(in_cell, own=own, count=len(pictures), size=dataset.input_size))
 
     def _cell(self, sentence: str, cells: int, rng: np.random.Generator) -> int:
         """Choose the cell of the sample's image."""
@@ -225,25 +226,35 @@ def allowed_cells(sentence: str) -> list[int]:
     return sorted(allowed) or [0, 1, 2, 3]
 
 
-def compose(
-    pictures: list[Image.Image], mask: NDArray[np.uint8], own: int, size: int, blur: float = 0.0
-) -> tuple[Image.Image, NDArray[np.uint8]]:
+def cell_box(number: int, count: int, size: int) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of one of `count` cells, numbered row by row, of a square canvas of `size` pixels."""
+    side = round(count**0.5)
+    edges = [round(i * size / side) for i in range(side + 1)]
+    row, column = divmod(number, side)
+    return edges[row], edges[row + 1], edges[column], edges[column + 1]
+
+
+def compose(pictures: list[Image.Image], own: int, size: int, blur: float = 0.0) -> Image.Image:
     """Lay pictures out in a square grid, row by row, each stretched to its cell.
 
-    pictures: RGB, a square number of them. mask: [h, w] uint8 0 or 1 of picture number `own`. size: side of the canvas,
-    pixels. blur: Gaussian radius of the others. Returns the canvas and its mask [size, size] uint8, 0 or 1.
+    pictures: RGB, a square number of them. size: side of the canvas, pixels. blur: Gaussian radius of all but number
+    `own`.
     """
-    side = round(len(pictures) ** 0.5)
-    edges = [round(i * size / side) for i in range(side + 1)]
-    canvas, covered = Image.new("RGB", (size, size)), np.zeros((size, size), np.uint8)
+    canvas = Image.new("RGB", (size, size))
     for number, picture in enumerate(pictures):
-        row, column = divmod(number, side)
-        top, bottom, left, right = edges[row], edges[row + 1], edges[column], edges[column + 1]
+        top, bottom, left, right = cell_box(number, len(pictures), size)
         cell = picture.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
-        if number == own:
-            resized = Image.fromarray(mask).resize(cell.size, Image.Resampling.NEAREST)
-            covered[top:bottom, left:right] = np.asarray(resized)
-        elif blur:
+        if number != own and blur:
             cell = cell.filter(ImageFilter.GaussianBlur(blur))
         canvas.paste(cell, (left, top))
-    return canvas, covered
+    return canvas
+
+
+def in_cell(pixels: NDArray[np.uint8], own: int, count: int, size: int) -> NDArray[np.uint8]:
+    """A map [h, w] of picture `own` as the canvas shows it, [size, size]; 0 in the other cells."""
+    top, bottom, left, right = cell_box(own, count, size)
+    canvas = np.zeros((size, size), np.uint8)
+    canvas[top:bottom, left:right] = np.asarray(
+        Image.fromarray(pixels).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    )
+    return canvas

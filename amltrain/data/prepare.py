@@ -401,7 +401,15 @@ def _draw_scenes(name: str, data: DataConfig) -> Path:
     source = Path(data.prepared) / "source" / f"{name}-{_named(scenes)}"
     sizes = dict.fromkeys(SPLIT_SIZES, scenes.evaluation) | {"train": scenes.train}
     try:
-        write_refshapes(source, name, split_sizes=sizes, size=scenes.size, seed=scenes.seed, style=scenes.style)
+        write_refshapes(
+            source,
+            name,
+            split_sizes=sizes,
+            size=scenes.size,
+            seed=scenes.seed,
+            style=scenes.style,
+            described=scenes.described,
+        )
     except OSError as error:
         raise UserError(
             f"could not draw scenes into {source} ({error.strerror or error}); {cure(error, 'choose another')} "

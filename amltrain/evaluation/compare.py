@@ -1,10 +1,9 @@
-"""Paired t-test over seeds: are two models different, if the same seeds are trained again and again?
+"""Compare models over seeds: means, deviations, and differences with intervals over images and seeds.
 
-Compare models over seeds: means, deviations, and differences with paired bootstrap intervals clustered by image.
-
-Sentences of one image are not independent, so the bootstrap draws images with replacement and takes all their samples.
-The same draw serves both models (paired) and all seeds. Metrics are ratios of sums, so a draw costs one product of
-matrices. Everything is a function of the seed.
+Sentences of one image are not independent, so the bootstrap draws images with replacement and takes all their samples,
+and draws seeds on top (`statistics.two_way`). The same draw serves both models, which are paired by place where they
+have as many seeds. Metrics are ratios of sums, so a draw costs one product of matrices. Everything is a function of the
+seed.
 """
 
 import json
@@ -22,29 +21,18 @@ from amltrain.errors import UserError
 from amltrain.evaluation.metrics import METRICS, Kind, metric_terms
 from amltrain.evaluation.results import Results, read_results
 from amltrain.evaluation.samples import read_samples, scored_samples
+from amltrain.evaluation.statistics import (
+    PairedTest,
+    holm,
+    image_draws,
+    least_p,
+    paired_t,
+    sign_flip,
+    two_sided,
+    two_way,
+)
 from amltrain.evaluation.tables import cell, latex, markdown
 from amltrain.run_folder import BEST, MODEL, RESULTS_FILE
-
-
-class PairedTest(NamedTuple):
-    """t, and the two-sided p of no difference, for n pairs; p is NaN where all differences are equal."""
-
-    t: float
-    p: float
-    pairs: int
-
-
-def paired_t(one: Sequence[float], two: Sequence[float]) -> PairedTest | None:
-    """Test `two - one`, values of the same seeds in the same order; None for fewer than two pairs, or no pairs."""
-    if len(one) != len(two) or len(one) < 2:
-        return None
-    from scipy.stats import ttest_rel  # slow to import
-
-    if len({b - a for a, b in zip(one, two, strict=True)}) == 1:
-        return PairedTest(math.nan, math.nan, len(one))
-    found = ttest_rel(two, one)
-    return PairedTest(float(found.statistic), float(found.pvalue), len(one))
-
 
 SplitKey = tuple[str, str]
 """(data set, split)."""
@@ -61,7 +49,9 @@ class Run(NamedTuple):
 class Difference(NamedTuple):
     """`model` minus `reference` in percentage points, with a 95 % interval; NaN without samples.
 
-    seeds: paired t-test over seeds; None without as many of both. unequal: the interval leaves out 0.
+    covers: what the interval covers. p: two-sided, of the same draws; p_holm: corrected for all rows of the table.
+    seeds, flip: paired t-test and sign-flip test over seeds; None without as many of both. unequal: the interval leaves
+    out 0, and p_holm is below 0.05.
     """
 
     reference: str
@@ -71,11 +61,15 @@ class Difference(NamedTuple):
     value: float
     low: float
     high: float
+    covers: str = ""
+    p: float = math.nan
+    p_holm: float = math.nan
     seeds: PairedTest | None = None
+    flip: float | None = None
 
     @property
     def unequal(self) -> bool:
-        return self.low > 0 or self.high < 0
+        return (self.low > 0 or self.high < 0) and self.p_holm < 0.05
 
 
 class Comparison(NamedTuple):
@@ -156,6 +150,8 @@ def compare(
             found, without = _differences(reference, name, split, chosen[split], draws, seed)
             differences += [d for d in found if not metrics or d.metric in metrics]
             notes += without
+    corrected = holm([difference.p for difference in differences])
+    differences = [d._replace(p_holm=p) for d, p in zip(differences, corrected, strict=True)]
     return Comparison(values, kinds, differences, notes)
 
 
@@ -207,24 +203,37 @@ def _differences(
     reference: str, model: str, split: SplitKey, runs: Mapping[str, Sequence[Run]], draws: int, seed: int
 ) -> tuple[list[Difference], list[str]]:
     one, two = runs[reference], runs[model]
-    names = list(one[0].results.metrics)
-    means = {n: _mean(two, n) - _mean(one, n) for n in names}
-    tests = {n: paired_t(_values(one, n), _values(two, n)) for n in names}
+    plain = [
+        Difference(reference, model, split, name, _mean(two, name) - _mean(one, name), np.nan, np.nan)._replace(
+            seeds=paired_t(_values(one, name), _values(two, name)),
+            flip=sign_flip(_values(one, name), _values(two, name)),
+        )
+        for name in one[0].results.metrics
+    ]
     if any(run.samples is None for run in (*one, *two)):
         note = f"{split[0]} {split[1]}: no interval for {model}, because not every result has samples; evaluate again"
-        return [Difference(reference, model, split, n, v, np.nan, np.nan, tests[n]) for n, v in means.items()], [note]
+        return plain, [note]
     _check_same_samples(split, [*one, *two])
     images = _images(one[0])
     if len(set(images)) < 2:
         note = f"{split[0]} {split[1]}: no interval for {model}, because the split has a single image to draw from"
-        return [Difference(reference, model, split, n, v, np.nan, np.nan, tests[n]) for n, v in means.items()], [note]
+        return plain, [note]
     weights = image_draws(images, draws, seed)
     found = []
-    for name in names:
-        drawn = _drawn(two, name, weights) - _drawn(one, name, weights)
+    for difference in plain:
+        of_one, of_two = (_drawn(group, difference.metric, weights) for group in (one, two))
+        if len(one) == len(two):
+            drawn, covers = two_way(of_two - of_one, seed + 1), _covers(len(one))
+        else:
+            drawn = two_way(of_two, seed + 1) - two_way(of_one, seed + 2)
+            covers = f"images, {len(two)} and {len(one)} seeds"
         low, high = np.nanpercentile(drawn, [2.5, 97.5])
-        found.append(Difference(reference, model, split, name, means[name], float(low), float(high), tests[name]))
+        found.append(difference._replace(low=float(low), high=float(high), covers=covers, p=two_sided(drawn)))
     return found, []
+
+
+def _covers(seeds: int) -> str:
+    return "images, one seed" if seeds == 1 else f"images, {seeds} seeds"
 
 
 def _mean(runs: Sequence[Run], metric: str) -> float:
@@ -251,17 +260,8 @@ def _images(run: Run) -> NDArray[np.int64]:
     return run.samples.column("image_id").to_numpy()
 
 
-def image_draws(image_ids: NDArray[np.int64], draws: int, seed: int) -> NDArray[np.float64]:
-    """Count every sample in every draw, [draws, samples]: images are drawn with replacement."""
-    _, image = np.unique(image_ids, return_inverse=True)
-    count = int(image.max()) + 1
-    rng = np.random.default_rng(seed)
-    times = rng.multinomial(count, np.full(count, 1 / count), size=draws)
-    return times[:, image].astype(np.float64)
-
-
 def _drawn(runs: Sequence[Run], metric: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A metric of every draw, mean over seeds, [draws] percent."""
+    """A metric of every seed on every draw, [seeds, draws] percent."""
     values = []
     for run in runs:
         assert run.samples is not None
@@ -269,7 +269,7 @@ def _drawn(runs: Sequence[Run], metric: str, weights: NDArray[np.float64]) -> ND
         with np.errstate(invalid="ignore", divide="ignore"):
             top, bottom = weights @ terms.numerator.astype(float), weights @ terms.denominator.astype(float)
             values.append(100 * top / bottom)
-    return np.mean(values, axis=0)
+    return np.stack(values)
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -282,13 +282,25 @@ def comparison_markdown(comparison: Comparison) -> str:
     if comparison.differences:
         header, differences = _difference_rows(comparison)
         lines += [*markdown([header, *differences], 4), ""]
-        lines.append("Intervals: paired bootstrap over images. `*`: the interval leaves out 0.")
-        if any(d.seeds for d in comparison.differences):
-            lines.append("They cover the choice of images, not of seeds; the deviations above show the seeds.")
-            lines.append("t, p: paired t-test over seeds; results in the same place of both lists have the same seed.")
-        else:
-            lines.append("They cover the choice of images, not of seeds: compare several seeds of each model.")
+        lines += _explanation(comparison.differences)
     return "\n".join([*lines, *comparison.notes])
+
+
+def _explanation(differences: Sequence[Difference]) -> list[str]:
+    """What the columns of the differences say."""
+    lines = [
+        "95 % intervals: bootstrap over what `covers` names. p: of no difference, from the same draws; p (Holm): "
+        f"corrected for the {sum(not math.isnan(d.p) for d in differences)} comparisons of this table. `*`: the "
+        "interval leaves out 0 and p (Holm) is below 0.05."
+    ]
+    if pairs := max((d.seeds.pairs for d in differences if d.seeds), default=0):
+        lines.append(
+            "t, p (t): paired t-test over seeds; p (flip): sign-flip test over seeds, whose least p with "
+            f"{pairs} pairs is {least_p(pairs):.3g}. Results in the same place of both lists have the same seed."
+        )
+    else:
+        lines.append("Seeds are not covered: compare several seeds of each model.")
+    return lines
 
 
 def comparison_latex(comparison: Comparison) -> str:
@@ -313,7 +325,7 @@ def comparison_latex(comparison: Comparison) -> str:
         header, differences = _difference_rows(comparison)
         signed = [(*row[:4], *(re.sub(r"-(?=\d)", "\N{MINUS SIGN}", text) for text in row[4:])) for row in differences]
         tabulars.append(latex([*map(str.capitalize, header[:5]), *header[5:]], signed, text_columns=4))
-        tabulars.append("% Intervals: paired bootstrap over images. *: the interval leaves out 0.")
+        tabulars.append("\n".join(f"% {line}" for line in _explanation(comparison.differences)))
     return "\n\n".join(tabulars) + "\n"
 
 
@@ -340,17 +352,33 @@ def _mean_cell(values: Sequence[float]) -> str:
 def _difference_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the differences; the t-test's columns are there if a model has several seeds."""
     over_seeds = any(d.seeds for d in comparison.differences)
-    header = ["model - reference", "data set", "split", "metric", "difference", "95 % interval"]
-    return header + (["t over seeds", "p"] if over_seeds else []), [
+    header = [
+        "model - reference",
+        "data set",
+        "split",
+        "metric",
+        "difference",
+        "95 % interval",
+        "covers",
+        "p",
+        "p (Holm)",
+    ]
+    return header + (["t over seeds", "p (t)", "p (flip)"] if over_seeds else []), [
         _difference_row(d, over_seeds) for d in comparison.differences
     ]
 
 
 def _difference_row(d: Difference, over_seeds: bool) -> list[str]:
     interval = "-" if np.isnan(d.low) else f"{d.low:+.2f} to {d.high:+.2f}{' *' if d.unequal else ''}"
-    seeds = ["-", "-"] if d.seeds is None else [f"{d.seeds.t:+.2f}", f"{d.seeds.p:.3f}"]
-    row = [f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval]
-    return row + (seeds if over_seeds else [])
+    row = [f"{d.model} - {d.reference}", *d.split, d.metric, f"{d.value:+.2f}", interval, d.covers or "-"]
+    row += [_p(d.p), _p(d.p_holm)]
+    if not over_seeds:
+        return row
+    return row + (["-"] * 3 if d.seeds is None else [f"{d.seeds.t:+.2f}", _p(d.seeds.p), _p(d.flip)])
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, object]:

@@ -33,7 +33,7 @@ from amltrain.evaluation.results import (
 from amltrain.evaluation.samples import sample_table, write_samples
 from amltrain.evaluation.tables import write_tables
 from amltrain.hub.model_folder import load_pretrained, read_training
-from amltrain.run_folder import BEST, MODEL, RESULTS_FILE, RUN_CONFIG, find_model_folder
+from amltrain.run_folder import BEST, MODEL, RESULTS_FILE, RUN_CONFIG, SAMPLES, find_model_folder
 
 
 @dataclass(kw_only=True)
@@ -147,7 +147,7 @@ def _score(
             writer=writer,
             encode_once=options.encode_once,
         )
-    files = {"samples": f"samples/{result.stem()}.parquet"}
+    files = {"samples": f"{SAMPLES}/{result.stem()}.parquet"}
     if writer is not None:
         files["predictions"] = f"predictions/{writer.finish(output / 'predictions' / result.stem()).name}"
     if options.pictures:

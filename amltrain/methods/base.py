@@ -57,6 +57,9 @@ class Method(nn.Module):
     before_step_needs_weights: bool = False
     """Whether `before_step` runs the model, which is impossible where weights are sharded between steps."""
 
+    needs_regions: bool = False
+    """Whether `forward` reads `Batch.regions`, the ground truth of every pixel."""
+
     def __init__(self, model: RISModel, loss: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -196,6 +199,8 @@ class Masker(nn.Module):
     """Decides which blocks to hide. The model is an argument, so that it is not registered here a second time."""
 
     block: int
+    needs_regions: bool = False
+    """As `Method.needs_regions`; a method passes it on."""
 
     def forward(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None

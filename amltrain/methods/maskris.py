@@ -153,6 +153,7 @@ class MaskRIS(Method):
     ) -> None:
         super().__init__(model, loss)
         self.masker, self.vocabulary, self.options = masker, vocabulary, options
+        self.needs_regions = masker.needs_regions
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         clean = self.model(batch)

@@ -104,6 +104,7 @@ def build_components(
         seed=config.seed,
         augmentations=build_augmentations(config.data.augment, config.augment_options),
         max_samples=config.train.limit_samples,
+        regions=built.needs_regions,
     )
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
     return RunComponents(built, dataset, loaders, tokenizer, preprocess, protocol, kwargs)

@@ -19,16 +19,17 @@ from amltrain.data.prepare import read_manifest
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results, write_results
+from amltrain.evaluation.samples import sample_table, write_samples
 from amltrain.evaluation.tables import table
 from amltrain.hub.push import check_access
-from amltrain.run_folder import RESULTS_FILE, find_resumable, step_of
+from amltrain.run_folder import RESULTS_FILE, SAMPLES, find_resumable, step_of
 from amltrain.training.build import RunComponents
 
 
 def evaluate_splits(
     accelerator: Accelerator, model: nn.Module, components: RunComponents, config: RunConfig, step: int
 ) -> dict[str, Results]:
-    """Score every split; the main process writes results.json. Returns the results by split.
+    """Score every split; the main process writes results.json and the rows per sample. Returns the results by split.
 
     model: whole, on the accelerator's device.
     """
@@ -50,7 +51,10 @@ def evaluate_splits(
     results = list(scored.values())
     if accelerator.is_main_process:
         tqdm.write(f"step {step}\n{table(results)}")
-        write_results(config.folder / RESULTS_FILE, results)
+        named = [replace(result, files={"samples": f"{SAMPLES}/{result.stem()}.parquet"}) for result in results]
+        for result, loader in zip(named, components.eval_loaders.values(), strict=True):
+            write_samples(config.folder / result.files["samples"], sample_table(result, loader.dataset))
+        write_results(config.folder / RESULTS_FILE, named)
     return scored
 
 

@@ -1,8 +1,8 @@
 """Measure everything that BENCHMARKS.md reports, on this machine, in one command.
 
     python launch/benchmark.py --suite gpu                 # a CUDA machine, ten minutes
-    python launch/benchmark.py suite --minutes 30                  # the same; what was measured before is not measured again
-    python launch/benchmark.py suite --device cpu --model caris_tiny --others --size 64 --batch 2 --largest-batch 4 --rounds 1
+    python launch/benchmark.py suite --minutes 30          # goes on: what was measured is not measured again
+    python launch/benchmark.py suite --device cpu --model caris_tiny --others --size 64 --batch 2 --rounds 1
 
 Measures, the most important first, until the time is over:
 
@@ -26,6 +26,7 @@ Writes OUTPUT/results.json after every measurement, OUTPUT/results.md (a section
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
 from amltrain.errors import UserError, one_line_errors
 
 OTHERS = (
@@ -49,7 +50,9 @@ OTHERS = (
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line's parser."""
     parser = argparse.ArgumentParser(
-        prog="python launch/benchmark.py suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python launch/benchmark.py suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default: cuda)")
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything (default: 10)")

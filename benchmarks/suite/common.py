@@ -5,17 +5,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
 import torch
 from torch.optim import Optimizer
-from benchmarks.steps import Precision, random_batch
+
 from amltrain.config.schema import OptimConfig
 from amltrain.distributed import set_tf32
 from amltrain.losses import create_loss
-from amltrain.methods.base import Method
-from amltrain.methods.base import build_method
+from amltrain.methods.base import Method, build_method
 from amltrain.models import create_model, model_info
 from amltrain.records import Batch
 from amltrain.training.optim import build_optimizer
+from benchmarks.steps import Precision, random_batch
 
 Clock = Callable[[], float]
 

@@ -2,14 +2,16 @@
 
 import statistics
 from typing import Any
+
 import torch
 from torch import Tensor
-from benchmarks.steps import AUTOCAST
-from benchmarks.suite.common import clock_of, make_batch, seconds_of, set_precision, side_of
+
 from amltrain.environment import choose_device
 from amltrain.evaluation.evaluator import ImageCache
 from amltrain.models import create_model
 from amltrain.models.base import eval_mode
+from benchmarks.steps import AUTOCAST
+from benchmarks.suite.common import clock_of, make_batch, seconds_of, set_precision, side_of
 
 SENTENCES = 3
 """Sentences of an image. RefCOCO's val has 7.2 an image; three are a referent's."""

@@ -6,9 +6,11 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
 from amltrain.config.schema import DataConfig
 from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.loaders import build_train_loader

@@ -3,9 +3,12 @@
 import os
 import platform
 from typing import Any
+
 import torch
+
 from amltrain.data.prepare import available_cores
 from amltrain.environment import choose_device, processor_name
+
 
 def describe(*, device: str) -> dict[str, Any]:
     """Name, memory, cores and versions. Raises UserError for a device that is not there."""

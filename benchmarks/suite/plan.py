@@ -2,6 +2,7 @@
 
 import argparse
 from typing import Any, NamedTuple
+
 from amltrain.errors import unknown_name
 
 STEPS, VARIANTS, ENGINES, BATCHES = "steps", "variants", "engines", "batch sizes"

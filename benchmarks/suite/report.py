@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+
 from benchmarks.suite.plan import BATCHES, ENGINES, EVALUATION, KINDS, LOADER, OTHERS, SAVING, STEPS, VARIANTS
 
 Cases = dict[str, dict[str, Any]]

@@ -5,11 +5,12 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+
+from amltrain.errors import UserError
+from amltrain.files import write_text
 from benchmarks.suite.plan import Case, plan
 from benchmarks.suite.report import markdown
 from benchmarks.suite.worker import Worker
-from amltrain.errors import UserError
-from amltrain.files import write_text
 
 LEAST = 5.0
 """Seconds without which a case is not started."""

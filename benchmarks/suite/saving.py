@@ -5,13 +5,22 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
+
 from amltrain.checkpoints.saver import Saver
-from benchmarks.steps import Bench
-from benchmarks.suite.common import build_supervised, build_training_optimizer, make_batch, seconds_of, set_precision, side_of
 from amltrain.environment import choose_device
+from benchmarks.steps import Bench
+from benchmarks.suite.common import (
+    build_supervised,
+    build_training_optimizer,
+    make_batch,
+    seconds_of,
+    set_precision,
+    side_of,
+)
 
 ROUNDS = 3
 

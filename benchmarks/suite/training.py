@@ -3,15 +3,27 @@
 import statistics
 import time
 from typing import Any
+
 import torch
 from accelerate.utils import DistributedType
-from benchmarks.steps import Result, build_bench, contenders
-from benchmarks.suite.common import build_supervised, build_training_optimizer, clock_of, free, make_batch, peak_memory, seconds_of, set_precision, side_of
+
 from amltrain.config.schema import RunConfig
 from amltrain.distributed import build_accelerator
 from amltrain.environment import choose_device
 from amltrain.errors import UserError
 from amltrain.training.optim import compile_blocks
+from benchmarks.steps import Result, build_bench, contenders
+from benchmarks.suite.common import (
+    build_supervised,
+    build_training_optimizer,
+    clock_of,
+    free,
+    make_batch,
+    peak_memory,
+    seconds_of,
+    set_precision,
+    side_of,
+)
 
 ROOM = 100.0
 """Seconds after which no larger batch is tried."""

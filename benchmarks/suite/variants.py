@@ -4,13 +4,15 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from benchmarks.steps import AUTOCAST
-from benchmarks.suite.common import build_supervised, clock_of, make_batch, seconds_of, set_precision, side_of
+
 from amltrain.environment import choose_device
 from amltrain.methods.base import Method
 from amltrain.records import Batch
+from benchmarks.steps import AUTOCAST
+from benchmarks.suite.common import build_supervised, clock_of, make_batch, seconds_of, set_precision, side_of
 
 AS_TRAINED = "as trained"
 MATRICES = "attention as matrix products"

@@ -13,8 +13,9 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from benchmarks.suite.plan import Case
+
 from amltrain.errors import UserError, first_line
+from benchmarks.suite.plan import Case
 
 SPAWN = get_context("spawn")
 FSDP2 = {

@@ -7,14 +7,22 @@ import pytest
 import torch
 from PIL import Image
 
-from amltrain.data.augment import About, RawSample, SampleIds, build_augmentations
-from amltrain.data.augmentations import content_words, mirrored, names_a_colour
+from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, RawSample, SampleIds, build_augmentations
+from amltrain.data.augmentations import (
+    LabelNoise,
+    LabelNoiseOptions,
+    Negatives,
+    NegativesOptions,
+    content_words,
+    mirrored,
+    names_a_colour,
+)
 from amltrain.errors import UserError
 from amltrain.records import Draw
 from amltrain.registry import AUGMENTATIONS
 from tests.data.stand_in import shapes_dataset
 
-NAMES = ["negatives", "flip", "scale_jitter", "resize_crop", "colour_jitter"]
+NAMES = ["negatives", "flip", "scale_jitter", "resize_crop", "colour_jitter", "label_noise"]
 HEIGHT, WIDTH = 40, 60
 
 
@@ -57,7 +65,7 @@ def draws(count: int = 200) -> list[Draw]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_are_registered_and_functions_of_the_draw(name: str, prepared: str) -> None:
-    options = {"negatives": {"rate": 1.0}, "flip": {"probability": 1.0}}.get(name, {"probability": 1.0})
+    options = {"negatives": {"rate": 1.0}, "label_noise": {"share": 1.0}}.get(name, {"probability": 1.0})
     one, two = (shapes_dataset(prepared, augmentations=[build(name, **options)]) for _ in range(2))
     changed = 0
     for index in range(12):
@@ -65,7 +73,8 @@ def test_all_are_registered_and_functions_of_the_draw(name: str, prepared: str) 
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True) if isinstance(a, torch.Tensor))
         plain = shapes_dataset(prepared)[Draw(1, index)]
         assert torch.equal(first.random_key, plain.random_key) and first.image.shape == plain.image.shape
-        changed += not torch.equal(first.image, plain.image) or bool(first.no_target != plain.no_target)
+        same = torch.equal(first.image, plain.image) and torch.equal(first.target, plain.target)
+        changed += not same or bool(first.no_target != plain.no_target)
     assert changed or name in ("negatives", "colour_jitter")  # every sentence of RefShapes names a colour
 
 
@@ -202,3 +211,61 @@ def test_words_that_say_what_is_meant() -> None:
 def test_options_out_of_range_are_rejected(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(name, **options)
+
+
+def test_maps_of_the_truth_move_with_the_mask(prepared: str) -> None:
+    """Regions stay what the mask says, through every augmentation that moves pixels, and know the other referents."""
+    for names in ("flip", "scale_jitter", "resize_crop", "mosaic"):
+        augmentations = build_augmentations([names], {names: AUGMENTATIONS.options(names)(probability=1.0)})
+        dataset = shapes_dataset(prepared, augmentations=augmentations, regions=True)
+        moved = 0
+        for index in range(20):
+            raw = dataset.raw(index)
+            changed = augmentations[0](raw, Draw(0, index), dataset)
+            assert np.array_equal(changed.regions == REFERENT, changed.mask == 1), names
+            moved += not np.array_equal(changed.mask, raw.mask)
+            sample = dataset[Draw(0, index)]
+            assert torch.equal(sample.regions == REFERENT, sample.target >= 128)
+        assert moved, names
+
+
+def test_regions_are_the_pictures_referents(prepared: str) -> None:
+    dataset = shapes_dataset(prepared, regions=True)
+    seen = 0
+    for index in range(20):
+        raw, others = dataset.raw(index), dataset.other_masks(index)
+        expected = np.zeros_like(raw.mask)
+        for mask in others:
+            assert mask.shape == raw.mask.shape and not np.array_equal(mask, raw.mask)
+            expected[mask == 1] = OTHER
+        expected[raw.mask == 1] = REFERENT
+        assert np.array_equal(raw.regions, expected)
+        seen += len(others)
+    assert seen
+    assert shapes_dataset(prepared)[0].regions is None
+
+
+def test_negatives_mean_nothing_in_the_regions_either() -> None:
+    data = Data(about(1, "dog", "the left dog"), about(2, "car", "a red car"))
+    given = sample()._replace(regions=np.where(sample().mask == 1, REFERENT, BACKGROUND).astype(np.uint8))
+    changed = Negatives(NegativesOptions(rate=1.0))(given, Draw(0, 0), data)
+    assert changed.no_target and changed.regions.max() == OTHER and (changed.regions == OTHER).sum() == given.mask.sum()
+
+
+@pytest.mark.parametrize("kind", ["swap", "shift"])
+def test_label_noise_is_wrong_for_its_share_in_every_epoch_and_leaves_the_truth(prepared: str, kind: str) -> None:
+    noise = LabelNoise(LabelNoiseOptions(share=0.35, kind=kind))
+    dataset = shapes_dataset(prepared, regions=True, augmentations=[noise])
+    wrong = []
+    for index in range(len(dataset)):
+        raw = dataset.raw(index)
+        changed = [noise(raw, Draw(epoch, index), dataset) for epoch in range(3)]
+        assert all(np.array_equal(changed[0].mask, other.mask) for other in changed)
+        assert np.array_equal(changed[0].regions == REFERENT, raw.mask == 1)
+        wrong.append(not np.array_equal(changed[0].mask, raw.mask))
+        assert changed[0].mask.any() and wrong[-1] == noise.is_wrong(dataset.seed, index)
+        if wrong[-1] and kind == "swap" and (others := dataset.other_masks(index)):
+            assert any(np.array_equal(changed[0].mask, other) for other in others)
+    assert abs(np.mean(wrong) - 0.35) < 4 * (0.35 * 0.65 / len(wrong)) ** 0.5
+    empty = sample()._replace(mask=np.zeros_like(sample().mask), no_target=True)
+    assert all(not noise(empty, Draw(0, i), dataset).mask.any() for i in range(20))

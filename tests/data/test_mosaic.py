@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from amltrain.data.mosaic import Mosaic, MosaicOptions, allowed_cells, compose, ranking_path
+from amltrain.data.mosaic import Mosaic, MosaicOptions, allowed_cells, compose, in_cell, ranking_path
 from amltrain.data.transforms import ImageTransform
 from amltrain.errors import UserError
 from amltrain.records import Draw
@@ -32,7 +32,7 @@ def write_ranking(folder: Path, kind: str, ranking: dict[int, list[tuple[int, fl
 def test_a_grid_fills_the_canvas_and_only_the_own_cell_has_a_mask(cells: int, size: int) -> None:
     pictures = [Image.new("RGB", (20 + i, 30), (i, i, i)) for i in range(cells)]
     for own in range(cells):
-        canvas, mask = compose(pictures, np.ones((30, 20 + own), np.uint8), own, size)
+        canvas, mask = compose(pictures, own, size), in_cell(np.ones((30, 20 + own), np.uint8), own, cells, size)
         values = np.asarray(canvas)[..., 0]
         assert canvas.size == (size, size) and set(np.unique(values)) == set(range(cells))
         assert np.array_equal(mask == 1, values == own)
@@ -42,7 +42,7 @@ def test_the_own_cell_is_the_picture_resized_as_pil_does() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
     mask = (np.random.default_rng(1).random((40, 60)) > 0.5).astype(np.uint8)
     others = [Image.new("RGB", (8, 8))] * 3
-    canvas, covered = compose([others[0], picture, *others[1:]], mask, 1, 32)
+    canvas, covered = compose([others[0], picture, *others[1:]], 1, 32), in_cell(mask, 1, 4, 32)
     assert np.array_equal(np.asarray(canvas)[:16, 16:], picture.resize((16, 16), Image.Resampling.BILINEAR))
     assert np.array_equal(covered[:16, 16:], Image.fromarray(mask).resize((16, 16), Image.Resampling.NEAREST))
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from amltrain.data.loaders import collate
 from amltrain.records import Batch, ModelOutput, Sample
 
 SIZE = 24
@@ -58,11 +59,6 @@ class Scenes(Dataset):
             geometry=torch.tensor(geometry, dtype=torch.float64),
             original_target=(255 * original).to(torch.uint8),
         )
-
-
-def collate(samples: list[Sample]) -> Batch:
-    columns = [torch.stack(c) for c in list(zip(*samples, strict=True))[:-1]]
-    return Batch(*columns, original_target=tuple(s.original_target for s in samples))
 
 
 def loader(dataset: Scenes, batch_size: int = 4) -> DataLoader:

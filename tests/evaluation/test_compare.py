@@ -11,11 +11,12 @@ from accelerate import Accelerator
 
 from amltrain.commands.compare import main, parse_groups
 from amltrain.errors import UserError
-from amltrain.evaluation.compare import compare, comparison_latex, comparison_markdown, image_draws
+from amltrain.evaluation.compare import compare, comparison_latex, comparison_markdown
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.metrics import scored_columns
 from amltrain.evaluation.results import Results, merge_results, named_protocol
 from amltrain.evaluation.samples import read_samples, sample_table, write_samples
+from amltrain.evaluation.statistics import image_draws
 from amltrain.evaluation.tables import markdown
 from amltrain.paper.breakdown import break_down, breakdown_markdown, kinds_of, worst_cases
 from tests.evaluation.stand_in import Scenes, SeesBright, loader
@@ -56,15 +57,21 @@ def test_means_deviations_and_paired_intervals(scored: Results, tmp_path: Path):
     gain = {d.metric: d for d in found.differences}["mIoU"]
     expected = np.mean(found.values["aml"][split]["mIoU"]) - np.mean(found.values["none"][split]["mIoU"])
     assert gain.value == pytest.approx(expected)
-    assert gain.low < gain.value < gain.high and gain.unequal
+    assert gain.low < gain.value < gain.high and gain.covers == "images, 2 seeds"
+    assert not gain.unequal  # the two seeds of aml lie too far apart
     assert found.differences == compare({"none": none, "aml": aml}, draws=500).differences
     table = comparison_latex(found)
     assert "\\textbf{" in table and "$\\pm$" in table
     assert f"aml - none & scenes & val & mIoU & {gain.value:+.2f} & ".replace("& -", "& $-$") in table
     assert "t over seeds" in text and "t over seeds" in table
-    alone = compare({"none": none[:1], "aml": aml[:1]}, draws=20)
+    assert "least p with 2 pairs is 0.5" in text and "images, 2 seeds" in text
+    alone = compare({"none": none[:1], "aml": aml[:1]})
     assert "t over seeds" not in comparison_markdown(alone) + comparison_latex(alone)
     assert "compare several seeds" in comparison_markdown(alone)
+    gain = {d.metric: d for d in alone.differences}["mIoU"]
+    assert gain.unequal and gain.covers == "images, one seed" and gain.p <= gain.p_holm < 0.05
+    some = compare({"none": none, "aml": aml[:1]}, draws=50).differences[0]
+    assert some.covers == "images, 1 and 2 seeds" and some.seeds is some.flip is None and some.low < some.high
 
 
 def test_the_same_model_differs_by_nothing(scored: Results, tmp_path: Path):

@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from amltrain.data.loaders import collate
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import named_protocol
-from tests.evaluation.stand_in import COUNT, Scenes, SeesBright, collate, loader
+from tests.evaluation.stand_in import COUNT, Scenes, SeesBright, loader
 
 NETWORK = named_protocol("caris")
 

@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from amltrain.data.loaders import collate
 from amltrain.errors import UserError
 from amltrain.evaluation.evaluator import evaluate_model, evaluate_predictions
 from amltrain.evaluation.prediction_files import PredictionWriter, find_predictions
 from amltrain.evaluation.results import Results, named_protocol, presets
 from amltrain.records import Batch, ModelOutput, Sample
-from tests.evaluation.stand_in import COUNT, Info, Scenes, SeesBright, collate, loader
+from tests.evaluation.stand_in import COUNT, Info, Scenes, SeesBright, loader
 
 HEIGHT, WIDTH = 64, 80
 

@@ -82,7 +82,7 @@ def test_one_sample_alone_is_the_recorded_one(case: str, shared_dir: Path) -> No
     model, _ = compare.load_model(ADAPTER, config, compare.official_weights(recorded))
     batch = ADAPTER.batch(recorded)
     for i in range(2):
-        alone = Batch(*(field[i : i + 1] for field in batch))
+        alone = batch.mapped(lambda part, i=i: part[i : i + 1])
         with torch.no_grad():
             logits = model.eval()(alone).logits
         torch.testing.assert_close(logits, recorded[f"extra.logits_sample{i}_alone"], rtol=0, atol=1e-5)
@@ -91,7 +91,7 @@ def test_one_sample_alone_is_the_recorded_one(case: str, shared_dir: Path) -> No
 
 @torch.no_grad()
 def test_only_the_official_gate_couples_a_batch(batch: Batch) -> None:
-    alone = Batch(*(field[:1] for field in batch))
+    alone = batch.mapped(lambda part: part[:1])
     for norm, coupled in (("batch", True), ("channel", False)):
         model = build(gate_norm=norm)
         one, both = model.encode(alone).extra["side"], model.encode(batch).extra["side"][:1]

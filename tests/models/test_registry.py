@@ -83,6 +83,7 @@ def make_batch(name: str, height: int, width: int, count: int = 2) -> Batch:
         sample_id=torch.arange(count),
         random_key=torch.arange(count) + 77,
         geometry=torch.zeros(count, 6, dtype=torch.float64),
+        regions=(target // 127),
     )
 
 
@@ -165,7 +166,7 @@ def test_evaluation_is_deterministic_and_sample_by_sample(name: str, batch: Batc
     assert output.logits.isfinite().all()
     torch.testing.assert_close(model(batch).logits, output.logits, rtol=0, atol=0)
     for i in range(2):
-        alone = Batch(*(field[i : i + 1] for field in batch))
+        alone = batch.mapped(lambda part, i=i: part[i : i + 1])
         torch.testing.assert_close(model(alone).logits, output.logits[i : i + 1], rtol=1e-3, atol=1e-4)
 
 
@@ -269,6 +270,9 @@ VARIANTS = [
     {"projection": "learnable"},
     {"projection": "identity"},
     {"stage1_size": 56},
+    {"level": "loss"},
+    {"features": "oracle", "share": 0.2},
+    {"dynamic_tau": 0.5},
 ]
 IDENTITY = {"projection": "identity"}
 REJECTED = {
@@ -279,7 +283,7 @@ REJECTED = {
     "remamber_tiny": [{"level": "feature"}, IDENTITY],
     "beit3_tiny": [{"level": "feature"}],
     "c3vg_tiny": [{"level": "feature"}],
-    "deris_tiny": [{"level": "feature"}],
+    "deris_tiny": [{"level": "feature"}, {"level": "loss"}],
     "evfsam2_tiny": [{"level": "feature"}],
     "evfsam_tiny": [{"level": "feature"}],
     "dual_tiny": [],

@@ -118,7 +118,7 @@ class RecordedTask(AML):
     permutations: list[Tensor]
     seen: dict[str, Tensor]
 
-    def blocks(self, scores: Tensor, batch: Batch) -> Tensor:
+    def blocks(self, scores: Tensor, batch: Batch, factors: Tensor | None = None) -> Tensor:
         return released_blocks(scores, batch.image.shape[-1], self.permutations)
 
     def masked_image(self, image: Tensor, blocks: Tensor, scores: Tensor) -> Tensor:

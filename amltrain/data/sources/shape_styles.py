@@ -2,11 +2,12 @@
 
 simple      4 forms, 6 colours, 3 to 6 objects on a grey ground
 cluttered   9 forms, 9 colours, 4 to 8 smaller objects on a ground of coloured stains and small shards
+alike       as cluttered, with 7 objects of one form in every scene
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -59,6 +60,7 @@ FORMS = ("square", "circle", "triangle", "star")
 class SceneStyle:
     """forms: names in OUTLINES. colours: name to RGB. objects, crowded: lowest and highest number of objects, crowded
     of testB. small, big: lowest and highest radius as a share of the scene's side. ground: draws [S, S, 3] uint8.
+    one_form: all objects of a scene have the same form.
     """
 
     forms: tuple[str, ...]
@@ -68,6 +70,7 @@ class SceneStyle:
     small: tuple[float, float]
     big: tuple[float, float]
     ground: Callable[[np.random.Generator, int], np.ndarray]
+    one_form: bool = False
 
 
 def grey_ground(generator: np.random.Generator, size: int) -> np.ndarray:
@@ -95,9 +98,11 @@ def cluttered_ground(generator: np.random.Generator, size: int) -> np.ndarray:
 
 
 SIMPLE = SceneStyle(FORMS, COLOURS, (3, 4), (5, 6), (0.155, 0.175), (0.2, 0.24), grey_ground)
+CLUTTERED = SceneStyle(
+    tuple(OUTLINES), COLOURS | MORE_COLOURS, (4, 6), (6, 8), (0.11, 0.135), (0.17, 0.21), cluttered_ground
+)
 STYLES = {
     "simple": SIMPLE,
-    "cluttered": SceneStyle(
-        tuple(OUTLINES), COLOURS | MORE_COLOURS, (4, 6), (6, 8), (0.11, 0.135), (0.17, 0.21), cluttered_ground
-    ),
+    "cluttered": CLUTTERED,
+    "alike": replace(CLUTTERED, objects=(7, 7), crowded=(7, 7), small=(0.1, 0.12), big=(0.14, 0.165), one_form=True),
 }

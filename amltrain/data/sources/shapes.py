@@ -82,13 +82,14 @@ def write_refshapes(
     size: int = 96,
     seed: int = 0,
     style: str = "simple",
+    described: int = 3,
     progress: bool = True,
 ) -> Path:
     """Write one flavour under a REFER root and return its annotation folder.
 
     split_sizes: scenes per split; splits that the flavour does not have are ignored. size: side in pixels. style: a
-    key of `shape_styles.STYLES`. testB scenes are more crowded than the others. Raises UserError, before anything is
-    written.
+    key of `shape_styles.STYLES`. described: most objects of a scene that get sentences. testB scenes are more crowded
+    than the others. Raises UserError, before anything is written.
     """
     spec = dataset_spec(flavour)
     root, sizes = Path(root), {**SPLIT_SIZES, **(split_sizes or {})}
@@ -116,7 +117,7 @@ def write_refshapes(
         instances["annotations"] += [
             annotation(scene, index, first_annotation + index, image_id) for index in range(len(scene.shapes))
         ]
-        for targets, sentences in expressions(generator, scene, flavour):
+        for targets, sentences in expressions(generator, scene, flavour, described):
             named = {"ref_id": len(refs) + 1, "image_id": image_id, "split": split, "file_name": file_name}
             categories = [looks.forms.index(scene.shapes[target].form) + 1 for target in targets]
             ann_ids = [first_annotation + target for target in targets]
@@ -181,8 +182,10 @@ def draw_scene(
     return Scene(shapes, np.asarray(canvas), masks, style)
 
 
-def expressions(generator: np.random.Generator, scene: Scene, flavour: str) -> list[tuple[list[int], list[str]]]:
-    """(targets, sentences) of a scene; every sentence fits exactly its targets."""
+def expressions(
+    generator: np.random.Generator, scene: Scene, flavour: str, described: int = 3
+) -> list[tuple[list[int], list[str]]]:
+    """(targets, sentences) of a scene, of `described` objects at most; every sentence fits exactly its targets."""
     if flavour == "grefshapes":
         return _generalised(generator, scene)
     found = []
@@ -192,7 +195,7 @@ def expressions(generator: np.random.Generator, scene: Scene, flavour: str) -> l
         sentences = _descriptions(generator, scene, target, flavour)
         if sentences:
             found.append(([target], sentences))
-    return [found[i] for i in sorted(generator.permutation(len(found))[:3].tolist())]
+    return [found[i] for i in sorted(generator.permutation(len(found))[:described].tolist())]
 
 
 def annotation(scene: Scene, index: int, annotation_id: int, image_id: int) -> dict[str, Any]:
@@ -241,6 +244,8 @@ def _attributes(generator: np.random.Generator, count: int, twins: bool, style: 
         {**random_look(), "form": first["form"], "colour": pick(c for c in style.colours if c != first["colour"])},
         {**random_look(), "colour": first["colour"], "form": pick(f for f in style.forms if f != first["form"])},
     ]
+    if style.one_form:
+        looks = [{**look, "form": first["form"]} for look in [first, *(random_look() for _ in range(count - 1))]]
     while len(looks) < count:
         if twins and len(looks) == 3 and generator.random() < 0.5:
             looks.append(dict(looks[int(generator.integers(3))]))

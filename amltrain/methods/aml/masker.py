@@ -10,15 +10,22 @@ batches.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from amltrain.errors import UserError
-from amltrain.methods.aml.masking import Curriculum, Selection, filtering_mask, random_blocks, relocate
+from amltrain.methods.aml.masking import (
+    Curriculum,
+    Selection,
+    filtering_mask,
+    lowest_blocks,
+    random_blocks,
+    relocate,
+)
 from amltrain.methods.aml.options import AMLOptions, AMLSettings, of_finished_model, resolve
 from amltrain.methods.aml.scorers import (
     DirectScorer,
@@ -26,10 +33,12 @@ from amltrain.methods.aml.scorers import (
     GroundedProjection,
     GroundedScorer,
     LateScorer,
+    OracleScorer,
     PredictionScorer,
     ScoreCache,
     Scorer,
     calibrate,
+    confidence,
     reject_sharded,
     shrunk,
 )
@@ -75,15 +84,19 @@ class AlignmentMasker(Masker):
         cache_scores: bool = False,
         curriculum: Curriculum | None = None,
         other_projection: nn.Module | None = None,
+        share: float | None = None,
+        dynamic_tau: float = 0.0,
     ) -> None:
         """relocated: hide as many blocks at random places (the control). random_shares: hide one of these shares of the
-        blocks instead, whatever the scores. stage1_size: score a smaller copy of the image. cache_scores: remember
-        scores; only for a model whose scored encoders never change. other_projection: what `probe` compares with.
+        blocks instead, whatever the scores. share, dynamic_tau: see AMLSettings. stage1_size: score a smaller copy of
+        the image. cache_scores: remember scores; only for a model whose scored encoders never change. other_projection:
+        what `probe` compares with.
         """
         super().__init__()
         self.scorer = scorer
         self.tau, self.rho, self.block, self.selection = tau, rho, block, selection
-        self.relocated = relocated
+        self.relocated, self.share, self.dynamic_tau = relocated, share, dynamic_tau
+        self.needs_regions = isinstance(scorer, OracleScorer)
         self.register_buffer("random_shares", torch.tensor(random_shares, dtype=torch.float32), persistent=False)
         self.stage1_size = stage1_size
         self.cache = ScoreCache() if cache_scores else None
@@ -105,7 +118,17 @@ class AlignmentMasker(Masker):
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
     ) -> Masking:
         scores = self.scores(model, batch, features, output)
-        return Masking(self.blocks(scores, batch), scores)
+        return Masking(self.blocks(scores, batch, self.factors(model, batch, features, output)), scores)
+
+    def factors(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor | None:
+        """What multiplies every sample's tau, [B, 1, 1]; None without `aml.dynamic_tau`."""
+        if not self.dynamic_tau:
+            return None
+        known = confidence(model, shrunk(batch, self.stage1_size), features, output)
+        length = batch.text_mask.float().mean(1)
+        return (1 + self.dynamic_tau * (known + length - 1))[:, None, None]
 
     def scores(
         self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
@@ -128,7 +151,7 @@ class AlignmentMasker(Masker):
     ) -> Probe:
         """`scores`, and what the same features score with other sentences and with other projections."""
         scorer = self.scorer
-        if self.cache is not None or isinstance(scorer, PredictionScorer):
+        if self.cache is not None or isinstance(scorer, PredictionScorer | OracleScorer):
             return Probe(self.scores(model, batch, features, output))
         found = scorer.features(model, shrunk(batch, self.stage1_size), features, output)
         scores = scorer.score(found)
@@ -140,11 +163,14 @@ class AlignmentMasker(Masker):
                 other = scorer.score(found, projection)
         return Probe(scores, shuffled, other)
 
-    def blocks(self, scores: Tensor, batch: Batch) -> Tensor:
-        """AFM's decision [B, r, c] bool, True = hide this block."""
+    def blocks(self, scores: Tensor, batch: Batch, factors: Tensor | None = None) -> Tensor:
+        """AFM's decision [B, r, c] bool, True = hide this block. factors: of `factors`."""
         size = (batch.image.shape[-2], batch.image.shape[-1])
+        grid = (-(-size[0] // self.block), -(-size[1] // self.block))
+        if self.share is not None:
+            blocks = lowest_blocks(scores.detach(), grid, self.share, batch.random_key)
+            return relocate(blocks, batch.random_key) if self.relocated else blocks
         if len(self.random_shares):
-            grid = (-(-size[0] // self.block), -(-size[1] // self.block))
             shares = self.random_shares * self.now[2] if self.curriculum.changes else self.random_shares
             return random_blocks(grid, shares, batch.random_key)
         tau, rho = (self.now[0], self.now[1]) if self.curriculum.changes else (self.tau, self.rho)
@@ -152,7 +178,7 @@ class AlignmentMasker(Masker):
             scores.detach(),
             size,
             batch.random_key,
-            tau=tau,
+            tau=tau if factors is None else tau * factors,
             rho=rho,
             block=self.block,
             selection=self.selection,
@@ -180,6 +206,9 @@ class AlignmentMasker(Masker):
         return describe_calibration(self.calibrate(model, batches, reduce)) if self.needs_calibration else []
 
     def describe(self) -> dict[str, Any]:
+        if self.share is not None:
+            facts: dict[str, Any] = {"share": self.share}
+            return facts | ({"oracle": self.scorer.order} if isinstance(self.scorer, OracleScorer) else {})
         if not isinstance(self.scorer, EarlyScorer):
             return {"tau": self.tau, "rho": self.rho}
         return {"tau": self.tau, "rho": self.rho, "temperature": float(self.scorer.temperature)}
@@ -199,6 +228,8 @@ def describe_calibration(calibration: Calibration | None) -> list[str]:
 
 def build_scorer(model: RISModel, settings: AMLSettings) -> Scorer:
     """Build the scorer that the settings name, at the width of this model's features."""
+    if settings.features == "oracle":
+        return OracleScorer(settings.oracle, settings.block)
     if settings.features == "pred":
         return PredictionScorer(model, settings.score_decay)
     widths = model.alignment_dims if settings.features == "early" else model.fused_dims
@@ -245,12 +276,14 @@ def build_alignment_masker(model: RISModel, settings: AMLSettings) -> AlignmentM
         rho=settings.rho,
         block=settings.block,
         selection=settings.selection,
-        relocated=settings.level == "random",
+        relocated=settings.level == "random" or settings.loss_weights == "random",
         random_shares=settings.random_shares,
         stage1_size=settings.stage1_size,
         cache_scores=settings.cache_scores,
         curriculum=Curriculum(settings.start_after, settings.ramp_steps, settings.ramp),
         other_projection=other,
+        share=settings.share,
+        dynamic_tau=settings.dynamic_tau,
     )
 
 
@@ -260,12 +293,31 @@ def alignment_masker(model: RISModel, options: AMLOptions) -> AlignmentMasker:
     settings = resolve(options)
     trained = settings.projection in ("learnable", "grounded")
     follows = settings.score_decay is not None or settings.start_after or settings.ramp_steps
-    if settings.level == "feature" or settings.clean_loss_weight or trained or follows:
+    if settings.level in ("feature", "loss") or settings.clean_loss_weight or trained or follows:
         raise UserError(
-            "a masker hides blocks of the image; level: feature, clean_loss_weight, projection: learnable and "
+            "a masker hides blocks of the image; level: feature and loss, clean_loss_weight, projection: learnable and "
             "grounded, score_decay, start_after and ramp_steps belong to method aml: leave them out"
         )
     return build_alignment_masker(model, settings)
+
+
+@dataclass
+class OracleMaskerOptions:
+    """Blocks by the ground truth: what a perfect score could do, as a control for a method that hides blocks."""
+
+    order: Literal["referent_kept", "background_first", "distractors_first"] = "referent_kept"
+    """What is hidden first; see `aml.oracle`."""
+    share: float = 0.2
+    """Share of every image's blocks that is hidden."""
+    block: int = 32
+    """Side of a block, pixels."""
+
+
+@register_masker("oracle", options=OracleMaskerOptions)
+def oracle_masker(model: RISModel, options: OracleMaskerOptions) -> AlignmentMasker:
+    """Build a masker that knows the ground truth. Raises UserError."""
+    settings = AMLOptions(features="oracle", oracle=options.order, share=options.share, block=options.block)
+    return build_alignment_masker(model, resolve(settings))
 
 
 def check_model(model: RISModel, settings: AMLSettings) -> None:

@@ -69,11 +69,26 @@ def take_share(candidates: Tensor, share: Number, order: Tensor) -> Tensor:
     return candidates & (rank < wanted)
 
 
+def block_scores(scores: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Mean score of every block: scores [B, h, w] -> [B, r, c]."""
+    return scores if scores.shape[-2:] == grid else F.adaptive_avg_pool2d(scores[:, None], grid)[:, 0]
+
+
+def lowest_blocks(scores: Tensor, grid: tuple[int, int], share: float, keys: Tensor) -> Tensor:
+    """Exactly `round(share * blocks)` blocks of the lowest mean scores (ours, `aml.share`); equal ones in random order.
+
+    scores [B, h, w], keys [B] int64 -> [B, r, c] bool. NaN counts as the highest score.
+    """
+    means = block_scores(scores, grid).flatten(1).nan_to_num(nan=torch.inf)
+    shuffled = uniform(keys, means.shape[1], SELECT).argsort(dim=1)
+    order = shuffled.gather(1, means.gather(1, shuffled).argsort(dim=1, stable=True))
+    rank = order.argsort(dim=1)
+    return (rank < round(share * means.shape[1])).unflatten(1, grid)
+
+
 def select_by_patch(scores: Tensor, grid: tuple[int, int], tau: Number, rho: Number, keys: Tensor) -> Tensor:
     """A share rho of the weak blocks, scores [B, h, w] -> [B, r, c] bool; a block's score is its patches' mean."""
-    if scores.shape[-2:] != grid:
-        scores = F.adaptive_avg_pool2d(scores[:, None], grid)[:, 0]
-    weak = scores.flatten(1) < tau
+    weak = (block_scores(scores, grid) < tau).flatten(1)
     return take_share(weak, rho, uniform(keys, weak.shape[1], SELECT)).unflatten(1, grid)
 
 
@@ -118,7 +133,10 @@ def filtering_mask(
     block: int = 32,
     selection: Selection = "pixel",
 ) -> Tensor:
-    """AFM: scores [B, h, w] in 0..1, image size (H, W), keys [B] int64 -> [B, r, c] bool, True = mask this block."""
+    """AFM: scores [B, h, w] in 0..1, image size (H, W), keys [B] int64 -> [B, r, c] bool, True = mask this block.
+
+    tau: a number, or one per sample [B, 1, 1].
+    """
     if selection == "patch":
         grid = (-(-size[0] // block), -(-size[1] // block))
         return select_by_patch(scores, grid, tau, rho, keys)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from amltrain.data.dataset import ReferDataset
 from amltrain.errors import UserError
+from amltrain.losses import check_weighs_pixels
 from amltrain.methods.aml.masker import AlignmentMasker, Probe, build_alignment_masker, describe_calibration
 from amltrain.methods.aml.options import AMLOptions, resolve
 from amltrain.methods.aml.recorder import AlignmentDiagnostics, alignment_sums, build_alignment_diagnostics
@@ -33,7 +34,7 @@ from amltrain.methods.base import Method, Reduce, mask_image, register_method, s
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput, Vocabulary
 
-Level = Literal["image", "feature", "random"]
+Level = Literal["image", "feature", "random", "loss"]
 SOFT_GATE_WIDTH = 0.1  # of the straight-through gradient: scores this far from tau still learn
 
 
@@ -52,18 +53,22 @@ class AML(Method):
         *,
         preset: str = "paper",
         level: Level = "image",
+        soft: bool = False,
         clean_loss_weight: float = 0.0,
         calibrate_every: int | None = None,
         diagnostics_every: int | None = None,
     ) -> None:
-        """calibrate_every: steps between new solutions of the temperature. diagnostics_every: steps between rows of
-        alignment statistics; forward then also returns "scores" [B, h, w], "blocks" [B, r, c] and "alignment", the sums
-        of `statistics`.
+        """soft: with level loss, weigh pixels by their scores. calibrate_every: steps between new solutions of the
+        temperature. diagnostics_every: steps between rows of alignment statistics; forward then also returns "scores"
+        [B, h, w], "blocks" [B, r, c] and "alignment", the sums of `statistics`.
         """
         super().__init__(model, loss)
         self.masker = masker
         self.preset = preset
-        self.level = level
+        self.level, self.soft = level, soft
+        self.needs_regions = masker.needs_regions
+        if level == "loss":
+            check_weighs_pixels(loss, "aml.level=loss")
         self.clean_loss_weight = clean_loss_weight
         self.calibrate_every = calibrate_every
         self.diagnostics_every = diagnostics_every
@@ -81,16 +86,29 @@ class AML(Method):
         if self.clean_loss_weight:
             return self._train_on_both(batch)
         probe = self.probe(batch)
-        blocks = self.blocks(probe.scores, batch)
+        blocks = self.blocks(probe.scores, batch, self.masker.factors(self.model, batch))
+        if self.level == "loss":
+            weighed = batch._replace(loss_weight=self.loss_weights(blocks, probe.scores, batch))
+            return self._with_extras(self.loss(self.model(batch), weighed), probe, blocks, batch)
         masked = batch._replace(image=self.masked_image(batch.image, blocks, probe.scores))
         return self._with_extras(self.loss(self.model(masked), masked), probe, blocks, batch)
+
+    def loss_weights(self, blocks: Tensor, scores: Tensor, batch: Batch) -> Tensor:
+        """How much a pixel counts in the loss (level loss), [B, H, W] float32: 0 in the blocks [B, r, c], 1 outside.
+
+        soft: instead the scores [B, h, w], resized bilinearly.
+        """
+        size = (batch.image.shape[-2], batch.image.shape[-1])
+        if self.soft:
+            return F.interpolate(scores.detach()[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
+        return 1 - spread_blocks(blocks.float(), size, self.masker.block)
 
     def _train_on_both(self, batch: Batch) -> dict[str, Tensor]:
         """Both losses over one shared pass over the unmasked image, whose text features serve the masked one too."""
         features = self.model.encode(batch)
         output = self.model.decode(features, batch)
         probe = self.probe(batch, features, output)
-        blocks = self.blocks(probe.scores, batch)
+        blocks = self.blocks(probe.scores, batch, self.masker.factors(self.model, batch, features, output))
         masked = batch._replace(image=self.masked_image(batch.image, blocks, probe.scores))
         clean = self.loss(output, batch)
         result = self.loss(self.model.decode(self.model.reencode_image(masked, features), masked), masked)
@@ -103,7 +121,7 @@ class AML(Method):
         """Hide the weak positions from the decoder's attention; the image stays whole, so one encoding serves both."""
         features = self.model.encode(batch)
         probe = self.probe(batch, features)
-        blocks = self.blocks(probe.scores, batch)
+        blocks = self.blocks(probe.scores, batch, self.masker.factors(self.model, batch, features))
         size = features.visual[-1].shape[-2:]
         suppressed = F.interpolate(blocks[:, None].float(), size)[:, 0] > 0.5
         output = self.model.decode(features._replace(suppressed=suppressed), batch)
@@ -122,9 +140,9 @@ class AML(Method):
         """
         return self.masker.scores(self.model, batch, features, output)
 
-    def blocks(self, scores: Tensor, batch: Batch) -> Tensor:
-        """AFM's decision [B, r, c] bool, True = mask this block."""
-        return self.masker.blocks(scores, batch)
+    def blocks(self, scores: Tensor, batch: Batch, factors: Tensor | None = None) -> Tensor:
+        """AFM's decision [B, r, c] bool, True = mask this block. factors: of the masker, for `aml.dynamic_tau`."""
+        return self.masker.blocks(scores, batch, factors)
 
     def masked_image(self, image: Tensor, blocks: Tensor, scores: Tensor) -> Tensor:
         """The image without the masked blocks, [B, 3, H, W].
@@ -251,6 +269,7 @@ def aml(model: RISModel, loss: nn.Module, options: AMLOptions, vocabulary: Vocab
         build_alignment_masker(model, settings),
         preset=settings.preset,
         level=settings.level,
+        soft=settings.loss_weights == "scores",
         clean_loss_weight=settings.clean_loss_weight,
         calibrate_every=settings.calibrate_every,
         diagnostics_every=settings.diagnostics_every,

@@ -21,8 +21,12 @@ class AMLSettings:
 
     preset: Literal["paper", "released"]
     """paper: the equations; released: what the public code does."""
-    features: Literal["early", "late", "pred"]
-    """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred)."""
+    features: Literal["early", "late", "pred", "oracle"]
+    """What is scored: features before fusion (early), after it (late), or the first pass's predicted mask (pred). Ours:
+    the ground truth (oracle), to learn what the best score could do; never a result to publish as a method's."""
+    oracle: Literal["referent_kept", "background_first", "distractors_first"] = "referent_kept"
+    """Ours, with features oracle: what is masked first: anything but the referent, background before the picture's
+    other referents, or those before the background."""
     projection: Literal["random", "learnable", "identity", "linear", "cosine", "grounded"]
     """How visual and text features are compared: two fixed Gaussian matrices (random), the same trained with the model
     by a straight-through gradient (learnable), none for encoders that share a space (identity), or the public code's
@@ -47,6 +51,13 @@ class AMLSettings:
     """Score under which a pixel is weak; 0 masks nothing."""
     rho: float
     """Share of the weak pixels (selection pixel, released) or weak blocks (patch) that is selected."""
+    share: float | None = None
+    """Ours: mask exactly this share of every image's blocks, those of the lowest mean scores, instead of what tau, rho
+    and selection give; equal scores in random order. Compares scores at one amount. null = off."""
+    dynamic_tau: float = 0.0
+    """Strength s, 0 to 1, of a threshold of each sample's own: tau * (1 + s * (confidence + length - 1)), where
+    confidence is the first pass's mean |2p - 1| over the image's pixels and length the share of the token positions
+    that the sentence fills. After the paper's appendix G.6.2, which prints no formula; the formula is ours. 0 = off."""
     block: int
     """Side of a masked block, pixels."""
     selection: Literal["pixel", "patch", "released"]
@@ -61,9 +72,12 @@ class AMLSettings:
     score_decay: float | None = None
     """Ours, with features pred: score with an average of the model's weights over the steps, of this decay per step;
     null = with the model as it is."""
-    level: Literal["image", "feature", "random"]
-    """What is masked: image blocks, the decoder's view of the weak positions (feature), or as many image blocks at
-    random places (random)."""
+    level: Literal["image", "feature", "random", "loss"]
+    """What is masked: image blocks, the decoder's view of the weak positions (feature), as many image blocks at random
+    places (random), or, ours, the loss of the weak blocks' pixels, the image staying whole (loss)."""
+    loss_weights: Literal["blocks", "scores", "random"] = "blocks"
+    """Ours, with level loss: weak blocks count 0 and all others 1 (blocks); every pixel counts as much as its score,
+    the soft masks of the paper's appendix G.3 (scores); or as many blocks at random places count 0 (random)."""
     random_shares: tuple[float, ...] = ()
     """Shares of the image's blocks that level random hides, one drawn per sample and epoch: a control whose amount does
     not depend on the trained model. Scores are computed as always, and decide nothing. Empty = as many blocks as the
@@ -147,9 +161,10 @@ def resolve(options: Partial) -> AMLSettings:
 
 def check_ranges(config: AMLSettings) -> None:
     """Raise UserError for a number outside its range."""
-    for name, low, high in (("tau", 0.0, 1.0), ("rho", 0.0, 1.0), ("clean_loss_weight", 0.0, 1.0)):
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"aml.{name}={getattr(config, name)} must lie between {low:g} and {high:g}")
+    for name in ("tau", "rho", "clean_loss_weight", "share", "dynamic_tau"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise UserError(f"aml.{name}={value} must lie between 0 and 1")
     for name in ("dim", "block", "stage1_size", "diagnostics_every", "calibrate_every"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -170,8 +185,10 @@ def check_ranges(config: AMLSettings) -> None:
 
 def check_pairs(config: AMLSettings) -> None:
     """Raise UserError for two values that contradict each other."""
-    if config.projection == "grounded" and config.features == "pred":
-        raise UserError("aml.projection=grounded has nothing to learn where aml.features=pred projects nothing")
+    if config.projection == "grounded" and config.features in ("pred", "oracle"):
+        raise UserError(
+            f"aml.projection=grounded has nothing to learn where aml.features={config.features} projects nothing"
+        )
     if config.score_decay is not None and config.features != "pred":
         raise UserError(f"aml.score_decay belongs to aml.features=pred, not {config.features}")
     if config.projection == "learnable":
@@ -185,18 +202,30 @@ def check_pairs(config: AMLSettings) -> None:
                 f"aml.projection=learnable learns through the masked pixels, and aml.level={config.level} gives it "
                 "none; use aml.level=image"
             )
-        if config.features == "pred":
-            raise UserError("aml.projection=learnable has nothing to learn where aml.features=pred projects nothing")
+        if config.features in ("pred", "oracle"):
+            raise UserError(
+                f"aml.projection=learnable has nothing to learn where aml.features={config.features} projects nothing"
+            )
     if config.calibrate_every is not None and (config.temperature != "auto" or config.cache_scores):
         raise UserError(
             "aml.calibrate_every solves the temperature repeatedly: set aml.temperature=auto and aml.cache_scores=false"
         )
     if config.random_shares and config.level != "random":
         raise UserError(f"aml.random_shares belongs to aml.level=random, not {config.level}")
-    if config.level == "feature" and config.clean_loss_weight:
+    if config.level in ("feature", "loss") and config.clean_loss_weight:
         raise UserError(
-            "aml.level=feature leaves the image whole, so it has no second loss: set aml.clean_loss_weight=0"
+            f"aml.level={config.level} leaves the image whole, so it has no second loss: set aml.clean_loss_weight=0"
         )
+    if config.loss_weights != "blocks" and config.level != "loss":
+        raise UserError(f"aml.loss_weights belongs to aml.level=loss, not {config.level}")
+    if config.loss_weights == "scores" and config.share is not None:
+        raise UserError("aml.loss_weights=scores leaves no block out, so aml.share has no effect; remove one of them")
+    if config.oracle != "referent_kept" and config.features != "oracle":
+        raise UserError(f"aml.oracle belongs to aml.features=oracle, not {config.features}")
+    if config.share is not None and (config.random_shares or config.dynamic_tau):
+        raise UserError("aml.share fixes what is masked; remove aml.random_shares and aml.dynamic_tau")
+    if config.dynamic_tau and config.features == "oracle":
+        raise UserError("aml.dynamic_tau moves the threshold by a prediction, which aml.features=oracle does not make")
     if config.stage1_size is not None and (config.clean_loss_weight or config.level == "feature"):
         raise UserError(
             "aml.stage1_size saves nothing where the full-size image is encoded with gradient anyway "

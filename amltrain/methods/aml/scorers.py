@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amltrain.data.augment import BACKGROUND, OTHER, REFERENT
 from amltrain.errors import UserError
 from amltrain.methods.aml.similarity import Calibration, PatchScorer, gaussian_projections, solve_temperature
 from amltrain.methods.base import Reduce
@@ -241,13 +242,47 @@ class PredictionScorer(nn.Module):
         return logits.softmax(1)[:, 1] if logits.shape[1] == 2 else logits.sigmoid()[:, 0]
 
 
-Scorer = EarlyScorer | DirectScorer | PredictionScorer
+class OracleScorer(nn.Module):
+    """Scores from the ground truth (ours): what the best score could do, as a control."""
+
+    calibrated = True
+
+    def __init__(self, order: str, block: int) -> None:
+        """order: `aml.oracle`. block: side of a score's block, pixels."""
+        super().__init__()
+        self.order, self.block = order, block
+
+    def forward(
+        self, model: RISModel, batch: Batch, features: Features | None = None, output: ModelOutput | None = None
+    ) -> Tensor:
+        """Scores [B, r, c] float32, one per block: 1 with a pixel of the referent, else 0 or, with an order, 0.5.
+
+        A block with a pixel of another referent of the picture is a distractor. Raises UserError for data without
+        `batch.regions`.
+        """
+        if batch.regions is None:
+            raise UserError("aml.features=oracle reads the annotations' regions, which only training data has")
+        padded = F.pad(
+            batch.regions, (0, -batch.regions.shape[-1] % self.block, 0, -batch.regions.shape[-2] % self.block)
+        )
+        highest = F.max_pool2d(padded[:, None].float(), self.block)[:, 0]
+        first = {"background_first": OTHER, "distractors_first": BACKGROUND}.get(self.order)
+        scores = (highest == REFERENT).float()
+        return scores if first is None else scores + 0.5 * (highest == first).float()
+
+
+Scorer = EarlyScorer | DirectScorer | PredictionScorer | OracleScorer
 
 
 def _decoded(model: RISModel, batch: Batch, features: Features | None, output: ModelOutput | None) -> ModelOutput:
     if output is not None:
         return output
     return model.decode(model.encode(batch) if features is None else features, batch)
+
+
+def confidence(model: RISModel, batch: Batch, features: Features | None, output: ModelOutput | None) -> Tensor:
+    """Mean |2p - 1| of the predicted mask's pixels, [B] float32 in 0..1, without gradient (`aml.dynamic_tau`)."""
+    return (2 * PredictionScorer()(model, batch, features, output) - 1).abs().flatten(1).mean(1)
 
 
 @contextmanager

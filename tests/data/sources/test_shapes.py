@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import re
 from functools import cache
 from pathlib import Path
@@ -87,6 +88,24 @@ def test_cluttered_scenes_have_more_of_everything() -> None:
         for drawn in (simple, cluttered)
     ]
     assert grounds[1] > 1.5 * grounds[0]
+
+
+def test_alike_scenes_have_six_distractors_of_one_form() -> None:
+    for scene, found in scenes("refshapes", style="alike"):
+        assert len({shape.form for shape in scene.shapes}) == 1 and len(scene.shapes) <= 7
+        assert len(found) <= 3
+    counts = [len(scene.shapes) for scene, _ in scenes("refshapes", style="alike")]
+    assert np.mean(counts) > 6.8
+
+
+def test_more_objects_are_described_when_asked_for(tmp_path: Path) -> None:
+    sizes = {"train": 5, "val": 1, "testA": 1, "testB": 1}
+    counts = []
+    for described in (1, 3, 8):
+        folder = write_refshapes(tmp_path / str(described), split_sizes=sizes, described=described, progress=False)
+        with next(folder.glob("*.p")).open("rb") as file:
+            counts.append(len(pickle.load(file)))
+    assert counts[0] == 8 < counts[1] < counts[2]
 
 
 def test_simple_scenes_are_those_of_the_first_version() -> None:

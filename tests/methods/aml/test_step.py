@@ -29,6 +29,13 @@ VARIANTS = [
     {"projection": "grounded", "features": "late", "preset": "released", "tau": 0.6},
     {"features": "pred", "score_decay": 0.9, "tau": 0.6},
     {"level": "feature"},
+    {"level": "loss"},
+    {"level": "loss", "loss_weights": "random"},
+    {"share": 0.3},
+    {"share": 0.3, "level": "random"},
+    {"dynamic_tau": 0.5},
+    {"features": "oracle", "oracle": "distractors_first", "share": 0.3},
+    {"features": "oracle", "level": "loss"},
     {"clean_loss_weight": 0.3},
     {"preset": "released", "features": "late", "normalize": True, "temperature": "auto"},
 ]

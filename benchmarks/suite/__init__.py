@@ -1,0 +1,1 @@
+"""Measure everything on one machine: training, evaluation, loading, saving."""
