@@ -134,7 +134,7 @@ def diagnose_machine(output: Path) -> Iterator[tuple[str, str]]:
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f"{processor_name()}, {cores} cores, torch uses {threads} threads"
     yield "cpu", text if threads == cores else f"{text} (OMP_NUM_THREADS={cores} uses every core)"
-    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    yield "memory", f"{free_memory():.1f} GiB free"
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(number)
         bf16 = "bf16" if card.major >= 8 else "no bf16: use fp16"
@@ -151,7 +151,9 @@ def diagnose_machine(output: Path) -> Iterator[tuple[str, str]]:
 
 
 def _open_files() -> str:
-    import resource  # not on Windows
+    if os.name == "nt":
+        return "no limit on this system"
+    import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"

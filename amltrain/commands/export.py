@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError, one_line_errors
 from amltrain.inference import FORMATS, missing_for_onnx
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_number("--runs", args.runs, 1, ANY)
         checkpoint = args.checkpoint if args.revision is None else f"{args.checkpoint}@{args.revision}"
+        find_model_folder(checkpoint)  # before the imports
         if lacking := missing_for_onnx(args.formats):
             print(f"onnx is left out: {lacking}", file=sys.stderr)
             if list(args.formats) == ["onnx"]:

@@ -54,9 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    args, others = build_parser().parse_known_args(argv)
     with one_line_errors():
-        settings = own_settings(others)
+        args, settings = read(argv)
         if args.minutes is not None and not args.minutes > 0:
             raise UserError(f"--minutes is {args.minutes:g} and must be more than 0")
         from amltrain.finetune import FineTuned, finetune  # imports numpy
@@ -77,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         if args.open and isinstance(done, FineTuned) and not webbrowser.open(done.report.resolve().as_uri()):
             print(f"no browser was found; open {done.report}", file=sys.stderr)
+
+
+def read(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The arguments, and the keys of a run among them. Raises UserError."""
+    args, others = build_parser().parse_known_args(argv)
+    return args, own_settings(others)
 
 
 def own_settings(arguments: Sequence[str]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Only the main process writes the log and starts trackers (TensorBoard, wandb, tr
 import html
 import json
 import os
-import resource
 import secrets
 import sys
 import time
@@ -284,5 +283,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.name == "nt":
+        return 0  # not measured: the module that reads it is not there
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
