@@ -27,8 +27,7 @@ def configs() -> str:
     from amltrain.config.files import shipped_configs
 
     rows = ["| Name | What |", "| --- | --- |"]
-    for name, path in shipped_configs().items():
-        rows.append(f"| `{name}` | {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')} |")
+    rows += [f"| `{name}` | {found.title} |" for name, found in shipped_configs().items()]
     return "\n".join(rows)
 
 

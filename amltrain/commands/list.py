@@ -203,11 +203,11 @@ def config_lines(args: argparse.Namespace) -> Iterator[str]:
         raise UserError("--path needs the name of a config; `amltrain list configs` lists them")
     listed = {name: path for name, path in shipped.items() if name.startswith(args.name)}
     if args.path or args.name in shipped or not listed:
-        path = find_config(args.name, "amltrain list configs")
+        path = find_config(args.name, "amltrain list configs").path
         yield str(path) if args.path else path.read_text(encoding="utf-8").strip()
         return
-    for name, path in listed.items():
-        yield f"{name:48} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+    for name, found in listed.items():
+        yield f"{name:48} {found.title}"
 
 
 KINDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {

@@ -3,6 +3,9 @@
 A file may start from others: `base: [models/caris_swin_base, data/refcoco]`. A name is a path (relative to the working
 folder, or in `base` to the file), or a config that ships with amltrain, without its folder and `.yaml`. Every layer
 becomes one `--config` argument, lowest first, so the config library merges bases exactly as it merges several files.
+
+A file may hold variants of itself, runs that change a few of its keys: with `variants: {aml: {method: aml}}` in
+recipes/lavt/refcoco, `recipes/lavt/refcoco_aml` is that run, in the output folder of that name.
 """
 
 import difflib
@@ -20,10 +23,28 @@ from amltrain.errors import UserError
 Groups = Mapping[str, type]
 """Keys whose value is a group of keys, and the dataclass of each."""
 TEXT = "tag:yaml.org,2002:str"
-BASE = "base"
+BASE, VARIANTS, OUTPUT = "base", "variants", "output"
 MAX_VALUES = 10_000
 """Values of a config file, aliases written out."""
 PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class Found(NamedTuple):
+    """A config file, and the variant of it that a name means; None = the file itself."""
+
+    path: Path
+    variant: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The first line of the comment above the file's or the variant's keys."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        first = 0
+        if self.variant is not None:
+            first = lines.index(f"  {self.variant}:")
+            while lines[first - 1].startswith("  #"):
+                first -= 1
+        return lines[first].lstrip("# ")
 
 
 class Layers(NamedTuple):
@@ -60,17 +81,34 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / "configs"
 
 
-def shipped_configs() -> dict[str, Path]:
-    """The name and file of every shipped config: `quickstart`, `models/caris_tiny`, `recipes/paper/refcoco_aml`, ..."""
+def shipped_configs() -> dict[str, Found]:
+    """Every shipped config by name, variants after their file: `quickstart`, `recipes/paper/refcoco_aml`, ..."""
     folder = config_folder()
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        found[name] = Found(path)
+        found |= {f"{name}_{variant}": Found(path, variant) for variant in variants_of(path)}
+    return found
 
 
-def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
-    """Find a config file by its path or its shipped name. An existing path wins.
+def variants_of(path: Path) -> list[str]:
+    """The names of a file's variants; none for a file that is no YAML mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.compose(text, Loader=yaml.SafeLoader) if f"\n{VARIANTS}:" in f"\n{text}" else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []  # whoever reads the file says what is wrong with it
+    entries = content.value if isinstance(content, yaml.MappingNode) else []
+    groups = [value for key, value in entries if key.value == VARIANTS and isinstance(value, yaml.MappingNode)]
+    return [str(own.value) for group in groups for own, _ in group.value]
+
+
+def find_config(name: str, asked_by: str, folder: Path = Path()) -> Found:
+    """Find a config by its path or its shipped name, or a variant by its file's and its own: FILE_VARIANT.
 
     Args:
-        name: a path, relative to `folder`, or a shipped name, with or without `.yaml`.
+        name: a path, relative to `folder`, or a shipped name, with or without `.yaml`. An existing path wins.
         asked_by: the flag, or file, line and key, for the message.
 
     Raises:
@@ -81,7 +119,11 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Path:
         raise UserError(f"{asked_by}: {name!r} names no file; `amltrain list configs` lists the shipped names")
     for candidate in (path, path.with_name(f"{path.name}.yaml")):
         if candidate.exists() and not candidate.is_dir():
-            return candidate
+            return Found(candidate)
+    wanted = path.name.removesuffix(".yaml")
+    for file in sorted(path.parent.glob("*.yaml")):
+        if wanted.startswith(f"{file.stem}_") and (own := wanted.removeprefix(f"{file.stem}_")) in variants_of(file):
+            return Found(file, own)
     shipped = shipped_configs()
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     if wanted in shipped:
@@ -120,8 +162,9 @@ def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
     return Layers(replaced, places, values)
 
 
-def _read(path: Path, groups: Groups, asked_by: str, above: tuple[Path, ...], places: dict[str, str]) -> list[str]:
+def _read(found: Found, groups: Groups, asked_by: str, above: tuple[Path, ...], places: dict[str, str]) -> list[str]:
     """The texts of a file's layers, lowest first. above: the files whose base this is, outermost first."""
+    path = found.path
     if path.resolve() in above:
         names = " -> ".join(file.name for file in (*above[above.index(path.resolve()) :], path))
         raise UserError(f"{asked_by}: these files are each other's base: {names}; remove one `{BASE}`")
@@ -133,9 +176,29 @@ def _read(path: Path, groups: Groups, asked_by: str, above: tuple[Path, ...], pl
             for name in _names(value, place):
                 base = find_config(name, place, path.parent)
                 layers += _read(base, groups, place, (*above, path.resolve()), places)
-    content.value = [(key, value) for key, value in content.value if key.value != BASE]
-    _check_keys(content, groups, path, "", places, {})
-    return [*layers, yaml.serialize(content, Dumper=yaml.SafeDumper)] if content.value else layers
+    own = {str(key.value): value for key, value in content.value if key.value == VARIANTS}
+    if own and not isinstance(own[VARIANTS], yaml.MappingNode):
+        line = own[VARIANTS].start_mark.line + 1
+        raise UserError(f"{path}, line {line}: {VARIANTS} should hold names with the keys that each changes")
+    content.value = [(key, value) for key, value in content.value if key.value not in (BASE, VARIANTS)]
+    chosen = [content, *([_variant(own[VARIANTS], found, content)] if found.variant is not None else [])]
+    for layer in chosen:
+        _check_keys(layer, groups, path, "", places, {})
+    return layers + [yaml.serialize(layer, Dumper=yaml.SafeDumper) for layer in chosen if layer.value]
+
+
+def _variant(variants: yaml.Node, found: Found, content: yaml.MappingNode) -> yaml.MappingNode:
+    """The keys that a variant changes; its output is the file's with the variant's name, unless it sets one."""
+    [value] = [value for key, value in variants.value if key.value == found.variant]
+    if not isinstance(value, yaml.MappingNode):
+        line = value.start_mark.line + 1
+        raise UserError(f"{found.path}, line {line}: variant {found.variant} has no keys; give those that it changes")
+    outputs = [node for key, node in content.value if key.value == OUTPUT]
+    if outputs and not any(key.value == OUTPUT for key, _ in value.value):
+        folder = yaml.ScalarNode(TEXT, f"{outputs[0].value}_{found.variant}", outputs[0].start_mark)
+        key = yaml.ScalarNode(TEXT, OUTPUT, outputs[0].start_mark)
+        value.value = [(key, folder), *value.value]
+    return value
 
 
 def _names(value: yaml.Node, place: str) -> Iterable[str]:

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from amltrain.config.fields import ANY, POSITIVE, iter_keys
-from amltrain.config.files import BASE, groups_of, read_config_files, read_flags
+from amltrain.config.files import BASE, VARIANTS, groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.errors import UserError, unknown_name
 from amltrain.registry import AUGMENTATIONS, CALLBACKS, METHODS, MODELS, Registry, check_options, imported_plugins
@@ -293,6 +293,11 @@ def config_schema() -> dict[str, Any]:
     schema["properties"][BASE] = {
         "description": "Files or shipped configs that this file starts from. Later ones win; this file wins over all.",
         "anyOf": [name, {"type": "array", "items": name, "minItems": 1}],
+    }
+    schema["properties"][VARIANTS] = {
+        "description": "Runs that change a few keys of this file, by name: FILE_NAME is such a run.",
+        "type": "object",
+        "additionalProperties": {"$ref": "#"},
     }
     for key, own in iter_keys(RunConfig):
         if "low" in own.metadata:

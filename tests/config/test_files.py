@@ -88,3 +88,64 @@ def test_an_unknown_name_lists_close_matches() -> None:
         read_run(["--config", "quickstar"])
     with pytest.raises(UserError, match=r"did you mean recipes/barleria/refcoco_aml or .*recipes/paper/refcoco_aml"):
         find_config("refcoco_aml", "--config")
+
+
+VARIED = """# A run.
+
+output: runs/mine
+seed: 3
+optim: {lr: 1.0e-3}
+
+variants:
+  # The same, slower. Twice.
+  # More about it.
+  slow:
+    optim: {lr: 1.0e-4}
+  elsewhere:
+    output: there
+"""
+
+
+def test_a_variant_is_its_file_with_a_few_changes(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(VARIED)
+    plain, slow, elsewhere = (
+        read_run(["--config", str(tmp_path / name)]) for name in ("mine", "mine_slow", "mine_elsewhere.yaml")
+    )
+    assert (plain.output, plain.optim.lr, plain.seed) == ("runs/mine", 1e-3, 3)
+    assert (slow.output, slow.optim.lr, slow.seed) == ("runs/mine_slow", 1e-4, 3)
+    assert (elsewhere.output, elsewhere.optim.lr) == ("there", 1e-3)
+    (tmp_path / "top.yaml").write_text("base: mine_slow\nseed: 5\n")
+    above = read_run(["--config", str(tmp_path / "top")])
+    assert (above.output, above.optim.lr, above.seed) == ("runs/mine_slow", 1e-4, 5)
+    assert find_config(str(tmp_path / "mine_slow"), "x").title == "The same, slower. Twice."
+    assert find_config(str(tmp_path / "mine"), "x").title == "A run."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("variants:\n  slow: 3\n", r"mine\.yaml, line 2: variant slow has no keys"),
+        ("seed: 1\nvariants:\n  slow:\n    optimm: {lr: 1}\n", "optimm"),
+        ("seed: 1\nvariants:\n  slow:\n    seed: 1\n    seed: 2\n", "line 5: seed is already set in line 4"),
+        ("seed: 1\nvariants: [slow]\n", "there is no file and no shipped config"),
+        ("seed: 1\nvariants: {}\n", "there is no file and no shipped config"),
+    ],
+)
+def test_variants_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_run(["--config", str(tmp_path / "mine_slow")])
+
+
+def test_a_file_says_what_is_wrong_with_its_variants(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: 1\nvariants: [slow]\n")
+    with pytest.raises(UserError, match=r"mine\.yaml, line 2: variants should hold names"):
+        read_run(["--config", str(tmp_path / "mine.yaml")])
+
+
+def test_every_shipped_variant_is_a_run_of_its_own() -> None:
+    variants = {name: found for name, found in shipped_configs().items() if found.variant}
+    assert len(variants) > 50
+    outputs = [read_run(["--config", name]).output for name in variants]
+    assert len(set(outputs)) == len(outputs)
+    assert all(found.title for found in variants.values())

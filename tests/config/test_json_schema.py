@@ -19,7 +19,7 @@ def schema() -> Any:
 
 
 def test_every_shipped_config_is_valid(schema: Any) -> None:
-    files = {name: path for name, path in shipped_configs().items() if not name.startswith("accelerate/")}
+    files = {name: found.path for name, found in shipped_configs().items() if not name.startswith("accelerate/")}
     assert len(files) > 100
     for name, path in files.items():
         errors = [error.message for error in schema.iter_errors(yaml.safe_load(path.read_text()))]

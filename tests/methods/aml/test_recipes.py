@@ -1,18 +1,18 @@
 """The paper's recipes: each trains full-size CARIS and asks for what that model can do."""
 
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 from amltrain.commands.train import read_run
+from amltrain.config.files import shipped_configs
 from amltrain.config.schema import RunConfig
 from amltrain.methods.aml.masker import build_scorer, check_model
 from amltrain.methods.aml.options import resolve
 from amltrain.models import create_model
 
-RECIPES = sorted((Path(__file__).parents[3] / "configs" / "recipes" / "paper").glob("*.yaml"))
+RECIPES = [name for name in shipped_configs() if name.startswith("recipes/paper/")]
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +22,16 @@ def caris():
 
 
 @cache
-def parse(path: Path) -> RunConfig:
-    return read_run(["--config", str(path)])
+def parse(name: str) -> RunConfig:
+    return read_run(["--config", name])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe(recipe: Path, caris) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe(recipe: str, caris) -> None:
     run = parse(recipe)
     assert run.model.name == "caris_swin_base"
-    assert ("aml" in recipe.stem or "released" in recipe.stem) == (run.method == "aml")
+    assert run.output == recipe.replace("recipes/", "runs/")
+    assert ("aml" in recipe or "released" in recipe) == (run.method == "aml")
     if run.method == "aml":
         chosen = resolve(run.method_options)
         check_model(caris, chosen)
