@@ -83,13 +83,13 @@ def zoo() -> str:
     ours = json.loads((Path(__file__).parent / "zoo.json").read_text(encoding="utf-8"))
     names = ("scores", "protocol", "memory", "hours", "card", "commit", "file")
     rows = ["| Recipe | Published | Ours | Protocol | GiB | Hours | Card | Commit | File |", "|---" * 9 + "|"]
-    for name, path in shipped_configs().items():
+    for name, config in shipped_configs().items():
         if not name.startswith("recipes/"):
             continue
-        found = re.search(r"^# Published[:,] *(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        published = [line.removeprefix("Published").lstrip(":, ") for line in config.comment if "Published" in line]
         entry = ours.get(name, {})
         cells = [str(entry.get(key, "not run" if key == "scores" else "")) for key in names]
-        rows.append(f"| `{name.removeprefix('recipes/')}` | {found[1] if found else ''} | {' | '.join(cells)} |")
+        rows.append(f"| `{name.removeprefix('recipes/')}` | {' '.join(published)} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
