@@ -7,6 +7,7 @@ The lock is stale, and the next run takes it over, when its process has ended (s
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -100,6 +101,22 @@ def _pid_space() -> str:
         return ""
 
 
+def _runs(pid: int) -> bool:
+    """Whether a process of that number is there. On Windows, `os.kill(pid, 0)` would end it."""
+    if sys.platform == "win32":
+        import ctypes
+
+        process = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # the right to ask, and nothing else
+        if process:
+            ctypes.windll.kernel32.CloseHandle(process)
+        return bool(process)
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is there, and another user's
+    return True
+
+
 def _started(pid: int) -> str | None:
     """When a process started; None if it has ended. Where there is no /proc, any process of that number counts."""
     try:
@@ -107,9 +124,5 @@ def _started(pid: int) -> str | None:
     except OSError:
         if Path("/proc/self/stat").exists():
             return None
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return "running"
+        return "running" if _runs(pid) else None
     return None if fields[0] in "ZX" else fields[19]

@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import os
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -275,6 +274,10 @@ def _check_path(value: str, key: str) -> None:
 
 def check_open_files(workers: int) -> None:
     """Raise the limit of open files to what loader processes need. Raises UserError where the system forbids it."""
+    if os.name == "nt":  # there is no such limit, and no module that reads it
+        return
+    import resource
+
     needed = 128 + 64 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
