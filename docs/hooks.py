@@ -1,6 +1,7 @@
 """MkDocs hook: replace `<!-- table: NAME -->` by a table made from the code, so that no page repeats it."""
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -75,6 +76,23 @@ def augmentations() -> str:
     return "\n\n".join(parts)
 
 
+def zoo() -> str:
+    """A slot for every recipe: what is published, and what docs/zoo.json has of ours."""
+    from amltrain.config.files import shipped_configs
+
+    ours = json.loads((Path(__file__).parent / "zoo.json").read_text(encoding="utf-8"))
+    names = ("scores", "protocol", "memory", "hours", "card", "commit", "file")
+    rows = ["| Recipe | Published | Ours | Protocol | GiB | Hours | Card | Commit | File |", "|---" * 9 + "|"]
+    for name, config in shipped_configs().items():
+        if not name.startswith("recipes/"):
+            continue
+        published = [line.removeprefix("Published").lstrip(":, ") for line in config.comment if "Published" in line]
+        entry = ours.get(name, {})
+        cells = [str(entry.get(key, "not run" if key == "scores" else "")) for key in names]
+        rows.append(f"| `{name.removeprefix('recipes/')}` | {' '.join(published)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _table(rows: list[str]) -> str:
     return "\n".join(["| Key | Default | Meaning |", "| --- | --- | --- |", *rows])
 
@@ -106,5 +124,5 @@ def _yaml(value: Any) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs for every page."""
-    tables = {f.__name__: f for f in (models, configs, config, methods, augmentations)}
+    tables = {f.__name__: f for f in (models, configs, config, methods, augmentations, zoo)}
     return re.sub(r"<!-- table: (\w+) -->", lambda match: tables[match[1]](), markdown)

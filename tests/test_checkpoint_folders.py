@@ -43,6 +43,30 @@ def test_keep_spares_best_and_last(tmp_path: Path) -> None:
     assert [checkpoints.step_of(p) for p in checkpoints.checkpoints(tmp_path)] == [1, 3, 4]
 
 
+@pytest.mark.parametrize("hard", [True, False], ids=["hard links", "copies"])
+def test_best_and_last_without_the_right_to_make_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard: bool
+) -> None:
+    """As on Windows, where a link needs a right of its own."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    if not hard:
+        monkeypatch.setattr(checkpoints.os, "link", refuse)
+    first = save(tmp_path, 1)
+    checkpoints.point(tmp_path, "best", first)
+    second = save(tmp_path, 2)
+    assert [checkpoints.step_of(tmp_path / name) for name in ("best", "last")] == [1, 2]
+    assert checkpoints.find_fault(tmp_path / "best") is None
+    weights = Path("model") / "model.safetensors"
+    assert (second / weights).samefile(tmp_path / "last" / weights) == hard
+    checkpoints.prune(tmp_path, keep=1)  # best stays whole when the folder that it was made from goes
+    assert checkpoints.checkpoints(tmp_path) == [second] and checkpoints.find_fault(tmp_path / "best") is None
+    assert checkpoints.find_resumable(tmp_path, "auto", log_nothing) == second
+
+
 @pytest.mark.parametrize("damage", ["shorten", "change", "remove", "manifest", "no manifest"])
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path: Path, damage: str) -> None:
     good, bad = save(tmp_path, 1), save(tmp_path, 2)

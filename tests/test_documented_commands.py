@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from amltrain.cli import COMMANDS, RENAMED, split_command
+from amltrain.commands.finetune import read as read_finetune
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.distributed import plan_batches
@@ -25,10 +26,12 @@ PARSERS: dict[str, Callable[[list[str]], object]] = {
     name: importlib.import_module(module).build_parser().parse_args for name, (module, _) in COMMANDS.items()
 } | {"benchmark": lambda arguments: None}
 PARSERS["train"] = read_run
+PARSERS["finetune"] = read_finetune
 SCRIPTS = {"prepare_data": "data prepare", "convert_checkpoint": "convert"}
 STAND_INS = {
     "configs/models/NAME.yaml": "configs/models/lavt_tiny.yaml",
     "configs/models/my_model_tiny.yaml": "configs/models/lavt_tiny.yaml",
+    "runs/photos/finetune.yaml": "configs/quickstart.yaml",
     "RECIPE.yaml": "configs/recipes/paper/refcoco_aml.yaml",
     "SEED": "1",
 }

@@ -17,5 +17,5 @@ def test_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_devices", lambda: ["cpu", "cuda", "cuda:0"])
     assert choose_device(None) == torch.device("cuda")
     for name in ("foo", "cuda:1", "", "meta"):
-        with pytest.raises(UserError, match=f"there is no --device {name} here; there is cpu, cuda, cuda:0"):
+        with pytest.raises(UserError, match=f"there is no device {name} here; there is cpu, cuda, cuda:0"):
             choose_device(name)

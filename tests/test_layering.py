@@ -30,6 +30,7 @@ LAYERS = [
     {"checkpoints"},
     {"training"},
     {"api"},
+    {"choices", "finetune"},
     {"paper", "commands", "__main__", "cli", "completion"},
 ]
 """Folders and modules of the package, lowest layer first. data, models and losses of one layer may not import each

@@ -9,10 +9,10 @@ it, which only one can. Then the lock is read back.
 """
 
 import errno
-import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from amltrain.errors import UserError
-from amltrain.files import NO_LOCKS
+from amltrain.files import NO_LOCKS, lock_file
 from amltrain.run_folder import LOCK_FILE
 
 RENEW_EVERY = 15.0
@@ -99,10 +99,13 @@ class OutputLock:
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[bool]:
     """Let one process at a time look at the lock; False where the file system cannot lock a folder."""
+    if sys.platform == "win32":  # a folder cannot be opened there
+        yield False
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock_file(descriptor)
             ordered = True
         except OSError as error:
             if error.errno not in (*NO_LOCKS, errno.EBADF, errno.EINVAL):  # EBADF: NFS locks only what may be written
@@ -187,6 +190,22 @@ def _pid_space() -> str:
         return ""
 
 
+def _runs(pid: int) -> bool:
+    """Whether a process of that number is there. On Windows, `os.kill(pid, 0)` would end it."""
+    if sys.platform == "win32":
+        import ctypes
+
+        process = ctypes.windll.kernel32.OpenProcess(0x1000, False, pid)  # the right to ask, and nothing else
+        if process:
+            ctypes.windll.kernel32.CloseHandle(process)
+        return bool(process)
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)  # it is there, and another user's
+    return True
+
+
 def _started(pid: int) -> str | None:
     """When a process started; None if it has ended. Where there is no /proc, any process of that number counts."""
     try:
@@ -194,9 +213,5 @@ def _started(pid: int) -> str | None:
     except OSError:
         if Path("/proc/self/stat").exists():
             return None
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return None
-        return "running"
+        return "running" if _runs(pid) else None
     return None if fields[0] in "ZX" else fields[19]

@@ -24,18 +24,30 @@ from amltrain.environment import code_commit, hardware, library_versions
 from amltrain.errors import UserError, fits
 from amltrain.hub.model_folder import read_training
 from amltrain.models import model_info
+from amltrain.registry import METHODS
 from amltrain.run_folder import BEST, FINISHED_FILE, MODEL, RUN_CONFIG, SEEN_FILE, mark_requeue, public_name
 
 
 def describe_training(config: RunConfig) -> dict[str, Any]:
-    """JSON values: recipe, commit (None outside a git checkout), hardware, versions by library."""
+    """JSON values: recipe, the method's options with its preset filled in, commit (None outside a git checkout),
+    hardware, versions by library.
+    """
     return {
         "recipe": recipe(config),
+        "method_options": complete_options(config),
         "commit": code_commit(),
         "hardware": hardware(),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
     }
+
+
+def complete_options(config: RunConfig) -> dict[str, Any]:
+    """The method's options as JSON values, those of its preset filled in."""
+    options = config.method_options if config.method_options is not None else METHODS.options(config.method)()
+    complete = options.complete() if hasattr(options, "complete") else options
+    values: dict[str, Any] = json.loads(json.dumps(asdict(complete), default=str))
+    return values
 
 
 def recipe(config: RunConfig) -> dict[str, Any]:

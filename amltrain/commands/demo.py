@@ -1,4 +1,4 @@
-"""Try a model in the browser: upload an image, type a sentence, see the mask. Needs `pip install amltrain[demo]`.
+"""Try a model in the browser: upload an image, type a sentence, see the mask. Needs `pip install 'gradio>=5'`.
 
     amltrain demo --checkpoint runs/quickstart/best
     amltrain demo --checkpoint runs/baseline/best runs/aml/best

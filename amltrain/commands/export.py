@@ -3,7 +3,7 @@
     amltrain export --checkpoint runs/quickstart/best --output exported/quickstart
     python exported/quickstart/run_onnx.py street.jpg "red car on the left" mask.png
 
-Every file is loaded again and compared with the model. ONNX needs `pip install amltrain[export]`.
+Every file is loaded again and compared with the model. ONNX needs `pip install onnx onnxruntime onnxscript`.
 """
 
 import argparse
@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from amltrain.config.fields import ANY, check_number
-from amltrain.errors import one_line_errors
-from amltrain.inference import FORMATS
+from amltrain.errors import UserError, one_line_errors
+from amltrain.inference import FORMATS, missing_for_onnx
+from amltrain.run_folder import find_model_folder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,6 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         check_number("--runs", args.runs, 1, ANY)
         checkpoint = args.checkpoint if args.revision is None else f"{args.checkpoint}@{args.revision}"
+        find_model_folder(checkpoint)  # before the imports
+        if lacking := missing_for_onnx(args.formats):
+            print(f"onnx is left out: {lacking}", file=sys.stderr)
+            if list(args.formats) == ["onnx"]:
+                raise UserError(f"--formats onnx cannot be written: {lacking}")
         from amltrain.api import export
 
         rows = export(checkpoint, args.output, formats=args.formats, runs=args.runs)

@@ -53,6 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="half precision; no is fp32 (default)"
     )
+    parser.add_argument(
+        "--threshold", type=float, help="probability of a pixel of the mask (default: the model's, 0.5)"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="sentences per forward pass (default: 8)")
     return parser
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from amltrain.api import prepare
 from amltrain.config.schema import COMBINED
 from amltrain.data.catalog import dataset_spec, describe, find_spec
 from amltrain.data.leakage import combined_path, excluded_images, read_image_ids, write_combined_manifest
 from amltrain.data.prepare import available_cores, prepare_files
 from amltrain.data.sources.frame import FrameRule
-from amltrain.data.sources.importing import Describe, Source, read_source
 from amltrain.data.sources.own import SHARES
 from amltrain.data.sources.refer import read_hub_schema, read_refer, refer_paths
 from amltrain.data.sources.table import ReadOptions
@@ -46,36 +46,36 @@ def _prepare_own(args: argparse.Namespace) -> None:
         args.mask_threshold, args.seed, shares, args.encoding, FrameRule(args.exif), args.follow_links
     )
     columns = dict(_pairs(args.columns, "--columns", "image=photo"))
-    scratch = args.output / "source" / args.name
     if args.hf is not None:
         from amltrain.data.sources.hf_table import read_hf  # imports datasets
 
-        source = Source(read_hf(args.hf, scratch, args.name, columns=columns, options=options), scratch, "")
-    else:
-        path = args.path or args.table or args.folder
-        form = args.form or ("table" if args.table else "folder" if args.folder else None)
-        source = read_source(
-            path,
-            args.name,
+        scratch = args.output / "source" / args.name
+        manifest = prepare_files(
+            read_hf(args.hf, scratch, args.name, columns=columns, options=options),
+            args.output,
             scratch,
-            form=form,
+            max_skipped=args.max_skipped,
+            workers=args.workers,
+            image_option="the data set's images",
+        )
+    else:
+        manifest = prepare(
+            args.path or args.table or args.folder,
+            args.name,
+            output=args.output,
             images=args.images,
             masks=args.masks,
+            form=args.form or ("table" if args.table else "folder" if args.folder else None),
             columns=columns,
-            label_field=args.label_field,
+            describe=args.describe,
+            sentences=args.sentences,
+            negatives=args.negatives,
             options=options,
-            describe=_describer(args) if args.describe else None,
+            label_field=args.label_field,
+            max_skipped=args.max_skipped,
+            workers=args.workers,
+            said=print if args.path is not None else lambda line: None,
         )
-    if args.path is not None:
-        print(source.said)
-    manifest = prepare_files(
-        source.annotations,
-        args.output,
-        source.images,
-        max_skipped=args.max_skipped,
-        workers=args.workers,
-        image_option="the data set's images" if args.hf or args.folder else "--images",
-    )
     print(describe(manifest))
     _show_next(args.output, args.name)
     print(_next_command(manifest, args.output))
@@ -89,20 +89,8 @@ def _next_command(manifest: dict[str, Any], output: Path) -> str:
     if "train" not in splits:
         score = f"amltrain evaluate --checkpoint RUN/best {data} --splits {splits[0]}"
         return f"it has no split `train`; score a model on it: {score}"
-    evaluated = next((split for split in ("val", *splits[1:], "train") if split in splits), "train")
-    flag = "" if evaluated == "val" else f" --evaluation.splits '[{evaluated}]'"
-    return (
-        f"then train on it, a tiny model of random weights first: amltrain train --config quickstart {data}{flag}\n"
-        f"and a model with pretrained encoders: amltrain train --config models/caris_swin_base {data}{flag}"
-    )
-
-
-def _describer(args: argparse.Namespace) -> Describe:
-    from amltrain.data.sources.describe import DescribeOptions
-    from amltrain.data.sources.describe_rows import describe_rows
-
-    choice = DescribeOptions(args.sentences, args.negatives, args.seed)
-    return lambda imported: describe_rows(imported, choice, links=args.follow_links)
+    where = "" if output == Path("prepared") else f" --prepared {output}"
+    return f"then train a pretrained model on it and see its report: amltrain finetune {manifest['dataset']}{where}"
 
 
 def _show_next(output: Path, name: str) -> None:

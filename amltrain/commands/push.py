@@ -1,7 +1,7 @@
 """Publish a model on the HuggingFace Hub: weights, configs, tokenizer, scores and a model card, in one commit.
 
     hf auth login                                           # once; or set HF_TOKEN
-    amltrain push runs/quickstart/best user/caris-refshapes --private
+    amltrain push runs/quickstart/best user/caris-refshapes
     amltrain predict --checkpoint user/caris-refshapes --image street.jpg --sentence "the red car"
 
 The card has model, data, protocol and scores (also as the Hub's model-index), recipe, commit, hardware and licences,
@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.errors import one_line_errors
+from amltrain.errors import UserError, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="RUN/best, RUN/last, RUN/step-N or a model folder")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
-    parser.add_argument("--private", action="store_true", help="make the repository private (default: public)")
+    parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
+    parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)  # the default since 0.3
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
     parser.add_argument("--dry_run", action="store_true", help="check everything, push nothing, print files and card")
     parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
@@ -34,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
+        if args.public and args.private:
+            raise UserError("--public and --private contradict each other; leave one of them out")
         from amltrain.hub.push import push_model  # once the arguments are known to be good: torch takes a while
 
         address = push_model(
             args.folder,
             args.repo,
-            private=args.private,
+            private=not args.public,
             revision=args.revision,
             results_file=args.results,
             dry_run=args.dry_run,

@@ -1,6 +1,6 @@
 """Publish prepared data as a HuggingFace Hub data set, with a card that shows every split and its pictures.
 
-    amltrain data push prepared user/my-data --private
+    amltrain data push prepared user/my-data
     amltrain train --data.prepared user/my-data --data.datasets '[mine]'
 
 Parquet files, manifests and the card are pushed; `source/` and everything else stays here. Rerun the same command after
@@ -22,7 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the prepared folder")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; created if it does not exist")
     parser.add_argument("--dataset", nargs="*", default=[], metavar="NAME", help="data sets to push (default: all)")
-    parser.add_argument("--private", action="store_true", help="make the repository private (default: public)")
+    parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
+    parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)  # the default since 0.3
     parser.add_argument("--revision", help="branch to push to; created if it does not exist (default: main)")
     return parser
 
@@ -33,5 +34,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         from amltrain.hub.push_data import push_data  # once the arguments are known to be good: torch takes a while
 
-        address = push_data(args.folder, args.repo, private=args.private, names=args.dataset, revision=args.revision)
+        address = push_data(args.folder, args.repo, private=not args.public, names=args.dataset, revision=args.revision)
         print(f"pushed to {address}")

@@ -38,13 +38,19 @@ class Found(NamedTuple):
     @property
     def title(self) -> str:
         """The first line of the comment above the file's or the variant's keys."""
+        return self.comment[0]
+
+    @property
+    def comment(self) -> list[str]:
+        """The lines of that comment, without their marks."""
         lines = self.path.read_text(encoding="utf-8").splitlines()
         first = 0
         if self.variant is not None:
             first = lines.index(f"  {self.variant}:")
             while lines[first - 1].startswith("  #"):
                 first -= 1
-        return lines[first].lstrip("# ")
+        after = (number for number in range(first, len(lines)) if not lines[number].lstrip().startswith("#"))
+        return [line.lstrip("# ") for line in lines[first : next(after, len(lines))]] or [""]
 
 
 class Layers(NamedTuple):

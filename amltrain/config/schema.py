@@ -207,6 +207,14 @@ class OptimConfig:
     """multistep: where to multiply by gamma, as shares of the run."""
     gamma: float = key(0.1, low=0)
     """multistep: factor at each milestone."""
+    per_epoch: bool = False
+    """The schedule moves once per epoch instead of every step, as in the official code of C3VG, DeRIS and ReMamber."""
+    epoch_lag: int = key(0, low=0)
+    """per_epoch: epochs by which the schedule is late; 1 in ReMamber, whose first two epochs run at the full rate."""
+    first_epochs: list[float] = key(default_factory=list, low=0, high=1)
+    """Factors of the first epochs, on top of the schedule: [0.25, 0.5, 0.75] in C3VG, [0.5] in DeRIS on RefCOCO."""
+    min_lr: float = key(0.0, low=0)
+    """Rate that the schedule ends at instead of 0, for every group with a larger base rate."""
     first_epoch_full_lr: bool = False
     """Train every parameter group at the full lr, unscaled, in the first pass over the training set (also where the run
     is given in steps); the schedule is unchanged. In the official CRIS code CLIP starts so, at ten times its rate."""

@@ -204,6 +204,8 @@ def _write(
 
 def _reserve(path: Path) -> None:
     """Give a sparse file its space now: a disk that fills up under a mapped file ends the process with SIGBUS."""
+    if not hasattr(os, "posix_fallocate"):  # macOS and Windows
+        return
     with path.open("r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

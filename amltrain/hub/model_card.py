@@ -160,7 +160,7 @@ def _bibtex(paper: str) -> tuple[str, str]:
 def _usage(repo: str) -> str:
     sentence = "the man in the red shirt"
     return (
-        "```bash\npip install amltrain\n```\n"
+        "From a clone of amltrain's repository:\n```bash\npip install -e .\n```\n"
         "```python\n"
         "from PIL import Image\n"
         "from amltrain import Predictor\n"

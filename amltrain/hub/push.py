@@ -170,7 +170,7 @@ class PushProcess:
     """
 
     def __init__(self, repo: str, *, private: bool) -> None:
-        self.command = [repo, *(["--private"] if private else []), *import_flags()]
+        self.command = [repo, "--private" if private else "--public", *import_flags()]
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
 

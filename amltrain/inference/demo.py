@@ -176,7 +176,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise UserError("the demo needs gradio; install it with: pip install 'amltrain[demo]'") from error
+        raise UserError("the demo needs gradio; install it with: pip install 'gradio>=5'") from error
     return gradio
 
 

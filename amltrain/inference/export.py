@@ -168,7 +168,7 @@ def _require(package: str) -> Any:
     try:
         return __import__(package)
     except ImportError as error:
-        raise UserError(f"ONNX needs {package}; install it with: pip install 'amltrain[export]'") from error
+        raise UserError(f"ONNX needs {package}; install it with: pip install onnx onnxruntime onnxscript") from error
 
 
 def _cause(error: BaseException) -> str:

@@ -5,12 +5,11 @@ The folder that `amltrain predict` writes: pictures with names of their own, and
 Load a model and segment images: what `amltrain predict` does after its arguments are read.
 """
 
-import glob
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,41 +24,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.environment import choose_device
 from amltrain.errors import UserError
 from amltrain.evaluation.draw import OVERLAY_SIDE, overlay
-from amltrain.inference.predictor import INSIDE, Precision, Predictor, Segmentation, read_image
-
-
-def find_images(sources: Sequence[str]) -> list[str]:
-    """List the image files that arguments name, each once, in the order given; folders and patterns are sorted.
-
-    A folder stands for the files in it that have an image's ending, a pattern (`*`, `?`, `[...]`; `**` for all
-    subfolders) for the files that match it and have one. A file given by name may have any ending.
-    Raises UserError for a URL, and for a source that names nothing.
-    """
-    return list(dict.fromkeys(path for source in sources for path in _expand(source)))
-
-
-def _expand(source: str) -> list[str]:
-    if "://" in source:
-        raise UserError(f"{source} is a URL, and nothing is downloaded here; save the image and give its file name")
-    if os.path.isdir(source):
-        found = _images(os.path.join(source, name) for name in os.listdir(source))
-        if not found:
-            raise UserError(f"there is no image in the folder {source}; for its subfolders give '{source}/**/*'")
-        return found
-    if os.path.exists(source):
-        return [source]
-    if glob.has_magic(source):
-        found = _images(glob.iglob(source, recursive=True))
-        if not found:
-            raise UserError(f"no image matches {source!r}")
-        return found
-    raise UserError(f"there is no image {source}")
-
-
-def _images(paths: Iterable[str]) -> list[str]:
-    endings = Image.registered_extensions()
-    return sorted(p for p in paths if os.path.splitext(p)[1].lower() in endings and os.path.isfile(p))
-
+from amltrain.inference.predictor import INSIDE, NO_TARGET, Precision, Predictor, Segmentation, find_images, read_image
 
 ROWS_FILE = "predictions.jsonl"
 _LONGEST = 80
@@ -235,7 +200,12 @@ def describe(segmentation: Segmentation) -> str:
     if segmentation.confidence_of == INSIDE:
         share = 100 * segmentation.mask.mean()
         return f"{share:.1f} % of the image, {sure}" if share >= 0.05 else f"under 0.1 % of the image, {sure}"
-    return f"nothing found, {sure}" if segmentation.nothing else f"no pixel passes the threshold, {sure}"
+    if segmentation.confidence_of == NO_TARGET:
+        return f"nothing found: {sure}"
+    highest = float(segmentation.probability.max())
+    if highest > segmentation.threshold:
+        return "nothing found: fewer pixels pass the threshold than the protocol asks for"
+    return f"nothing found: the highest probability is {highest:.2f}, the threshold {segmentation.threshold:g}"
 
 
 def read_sentences(sentences: Sequence[str], file: str | None) -> list[str]:
@@ -271,6 +241,7 @@ class PredictOptions:
     device: str | None = None
     mixed_precision: Precision = "no"
     batch_size: int = 8
+    threshold: float | None = None
 
 
 def run(options: PredictOptions) -> None:
@@ -287,6 +258,7 @@ def run(options: PredictOptions) -> None:
         revision=options.revision,
         batch_size=options.batch_size,
         precision=options.mixed_precision,
+        threshold=options.threshold,
     )
     for sentence in sentences:
         for line in unread(predictor.tokenizer, sentence):

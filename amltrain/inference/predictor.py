@@ -1,11 +1,15 @@
 """Segment what sentences refer to in an image; masks come back at the image's own size.
 
 from amltrain import Predictor
-predictor = Predictor.from_pretrained("runs/quickstart/best")
-prediction, = predictor("street.jpg", "the red car on the left")
+predictor = Predictor("runs/quickstart/best")
+[found] = predictor("street.jpg", "the red car on the left")
+for path, [found] in predictor.each("photos/", "the dog"): ...
 """
 
-from collections.abc import Sequence
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -18,6 +22,7 @@ from torch import Tensor
 from amltrain.data.images import to_rgb
 from amltrain.data.loaders import build_transform
 from amltrain.data.transforms import normalise
+from amltrain.environment import choose_device
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.masks import Found, find_referents, network_size
 from amltrain.hub.model_folder import Pretrained, load_pretrained
@@ -40,6 +45,7 @@ class Segmentation(NamedTuple):
                    protocol's pixel count, or because no pixel passes the threshold
     confidence_of  one of `INSIDE` (a mask was found), `NO_TARGET` (the model has a no-target head and it decided), and
                    `NO_PIXEL` (the mask is empty or too small)
+    threshold      probability that a pixel of the mask exceeds
     """
 
     mask: NDArray[np.bool_]
@@ -47,6 +53,7 @@ class Segmentation(NamedTuple):
     confidence: float
     nothing: bool
     confidence_of: str = INSIDE
+    threshold: float = 0.5
 
 
 class Predictor:
@@ -54,17 +61,28 @@ class Predictor:
 
     def __init__(
         self,
-        pretrained: Pretrained,
-        device: str | torch.device = "cpu",
+        source: Pretrained | str | Path,
+        device: str | torch.device | None = None,
         batch_size: int = 8,
         precision: Precision = "no",
+        threshold: float | None = None,
     ) -> None:
-        """batch_size: sentences per forward pass; precision: fp16 or bf16 autocast, "no" is fp32."""
+        """source: a model that was loaded, or a run's checkpoint, a model folder or a Hub repository.
+
+        device: None = a GPU if there is one, as everywhere. batch_size: sentences per forward pass. precision: fp16 or
+        bf16 autocast, "no" is fp32. threshold: probability that a pixel of the mask exceeds, 0..1; None = the model's.
+        Raises UserError.
+        """
+        pretrained = source if isinstance(source, Pretrained) else load_pretrained(source)
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise UserError(f"threshold is {threshold} and must lie from 0 to 1")
+        if device is None or isinstance(device, str):
+            device = choose_device(device)
         if pretrained.tokenizer is None:
             raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
         self.model = pretrained.model.eval().to(device)
         self.name, self.preprocess = pretrained.name, pretrained.preprocess
-        self.protocol = pretrained.protocol
+        self.protocol = pretrained.protocol if threshold is None else replace(pretrained.protocol, threshold=threshold)
         self.tokenizer = pretrained.tokenizer
         self.transform = build_transform(pretrained.preprocess)
         self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
@@ -79,14 +97,15 @@ class Predictor:
     def from_pretrained(
         cls,
         source: str | Path,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         *,
         revision: str | None = None,
         batch_size: int = 8,
         precision: Precision = "no",
+        threshold: float | None = None,
     ) -> "Predictor":
-        """Load a model folder, a checkpoint folder or a Hub repository; see `load_pretrained`."""
-        return cls(load_pretrained(source, revision=revision), device, batch_size, precision)
+        """Load a model folder, a checkpoint folder or a Hub repository, maybe of a revision; see `load_pretrained`."""
+        return cls(load_pretrained(source, revision=revision), device, batch_size, precision, threshold)
 
     def __call__(self, image: ImageSource, sentences: str | Sequence[str]) -> list[Segmentation]:
         """Segment what each sentence refers to.
@@ -104,6 +123,17 @@ class Predictor:
             batch = self.batch(pixels, geometry, sentences[start : start + self.batch_size])
             found += self._segmentations(self.forward(batch), batch)
         return found
+
+    def each(
+        self, images: str | Path | Sequence[str | Path], sentences: str | Sequence[str]
+    ) -> Iterator[tuple[str, list[Segmentation]]]:
+        """Yield (path, what each sentence refers to) of files, folders and patterns, one image at a time.
+
+        Raises UserError for a source that names no image, before the first one is read, and at one that is unreadable.
+        """
+        sources = [images] if isinstance(images, (str, Path)) else images
+        for path in find_images([str(source) for source in sources]):
+            yield path, self(path, sentences)
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:
@@ -130,7 +160,7 @@ class Predictor:
 
     def _segmentations(self, output: ModelOutput, batch: Batch) -> list[Segmentation]:
         found = find_referents(output, network_size(batch), batch.geometry.tolist(), self.protocol)
-        return [_segmentation(one) for one in found]
+        return [_segmentation(one)._replace(threshold=self.protocol.threshold) for one in found]
 
 
 def _segmentation(found: Found) -> Segmentation:
@@ -141,6 +171,39 @@ def _segmentation(found: Found) -> Segmentation:
         # a head that sees a target overrules the empty mask: not "nothing", only not found
         return Segmentation(mask, values, float(1 - values.max()), found.head is None, NO_PIXEL)
     return Segmentation(mask, values, float(values[mask].mean(dtype=np.float64)), False, INSIDE)
+
+
+def find_images(sources: Sequence[str]) -> list[str]:
+    """List the image files that arguments name, each once, in the order given; folders and patterns are sorted.
+
+    A folder stands for the files in it that have an image's ending, a pattern (`*`, `?`, `[...]`; `**` for all
+    subfolders) for the files that match it and have one. A file given by name may have any ending.
+    Raises UserError for a URL, and for a source that names nothing.
+    """
+    return list(dict.fromkeys(path for source in sources for path in _expand(source)))
+
+
+def _expand(source: str) -> list[str]:
+    if "://" in source:
+        raise UserError(f"{source} is a URL, and nothing is downloaded here; save the image and give its file name")
+    if os.path.isdir(source):
+        found = _images(os.path.join(source, name) for name in os.listdir(source))
+        if not found:
+            raise UserError(f"there is no image in the folder {source}; for its subfolders give '{source}/**/*'")
+        return found
+    if os.path.exists(source):
+        return [source]
+    if glob.has_magic(source):
+        found = _images(glob.iglob(source, recursive=True))
+        if not found:
+            raise UserError(f"no image matches {source!r}")
+        return found
+    raise UserError(f"there is no image {source}")
+
+
+def _images(paths: Iterable[str]) -> list[str]:
+    endings = Image.registered_extensions()
+    return sorted(p for p in paths if os.path.splitext(p)[1].lower() in endings and os.path.isfile(p))
 
 
 def load_image(source: ImageSource) -> Image.Image:

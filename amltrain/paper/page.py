@@ -8,7 +8,8 @@ from pathlib import Path
 
 from amltrain.evaluation.tables import markdown
 from amltrain.paper.plan import Table
-from amltrain.paper.tables import CONFLICTS, TABLES
+from amltrain.paper.published import CONFLICTS
+from amltrain.paper.tables import TABLES
 
 
 def table_list() -> str:

@@ -102,7 +102,17 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 Scale = Literal["tiny", "full"]
 Kind = Literal[
-    "scores", "log", "losses", "alignment", "robustness", "occlusion", "activation", "histogram", "cost", "bound"
+    "scores",
+    "log",
+    "losses",
+    "alignment",
+    "robustness",
+    "occlusion",
+    "activation",
+    "histogram",
+    "cost",
+    "bound",
+    "published",
 ]
 """Where the values of a row come from.
 
@@ -110,12 +120,14 @@ scores      `amltrain evaluate`; measure "refcoco:val/oIoU"
 log         log.jsonl of the run; "val/oIoU, epoch 10" or "epoch_loss, epoch 1"
 losses      `analyse losses`: mean loss on images without masks; "loss, epoch 1"
 alignment   `analyse dynamics`; "score_mean, epoch 1"
-robustness  `analyse robustness`: mean over the seven perturbations; "refcoco:val/oIoU"
+robustness  `analyse robustness`; "refcoco:val/oIoU, haze" or "..., mean" of the seven perturbations
 occlusion   `analyse occlusion`; "refcoco+:testA/oIoU, 30 %" or "..., drop at 30 %"
 activation  `analyse activation`; "positive in truth" or "positive outside", percent of the pixels
 histogram   `analyse histogram`; "score_mean"
 cost        `python launch/benchmark.py`, relative to the baseline's step; "time", "memory" or "FLOPs"
-bound       computed: the Johnson-Lindenstrauss distortion of the recipe's projections; "distortion bound"
+bound       computed: the Johnson-Lindenstrauss distortion of the recipe's projections; "distortion bound", or as the
+            paper computes it, "JL error of the paper"
+published   nowhere: a system that is not trained here, or a number whose definition is not known
 """
 SHARED: tuple[Kind, ...] = ("robustness", "occlusion", "activation", "histogram")
 """Kinds whose command takes the models of all rows at once."""
@@ -160,12 +172,12 @@ class Table(NamedTuple):
 
     def runs(self) -> list[Run]:
         """The trainings that the table needs, each once."""
-        trained = (row.run for row in self.rows if row.kind not in ("cost", "bound"))
+        trained = (row.run for row in self.rows if row.kind not in ("cost", "bound", "published"))
         return list(dict.fromkeys(trained))
 
     def recipes(self) -> list[str]:
         """The recipes that the table names, each once."""
-        return list(dict.fromkeys(row.run.recipe for row in self.rows))
+        return list(dict.fromkeys(row.run.recipe for row in self.rows if row.kind != "published"))
 
     def kinds(self) -> list[Kind]:
         return list(dict.fromkeys(row.kind for row in self.rows))

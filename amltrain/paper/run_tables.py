@@ -34,7 +34,7 @@ PRELOADED = [
 ]
 
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 def reproduce(tables: Sequence[Table], args: argparse.Namespace) -> None:

@@ -34,6 +34,8 @@ from amltrain.paper.plan import (
 from amltrain.run_folder import RESULTS_FILE, read_log
 
 PAPER_DIM = 2048
+PAPER_JL = 89.4
+"""epsilon^2 D of the three JL errors that the paper prints."""
 PATCH = 32
 
 
@@ -82,11 +84,15 @@ def _over_checkpoints(file: str, what: str) -> Callable[..., Value | None]:
 
 
 def _robustness(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
-    split, metric = measure.split("/")
+    place, name = measure.split(", ")
+    split, metric = place.split("/")
     rows = [r for r in _analysis_rows(table, row, split, seed, settings) if r.provenance["perturbation"]]
+    if name != "mean":
+        rows = [r for r in rows if r.provenance["perturbation"]["name"] == name.replace(" ", "_")]
     if not rows:
         return None
-    return Value(fmean(r.score(metric) for r in rows), f"mean of {len(rows)} perturbations, {_scored(rows[0])}")
+    what = f"mean of {len(rows)} perturbations" if name == "mean" else name
+    return Value(fmean(r.score(metric) for r in rows), f"{what}, {_scored(rows[0])}")
 
 
 def _occlusion(table: Table, row: Row, measure: str, seed: int, settings: Settings) -> Value | None:
@@ -136,6 +142,8 @@ def _bound(table: Table, row: Row, measure: str, seed: int, settings: Settings) 
     size = TINY_SIZE if settings.scale == "tiny" else preprocess.size
     points = (size // PATCH) ** 2 + preprocess.max_tokens
     dim = int(recipe.options.get("dim", PAPER_DIM))
+    if measure != "distortion bound":
+        return Value(math.sqrt(PAPER_JL / dim), f"sqrt({PAPER_JL} / {dim})")
     return Value(distortion_bound(points, dim), f"computed for {points} patches and tokens")
 
 
@@ -150,16 +158,17 @@ READERS: dict[Kind, Callable[[Table, Row, str, int, Settings], Value | None]] = 
     "histogram": _histogram,
     "cost": _cost,
     "bound": _bound,
+    "published": lambda *_: None,
 }
 
 
-def _epoch(measure: str) -> tuple[str, int]:
+def _epoch(measure: str) -> tuple[str, float]:
     """("score_mean", 10) of "score_mean, epoch 10"."""
-    name, epoch = re.fullmatch(r"(.*), epoch (\d+)", measure).groups()  # type: ignore[union-attr]
-    return name, int(epoch)
+    name, epoch = re.fullmatch(r"(.*), epoch ([\d.]+)", measure).groups()  # type: ignore[union-attr]
+    return name, float(epoch)
 
 
-def _at(records: Mapping[int, float], epoch: int, row: Row, what: str) -> Value | None:
+def _at(records: Mapping[int, float], epoch: float, row: Row, what: str) -> Value | None:
     """The record nearest to the end of an epoch of the run, by the share of the run's steps."""
     if not records:
         return None

@@ -5,6 +5,7 @@ Score a model and write the HTML page: what `amltrain report` does after its arg
 
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,8 @@ from amltrain.evaluation.tables import describe, split_label
 from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
-from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
-from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, find_model_folder, read_log
+from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts, training_facts
+from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, TRAINING_FILE, find_model_folder, read_log
 
 GROUPS = ("chosen", "best", "worst", "random")
 
@@ -182,7 +183,8 @@ def report(options: ReportOptions) -> Path:
     ]
     curves = training_charts(numbers(read_log(source.run))) if source.run else []
     tau = aligner.tau if aligner is not None else None
-    page = render(_title(source), _facts(source, pretrained, aligner), curves, parts, tau)
+    rows = read_log(source.run) if source.run else []
+    page = render(_title(source), _facts(source, pretrained, aligner, training, rows), curves, parts, tau)
     write_page(output, page)
     return output
 
@@ -271,14 +273,24 @@ def _title(source: Source) -> str:
     return f"Run {source.run.resolve().name}" if source.run else Path(source.model).name
 
 
-def _facts(source: Source, pretrained: Pretrained, aligner: Aligner | None) -> dict[str, str]:
+def _facts(
+    source: Source,
+    pretrained: Pretrained,
+    aligner: Aligner | None,
+    training: dict[str, Any] | None,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """What was trained, how, on what, when and where; what nothing records is left out. rows: of log.jsonl."""
     preprocess = pretrained.preprocess
     facts = {
         "model": pretrained.name,
         "checkpoint": Path(source.model).resolve().name if source.run else source.model,
         "parameters": f"{sum(p.numel() for p in pretrained.model.parameters()) / 1e6:.1f} M",
         "input": f"{preprocess.size} px, {preprocess.resize}, {preprocess.max_tokens} tokens",
+        **training_facts(training, rows),
     }
+    if source.run and (saved := find_model_folder(source.model) / TRAINING_FILE).is_file():
+        facts["saved"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved.stat().st_mtime))
     if aligner is not None:
         s = aligner.settings
         facts["AML masks"] = f"tau {s.tau:g}, rho {s.rho:g}, blocks of {s.block} px, " + (

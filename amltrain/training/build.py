@@ -7,7 +7,6 @@ import inspect
 import json
 import logging
 import os
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +200,13 @@ def check_before_data(config: RunConfig) -> None:
     check_metric_name(config.evaluation)
     check_trackers(config.tracking.trackers)
     resolve_splits(config.evaluation.splits, config.data.datasets, config.data.prepared)
+    if config.optim.per_epoch and config.optim.warmup_steps:
+        raise UserError(
+            "optim.per_epoch moves the rate once per epoch, so optim.warmup_steps has no place; give "
+            "optim.first_epochs, e.g. [0.25, 0.5, 0.75]"
+        )
+    if config.optim.epoch_lag and not config.optim.per_epoch:
+        raise UserError("optim.epoch_lag belongs to optim.per_epoch=true; set both, or remove it")
     if config.train.epochs is None and config.train.max_steps is None:
         raise UserError("give train.epochs or train.max_steps")
     length = "epochs" if config.train.max_steps is None else "max_steps"
@@ -278,6 +284,10 @@ def _check_path(value: str, key: str) -> None:
 
 def check_open_files(workers: int) -> None:
     """Raise the limit of open files to what loader processes need. Raises UserError where the system forbids it."""
+    if os.name == "nt":  # there is no such limit, and no module that reads it
+        return
+    import resource
+
     needed = 128 + 64 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -60,6 +60,28 @@ def lr_factor(
     return 1.0
 
 
+def epoch_factor(
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    schedule: Schedule = "poly",
+    *,
+    per_epoch: bool = False,
+    epoch_lag: int = 0,
+    first_epochs: Sequence[float] = (),
+    **options: Any,
+) -> float:
+    """`lr_factor` by epochs: of whole epochs where the schedule moves once per epoch, and with factors of the first.
+
+    epoch_lag: epochs by which a schedule per epoch is late. options: of `lr_factor`.
+    """
+    epoch = step // steps_per_epoch
+    if per_epoch:
+        step, total_steps = max(0, epoch - epoch_lag), math.ceil(total_steps / steps_per_epoch)
+    first = first_epochs[epoch] if epoch < len(first_epochs) else 1.0
+    return first * lr_factor(step, total_steps, schedule, **options)
+
+
 def build_optimizer(
     groups: list[dict[str, Any]],
     name: Literal["adamw", "adam"],
@@ -112,10 +134,15 @@ def average_weights(model: nn.Module, decay: float) -> WeightAverage:
     return WeightAverage(model, decay)
 
 
-def set_lr(optimizer: Optimizer, factor: float, base_lr: float | None = None) -> None:
-    """Put every group at its own base rate times `factor`, or all of them at the one base rate that is given."""
+def set_lr(optimizer: Optimizer, factor: float, base_lr: float | None = None, min_lr: float = 0.0) -> None:
+    """Put every group at its own base rate times `factor`, or all of them at the one base rate that is given.
+
+    min_lr: where factor 0 leads, instead of 0; a group whose base rate is lower keeps that.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = (group["base_lr"] if base_lr is None else base_lr) * factor
+        base = group["base_lr"] if base_lr is None else base_lr
+        least = min(min_lr, base)
+        group["lr"] = least + (base - least) * factor if least else base * factor
 
 
 LEAST_LAYERS = 4

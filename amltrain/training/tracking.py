@@ -6,7 +6,6 @@ Only the main process writes the log and starts trackers (TensorBoard, wandb, tr
 import html
 import json
 import os
-import resource
 import secrets
 import sys
 import time
@@ -47,7 +46,14 @@ def banner(
     counts = components.dataset.counts()
     epochs = last_step * plan.samples / len(components.dataset)
     schedule = f", on the schedule of {total_steps:,}" if total_steps > last_step else ""
-    p = components.preprocess
+    p, o = components.preprocess, config.optim
+    groups = components.method.param_groups(o.lr, o.weight_decay)
+    rates: dict[float, list[str]] = {}
+    for number, group in enumerate(groups):
+        name = str(group.get("name", f"group {number}")).removesuffix("_no_decay").removesuffix("_decay")
+        named = rates.setdefault(float(group.get("lr", o.lr)), [])
+        if name not in named:
+            named.append(name)
     sets: dict[str, Any] = {name: loader.dataset for name, loader in components.eval_loaders.items()}
     splits = [f"{name} ({len(dataset):,})" for name, dataset in sets.items()]
     precision = precision_of(accelerator).replace("no", "fp32")
@@ -64,6 +70,10 @@ def banner(
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",
         "batch": str(plan),
         "steps": f"{last_step:,} ({epochs:.1f} epochs){schedule}",
+        "optimizer": f"{o.optimizer}, lr "
+        + "; ".join(f"{rate:g} of {', '.join(names)}" for rate, names in rates.items())
+        + f"; {o.schedule}, {o.warmup_steps:,} warm-up steps",
+        "seed": str(config.seed),
         "precision": precision,
         "device": _device(accelerator),
         "output": "none: train.dry_run keeps nothing" if config.train.dry_run else str(config.folder),
@@ -274,5 +284,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if os.name == "nt":
+        return 0  # not measured: the module that reads it is not there
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

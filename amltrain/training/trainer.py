@@ -33,7 +33,7 @@ from amltrain.records import Batch
 from amltrain.run_folder import BEST, FINISHED_FILE, RESULTS_FILE
 from amltrain.training.build import MethodBuilder
 from amltrain.training.callbacks import build_callbacks
-from amltrain.training.optim import lr_factor, set_lr, uncompiled
+from amltrain.training.optim import epoch_factor, set_lr, uncompiled
 from amltrain.training.run import Callback, Run, Step, open_run
 from amltrain.training.stopping import NormStatistics, Preemption, describe_samples, drop_frames, explained
 from amltrain.training.tracking import Meter
@@ -201,16 +201,21 @@ class Trainer:
     def _set_lr(self) -> float:
         """Set every group's rate for this step; returns the schedule's factor."""
         o, step = self.config.optim, self.progress.step
-        factor = lr_factor(
+        factor = epoch_factor(
             step,
             self.run.total_steps,
+            self.steps_per_epoch,
             o.schedule,
+            per_epoch=o.per_epoch,
+            epoch_lag=o.epoch_lag,
+            first_epochs=o.first_epochs,
             power=o.power,
             warmup_steps=o.warmup_steps,
             milestones=o.milestones,
             gamma=o.gamma,
         )
-        set_lr(self.optimizer, factor, o.lr if o.first_epoch_full_lr and step < self.steps_per_epoch else None)
+        base = o.lr if o.first_epoch_full_lr and step < self.steps_per_epoch else None
+        set_lr(self.optimizer, factor, base, o.min_lr)
         return factor
 
     def _stop_inside_step(self, number: int) -> None:

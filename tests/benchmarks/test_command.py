@@ -78,7 +78,7 @@ def test_a_model_that_cannot_train_on_one_sample(capsys: pytest.CaptureFixture) 
         ("--stage1-size", "0", "--stage1-size is 0, but must be at least 1"),
         ("--threads", "0", "--threads is 0, but must be at least 1"),
         ("--warmup", "-1", "--warmup is -1, but must be at least 0"),
-        ("--device", "foo", "there is no --device foo here"),
+        ("--device", "foo", "there is no device foo here"),
     ],
 )
 def test_bad_options_are_one_line(capsys: pytest.CaptureFixture, flag: str, value: str, message: str) -> None:

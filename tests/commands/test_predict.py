@@ -13,7 +13,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
 from amltrain.inference import predict as predict_images
 from amltrain.inference.predict import PredictionFolder, describe, predict, read_sentences, unread
-from amltrain.inference.predictor import INSIDE, NO_PIXEL, Segmentation
+from amltrain.inference.predictor import INSIDE, NO_PIXEL, NO_TARGET, Segmentation
 from tests.inference.test_predictor import predictor
 
 TOKENIZER = SentenceTokenizer.train_wordpiece(["the red square on the left", "a blue circle"], 6)
@@ -44,9 +44,12 @@ def test_what_a_probability_is_of_is_said() -> None:
     dot = np.zeros((100, 100), bool)
     dot[0, 0] = True
     assert describe(Segmentation(dot, values, 0.9, False, INSIDE)).startswith("under 0.1 % of the image, ")
-    assert describe(Segmentation(~mask & mask, values, 0.8, True, NO_PIXEL)) == (
-        "nothing found, 1 - highest probability of any pixel 0.80"
+    nothing = ~mask & mask
+    assert describe(Segmentation(nothing, 0.33 * values, 0.67, True, NO_PIXEL)) == (
+        "nothing found: the highest probability is 0.33, the threshold 0.5"
     )
+    assert "fewer pixels pass" in describe(Segmentation(nothing, values, 0.0, True, NO_PIXEL))
+    assert describe(Segmentation(nothing, values, 0.9, True, NO_TARGET)).startswith("nothing found: probability that")
 
 
 def test_a_broken_image_among_many_is_named_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """The report command finds a run's model and data, scores it, and writes the page."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_scores_of_an_evaluation_are_shown_and_not_scored_again(
     flags = ["--splits", "val", "--pictures", "0", *data]
     evaluate(["--checkpoint", str(run / "last"), "--output", str(tmp_path / "scored"), *flags])
     [row] = json.loads((tmp_path / "scored" / "results.json").read_text())["results"]
-    monkeypatch.setattr("amltrain.report.page.evaluate_model", None)
+    monkeypatch.setattr(sys.modules["amltrain.report.page"], "evaluate_model", None)
     args = [str(run), "--results", str(tmp_path / "scored"), "--pictures", "3"]
     text = report(build_parser().parse_args(args)).read_text(encoding="utf-8")
     assert f"{row['metrics_percent']['oIoU']:.2f}" in text

@@ -18,6 +18,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "BENCHMARKS.md", "docker/README.md"]
 PAGES += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))]
 ELSEWHERE = {
     "bash": "tests/test_documented_commands.py takes every command; tests/e2e runs them",
+    "docs/finetune.md python 0": "tests/test_finetune.py does the same with random weights",
     "docs/adding-": "tests/docs/test_doors.py follows these pages from outside the package",
 }
 
@@ -60,7 +61,7 @@ def test_a_config_is_taken(page: str, number: int, code: str, tmp_path: Path, mo
 
 def test_the_predictor_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder, info = tmp_path / "runs/NAME/best/model", model_info("lavt_tiny")
+    folder, info = tmp_path / "runs/photos/best/model", model_info("lavt_tiny")
     tokenizer = SentenceTokenizer.train_wordpiece(["the man in the red shirt"], max_tokens=8)
     model = create_model("lavt_tiny", vocab_size=tokenizer.vocab_size)
     save_pretrained(

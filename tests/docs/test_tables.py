@@ -22,10 +22,13 @@ def hooks(repository: Path) -> ModuleType:
 
 def test_every_page_gets_its_tables(hooks: ModuleType, repository: Path) -> None:
     pages = {path.stem: path.read_text() for path in (repository / "docs/reference").glob("*.md")}
+    pages["zoo"] = (repository / "docs/zoo.md").read_text()
     filled = {name: hooks.on_page_markdown(text) for name, text in pages.items()}
     assert not [name for name, text in filled.items() if "<!-- table" in text]
     assert all(f"`{key}`" in filled["config"] for key, own in iter_keys(RunConfig) if "low" in own.metadata)
     assert "method_options" not in filled["config"] and "None" not in filled["config"]
+    assert "| `paper/refcoco_aml` | val/testA/testB: mIoU 77.89/79.53/74.99" in filled["zoo"]
+    assert filled["zoo"].count("not run") > 60
     assert all(name in filled["models"] for name in list_models())
     assert "`aml.tau` | `null`" in filled["methods"] and "It has no options." in filled["methods"]
     assert "`mosaic.grids` | `[4]`" in filled["augmentations"]

@@ -28,7 +28,9 @@ def test_the_licence_is_one_that_the_hub_takes(name: str, tmp_path: Path) -> Non
 
 
 def test_readme_says_the_same_licences(repository: Path) -> None:
-    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| ([^|]*) \|", (repository / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)`[^|]*\|[^|]*\| ([^|]*) \|", (repository / "docs/models.md").read_text(), re.MULTILINE
+    )
     assert len({name for name, _ in rows} & set(list_models())) >= 13
     for name, licence in [(name, licence) for name, licence in rows if name in list_models()]:
         assert licence == model_info(name).licence, name

@@ -196,3 +196,37 @@ def test_the_model_sees_what_the_loader_would_give(scene):
     assert batch.input_ids.tolist() == [[3, 6, 3, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
     assert batch.text_mask.sum(1).tolist() == [3, 1]
     assert batch.geometry[0, :2].tolist() == [60, 90]
+
+
+def test_the_threshold_may_be_chosen_and_is_told() -> None:
+    own = predictor()
+    model = Pretrained(SeesBright(False), PREPROCESS, named_protocol("caris"), Words(), "stand_in", {})  # type: ignore[arg-type]
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    areas = []
+    for threshold in (0.0, 0.5, 1.0):
+        (found,) = Predictor(model, threshold=threshold)(image, "a cup")
+        assert found.threshold == threshold
+        areas.append(int(found.mask.sum()))
+    assert areas[0] >= areas[1] == int(own(image, "a cup")[0].mask.sum()) >= areas[2] == 0
+    with pytest.raises(UserError, match="threshold is 2 and must lie from 0 to 1"):
+        Predictor(model, threshold=2)
+
+
+def test_files_and_folders_are_read_one_after_the_other(tmp_path: Path) -> None:
+    for name in ("b.png", "a.png"):
+        Image.new("RGB", (20, 10), "white").save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = list(predictor().each(tmp_path, ["a cup", "a ball"]))
+    assert [Path(path).name for path, _ in found] == ["a.png", "b.png"]
+    assert all(len(masks) == 2 and masks[0].mask.shape == (10, 20) for _, masks in found)
+    assert len(list(predictor().each([tmp_path / "a.png"], "a cup"))) == 1
+    with pytest.raises(UserError, match="there is no image"):
+        next(predictor().each(tmp_path / "nothing", "a cup"))
+
+
+def test_a_path_is_loaded_on_the_device_of_every_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither a folder here nor a Hub repository"):
+        Predictor(tmp_path / "nothing")
+    model = Pretrained(SeesBright(False), PREPROCESS, named_protocol("caris"), Words(), "stand_in", {})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="there is no device cuda:77"):
+        Predictor(model, "cuda:77")

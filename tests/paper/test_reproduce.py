@@ -34,9 +34,9 @@ def test_tiny_trainings_are_runs_that_train_takes(name: str) -> None:
 
 def test_tiny_keeps_method_and_options() -> None:
     commands = [read_run(c.arguments) for c in plan(TABLE_4, TINY) if c.name == "train"]
-    assert [run.method_options.tau for run in commands] == [0.0, 0.2, 0.3, None]
+    assert [run.method_options.tau for run in commands] == [0.0, 0.2, 0.3, None] * 3
     assert {run.model.name for run in commands} == {"caris_tiny"}
-    assert {tuple(run.data.datasets) for run in commands} == {("refshapes+",)}
+    assert [run.data.datasets[0] for run in commands[::4]] == ["refshapes", "refshapes+", "refshapesg"]
     assert {run.train.max_steps for run in commands} == {8}
     short = [str(c) for c in plan(BY_NAME["table7"], TINY) if c.name == "train"]
     assert all("--train.max_steps 8 --train.stop_after 2 " in command for command in short)
@@ -46,9 +46,10 @@ def test_full_trains_into_the_recipes_folders() -> None:
     seeds = FULL._replace(seeds=(0, 1), flags=("--train.micro_batch_size", "4"), prepared="elsewhere")
     commands = [c for c in plan(TABLE_4, seeds) if c.name == "train"]
     runs = [read_run(c.arguments) for c in commands]
-    assert [run.output for run in runs[3::4]] == ["runs/paper/refcoco+_aml", "runs/paper/refcoco+_aml-seed-1"]
+    names = [f"runs/paper/{name}_aml" for name in ("refcoco", "refcoco+", "refcocog")]
+    assert [run.output for run in runs[3::4]] == [*names, *(f"{name}-seed-1" for name in names)]
     assert {(run.train.micro_batch_size, run.data.prepared) for run in runs} == {(4, "elsewhere")}
-    assert str(commands[3]).startswith("amltrain train --config recipes/paper/refcoco+_aml --data.prepared elsewhere")
+    assert str(commands[7]).startswith("amltrain train --config recipes/paper/refcoco+_aml --data.prepared elsewhere")
     followed = [read_run(c.arguments) for c in plan(TABLE_14, FULL) if c.name == "train"]
     lengths = [(run.train.stop_after, run.checkpoint.initial) for run in followed]
     assert lengths == [(None, False)] * 2 + [(10, True)] * 2
@@ -82,7 +83,7 @@ def test_missing_data_names_the_commands(tmp_path: Path) -> None:
 def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["table4", "table17", "--dry_run", "--output", str(tmp_path / "new"), "--flags", "--optim.lr", "0.1"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(set(lines)) == 8
+    assert len(lines) == len(set(lines)) == 24
     assert all(line.startswith(("amltrain train ", "amltrain evaluate ")) for line in lines)
     assert lines[0].endswith("--optim.lr 0.1")
     assert not (tmp_path / "new").exists()
@@ -104,16 +105,18 @@ def test_an_empty_table_shows_what_is_published(tmp_path: Path) -> None:
     settings = FULL._replace(root=tmp_path)
     content = collect(TABLE_4, settings, "amltrain paper reproduce table4")
     text = markdown_page(content)
-    assert [row["ours"] for row in content["rows"]] == [[]] * 6
-    assert "| tau 0.4 | refcoco+:testB/oIoU |     59.51 |    - |  not run |" in text
+    assert [row["ours"] for row in content["rows"]] == [[]] * 18
+    assert "| tau 0.4, RefCOCO+ | refcoco+:testB/oIoU |     59.51 |    - |  not run |" in text
     assert r"\toprule" in latex_table(content) and "59.51" in latex_table(content)
     write_table(TABLE_4, settings, "amltrain paper reproduce table4")
-    assert "| 0 of 6 |" in status_page(tmp_path)
+    assert "| 0 of 18 |" in status_page(tmp_path)
 
 
 def test_seeds_are_averaged() -> None:
     content = collect(TABLE_5, TINY._replace(seeds=(0, 1)), "command")
-    bounds = [row for row in content["rows"] if row["kind"] == "bound"]
+    bounds = [row for row in content["rows"] if row["measure"] == "distortion bound"]
+    printed = [row for row in content["rows"] if row["measure"] == "JL error of the paper"]
+    assert all(row["ours"][0] == pytest.approx(row["published"], abs=2e-4) for row in printed) and len(printed) == 3
     assert [len(row["ours"]) for row in bounds] == [2, 2, 2]
     assert bounds[0]["ours"][0] > bounds[1]["ours"][0] > bounds[2]["ours"][0] > 0
     assert "± 0.0000 (2)" in markdown_page(content)
@@ -158,5 +161,9 @@ def test_every_table_is_made_at_the_tiny_scale(tmp_path: Path) -> None:
     reproduce(TABLES, options(tmp_path, "--steps", "8"))  # an epoch, which Table 14 needs
     for table in TABLES:
         content = json.loads((tmp_path / "tiny-8-steps" / "tables" / f"{table.name}.json").read_text())
-        missing = [f"{row['row']}: {row['measure']}" for row in content["rows"] if not row["ours"]]
+        missing = [
+            f"{row['row']}: {row['measure']}"
+            for row in content["rows"]
+            if not row["ours"] and row["kind"] != "published"
+        ]
         assert not missing, table.name

@@ -1,13 +1,17 @@
 """Learning-rate schedules against the official code's recording and by hand."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from amltrain.commands.train import read_run
+from amltrain.errors import UserError
 from amltrain.models import create_model
-from amltrain.training.optim import average_weights, build_optimizer, lr_factor, set_lr
+from amltrain.training.build import check_before_data
+from amltrain.training.optim import average_weights, build_optimizer, epoch_factor, lr_factor, set_lr
 from tests.models.test_registry import TINY, build
 
 
@@ -34,6 +38,72 @@ def test_multistep_and_cosine() -> None:
     assert steps == pytest.approx([1.0, 0.1, 0.01])
     assert lr_factor(5, 10, "cosine") == pytest.approx(0.5)
     assert lr_factor(10, 10, "cosine") == pytest.approx(0.0)
+
+
+def rates_by_epoch(config: str, epochs: int, groups: dict[str, float], *flags: str) -> dict[str, list[list[float]]]:
+    """Every group's rate in the first, a middle and the last step of every epoch, by its base rate."""
+    o, steps = read_run(["--config", config, *flags]).optim, 7
+    parts = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr} for lr in groups.values()]
+    optimizer = build_optimizer(parts, "adam", lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad)
+    found: dict[str, list[list[float]]] = {name: [] for name in groups}
+    for epoch in range(epochs):
+        seen = []
+        for step in (0, 3, steps - 1):
+            factor = epoch_factor(
+                epoch * steps + step,
+                epochs * steps,
+                steps,
+                o.schedule,
+                per_epoch=o.per_epoch,
+                epoch_lag=o.epoch_lag,
+                first_epochs=o.first_epochs,
+                milestones=o.milestones,
+                gamma=o.gamma,
+                warmup_steps=o.warmup_steps,
+            )
+            set_lr(optimizer, factor, None, o.min_lr)
+            seen.append([group["lr"] for group in optimizer.param_groups])
+        for name, values in zip(groups, zip(*seen, strict=True), strict=True):
+            found[name].append(list(values))
+    return found
+
+
+def test_c3vg_has_the_official_rates(shared_dir: Path) -> None:
+    recorded = json.loads((shared_dir / "goldens/c3vg/lr_schedule.json").read_text())["lr"]
+    ours = rates_by_epoch("models/c3vg_beit3_base", 30, {"vis_enc": 5e-5, "lan_enc": 5e-4, "rest": 5e-4})
+    for column, name in enumerate(ours):
+        expected = [[row[column]] * 3 for row in recorded]
+        assert [v for e in ours[name] for v in e] == pytest.approx([v for e in expected for v in e], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [("grefcoco", []), ("refcoco", ["--optim.first_epochs", "[0.5]", "--optim.milestones", "[0.7, 0.9]"])],
+)
+def test_deris_has_the_official_rates(shared_dir: Path, task: str, flags: list[str]) -> None:
+    recorded = json.loads((shared_dir / "goldens/deris/lr_schedule.json").read_text())[task]
+    groups = {"vis_enc": 5e-5, "pixel_decoder": 1e-4, "rest": 1e-4}
+    ours = rates_by_epoch("models/deris_b", recorded["config"]["max_epoch"], groups, *flags)
+    for name in groups:
+        assert [v for e in ours[name] for v in e] == pytest.approx([v for v in recorded[name] for _ in range(3)])
+
+
+def test_remamber_has_the_official_rates() -> None:
+    """Cosine to 1e-6 over 50 epochs, moved after each epoch by its number: the first two run at the full rate."""
+    ours = rates_by_epoch("recipes/remamber/refcoco", 50, {"all": 5e-5, "tiny": 1e-7})
+    for epoch, values in enumerate(ours["all"]):
+        expected = 1e-6 + (5e-5 - 1e-6) * 0.5 * (1 + math.cos(math.pi * max(0, epoch - 1) / 50))
+        assert values == pytest.approx([expected] * 3)
+    assert ours["all"][0] == ours["all"][1] == [5e-5] * 3
+    assert ours["tiny"][-1] == [1e-7] * 3
+
+
+def test_schedules_that_cannot_be() -> None:
+    flags = ["--config", "quickstart", "--optim.per_epoch", "true"]
+    with pytest.raises(UserError, match=r"optim\.warmup_steps has no place; give optim\.first_epochs"):
+        check_before_data(read_run([*flags, "--optim.warmup_steps", "5"]))
+    with pytest.raises(UserError, match=r"optim\.epoch_lag belongs to optim\.per_epoch"):
+        check_before_data(read_run(["--config", "quickstart", "--optim.epoch_lag", "1"]))
 
 
 def test_groups_keep_their_ratio() -> None:

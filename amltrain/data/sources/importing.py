@@ -36,12 +36,16 @@ def read_source(
     label_field: str | None = None,
     options: ReadOptions = AS_WRITTEN,
     describe: Describe | None = None,
+    describe_all: bool = True,
+    hold_out: bool = False,
 ) -> Source:
     """Read annotations at a path.
 
     scratch: a folder for pictures that lie inside annotation files. form: of FORMS or OWN_FORMS; None = found out.
     images: folder of the pictures; None = where the form has them. masks, columns: of tables. describe: None = objects
-    without sentences are left out and counted. Raises UserError.
+    without sentences are left out and counted. describe_all: false = describe only where not a single object has a
+    sentence. hold_out: a tool's export whose pictures are all in one split (CVAT writes `Train` by itself) is split as
+    if it stated none. Raises UserError.
     """
     check_name(name)
     if form is None:
@@ -62,7 +66,12 @@ def read_source(
         return Source(read_hf(str(path), scratch, name, columns=columns, options=options), scratch, said)
     given = ImportOptions(images, scratch, options.encoding, label_field)
     imported = read_form(path, form, given)
-    imported = describe(imported) if describe is not None else _described(imported, path)
+    wanted = describe is not None and (describe_all or not any(row.sentences for row in imported.rows))
+    imported = describe(imported) if describe is not None and wanted else _described(imported, path)
+    if hold_out and len({row.split for row in imported.rows}) == 1 and imported.rows[0].split is not None:
+        note = f"every picture was in split {imported.rows[0].split}; some were held out to score on"
+        rows = [row._replace(split=None) for row in imported.rows]
+        imported = imported._replace(rows=rows, notes=(*imported.notes, note))
     return Source(_annotations(imported, path, name, options), imported.images, said)
 
 

@@ -53,6 +53,13 @@ def check_name(name: str) -> None:
         raise UserError(f"--name {name!r} should be letters, digits and . _ + - only, 64 at most")
 
 
+def name_of(path: Path) -> str:
+    """A name for the data set at a path: its file's or folder's, in the letters that a name may have."""
+    whole = path.resolve()
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", whole.stem if whole.is_file() else whole.name).strip("-._+")[:60]
+    return f"my-{plain}" if plain in DATASETS or plain in _RESERVED else plain or "mine"
+
+
 def build_annotations(
     rows: Iterable[TableRow],
     name: str,

@@ -117,7 +117,7 @@ def tune(encoder: nn.Module, tuning: Tuning, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError("tuning=lora needs peft; pip install amltrain[lora], or set it to full or frozen") from error
+        raise UserError("tuning=lora needs peft; pip install peft, or set it to full or frozen") from error
     targets = [
         name
         for name, module in encoder.named_modules()

@@ -360,16 +360,15 @@ def test_every_command_finds_the_splits_of_own_data(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("splits", "command"),
     [
-        (("train", "val", "test"), "amltrain train --config quickstart --data.datasets '[mine]'"),
-        (("train", "test"), "--evaluation.splits '[test]'"),
-        (("train",), "--evaluation.splits '[train]'"),
+        (("train", "val", "test"), "see its report: amltrain finetune mine --prepared"),
+        (("train",), "see its report: amltrain finetune mine --prepared"),
         (("test",), "score a model on it: amltrain evaluate --checkpoint RUN/best --data.datasets '[mine]'"),
     ],
 )
-def test_the_next_command_names_splits_that_are_there(
+def test_the_next_command_is_one_that_works(
     splits: tuple[str, ...], command: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [GOOD | {"image": f"{number}.jpg", "split": split} for number, split in enumerate(splits)]
     run(folder, table=write(folder / "my.jsonl", rows))
     said = capsys.readouterr().out
-    assert command in said and ("--evaluation.splits" in said) == ("--evaluation.splits" in command)
+    assert command in said

@@ -1,0 +1,146 @@
+"""From a folder of annotations to a trained model and its report; random weights, because none are packaged here."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import amltrain
+from amltrain.commands.finetune import own_settings
+from amltrain.errors import UserError
+from amltrain.finetune import FineTuned, finetune, look, prepare_data, verdict
+from tests.data.sources.writers import Object, picture, write_cvat, write_labelme
+
+SIZE = (48, 64)
+OWN_WEIGHTS = {
+    "model.vision_weights": None,
+    "model.text_weights": None,
+    "model.allow_random_frozen": True,
+    "preprocess.tokenizer": "wordpiece",
+    "preprocess.size": 64,
+    "train.max_steps": 2,
+    "tracking.trackers": [],
+}
+
+
+def things(left: int, *, sentence: str = "") -> list[Object]:
+    """A cup and a ball beside each other."""
+    found = []
+    for label, x in (("cup", left), ("ball", left + 25)):
+        mask = np.zeros(SIZE, np.uint8)
+        mask[10:30, x : x + 15] = 1
+        outline = [x, 10.0, x + 15, 10.0, x + 15, 30.0, x, 30.0]
+        found.append(Object(label, mask, list(map(float, outline)), sentence and f"{sentence} {label}"))
+    return found
+
+
+def labelme(root: Path, count: int, *, sentence: str = "") -> Path:
+    root.mkdir()
+    for number in range(count):
+        name = f"photo{number}.png"
+        write_labelme(root, f"photo{number}", SIZE, things(number, sentence=sentence), imagePath=name, imageData=None)
+        picture(SIZE, number).save(root / name)
+    return root
+
+
+def test_a_folder_becomes_a_model_with_two_scores_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = labelme(tmp_path / "my photos", 8)
+    done = amltrain.finetune(folder, model="caris_lite", settings=OWN_WEIGHTS)
+    assert isinstance(done, FineTuned) and done.report.stat().st_size > 10_000
+    assert done.run == Path("runs/my-photos") and (done.run / "best").exists()
+    assert {r.split for r in (done.results, done.shuffled)} == {"val"}
+    assert done.shuffled.alteration and not done.results.alteration
+    written = yaml.safe_load((done.run / "finetune.yaml").read_text())
+    assert written["base"] == ["models/caris_lite"] and written["train"]["max_steps"] == 2
+    assert written["optim"]["warmup_steps"] == 0 and written["data"]["datasets"] == ["my-photos"]
+    said = capsys.readouterr().out
+    assert "sentences were written" in said and "given by you" in said and "that it was trained on: mIoU" in said
+    # a finished run is started again: nothing is trained twice
+    before = (done.run / "log.jsonl").read_text()
+    amltrain.finetune(folder, model="caris_lite", settings=OWN_WEIGHTS)
+    assert (done.run / "log.jsonl").read_text() == before
+    assert callable(amltrain.report) and callable(amltrain.finetune)  # modules of their names were imported
+
+
+def test_an_export_that_is_all_train_is_split(tmp_path: Path) -> None:
+    (tmp_path / "cvat").mkdir()
+    write_cvat(tmp_path / "cvat", {f"p{n}.png": (SIZE, things(n, sentence="the")) for n in range(10)})
+    for number in range(10):
+        picture(SIZE, number).save(tmp_path / "cvat" / f"p{number}.png")
+    said: list[str] = []
+    place = prepare_data(
+        tmp_path / "cvat", "cups", tmp_path / "prepared", images=None, form=None, seed=0, said=said.append
+    )
+    facts = look(*place)
+    assert (facts.name, facts.scored, facts.final) == ("cups", "val", "val")
+    assert facts.refs + facts.final_refs == 20 and "every picture was in split train" in "\n".join(said)
+
+
+def test_prepared_data_are_named_by_path_or_name(tmp_path: Path) -> None:
+    said: list[str] = []
+    options = {"images": None, "form": None, "seed": 0, "said": said.append}
+    folder, prepared = labelme(tmp_path / "cups", 5, sentence="the"), tmp_path / "prepared"
+    first = prepare_data(folder, None, prepared, **options)  # type: ignore[arg-type]
+    count = len(said)
+    assert prepare_data("cups", None, prepared, **options) == first  # type: ignore[arg-type]
+    assert prepare_data(prepared / "cups", None, prepared, **options) == first  # type: ignore[arg-type]
+    assert len(said) == count
+
+
+def test_the_plan_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    settings = OWN_WEIGHTS | {"train.max_steps": 50, "optim.warmup_steps": 90, "evaluation.every_steps": 70}
+    plan = finetune(
+        labelme(tmp_path / "cups", 5), model="caris_lite", settings=settings, plan_only=True, said=said.append
+    )
+    assert not Path("runs").exists()
+    text = str(plan)
+    assert "warm-up of 90 steps is as long as the run (50)" in text and "is beyond the run (50 steps)" in text
+    assert "objects are few" in text
+
+
+def test_a_missing_path_and_an_unknown_model_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give the folder or file with your annotations"):
+        finetune(tmp_path / "nothing", prepared=tmp_path / "prepared")
+    with pytest.raises(UserError, match="unknown model of finetune 'sam'; did you mean sam3"):
+        finetune(labelme(tmp_path / "cups", 4), model="sam", prepared=tmp_path / "prepared", said=lambda line: None)
+
+
+def test_data_without_a_training_split(tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "sentence": "the cup", "mask": [10, 10, 20, 20], "split": "val"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    picture(SIZE).save(tmp_path / "a.png")
+    amltrain.prepare(tmp_path / "t.jsonl", "cups", output=tmp_path / "prepared")
+    with pytest.raises(UserError, match="cups has no split train"):
+        look(str(tmp_path / "prepared"), "cups")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "said"),
+    [
+        (60.0, 20.0, "the model reads the words"),
+        (60.0, 58.0, "hardly reads the words"),
+        (2.0, 1.0, "has hardly learned yet"),
+        (60.0, None, "no other sentence"),
+    ],
+)
+def test_the_verdict(own: float, other: float | None, said: str) -> None:
+    scores = {"mIoU": own, "oIoU": own}
+    assert said in verdict(scores, None if other is None else {"mIoU": other, "oIoU": other}, "val")
+
+
+def test_keys_of_a_run_are_read_from_the_command_line() -> None:
+    assert own_settings(["--optim.lr", "1.0e-4", "--data.augment=[flip]"]) == {
+        "optim.lr": 1e-4,
+        "data.augment": ["flip"],
+    }
+    with pytest.raises(UserError, match="unknown flag --lr"):
+        own_settings(["--lr", "3"])
+    with pytest.raises(UserError, match="write --KEY VALUE"):
+        own_settings(["--optim.lr"])
