@@ -84,7 +84,7 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
 
 
 def test_an_unknown_name_lists_close_matches() -> None:
-    with pytest.raises(UserError, match=r"did you mean quickstart\?"):
+    with pytest.raises(UserError, match=r"did you mean quickstart or quickstart_aml\?"):
         read_run(["--config", "quickstar"])
     with pytest.raises(UserError, match=r"did you mean recipes/barleria/refcoco_aml or .*recipes/paper/refcoco_aml"):
         find_config("refcoco_aml", "--config")
