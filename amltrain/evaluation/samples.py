@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
 from amltrain.evaluation.results import Results
-from amltrain.files import seal, unseal
+from amltrain.files import is_sealed, seal, unseal
 
 FOLDER = "samples"
 STANDS_ON = ("checkpoint", "predictions", "step", "weights_sha256", "data_fingerprint")
@@ -92,7 +92,10 @@ def write_samples(path: Path, table: pa.Table, facts: Mapping[str, Any] | None =
 
 
 def read_samples(path: str | Path) -> pa.Table:
-    """Read what `write_samples` wrote. Raises UserError for any other file."""
+    """Read what `write_samples` wrote, in this or an earlier version. Raises UserError for any other file.
+
+    A table of a version that wrote no checksum is taken as it is; `is_sealed` tells.
+    """
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         named = set(table.column_names)  # damaged names may not be UTF-8
@@ -101,13 +104,14 @@ def read_samples(path: str | Path) -> pa.Table:
     missing = [name for name in COLUMNS if name not in named]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
-    unseal(table, path)
+    if is_sealed(table):
+        unseal(table, path)
     return table
 
 
 def check_origin(table: pa.Table, results: Results, path: Path) -> None:
     """Raise UserError if samples that were read belong to another model or other data than a row of results."""
-    facts = unseal(table, path)
+    facts = unseal(table, path) if is_sealed(table) else {}
     for name, what in (("weights_sha256", "weights"), ("data_fingerprint", "data")):
         mine, theirs = results.provenance.get(name), facts.get(name)
         if mine is not None and theirs is not None and mine != theirs:

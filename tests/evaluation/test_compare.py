@@ -119,6 +119,17 @@ def test_altered_rows_and_other_samples_are_rejected(scored: Results, tmp_path: 
         compare({"a": [write(tmp_path / "a", scored)], "b": [write(tmp_path / "b", fewer)]})
 
 
+def test_samples_of_a_version_without_checksums_are_read_and_named(scored: Results, tmp_path: Path):
+    one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored)
+    with_checksums = compare({"a": [one], "b": [two]})
+    [file] = (two / "samples").glob("*.parquet")
+    pq.write_table(pq.read_table(file).replace_schema_metadata(None), file)
+    compared = compare({"a": [one], "b": [two]})
+    assert compared.differences == with_checksums.differences
+    [note] = compared.notes
+    assert f"{two}/results.json carry no checksum" in note and with_checksums.notes == []
+
+
 def test_groups():
     assert parse_groups(["none=a,b", "runs/aml"]) == {"none": ["a", "b"], "aml": ["runs/aml"]}
     with pytest.raises(UserError, match="taken"):
