@@ -32,7 +32,7 @@ STAND_INS = {
     "configs/models/NAME.yaml": "configs/models/lavt_tiny.yaml",
     "configs/models/my_model_tiny.yaml": "configs/models/lavt_tiny.yaml",
     "runs/photos/finetune.yaml": "configs/quickstart.yaml",
-    "RECIPE.yaml": "configs/recipes/paper/refcoco_aml.yaml",
+    "RECIPE.yaml": "recipes/paper/refcoco_aml",
     "SEED": "1",
 }
 

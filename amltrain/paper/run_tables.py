@@ -77,7 +77,7 @@ def reproduce(tables: Sequence[Table], args: argparse.Namespace) -> None:
 
 def own_command(table: Table, args: argparse.Namespace) -> str:
     """The command that makes this table alone."""
-    words = ["amltrain", "reproduce", table.name, "--scale", args.scale]
+    words = ["amltrain", "paper", "reproduce", table.name, "--scale", args.scale]
     words += ["--steps", str(args.steps)] if args.steps else []
     words += ["--seeds", *map(str, args.seeds)] if args.seeds != [0] else []
     words += ["--prepared", args.prepared] if args.prepared != "prepared" else []
