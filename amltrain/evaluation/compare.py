@@ -315,6 +315,8 @@ def _explanation(differences: Sequence[Difference]) -> list[str]:
             "t, p (t): paired t-test over seeds; p (flip): sign-flip test over seeds, whose least p with "
             f"{pairs} pairs is {least_p(pairs):.3g}. Results in the same place of both lists have the same seed."
         )
+    elif any(d.covers.endswith(" seeds") for d in differences):
+        lines.append("No test over seeds: the models do not have as many. Those with one seed are taken as they are.")
     else:
         lines.append("Seeds are not covered: compare several seeds of each model.")
     return lines

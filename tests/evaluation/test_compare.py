@@ -130,6 +130,14 @@ def test_samples_of_a_version_without_checksums_are_read_and_named(scored: Resul
     assert f"{two}/results.json carry no checksum" in note and with_checksums.notes == []
 
 
+def test_other_numbers_of_seeds_are_said_to_have_no_test(scored: Results, tmp_path: Path):
+    one, two, three = (write(tmp_path / name, scored, gain) for gain, name in enumerate("abc"))
+    text = comparison_markdown(compare({"a": [one], "b": [two, three]}))
+    assert "images, 2 and 1 seeds" in text and "No test over seeds: the models do not have as many" in text
+    assert "Seeds are not covered" not in text
+    assert "Seeds are not covered" in comparison_markdown(compare({"a": [one], "b": [two]}))
+
+
 def test_groups():
     assert parse_groups(["none=a,b", "runs/aml"]) == {"none": ["a", "b"], "aml": ["runs/aml"]}
     with pytest.raises(UserError, match="taken"):
