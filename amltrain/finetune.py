@@ -137,7 +137,7 @@ def prepare_data(
     if not isinstance(path, (str, Path)) or not str(path):
         raise UserError(f"path is {path!r}; give the folder or file with your annotations")
     path = Path(path)
-    for folder in (path, prepared / path):
+    for folder in (path,) if path.exists() else (prepared / path,):  # annotations that are there may have changed
         if folder.is_dir() and read_manifest(folder) is not None:
             return str(folder.parent), folder.name
     manifest = prepare(

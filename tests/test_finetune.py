@@ -1,6 +1,7 @@
 """From a folder of annotations to a trained model and its report; random weights, because none are packaged here."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ def test_prepared_data_are_named_by_path_or_name(tmp_path: Path) -> None:
     assert prepare_data("cups", None, prepared, **options) == first  # type: ignore[arg-type]
     assert prepare_data(prepared / "cups", None, prepared, **options) == first  # type: ignore[arg-type]
     assert len(said) == count
+
+
+def test_annotations_that_changed_are_not_replaced_by_what_was_prepared_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = {"images": None, "form": None, "seed": 0, "said": lambda line: None}
+    labelme(Path("cups"), 5, sentence="the")
+    first = prepare_data("cups", None, Path("prepared"), **options)  # type: ignore[arg-type]
+    assert prepare_data("cups", None, Path("prepared"), **options) == first  # type: ignore[arg-type]
+    shutil.rmtree("cups")
+    labelme(Path("cups"), 7, sentence="the")
+    with pytest.raises(UserError, match="was prepared from other files"):
+        prepare_data("cups", None, Path("prepared"), **options)  # type: ignore[arg-type]
 
 
 def test_the_plan_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
