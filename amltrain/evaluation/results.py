@@ -65,7 +65,7 @@ def run_protocol(own: Protocol, data: DataConfig, run: ProtocolOverrides) -> Pro
 
 
 BOX_COLUMNS = ("box_intersection", "box_union")
-"""Pixels of the boxes around prediction and truth; -1 = unknown."""
+"""Pixels of the boxes around prediction and truth."""
 SAMPLE_COLUMNS = (
     "sample_id",
     "intersection",
@@ -175,7 +175,6 @@ class Results:
     def scored(self) -> Scored:
         """The samples as columns for metrics; the generalized rules know only the arithmetic "ge"."""
         columns = dict(zip(SAMPLE_COLUMNS, self.samples.T, strict=True))
-        boxes = tuple(known_boxes(columns[name]) for name in BOX_COLUMNS)
         return Scored(
             columns["intersection"],
             columns["union"],
@@ -184,7 +183,7 @@ class Results:
             columns["predicted_no_target"].astype(bool),
             self.protocol["ties"],
             None,
-            *boxes,
+            *(columns[name] for name in BOX_COLUMNS),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -198,11 +197,6 @@ class Results:
             "provenance": self.provenance,
             **({"files": self.files} if self.files else {}),
         }
-
-
-def known_boxes(column: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """A column of BOX_COLUMNS; None where it is unknown."""
-    return None if (column < 0).any() else column
 
 
 def results_json(results: Sequence[Results]) -> str:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
-from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results, known_boxes
+from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results
 from amltrain.files import seal, unseal
 
 FOLDER = "samples"
@@ -29,8 +29,8 @@ COLUMNS = {
     "union": "pixels, int64",
     "iou": "0..1, float64; with the no-target rule where the generalized metrics are computed",
     "area": "pixels of the predicted mask, int64",
-    "box_intersection": "pixels that the boxes around prediction and truth share, int64; -1 = unknown",
-    "box_union": "pixels of either box, int64; -1 = unknown",
+    "box_intersection": "pixels that the boxes around prediction and truth share, int64",
+    "box_union": "pixels of either box, int64",
     "truth_area": "pixels of the ground truth, int64",
     "truth_share": "share of the frame that the ground truth covers, 0..1, float64; NaN if the frame is unknown",
     "no_target": "bool, the sentence refers to nothing",
@@ -95,13 +95,13 @@ def write_samples(path: Path, table: pa.Table, facts: Mapping[str, Any] | None =
 
 
 def read_samples(path: str | Path) -> pa.Table:
-    """Read what `write_samples` wrote. Earlier versions wrote no BOX_COLUMNS. Raises UserError for any other file."""
+    """Read what `write_samples` wrote. Raises UserError for any other file."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         named = set(table.column_names)  # damaged names may not be UTF-8
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a table of samples ({first_line(error)}); evaluate again") from error
-    missing = [name for name in COLUMNS if name not in named and name not in BOX_COLUMNS]
+    missing = [name for name in COLUMNS if name not in named]
     if missing:
         raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
     unseal(table, path)
@@ -127,5 +127,5 @@ def scored_samples(table: pa.Table, ties: Ties) -> Scored:
         predicted_no_target=table.column("predicted_no_target").to_numpy(),
         ties=ties,
         ref=number_refs(table.column("image_id").to_numpy(), table.column("ref_id").to_numpy()),
-        **{name: known_boxes(table.column(name).to_numpy()) for name in BOX_COLUMNS if name in table.column_names},
+        **{name: table.column(name).to_numpy() for name in BOX_COLUMNS},
     )

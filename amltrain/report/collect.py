@@ -343,7 +343,5 @@ def _check_ids(place: str | Path, samples: pa.Table, dataset: Any) -> None:
 
 
 def _rows(samples: pa.Table) -> NDArray[np.int64]:
-    there = set(samples.column_names)
-    unknown = np.full(len(samples), -1)
-    columns = [samples.column(n).to_numpy(zero_copy_only=False) if n in there else unknown for n in SAMPLE_COLUMNS]
+    columns = [samples.column(name).to_numpy(zero_copy_only=False) for name in SAMPLE_COLUMNS]
     return np.stack(columns, axis=1).astype(np.int64)

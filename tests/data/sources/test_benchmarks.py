@@ -14,6 +14,7 @@ from amltrain.data.catalog import SUITES, dataset_spec, read_manifest
 from amltrain.data.rows import open_rows
 from amltrain.data.segmentation import decode_mask, encode_mask
 from amltrain.evaluation.results import Results, read_results
+from amltrain.paper.analyse import main as analyse
 from tests.data.layouts import BENCHMARKS, corner, square, write_shard
 from tests.data.original import HEIGHT, WIDTH
 
@@ -110,6 +111,12 @@ def test_the_boxes_of_ref_adv_are_scored_as_boxes_alone(tmp_path: Path) -> None:
     # IoU 1; 400 / 625 = 0.64; 17 * 17 / (484 + 400 - 289) = 0.486; 0
     (result,) = scores(prepared, "--data.datasets", "[ref-adv-s]", "--splits", "test")
     assert result.metrics == {"Acc@0.5": 50.0, "Acc@0.75": 25.0, "Acc@0.9": 25.0}
+    analyse(["errors", "--results", str(tmp_path / "scores"), "--output", str(tmp_path / "errors")])
+    said = (tmp_path / "errors/errors-ref-adv-s-test.md").read_text()
+    for group in set(order):
+        hits = [number < 2 for number, category in enumerate(order) if category == group]
+        row = next(line for line in said.splitlines() if line.startswith(f"| {group} "))
+        assert row.split("|")[2:4] == [f" {len(hits):>7} ", f" {100 * sum(hits) / len(hits):>7.2f} "]
 
 
 def test_refs_of_nwpu_refer_are_joined_to_several_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
