@@ -210,6 +210,7 @@ _SPECS: dict[str, DatasetSpec] = {
         },
         generalised=True,
         layout="pbench",
+        metrics=("zero-target accuracy",),
         exact_splits=True,
         source="tiiuae/PBench on the Hub",
     ),

@@ -14,7 +14,7 @@ Metrics that only some data sets' papers report come in addition, where the data
 names them:
 
     r, rIoU               R-RefCOCO, R-RefCOCO+, R-RefCOCOg (arXiv 2209.09554): per ref, then the mean over refs
-    zero-target accuracy  Ref-ZOM (arXiv 2308.13853): share of no-target samples with an empty mask
+    zero-target accuracy  Ref-ZOM (arXiv 2308.13853), PBench: share of no-target samples with an empty mask
     target oIoU, mIoU     both papers' oIoU and mIoU: over target samples, without the no-target rule
     Acc@t                 Ref-Adv (arXiv 2602.23898), GSEval (arXiv 2503.10596): share of target samples where the box
                           around the predicted mask and the box around the truth have an IoU of at least t

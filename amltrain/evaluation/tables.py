@@ -30,7 +30,10 @@ def table(results: Sequence[Results]) -> str:
 _ONE_TABLE = {
     "mean IoU": ("mIoU", "gIoU"),
     "cumulative IoU": ("oIoU", "cIoU"),
-    **{name: (name,) for name in ("Pr@0.7", "Pr@0.9", "N-acc", "T-acc", "Acc@0.5", "Acc@0.75", "Acc@0.9")},
+    **{
+        name: (name,)
+        for name in ("Pr@0.7", "Pr@0.9", "N-acc", "T-acc", "zero-target accuracy", "Acc@0.5", "Acc@0.75", "Acc@0.9")
+    },
 }
 """Columns of the table of a suite, and the metrics that each may show."""
 

@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from amltrain.data.catalog import DatasetSpec, dataset_spec
 from amltrain.data.segmentation import decode_mask, encode_mask
@@ -125,11 +126,21 @@ def _pbench_row(row: dict[str, Any], place: str, path: Path, split: str, number:
     mask = None
     if row["masks"]:
         try:
-            instances = [decode_mask(instance) for instance in row["masks"]]
-            mask = encode_mask(np.maximum.reduce(instances))
-        except (UserError, ValueError) as error:  # masks of different sizes
+            mask = encode_mask(_joint_mask(row["masks"]))
+        except UserError as error:
             raise UserError(f"{path}: {place} has masks that cannot be joined ({first_line(error)})") from error
     return TableRow(f"{place} of {path.name}", picture, (row["expression"].strip(),), mask, split, number)
+
+
+def _joint_mask(instances: list[dict[str, Any]]) -> NDArray[np.uint8]:
+    """The pixels of any instance, [height, width], one decoded at a time. Raises UserError."""
+    joint = decode_mask(instances[0])
+    for instance in instances[1:]:
+        mask = decode_mask(instance)
+        if mask.shape != joint.shape:
+            raise UserError(f"their sizes are {joint.shape} and {mask.shape}")
+        joint |= mask
+    return joint
 
 
 @register_reader("ref-adv-s")
