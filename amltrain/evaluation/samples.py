@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
-from amltrain.evaluation.results import Results
+from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results
 from amltrain.files import seal, unseal
 
 FOLDER = "samples"
@@ -29,6 +29,8 @@ COLUMNS = {
     "union": "pixels, int64",
     "iou": "0..1, float64; with the no-target rule where the generalized metrics are computed",
     "area": "pixels of the predicted mask, int64",
+    "box_intersection": "pixels that the boxes around prediction and truth share, int64",
+    "box_union": "pixels of either box, int64",
     "truth_area": "pixels of the ground truth, int64",
     "truth_share": "share of the frame that the ground truth covers, 0..1, float64; NaN if the frame is unknown",
     "no_target": "bool, the sentence refers to nothing",
@@ -63,6 +65,7 @@ def sample_table(results: Results, dataset: Any) -> pa.Table:
         "union": scored.union,
         "iou": results.sample_iou(),
         "area": scored.area,
+        **{name: results.samples[:, SAMPLE_COLUMNS.index(name)] for name in BOX_COLUMNS},
         "truth_area": scored.truth_area,
         "truth_share": scored.truth_area / pixels,
         "no_target": scored.no_target,
@@ -124,4 +127,5 @@ def scored_samples(table: pa.Table, ties: Ties) -> Scored:
         predicted_no_target=table.column("predicted_no_target").to_numpy(),
         ties=ties,
         ref=number_refs(table.column("image_id").to_numpy(), table.column("ref_id").to_numpy()),
+        **{name: table.column(name).to_numpy() for name in BOX_COLUMNS},
     )
