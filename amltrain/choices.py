@@ -418,7 +418,9 @@ def _run_findings(length: str, steps: int, warmup: int, every: int, batch: int, 
     if every > steps:
         found.append(f"evaluation.every_steps {every:,} is beyond the run ({steps:,} steps): only its end is scored")
     if steps * batch < 2 * facts.refs:
-        found.append(f"{length} of training are short: most objects are seen once; give more --minutes, or use a card")
+        found.append(
+            f"{length} of training are short: most objects are seen once at most; train for longer, or use a card"
+        )
     return found
 
 

@@ -149,6 +149,11 @@ def seal(table: "pa.Table", facts: Mapping[str, Any]) -> "pa.Table":
     return table.replace_schema_metadata({**(table.schema.metadata or {}), SEAL: content.encode()})
 
 
+def is_sealed(table: "pa.Table") -> bool:
+    """Whether `seal` has been over a table; versions before 0.2 wrote tables without it."""
+    return SEAL in (table.schema.metadata or {})
+
+
 def unseal(table: "pa.Table", path: Path | str) -> dict[str, Any]:
     """What a sealed table was made from. Raises UserError for a table that has changed, or that was never sealed."""
     try:

@@ -6,13 +6,19 @@ Every choice stands in `amltrain/choices.py`.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
-from amltrain.choices import RULES, Facts, Machine, Plan, as_config, choose_base, make_plan, this_machine
+from amltrain.choices import BASES, RULES, Facts, Machine, Plan, as_config, choose_base, make_plan, this_machine
+from amltrain.config.files import groups_of
+from amltrain.config.parse import config_of
+from amltrain.config.schema import RunConfig, nested
 from amltrain.errors import UserError
 from amltrain.run_folder import BEST
 
@@ -56,6 +62,7 @@ def finetune(
     plan after preparing the data. said: gets what is found and chosen, line by line. A run that was stopped continues.
     Raises UserError, before training, for what is missing.
     """
+    check_settings(settings or {}, model, method, seed, minutes)
     data = prepare_data(path, name, Path(prepared), images=images, form=form, seed=seed, said=said)
     facts = look(*data)
     machine = this_machine()
@@ -65,9 +72,50 @@ def finetune(
     chosen = make_plan(facts, machine, base, run, settings or {}, method=method, seed=seed, minutes=minutes)
     said(_heading(facts, machine, chosen))
     said(str(chosen))
+    config_of(yaml.safe_load(as_config(chosen)), None)
     if plan_only:
         return chosen
     return _train(run, chosen, facts, said)
+
+
+DECIDED = {
+    "output": "output",
+    "method": "method",
+    "seed": "seed",
+    "model.name": "model",
+    "data.datasets": "name",
+    "data.prepared": "prepared",
+}
+"""Keys of a run that an argument of `finetune` sets, and which."""
+COUNTED = (
+    "preprocess.size",
+    "preprocess.max_tokens",
+    "train.epochs",
+    "train.max_steps",
+    "optim.warmup_steps",
+    "evaluation.every_steps",
+)
+"""Keys that a run may leave at null, and that a plan counts with."""
+
+
+def check_settings(
+    settings: Mapping[str, Any], model: str | None, method: str, seed: int, minutes: float | None
+) -> None:
+    """Raise UserError for what no run would take, before any data is read."""
+    if minutes is not None and not (isinstance(minutes, (int, float)) and 0 < minutes < math.inf):
+        raise UserError(f"minutes is {minutes!r} and must be a number above 0")
+    groups = groups_of(RunConfig)
+    for key, value in settings.items():
+        if key in DECIDED:
+            raise UserError(f"{key} is what {DECIDED[key]} of finetune sets; give that instead")
+        if key in groups:
+            raise UserError(
+                f"{key} is a group of keys; write each with a dot, e.g. {key}.{fields(groups[key])[0].name}"
+            )
+        if value is None and key in COUNTED:
+            raise UserError(f"{key} is null; give a number, or leave it out and it is chosen")
+    start = model if model in {base.name for base in BASES} else BASES[-1].name
+    config_of(nested({"method": method, "seed": seed, **settings}), f"models/{start}")
 
 
 def prepare_data(
@@ -86,6 +134,8 @@ def prepare_data(
     from amltrain.data.prepare import available_cores
     from amltrain.data.sources.table import ReadOptions
 
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise UserError(f"path is {path!r}; give the folder or file with your annotations")
     path = Path(path)
     for folder in (path, prepared / path):
         if folder.is_dir() and read_manifest(folder) is not None:
@@ -147,6 +197,10 @@ def look(prepared: str, name: str) -> Facts:
     )
 
 
+def _many(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 ENGLISH = {"the", "a", "an", "on", "in", "of", "with", "left", "right", "to", "is", "and"}
 
 
@@ -164,12 +218,13 @@ def _findings(name: str, scored: str, final: str, refs: Mapping[str, Sequence[An
         )
     elif len(refs[final]) < 30:
         found.append(
-            f"split {final} has {len(refs[final])} objects, so one of them changes the last score by up to "
+            f"split {final} has {_many(len(refs[final]), 'object')}, so one of them changes the last score by up to "
             f"{100 / max(1, len(refs[final])):.0f} points"
         )
     if len(refs["train"]) < RULES.few_refs:
         found.append(
-            f"{len(refs['train'])} objects are few: expect a model that knows these pictures; some hundreds generalise"
+            f"{_many(len(refs['train']), 'object')} {'is' if len(refs['train']) == 1 else 'are'} few: expect a model "
+            f"that knows these pictures; some hundreds generalise"
         )
     known = {ref["category"] for ref in refs["train"] if ref["category"]}
     unseen = sorted({ref["category"] for ref in refs[final] if ref["category"]} - known)
@@ -186,7 +241,7 @@ def _findings(name: str, scored: str, final: str, refs: Mapping[str, Sequence[An
 
 def _heading(facts: Facts, machine: Machine, chosen: Plan) -> str:
     where = f"{machine.device} ({machine.name}, {machine.threads} threads)"
-    length = "" if chosen.minutes is None else f", about {max(1, round(chosen.minutes))} minutes here"
+    length = "" if chosen.minutes is None else f", about {_many(max(1, round(chosen.minutes)), 'minute')} here"
     return f"{chosen.base} on {facts.name}: {chosen.steps:,} steps{length}; {where}"
 
 
@@ -198,11 +253,17 @@ def _train(run: Path, chosen: Plan, facts: Facts, said: Callable[[str], None]) -
     file = run / "finetune.yaml"
     try:
         run.mkdir(parents=True, exist_ok=True)
+        before = file.read_text(encoding="utf-8") if file.exists() else None
         write_text(file, as_config(chosen))
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; choose another output") from error
     said(f"config -> {file} (the same run: amltrain train --config {file})")
-    api.train(file)
+    try:
+        api.train(file)
+    except UserError:
+        if before is not None:  # the folder has another run, whose config this one must not replace
+            write_text(file, before)
+        raise
     best = run / BEST
     data = {"datasets": [facts.name], "prepared": facts.prepared, "workers": 0}
     said(f"the last score: split {facts.final}, then with the sentences of other samples")
@@ -217,20 +278,29 @@ def _train(run: Path, chosen: Plan, facts: Facts, said: Callable[[str], None]) -
     said(verdict(own.metrics, None if shuffled is None else shuffled.metrics, facts.final))
     if facts.refs < RULES.few_refs and facts.final != "train":
         [known] = api.evaluate(best, data=data, splits=["train"], output=str(folder / "train"))
-        said(f"on the {facts.images} pictures that it was trained on: mIoU {known.metrics['mIoU']:.1f}")
+        mean = mean_metric(known.metrics)
+        said(f"on the {_many(facts.images, 'picture')} that it was trained on: {mean} {known.metrics[mean]:.1f}")
     said(f"report -> {page}")
-    said(f'try it: amltrain predict --checkpoint {best} --image PHOTO --sentence "the person on the left"')
+    example = shlex.quote(min(facts.texts, key=len))
+    said(f"try it: amltrain predict --checkpoint {best} --image PHOTO --sentence {example}")
     said(f"in the browser: amltrain demo --checkpoint {best}")
     return FineTuned(run, chosen, own, shuffled, page)
 
 
+def mean_metric(metrics: Mapping[str, float]) -> str:
+    """The name of the mean IoU: gIoU where sentences that refer to nothing were scored."""
+    return "mIoU" if "mIoU" in metrics else "gIoU"
+
+
 def verdict(own: Mapping[str, float], shuffled: Mapping[str, float] | None, split: str) -> str:
     """The result in two sentences: the score, and whether the model reads the words."""
-    score = own["mIoU"]
+    mean = mean_metric(own)
+    score, overall = own[mean], "oIoU" if "oIoU" in own else "cIoU"
     if shuffled is None:
-        return f"mIoU {score:.1f} on {split}, which has one object: no other sentence to try it with"
-    other = shuffled["mIoU"]
-    text = f"mIoU {score:.1f}, oIoU {own['oIoU']:.1f} on {split}; with other samples' sentences mIoU {other:.1f}: "
+        return f"{mean} {score:.1f} on {split}, which has one object: no other sentence to try it with"
+    other = shuffled[mean_metric(shuffled)]
+    also = "" if math.isnan(own[overall]) else f", {overall} {own[overall]:.1f}"
+    text = f"{mean} {score:.1f}{also} on {split}; with other samples' sentences {mean} {other:.1f}: "
     if score < 5:
         return f"{text}the model has hardly learned yet; train longer (--minutes) or give more pictures"
     if score - other >= RULES.reads_words:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +134,78 @@ def test_data_without_a_training_split(tmp_path: Path) -> None:
 def test_the_verdict(own: float, other: float | None, said: str) -> None:
     scores = {"mIoU": own, "oIoU": own}
     assert said in verdict(scores, None if other is None else {"mIoU": other, "oIoU": other}, "val")
+
+
+def test_the_verdict_of_sentences_that_refer_to_nothing() -> None:
+    """Their split has gIoU and cIoU; cIoU is a ratio over nothing where no sentence refers to anything."""
+    own, other = {"gIoU": 60.0, "cIoU": float("nan")}, {"gIoU": 2.0, "cIoU": 1.0}
+    assert verdict(own, other, "val").startswith("gIoU 60.0 on val; with other samples' sentences gIoU 2.0: the model")
+    assert verdict(own, None, "val").startswith("gIoU 60.0 on val, which has one object")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optim.lrr": 1}, "unknown key optim.lrr; did you mean optim.lr"),
+        ({"optim.lr": "fast"}, "optim.lr: fast does not fit; expected float"),
+        ({"train.max_steps": "many"}, "train.max_steps: many does not fit"),
+        ({"train.global_batch_size": 0}, "train.global_batch_size is 0 and must be at least 1"),
+        ({"preprocess.size": [192, 192]}, "preprocess.size: .* does not fit"),
+        ({"preprocess.max_tokens": None}, "preprocess.max_tokens is null; give a number, or leave it out"),
+        ({"optim": {"lr": 1}}, "optim is a group of keys; write each with a dot, e.g. optim.optimizer"),
+        ({"model.name": "caris_tiny"}, "model.name is what model of finetune sets"),
+        ({"output": "there"}, "output is what output of finetune sets"),
+    ],
+)
+def test_settings_are_checked_before_any_data_is_read(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        finetune("there is no such path", settings=settings)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf"), "5"])
+def test_minutes_out_of_range(minutes: Any) -> None:
+    with pytest.raises(UserError, match=r"minutes is .* and must be a number above 0"):
+        finetune("there is no such path", minutes=minutes)
+
+
+@pytest.mark.parametrize("path", [None, "", 3])
+def test_a_path_that_is_none(path: Any) -> None:
+    with pytest.raises(UserError, match=r"path is .*; give the folder or file with your annotations"):
+        finetune(path)
+
+
+def test_a_method_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match="unknown method 'amll'; did you mean aml"):
+        finetune("there is no such path", method="amll")
+
+
+def test_a_rejected_run_keeps_the_config_of_the_one_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    quiet = {"model": "caris_lite", "said": lambda line: None}
+    first = finetune(labelme(tmp_path / "cups", 5), settings=OWN_WEIGHTS, **quiet)  # type: ignore[arg-type]
+    assert isinstance(first, FineTuned)
+    written = (first.run / "finetune.yaml").read_text()
+    with pytest.raises(UserError, match=r"was made with data\.datasets"):
+        finetune(labelme(tmp_path / "jars", 4), output=first.run, settings=OWN_WEIGHTS, **quiet)  # type: ignore[arg-type]
+    assert (first.run / "finetune.yaml").read_text() == written
+
+
+def test_sentences_that_refer_to_nothing_end_in_a_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows: list[dict[str, Any]] = [
+        {"image": f"a{n}.png", "sentence": "the cup", "mask": [10, 10, 20, 20], "split": "train"} for n in range(4)
+    ]
+    rows.append({"image": "a4.png", "sentence": "the horse", "no_target": True, "split": "val"})
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for number in range(5):
+        picture(SIZE, number).save(tmp_path / f"a{number}.png")
+    said: list[str] = []
+    done = finetune(tmp_path / "t.jsonl", model="caris_lite", settings=OWN_WEIGHTS, said=said.append)
+    assert isinstance(done, FineTuned) and any(line.startswith("gIoU") for line in said)
+    [example] = [line for line in said if line.startswith("try it")]
+    assert example.endswith("--sentence 'the cup'") and "split val has 1 object, so" in "\n".join(said)
 
 
 def test_keys_of_a_run_are_read_from_the_command_line() -> None:

@@ -56,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     with one_line_errors():
         args, settings = read(argv)
-        if args.minutes is not None and not args.minutes > 0:
-            raise UserError(f"--minutes is {args.minutes:g} and must be more than 0")
         from amltrain.finetune import FineTuned, finetune  # imports numpy
 
         done = finetune(

@@ -135,7 +135,10 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Found:
     if wanted in shipped:
         return shipped[wanted]
     same_end = [known for known in shipped if known.endswith(f"/{wanted}")]
-    close = same_end or difflib.get_close_matches(wanted, shipped, n=3, cutoff=0.6)
+    near = [f"{file.stem}_{own}" for file in sorted(path.parent.glob("*.yaml")) for own in variants_of(file)]
+    beside = difflib.get_close_matches(path.name.removesuffix(".yaml"), near, n=3, cutoff=0.7)
+    close = same_end or [str(Path(name).with_name(own)) for own in beside]
+    close = close or difflib.get_close_matches(wanted, shipped, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain list configs` lists the shipped names"
     raise UserError(f"{asked_by}: there is no file and no shipped config {name}; {hint}")
 
@@ -187,24 +190,43 @@ def _read(found: Found, groups: Groups, asked_by: str, above: tuple[Path, ...], 
         line = own[VARIANTS].start_mark.line + 1
         raise UserError(f"{path}, line {line}: {VARIANTS} should hold names with the keys that each changes")
     content.value = [(key, value) for key, value in content.value if key.value not in (BASE, VARIANTS)]
-    chosen = [content, *([_variant(own[VARIANTS], found, content)] if found.variant is not None else [])]
+    chosen = [content]
+    if found.variant is not None:
+        own_output = [node.value for key, node in content.value if key.value == OUTPUT]
+        chosen.append(_variant(own[VARIANTS], found, (own_output or [None])[0] or _output(layers)))
     for layer in chosen:
         _check_keys(layer, groups, path, "", places, {})
     return layers + [yaml.serialize(layer, Dumper=yaml.SafeDumper) for layer in chosen if layer.value]
 
 
-def _variant(variants: yaml.Node, found: Found, content: yaml.MappingNode) -> yaml.MappingNode:
-    """The keys that a variant changes; its output is the file's with the variant's name, unless it sets one."""
-    [value] = [value for key, value in variants.value if key.value == found.variant]
+def _variant(variants: yaml.Node, found: Found, output: str | None) -> yaml.MappingNode:
+    """The keys that a variant changes. output: of its file; the variant's is that with its name, unless it sets one."""
+    one, *more = [(key, value) for key, value in variants.value if key.value == found.variant]
+    if more:
+        first, second = (key.start_mark.line + 1 for key, _ in (one, more[0]))
+        raise UserError(
+            f"{found.path}, line {second}: variant {found.variant} is already there in line {first}; keep one of them"
+        )
+    value = one[1]
     if not isinstance(value, yaml.MappingNode):
         line = value.start_mark.line + 1
         raise UserError(f"{found.path}, line {line}: variant {found.variant} has no keys; give those that it changes")
-    outputs = [node for key, node in content.value if key.value == OUTPUT]
-    if outputs and not any(key.value == OUTPUT for key, _ in value.value):
-        folder = yaml.ScalarNode(TEXT, f"{outputs[0].value}_{found.variant}", outputs[0].start_mark)
-        key = yaml.ScalarNode(TEXT, OUTPUT, outputs[0].start_mark)
-        value.value = [(key, folder), *value.value]
+    for key, _ in value.value:
+        if key.value in (BASE, VARIANTS):
+            line = key.start_mark.line + 1
+            raise UserError(
+                f"{found.path}, line {line}: variant {found.variant} cannot hold {key.value}; write a file of its own"
+            )
+    if output is not None and not any(key.value == OUTPUT for key, _ in value.value):
+        folder = yaml.ScalarNode(TEXT, f"{output}_{found.variant}", value.start_mark)
+        value.value = [(yaml.ScalarNode(TEXT, OUTPUT, value.start_mark), folder), *value.value]
     return value
+
+
+def _output(layers: Sequence[str]) -> str | None:
+    """The output that bases set, None if they set none."""
+    found = [node.value for text in layers for key, node in yaml.compose(text).value if key.value == OUTPUT]
+    return str(found[-1]) if found else None
 
 
 def _names(value: yaml.Node, place: str) -> Iterable[str]:

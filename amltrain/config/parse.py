@@ -195,6 +195,8 @@ def one_line(message: str, parser: ArgumentParser) -> str:
         if key in USUAL_NAMES and key not in keys:
             return f"unknown key {key}; {USUAL_NAMES[key]}"
         close = nearest_keys(key, keys)
+        if key in close:  # an option of a method, and the command trains none
+            return f"{key} is a key of training, not of this command; leave it out"
         return f"unknown key {key[:100]}" + (f"; did you mean {' or '.join(close)}?" if close else "; see --help")
     value = re.search(r'key "([^"]+)":(.*)(?:Given value: |Got value: )([^\n]*)', message, re.DOTALL)
     if value:

@@ -172,7 +172,9 @@ def prepare_files(
                 f"{cure(error, 'choose another output')}"
             ) from error
     if manifest["sources"] != files.sources or manifest["format"] != FORMAT:
-        raise UserError(f"{folder} was prepared from other files; remove the folder or choose another output")
+        raise UserError(
+            f"{folder} was prepared from other files; remove the folder, or prepare under another name or elsewhere"
+        )
     return manifest
 
 

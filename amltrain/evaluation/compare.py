@@ -32,6 +32,7 @@ from amltrain.evaluation.statistics import (
     two_way,
 )
 from amltrain.evaluation.tables import cell, latex, markdown
+from amltrain.files import is_sealed
 from amltrain.run_folder import BEST, MODEL, RESULTS_FILE
 
 SplitKey = tuple[str, str]
@@ -136,6 +137,7 @@ def compare(
     dropped = sorted({split for runs in everything for split in runs} - set(splits))
     notes = [f"{dataset} {split}: left out, because not every result has it" for dataset, split in dropped]
     chosen = {split: _of_one_protocol(split, read) for split in splits}
+    notes += _unchecked(chosen)
     kinds: dict[SplitKey, Kind] = {split: next(iter(chosen[split].values()))[0].results.kind for split in splits}
     values: dict[str, dict[SplitKey, dict[str, list[float]]]] = {
         name: {
@@ -158,6 +160,16 @@ def compare(
     corrected = holm([difference.p for difference in differences])
     differences = [d._replace(p_holm=p) for d, p in zip(differences, corrected, strict=True)]
     return Comparison(values, kinds, differences, notes)
+
+
+def _unchecked(chosen: Mapping[SplitKey, Mapping[str, Sequence[Run]]]) -> list[str]:
+    """A line about samples without a checksum, as earlier versions wrote them."""
+    runs = [run for models in chosen.values() for group in models.values() for run in group]
+    places = list(dict.fromkeys(run.place for run in runs if run.samples is not None and not is_sealed(run.samples)))
+    if not places:
+        return []
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return [f"the samples of {places[0]}{more} carry no checksum, so damage would not be seen; evaluate again for one"]
 
 
 def _of_one_protocol(
@@ -303,6 +315,8 @@ def _explanation(differences: Sequence[Difference]) -> list[str]:
             "t, p (t): paired t-test over seeds; p (flip): sign-flip test over seeds, whose least p with "
             f"{pairs} pairs is {least_p(pairs):.3g}. Results in the same place of both lists have the same seed."
         )
+    elif any(d.covers.endswith(" seeds") for d in differences):
+        lines.append("No test over seeds: the models do not have as many. Those with one seed are taken as they are.")
     else:
         lines.append("Seeds are not covered: compare several seeds of each model.")
     return lines

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
 from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results
-from amltrain.files import seal, unseal
+from amltrain.files import is_sealed, seal, unseal
 
 FOLDER = "samples"
 STANDS_ON = ("checkpoint", "predictions", "step", "weights_sha256", "data_fingerprint")
@@ -95,22 +95,29 @@ def write_samples(path: Path, table: pa.Table, facts: Mapping[str, Any] | None =
 
 
 def read_samples(path: str | Path) -> pa.Table:
-    """Read what `write_samples` wrote. Raises UserError for any other file."""
+    """Read what `write_samples` wrote, in this or an earlier version. Raises UserError for any other file.
+
+    A table of a version that wrote no checksum is taken as it is; `is_sealed` tells. One of a version that had no boxes
+    gets columns of 0: its results have no box metric either.
+    """
     try:
         table = pq.read_table(path, page_checksum_verification=True)
         named = set(table.column_names)  # damaged names may not be UTF-8
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a table of samples ({first_line(error)}); evaluate again") from error
     missing = [name for name in COLUMNS if name not in named]
-    if missing:
+    if missing and missing != list(BOX_COLUMNS):
         raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
-    unseal(table, path)
+    if is_sealed(table):
+        unseal(table, path)
+    for name in missing:
+        table = table.append_column(name, pa.array(np.zeros(len(table), np.int64)))
     return table
 
 
 def check_origin(table: pa.Table, results: Results, path: Path) -> None:
     """Raise UserError if samples that were read belong to another model or other data than a row of results."""
-    facts = unseal(table, path)
+    facts = unseal(table, path) if is_sealed(table) else {}
     for name, what in (("weights_sha256", "weights"), ("data_fingerprint", "data")):
         mine, theirs = results.provenance.get(name), facts.get(name)
         if mine is not None and theirs is not None and mine != theirs:

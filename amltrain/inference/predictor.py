@@ -114,7 +114,12 @@ class Predictor:
         uint16). An EXIF rotation is applied first, so that masks fit the image as viewers show it. Raises UserError for
         an empty sentence, or an image that cannot be read.
         """
-        sentences = [sentences] if isinstance(sentences, str) else list(sentences)
+        sentences = (
+            [sentences] if isinstance(sentences, str) or not isinstance(sentences, Iterable) else list(sentences)
+        )
+        for sentence in sentences:
+            if not isinstance(sentence, str):
+                raise UserError(f"a sentence is of type {type(sentence).__name__}; give a text, or a list of texts")
         if not all(s.strip() for s in sentences):
             raise UserError("a sentence is empty; say what to look for")
         pixels, _, geometry = self.transform(load_image(image), None)

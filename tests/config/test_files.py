@@ -127,6 +127,10 @@ def test_a_variant_is_its_file_with_a_few_changes(tmp_path: Path) -> None:
         ("variants:\n  slow: 3\n", r"mine\.yaml, line 2: variant slow has no keys"),
         ("seed: 1\nvariants:\n  slow:\n    optimm: {lr: 1}\n", "optimm"),
         ("seed: 1\nvariants:\n  slow:\n    seed: 1\n    seed: 2\n", "line 5: seed is already set in line 4"),
+        ("variants:\n  slow: {seed: 1}\n  slow: {seed: 2}\n", r"line 3: variant slow is already there in line 2"),
+        ("variants:\n  slow:\n    base: [other]\n", r"line 3: variant slow cannot hold base; write a file of its own"),
+        ("variants:\n  slow:\n    variants: {a: {seed: 1}}\n", r"line 3: variant slow cannot hold variants"),
+        ("seed: 1\nvariants: {slower: {seed: 1}}\n", r"did you mean .*mine_slower"),
         ("seed: 1\nvariants: [slow]\n", "there is no file and no shipped config"),
         ("seed: 1\nvariants: {}\n", "there is no file and no shipped config"),
     ],
@@ -135,6 +139,13 @@ def test_variants_that_cannot_be_read(text: str, message: str, tmp_path: Path) -
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_run(["--config", str(tmp_path / "mine_slow")])
+
+
+def test_a_variant_of_a_file_without_output_does_not_share_its_bases_folder(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text("output: runs/low\n")
+    (tmp_path / "mine.yaml").write_text("base: [low]\nvariants:\n  slow: {seed: 1}\n")
+    outputs = [read_run(["--config", str(tmp_path / name)]).output for name in ("mine", "mine_slow")]
+    assert outputs == ["runs/low", "runs/low_slow"]
 
 
 def test_a_file_says_what_is_wrong_with_its_variants(tmp_path: Path) -> None:

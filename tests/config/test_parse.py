@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from amltrain.commands.evaluate import main as evaluate
 from amltrain.commands.train import read_run
 from amltrain.config.parse import save_config
 from amltrain.config.schema import RunConfig
@@ -116,3 +117,9 @@ def test_unknown_model_argument_is_named() -> None:
 def test_a_mistyped_flag_is_not_blamed_on_a_file() -> None:
     with pytest.raises(UserError, match=r"^unknown key optim\.lrr; did you mean optim\.lr"):
         read_run(["--config", "quickstart", "--optim.lrr", "1"])
+
+
+def test_an_option_of_a_method_given_to_a_command_that_trains_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate(["--checkpoint", "runs/none", "--aml.features", "oracle"])
+    assert capsys.readouterr().err == "error: aml.features is a key of training, not of this command; leave it out\n"

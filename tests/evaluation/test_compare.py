@@ -119,6 +119,26 @@ def test_altered_rows_and_other_samples_are_rejected(scored: Results, tmp_path: 
         compare({"a": [write(tmp_path / "a", scored)], "b": [write(tmp_path / "b", fewer)]})
 
 
+def test_samples_of_a_version_without_checksums_are_read_and_named(scored: Results, tmp_path: Path):
+    one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored)
+    with_checksums = compare({"a": [one], "b": [two]})
+    [file] = (two / "samples").glob("*.parquet")
+    older = pq.read_table(file).replace_schema_metadata(None).drop_columns(["box_intersection", "box_union"])
+    pq.write_table(older, file)
+    compared = compare({"a": [one], "b": [two]})
+    assert compared.differences == with_checksums.differences
+    [note] = compared.notes
+    assert f"{two}/results.json carry no checksum" in note and with_checksums.notes == []
+
+
+def test_other_numbers_of_seeds_are_said_to_have_no_test(scored: Results, tmp_path: Path):
+    one, two, three = (write(tmp_path / name, scored, gain) for gain, name in enumerate("abc"))
+    text = comparison_markdown(compare({"a": [one], "b": [two, three]}))
+    assert "images, 2 and 1 seeds" in text and "No test over seeds: the models do not have as many" in text
+    assert "Seeds are not covered" not in text
+    assert "Seeds are not covered" in comparison_markdown(compare({"a": [one], "b": [two]}))
+
+
 def test_groups():
     assert parse_groups(["none=a,b", "runs/aml"]) == {"none": ["a", "b"], "aml": ["runs/aml"]}
     with pytest.raises(UserError, match="taken"):

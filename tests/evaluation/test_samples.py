@@ -81,7 +81,7 @@ def test_a_changed_column_is_found_whoever_writes_the_file(files: Path, tmp_path
         read_samples(tmp_path / "x.parquet")
 
 
-@pytest.mark.parametrize("harm", ["rows swapped", "row dropped", "row doubled", "facts changed", "no seal", "seal cut"])
+@pytest.mark.parametrize("harm", ["rows swapped", "row dropped", "row doubled", "facts changed", "seal cut"])
 def test_a_table_that_is_not_the_one_that_was_sealed(files: Path, tmp_path: Path, harm: str) -> None:
     read = pq.read_table(files / "samples.parquet")
     seal_ = read.schema.metadata[b"amltrain"]
@@ -90,11 +90,10 @@ def test_a_table_that_is_not_the_one_that_was_sealed(files: Path, tmp_path: Path
         "row dropped": lambda: read.slice(1),
         "row doubled": lambda: pa.concat_tables([read, read.slice(0, 1)]),
         "facts changed": lambda: read.replace_schema_metadata({b"amltrain": seal_.replace(b"abab", b"cdcd")}),
-        "no seal": lambda: read.replace_schema_metadata(None),
         "seal cut": lambda: read.replace_schema_metadata({b"amltrain": seal_[:-9]}),
     }[harm]()
     pq.write_table(other, tmp_path / "x.parquet")
-    with pytest.raises(UserError, match=r"damaged|carries no checksum"):
+    with pytest.raises(UserError, match="damaged"):
         read_samples(tmp_path / "x.parquet")
 
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +164,12 @@ def test_a_photo_of_16_bits_is_seen_as_one_of_8(scene, tmp_path: Path, upright: 
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "depth.tif")
     with pytest.raises(UserError, match=r"depth\.tif has float pixels"):
         read_image(tmp_path / "depth.tif")
+
+
+@pytest.mark.parametrize(("sentences", "kind"), [(None, "NoneType"), (3, "int"), (["the bright one", 3], "int")])
+def test_a_sentence_that_is_no_text(scene, sentences: Any, kind: str):
+    with pytest.raises(UserError, match=f"a sentence is of type {kind}; give a text"):
+        predictor()(scene[0], sentences)
 
 
 def test_bad_input(scene, tmp_path: Path):

@@ -54,7 +54,15 @@ def detect(path: Path) -> Found:
         return found[0]
     known = ", ".join((*FORMS, *OWN_FORMS))
     if not forms:
-        raise UserError(f"{path} is in no form that is known ({known}); for a table give --table, else name it: --form")
+        pictures = sum(map(is_picture, path.rglob("*"))) if path.is_dir() else 0
+        if pictures:
+            raise UserError(
+                f"{path} has {pictures:,} picture{'' if pictures == 1 else 's'} and no annotations that are known "
+                f"({known}); outline the objects in an annotation tool, or write a table (docs/data.md)"
+            )
+        if path.is_dir() and not any(path.iterdir()):
+            raise UserError(f"{path} is an empty folder; give the one with your pictures and annotations")
+        raise UserError(f"{path} is in no form that is known; name it: --form, one of {known}")
     seen = " and ".join(f"{form} ({next(e.evidence for e in found if e.form == form)})" for form in forms)
     raise UserError(f"{path} can be read as {seen}; choose one with --form")
 

@@ -388,6 +388,8 @@ def build_aligner(model: RISModel, training: Mapping[str, Any] | None) -> Aligne
     trained = recipe.get("method") == "aml" or bool(section.get("enabled"))  # the key of version 0.1
     known = {option.name for option in fields(AMLOptions)}
     given = {name: value for name, value in section.items() if name in known}
+    if given.get("features") == "oracle":  # it scores by annotations, which a photograph does not have
+        return None
     try:
         return Aligner(model, AMLOptions(**given), trained)
     except (AttributeError, UserError):

@@ -273,3 +273,15 @@ def test_objects_without_sentences_are_counted(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         main([str(export("yolo", tmp_path / "y")), "--name", "mine", "--output", str(tmp_path / "q")])
     assert "has 3 objects of 2 classes and no sentence; give --describe" in capsys.readouterr().err
+
+
+def test_what_is_no_export_is_told_by_what_is_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an empty folder; give the one with your pictures and annotations"):
+        detect(tmp_path)
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"has 2 pictures and no annotations that are known .* write a table"):
+        detect(tmp_path)
+    (tmp_path / "note.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"note\.txt is in no form that is known; name it: --form, one of labelme"):
+        detect(tmp_path / "note.txt")

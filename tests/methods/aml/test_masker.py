@@ -45,6 +45,7 @@ def test_settings_come_from_the_run() -> None:
     aligner = build_aligner(model, training)
     assert aligner is not None
     assert (aligner.tau, aligner.settings.rho, aligner.trained) == (0.3, 0.25, True)
+    assert build_aligner(model, {"recipe": {"method": "aml", "aml": {"features": "oracle"}}}) is None  # reads truth
     plain = build_aligner(model, None)
     assert plain is not None and not plain.trained
     released = build_aligner(model, {"recipe": {"method": "aml", "aml": {"preset": "released"}}})
