@@ -211,6 +211,7 @@ READERS: Registry[Callable[..., Any]] = Registry(
     {
         "amltrain.data.sources.refer": ("refer",),
         "amltrain.data.sources.published": ("phrasecut", "reasonseg", "refcoco-m", "refsegrs"),
+        "amltrain.data.sources.benchmarks": ("gseval", "pbench", "ref-adv-s", "nwpu-refer"),
     },
 )
 CALLBACKS: Registry[Callable[..., Any]] = Registry("callback")

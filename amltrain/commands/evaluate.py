@@ -1,6 +1,7 @@
 """Score a trained model, or predictions in files, on splits of the prepared data.
 
     amltrain evaluate --checkpoint runs/caris --splits all
+    amltrain evaluate --checkpoint runs/caris --suite out_of_domain
     amltrain evaluate --predictions masks/ --preset lavt --data.datasets [refcoco] --splits val testA
     accelerate launch -m amltrain evaluate --checkpoint runs/caris --splits val testA
 
@@ -18,6 +19,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from amltrain.config.files import Groups, read_config_files
 from amltrain.config.parse import one_line
 from amltrain.config.schema import DataConfig, ProtocolOverrides
+from amltrain.data.catalog import SUITES
 from amltrain.errors import UserError, one_line_errors
 from amltrain.run_folder import find_model_folder
 
@@ -51,6 +53,12 @@ def build_parser() -> ArgumentParser:
         nargs="+",
         default=["val"],
         help="splits, e.g. val testA; `refcoco+:val` names the data set; `all`: every evaluation split",
+    )
+    add(
+        "--suite",
+        choices=[*SUITES, None],
+        default=None,
+        help="score every split of the benchmarks that are prepared, in one table; in place of data sets and splits",
     )
     add("--output", type=str | None, help="folder for results; null = evaluation/ and the checkpoint")
     parser.add_class_arguments(DataConfig, "data", skip=set(OF_TRAINING))
@@ -93,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 find_model_folder(checkpoint)  # before the imports
             from accelerate import PartialState  # these import torch, once the arguments are known to be good
 
-            from amltrain.evaluation.tables import table
+            from amltrain.evaluation.results import write_text
+            from amltrain.evaluation.tables import suite_table, table
             from amltrain.inference import evaluate as evaluation
 
             if checkpoint:
@@ -101,6 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parsed = parser.parse_args(arguments)
             if not checkpoint and not parsed.predictions:
                 raise UserError("give --checkpoint RUN (or a folder of masks as --predictions)")
+            absent = ""
+            if parsed.suite:
+                _check_suite(arguments)
+                parsed.data.datasets, absent = evaluation.choose_suite(parsed.suite, parsed.data.prepared)
+                parsed.splits = ["all"]
             values = parser.instantiate(parsed)
             options = evaluation.EvaluateOptions(**{f.name: values[f.name] for f in fields(evaluation.EvaluateOptions)})
         except UserError:
@@ -110,4 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = evaluation.evaluate(options)
         if PartialState().is_main_process:
             print(table(results))
+            if values["suite"]:
+                together = "\n\n".join(part for part in (suite_table(results), absent) if part)
+                write_text(options.folder / f"{values['suite']}.md", together + "\n")
+                print(f"\n{together}\n")
             print(f"results -> {options.folder}")
+
+
+def _check_suite(arguments: Sequence[str]) -> None:
+    """Raise UserError where a suite and its parts are chosen at once."""
+    for flag in ("--splits", "--data.datasets"):
+        if any(argument == flag or argument.startswith(f"{flag}=") for argument in arguments):
+            raise UserError(f"--suite chooses data sets and splits itself; leave {flag} out")

@@ -28,6 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
     parser.add_argument("--dry_run", action="store_true", help="check everything, push nothing, print files and card")
     parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
+    parser.add_argument(
+        "--benchmark",
+        metavar="DATASET",
+        help="Hub data set with an eval.yaml: also push the scores as .eval_results, for its leaderboard",
+    )
     return parser
 
 
@@ -46,5 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             revision=args.revision,
             results_file=args.results,
             dry_run=args.dry_run,
+            benchmark=args.benchmark,
         )
         print(address if args.dry_run else f"pushed to {address}")

@@ -24,6 +24,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", nargs="*", default=[], metavar="NAME", help="data sets to push (default: all)")
     parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
     parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)  # the default since 0.3
+    parser.add_argument(
+        "--benchmark",
+        metavar="FRAMEWORK",
+        help="also push an eval.yaml, which makes every split but train a task; FRAMEWORK is a name of the Hub's list",
+    )
     parser.add_argument("--revision", help="branch to push to; created if it does not exist (default: main)")
     return parser
 
@@ -34,5 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         from amltrain.hub.push_data import push_data  # once the arguments are known to be good: torch takes a while
 
-        address = push_data(args.folder, args.repo, private=not args.public, names=args.dataset, revision=args.revision)
+        address = push_data(
+            args.folder,
+            args.repo,
+            private=not args.public,
+            names=args.dataset,
+            revision=args.revision,
+            benchmark=args.benchmark,
+        )
         print(f"pushed to {address}")

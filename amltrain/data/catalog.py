@@ -3,20 +3,16 @@
 Counts: RefCOCO val, testA, testB and all expressions were recounted from the files; the others of RefCOCO, RefCOCO+
 and RefCOCOg are in official code or papers. PhraseCut, ReasonSeg and RefCOCO-M: as their authors' pages state.
 RRSIS-D, Ref-ZOM and RefSegRS: as other papers and catalogues state; the splits add up to the totals of their authors.
+GSEval, PBench and Ref-Adv-s: as their own pages state.
 
 The manifest of a prepared data set: counts, hashes, skipped entries, and the data set's spec.
-
-The data card of a prepared folder: `load_dataset(folder, "refcoco")` and the Hub's viewer read its `configs`.
 """
 
 import functools
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
@@ -49,6 +45,7 @@ class DatasetSpec(NamedTuple):
     belongs to the split of the same name only. image_folders: where its images lie, below the image root. stretch: some
     pictures as published have other proportions than their annotations state; the official code resizes both apart.
     synthetic: drawn by `amltrain.data.sources.shapes`. layout: "refer", "table" (own data), or a registered reader.
+    box_only: the truth is boxes, so that `metrics` alone are reported. source: where its files are, for messages.
     """
 
     folder: str
@@ -64,6 +61,8 @@ class DatasetSpec(NamedTuple):
     image_folders: tuple[str, ...] = ()
     stretch: bool = False
     synthetic: bool = False
+    box_only: bool = False
+    source: str = ""
 
     @property
     def refs_name(self) -> str:
@@ -88,6 +87,7 @@ class DatasetSpec(NamedTuple):
             "shares_images": self.shares_images,
             "layout": self.layout,
             "metrics": list(self.metrics),
+            **({"box_only": True} if self.box_only else {}),
         }
 
 
@@ -95,6 +95,7 @@ _UNC = ("train", "val", "testA", "testB")
 _UMD = ("train", "val", "test")
 _GREF_KEYS = ("exist", "no_target")
 _ROBUST = ("r", "rIoU", "target mIoU", "target oIoU")
+_BOX = ("Acc@0.5", "Acc@0.75", "Acc@0.9")
 
 _SPECS: dict[str, DatasetSpec] = {
     "refcoco": DatasetSpec(
@@ -177,7 +178,63 @@ _SPECS: dict[str, DatasetSpec] = {
         exact_splits=True,
     ),
     "refcoco-m": DatasetSpec(
-        "refcoco-m", "moondream", ("val",), {"val": Counts(2080, 5598, 1190)}, layout="refcoco-m", exact_splits=True
+        "refcoco-m",
+        "moondream",
+        ("val",),
+        {"val": Counts(2080, 5598, 1190)},
+        layout="refcoco-m",
+        exact_splits=True,
+        source="moondream/refcoco-m on the Hub",
+    ),
+    "gseval": DatasetSpec(
+        "GSEval",
+        "gseval",
+        ("test",),
+        {"test": Counts(expressions=3800)},
+        layout="gseval",
+        exact_splits=True,
+        metrics=("Acc@0.5",),
+        source="hustvl/GSEval on the Hub, with COCO's unlabeled2017 images",
+    ),
+    "pbench": DatasetSpec(
+        "PBench",
+        "pbench",
+        ("level_0", "level_1", "level_2", "level_3", "level_4", "dense"),
+        {
+            "level_0": Counts(expressions=1930),
+            "level_1": Counts(expressions=1108),
+            "level_2": Counts(expressions=969),
+            "level_3": Counts(expressions=1089),
+            "level_4": Counts(expressions=861),
+            "dense": Counts(expressions=381),
+        },
+        generalised=True,
+        layout="pbench",
+        metrics=("zero-target accuracy",),
+        exact_splits=True,
+        source="tiiuae/PBench on the Hub",
+    ),
+    "ref-adv-s": DatasetSpec(
+        "ref-adv-s",
+        "ref-adv-s",
+        ("test",),
+        {"test": Counts(expressions=1142)},
+        layout="ref-adv-s",
+        exact_splits=True,
+        metrics=_BOX,
+        box_only=True,
+        source="dddraxxx/ref-adv-s on the Hub",
+    ),
+    "nwpu-refer": DatasetSpec(
+        "NWPU-Refer",
+        "unc",
+        _UMD,
+        generalised=True,
+        layout="nwpu-refer",
+        special_keys=("no_target",),
+        metrics=("target mIoU", "target oIoU"),
+        image_folders=("NWPU-Refer/image/image", "NWPU-Refer/image", "image/image", "image"),
+        source="the links of github.com/CVer-Yang/NWPU-Refer",
     ),
     "reasonseg": DatasetSpec(
         "ReasonSeg",
@@ -200,6 +257,9 @@ _SPECS: dict[str, DatasetSpec] = {
     "refshapesg": DatasetSpec("refshapesg", "umd", _UMD, synthetic=True),
     "grefshapes": DatasetSpec("grefshapes", "unc", _UNC, generalised=True, special_keys=_GREF_KEYS, synthetic=True),
 }
+
+SUITES = {"out_of_domain": ("gseval", "pbench", "ref-adv-s", "nwpu-refer", "refcoco-m")}
+"""Data sets that are scored in one table, by the name of the suite."""
 
 
 def register_dataset(name: str, spec: DatasetSpec) -> None:
@@ -300,6 +360,7 @@ def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
         layout="table",
         metrics=tuple(map(str, metrics)),
         exact_splits=True,
+        box_only=bool(kept.get("box_only")),
     )
 
 
@@ -359,76 +420,6 @@ def describe(manifest: dict[str, Any]) -> str:
     if len(skipped) > 5:
         lines.append(f"    ... and {len(skipped) - 5} more, all in {MANIFEST}")
     return "\n".join(lines)
-
-
-CARD = "README.md"
-_MARK = "<!-- written by amltrain data prepare; remove this line to keep your own text -->"
-_LOADING = """```python
-from amltrain import decode_mask
-from datasets import load_dataset
-
-rows = load_dataset("{folder}", "{first}", split="{split}")
-row = rows[0]
-row["image"]                                    # a PIL image
-referent = row["referents"][0]
-referent["sentences"][0]["raw"]                 # "the woman on the left"
-decode_mask(referent["mask"])                   # [height, width] uint8, 1 = the object
-```"""
-
-
-def write_data_card(output: Path, repository: str | None = None) -> None:
-    """Write or refresh the card of everything prepared under `output`, unless a person has written one.
-
-    repository: the Hub id that the card shows. Raises OSError.
-    """
-    path = output / CARD
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        return
-    temporary = path.with_name(f".{CARD}.{os.getpid()}")
-    temporary.write_text(data_card(output, repository), encoding="utf-8")
-    temporary.replace(path)
-
-
-def data_card(output: Path, repository: str | None = None, names: Sequence[str] | None = None) -> str:
-    """The card's text. names: data sets to list; None = all. Raises UserError for a damaged manifest."""
-    folders = sorted(path.parent for path in output.glob(f"*/{MANIFEST}"))
-    folders = [folder for folder in folders if names is None or folder.name in names]
-    found = {folder.name: manifest for folder in folders if (manifest := read_manifest(folder)) is not None}
-    header = {
-        "task_categories": ["image-segmentation"],
-        "tags": ["referring-image-segmentation", "amltrain"],
-        "configs": [_config(name, manifest, number == 0) for number, (name, manifest) in enumerate(found.items())],
-    }
-    first = next(iter(found), "refcoco")
-    splits = list(found[first]["splits"]) if found else ["train"]
-    parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        _MARK,
-        f"# {(repository or 'Referring image segmentation').rpartition('/')[2]}",
-        "Images with sentences, and for every sentence the mask of the object that it refers to. One row per image; "
-        "`referents` holds its objects with their sentences and masks (COCO run lengths).",
-        _LOADING.format(folder=repository or output.name, first=first, split=splits[0]),
-        *(_section(name, manifest) for name, manifest in found.items()),
-        "The images keep their own licences; check them before you publish this folder.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _config(name: str, manifest: dict[str, Any], default: bool) -> dict[str, Any]:
-    used = [split for split, counts in manifest["splits"].items() if counts["images"]]
-    files = [{"split": split, "path": f"{name}/{split}-*.parquet"} for split in used]
-    return {"config_name": name, "data_files": files, **({"default": True} if default else {})}
-
-
-def _section(name: str, manifest: dict[str, Any]) -> str:
-    rows = [
-        f"| {split} | {counts['images']:,} | {counts['refs']:,} | {counts['expressions']:,} |"
-        for split, counts in manifest["splits"].items()
-    ]
-    table = ["| split | images | referents | sentences |", "|---|---|---|---|", *rows]
-    source = ", ".join(re.sub(r".*[/\\]", "", place) for place in manifest["sources"])
-    lost = sum(entry["expressions"] for entry in manifest["skipped"])
-    return "\n".join([f"## {name}", "", *table, "", f"Made from {source}; {lost:,} sentences could not be used."])
 
 
 for _name, _spec in _SPECS.items():

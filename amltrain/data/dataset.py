@@ -38,7 +38,7 @@ class OpenSplit(NamedTuple):
     """One split of one data set: names, rows, and the presized images where there are any.
 
     metrics: further metrics that its papers report, see `DatasetSpec.metrics`. fingerprint: of its contents, see
-    `catalog.fingerprint`.
+    `catalog.fingerprint`. box_only: see `DatasetSpec.box_only`.
     """
 
     dataset: str
@@ -47,6 +47,7 @@ class OpenSplit(NamedTuple):
     presized: PresizedImages | None = None
     metrics: tuple[str, ...] = ()
     fingerprint: str = ""
+    box_only: bool = False
 
 
 class SampleInfo(NamedTuple):
@@ -167,6 +168,11 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
     def paper_metrics(self) -> tuple[str, ...]:
         """Further metrics that the papers of its data sets report."""
         return tuple(dict.fromkeys(name for opened in self.splits for name in opened.metrics))
+
+    @property
+    def box_only(self) -> bool:
+        """Whether the truth of some split is boxes."""
+        return any(opened.box_only for opened in self.splits)
 
     @cached_property
     def fingerprint(self) -> str:

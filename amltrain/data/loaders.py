@@ -239,7 +239,8 @@ def _open_split(
     presized = _open_presized(data, name, split, *sized) if sized else None
     local = Path(data.prepared) / name
     contents = fingerprint(read_manifest(local), split) if local.is_dir() else ""
-    return OpenSplit(name, split, rows, presized, find_spec(name, data.prepared).metrics, contents)
+    spec = find_spec(name, data.prepared)
+    return OpenSplit(name, split, rows, presized, spec.metrics, contents, spec.box_only)
 
 
 def _open_presized(

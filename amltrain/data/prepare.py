@@ -26,6 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from amltrain.config.schema import DataConfig, ShapesConfig
+from amltrain.data.card import write_data_card
 from amltrain.data.catalog import (
     MANIFEST,
     Counts,
@@ -35,7 +36,6 @@ from amltrain.data.catalog import (
     describe,
     find_spec,
     read_manifest,
-    write_data_card,
 )
 from amltrain.data.leakage import combined_path, write_combined_manifest
 from amltrain.data.loaders import leaks
@@ -238,7 +238,8 @@ def find_images(files: Annotations, root: Path, option: str = "image_root") -> t
     if spec.layout == "refer":
         folders = (*spec.image_folders, *IMAGE_FOLDERS)
     else:
-        folders = ("",) if spec.layout == "table" else ("", "images", spec.folder, f"{spec.folder}/images")
+        below = ("", "images", spec.folder, f"{spec.folder}/images", *spec.image_folders)
+        folders = ("",) if spec.layout == "table" else below
     for folder in (root / sub for sub in folders):
         if any(os.path.isfile(folder / name) for name in some):  # False also for what cannot be a name
             return files, folder

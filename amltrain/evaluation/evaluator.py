@@ -33,7 +33,7 @@ from amltrain.data.transforms import prepare_batch
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import Masks, count_pixels, find_referents, network_size, output_masks, to_original
-from amltrain.evaluation.metrics import metric_terms, number_refs, scored_columns
+from amltrain.evaluation.metrics import METRICS, Kind, metric_terms, number_refs, scored_columns
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.models.base import RISModel, eval_mode
@@ -253,7 +253,7 @@ def _results(
         generalized=generalized,
         ties=protocol.ties,
     )
-    paper = _paper_metrics(columns, dataset) if generalized else {}
+    paper = _paper_metrics(columns, dataset, "generalized" if generalized else "classic")
     held = dataset.counts()
     counts = {
         "samples": scores.pop("samples"),
@@ -276,15 +276,15 @@ def _results(
     }
     info = dataset.info(int(samples[0, 0]))
     described = asdict(protocol) | dataset.describe() | facts
-    metrics = {**scores, **paper}
+    metrics = paper if getattr(dataset, "box_only", False) else {**scores, **paper}
     return Results(
         info.dataset, info.split, metrics, counts, described, provenance, samples=samples, predictions=predictions
     )
 
 
-def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any) -> dict[str, float]:
-    """Metrics of the data set's papers in percent, by name, where its entry names any."""
-    names = getattr(dataset, "paper_metrics", ())
+def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any, kind: Kind) -> dict[str, float]:
+    """Metrics of the data set's papers that belong to the kind, in percent, by name, where its entry names any."""
+    names = [name for name in getattr(dataset, "paper_metrics", ()) if name in METRICS[kind]]
     if not names:
         return {}
     infos = [dataset.info(i) for i in columns["sample_id"].tolist()]
@@ -295,8 +295,9 @@ def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any) -> dict[
         columns["predicted_no_target"],
         columns["area"],
         refs=number_refs([i.image_id for i in infos], [i.ref_id for i in infos]),
+        boxes=(columns["box_intersection"], columns["box_union"]),
     )
-    return {name: metric_terms(name, samples, "generalized").percent() for name in names}
+    return {name: metric_terms(name, samples, kind).percent() for name in names}
 
 
 def _precision(accelerator: Accelerator) -> str:

@@ -14,8 +14,10 @@ Metrics that only some data sets' papers report come in addition, where the data
 names them:
 
     r, rIoU               R-RefCOCO, R-RefCOCO+, R-RefCOCOg (arXiv 2209.09554): per ref, then the mean over refs
-    zero-target accuracy  Ref-ZOM (arXiv 2308.13853): share of no-target samples with an empty mask
+    zero-target accuracy  Ref-ZOM (arXiv 2308.13853), PBench: share of no-target samples with an empty mask
     target oIoU, mIoU     both papers' oIoU and mIoU: over target samples, without the no-target rule
+    Acc@t                 Ref-Adv (arXiv 2602.23898), GSEval (arXiv 2503.10596): share of target samples where the box
+                          around the predicted mask and the box around the truth have an IoU of at least t
 
 Every metric is a ratio of two sums over samples. That makes it exact at any number of processes and gives it bootstrap
 intervals. All are in percent (ReLA prints N-acc and T-acc as fractions).
@@ -37,6 +39,7 @@ from amltrain.registry import METRICS
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 GENERALIZED_THRESHOLDS = (0.7, 0.8, 0.9)
+BOX_THRESHOLDS = (0.5, 0.75, 0.9)
 CRIS_EPSILON = 1e-6
 """CRIS, ETRIS, DETRIS and CGFormer divide by U + 1e-6, so that an IoU of exactly 0.5 is a little below 0.5."""
 
@@ -55,6 +58,8 @@ class Scored:
     ties                 arithmetic of the IoU, see `sample_iou`
     ref                  number of the ref that the sentence belongs to, int64; None where it is unknown. r and rIoU
                          need it
+    box_intersection, box_union  pixels of the boxes around the two masks, int64; None where they are unknown. Acc@t
+                                 needs them
     """
 
     intersection: NDArray[np.int64]
@@ -64,6 +69,8 @@ class Scored:
     predicted_no_target: NDArray[np.bool_]
     ties: Ties = "ge"
     ref: NDArray[np.int64] | None = None
+    box_intersection: NDArray[np.int64] | None = None
+    box_union: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.union)
@@ -288,6 +295,19 @@ def robust_iou(samples: Scored) -> Ratio:
     return Ratio(share * total_i / np.maximum(total_u, 1), share)
 
 
+def _register_box_accuracy(threshold: float) -> None:
+    @register_metric(f"Acc@{threshold}", "classic", "generalized", on_request=True)
+    def box_accuracy(samples: Scored) -> Ratio:
+        if samples.box_intersection is None or samples.box_union is None:
+            raise UserError(f"Acc@{threshold} needs the boxes of every sample; evaluate again with this version")
+        found = sample_iou(samples.box_intersection, samples.box_union) * ~samples.predicted_no_target
+        return Ratio((found >= threshold) & ~samples.no_target, ~samples.no_target)
+
+
+for _threshold in BOX_THRESHOLDS:
+    _register_box_accuracy(_threshold)
+
+
 def _per_ref(samples: Scored, values: NDArray[Any]) -> NDArray[np.float64]:
     """Sum of `values` [N] over the ref of each sample, [N]."""
     if samples.ref is None:
@@ -324,13 +344,19 @@ def scored_columns(
     areas: ArrayLike | None = None,
     ties: Ties = "ge",
     refs: ArrayLike | None = None,
+    boxes: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Scored:
-    """Build a `Scored` from anything array-like, [N] each; flags default to false, areas to the intersections."""
+    """Build a `Scored` from anything array-like, [N] each; flags default to false, areas to the intersections.
+
+    boxes: intersections and unions of the boxes.
+    """
     i, u = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
     none = np.zeros(len(u), bool)
     truth, predicted = (none if flag is None else np.asarray(flag, bool) for flag in (no_target, predicted_no_target))
     ref = None if refs is None else np.asarray(refs, np.int64)
-    return Scored(i, u, i if areas is None else np.asarray(areas, np.int64), truth, predicted, ties, ref)
+    area = i if areas is None else np.asarray(areas, np.int64)
+    box_i, box_u = (None, None) if boxes is None else (np.asarray(column, np.int64) for column in boxes)
+    return Scored(i, u, area, truth, predicted, ties, ref, box_i, box_u)
 
 
 def number_refs(image_ids: ArrayLike, ref_ids: ArrayLike) -> NDArray[np.int64]:

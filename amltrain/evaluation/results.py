@@ -64,7 +64,18 @@ def run_protocol(own: Protocol, data: DataConfig, run: ProtocolOverrides) -> Pro
     return protocol
 
 
-SAMPLE_COLUMNS = ("sample_id", "intersection", "union", "no_target", "predicted_no_target", "finite", "area")
+BOX_COLUMNS = ("box_intersection", "box_union")
+"""Pixels of the boxes around prediction and truth."""
+SAMPLE_COLUMNS = (
+    "sample_id",
+    "intersection",
+    "union",
+    "no_target",
+    "predicted_no_target",
+    "finite",
+    "area",
+    *BOX_COLUMNS,
+)
 SAME_FORM = {"oIoU": "cIoU", "mIoU": "gIoU", "cIoU": "oIoU", "gIoU": "mIoU"}
 """Classic and generalized metrics of one form: cumulative (oIoU, cIoU) and mean (mIoU, gIoU)."""
 
@@ -89,7 +100,7 @@ class Results:
     protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...
     provenance   subject and settings of the evaluation: checkpoint, seed, precision, perturbation, ...
     files        other files of the evaluation, by kind: samples, picture, predictions; relative paths
-    samples      [N, 7] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
+    samples      [N, 9] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
     predictions  samples kept for pictures
     """
 
@@ -171,6 +182,8 @@ class Results:
             columns["no_target"].astype(bool),
             columns["predicted_no_target"].astype(bool),
             self.protocol["ties"],
+            None,
+            *(columns[name] for name in BOX_COLUMNS),
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
-from amltrain.evaluation.results import Results
+from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results
 from amltrain.files import is_sealed, seal, unseal
 
 FOLDER = "samples"
@@ -29,6 +29,8 @@ COLUMNS = {
     "union": "pixels, int64",
     "iou": "0..1, float64; with the no-target rule where the generalized metrics are computed",
     "area": "pixels of the predicted mask, int64",
+    "box_intersection": "pixels that the boxes around prediction and truth share, int64",
+    "box_union": "pixels of either box, int64",
     "truth_area": "pixels of the ground truth, int64",
     "truth_share": "share of the frame that the ground truth covers, 0..1, float64; NaN if the frame is unknown",
     "no_target": "bool, the sentence refers to nothing",
@@ -63,6 +65,7 @@ def sample_table(results: Results, dataset: Any) -> pa.Table:
         "union": scored.union,
         "iou": results.sample_iou(),
         "area": scored.area,
+        **{name: results.samples[:, SAMPLE_COLUMNS.index(name)] for name in BOX_COLUMNS},
         "truth_area": scored.truth_area,
         "truth_share": scored.truth_area / pixels,
         "no_target": scored.no_target,
@@ -94,7 +97,8 @@ def write_samples(path: Path, table: pa.Table, facts: Mapping[str, Any] | None =
 def read_samples(path: str | Path) -> pa.Table:
     """Read what `write_samples` wrote, in this or an earlier version. Raises UserError for any other file.
 
-    A table of a version that wrote no checksum is taken as it is; `is_sealed` tells.
+    A table of a version that wrote no checksum is taken as it is; `is_sealed` tells. One of a version that had no boxes
+    gets columns of 0: its results have no box metric either.
     """
     try:
         table = pq.read_table(path, page_checksum_verification=True)
@@ -102,10 +106,12 @@ def read_samples(path: str | Path) -> pa.Table:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a table of samples ({first_line(error)}); evaluate again") from error
     missing = [name for name in COLUMNS if name not in named]
-    if missing:
+    if missing and missing != list(BOX_COLUMNS):
         raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
     if is_sealed(table):
         unseal(table, path)
+    for name in missing:
+        table = table.append_column(name, pa.array(np.zeros(len(table), np.int64)))
     return table
 
 
@@ -128,4 +134,5 @@ def scored_samples(table: pa.Table, ties: Ties) -> Scored:
         predicted_no_target=table.column("predicted_no_target").to_numpy(),
         ties=ties,
         ref=number_refs(table.column("image_id").to_numpy(), table.column("ref_id").to_numpy()),
+        **{name: table.column(name).to_numpy() for name in BOX_COLUMNS},
     )

@@ -27,6 +27,32 @@ def table(results: Sequence[Results]) -> str:
     return "\n".join(lines)
 
 
+_ONE_TABLE = {
+    "mean IoU": ("mIoU", "gIoU"),
+    "cumulative IoU": ("oIoU", "cIoU"),
+    **{
+        name: (name,)
+        for name in ("Pr@0.7", "Pr@0.9", "N-acc", "T-acc", "zero-target accuracy", "Acc@0.5", "Acc@0.75", "Acc@0.9")
+    },
+}
+"""Columns of the table of a suite, and the metrics that each may show."""
+
+
+def suite_table(results: Sequence[Results]) -> str:
+    """Scores of different kinds in one table as Markdown: the same form of a metric shares a column, `-` = has none."""
+    cells = [
+        [next((r.metrics[name] for name in names if name in r.metrics), None) for names in _ONE_TABLE.values()]
+        for r in results
+    ]
+    used = [i for i in range(len(_ONE_TABLE)) if any(row[i] is not None for row in cells)]
+    header = ("dataset", "split", "samples", *(list(_ONE_TABLE)[i] for i in used))
+    rows = [
+        (r.dataset, split_label(r), str(r.counts["samples"]), *(cell(row[i]) for i in used))
+        for r, row in zip(results, cells, strict=True)
+    ]
+    return "\n".join(markdown([header, *rows]))
+
+
 def latex_table(results: Sequence[Results]) -> str:
     r"""The scores as LaTeX for `\usepackage{booktabs}`, one tabular per kind of metric.
 

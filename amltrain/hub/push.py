@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
+from amltrain.hub.benchmark import result_files
 from amltrain.hub.model_card import build_model_card
 from amltrain.network import failure_reason, limit_waiting
 from amltrain.registry import import_flags
@@ -60,12 +61,14 @@ def push_model(
     revision: str | None = None,
     results_file: str | Path | None = None,
     dry_run: bool = False,
+    benchmark: str | None = None,
 ) -> str:
     """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
 
     repo: user/name, created if missing (private if `private`). revision: branch to push to, created if missing.
     results_file: scores for the card instead of the folder's own. dry_run: check everything without contacting the Hub,
-    and return the card and the list of files. Raises UserError, in one line, for a folder that is
+    and return the card and the list of files. benchmark: data set repository for which the scores are also pushed, see
+    `amltrain.hub.benchmark`. Raises UserError, in one line, for a folder that is
     absent or not whole, a repository name that cannot be, a missing or rejected token, and a Hub out of reach.
     """
     check_access(repo, online=not dry_run)
@@ -76,6 +79,7 @@ def push_model(
     if results_file is not None and not results:
         raise UserError(f"{results_file} holds no score: {_altered(found)}; evaluate the whole split as it is")
     card = build_model_card(folder, repo, results)
+    evaluated = {} if benchmark is None else result_files(results, benchmark, repo)
     files = {p.name: p for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in MODEL_FILES)}
     files.pop(RESULTS_FILE, None)
     adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
@@ -85,9 +89,11 @@ def push_model(
     adds = [add for add in adds if add.path_in_repo != MANIFEST]
     adds.append(CommitOperationAdd(MANIFEST, model_manifest(listed).encode()))  # a download is checked against it
     adds.append(CommitOperationAdd("README.md", str(card).encode()))
+    adds += [CommitOperationAdd(name, text.encode()) for name, text in evaluated.items()]
     if dry_run:
         sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
-        return f"would push to {repo}:\n{sizes}\n  README.md:\n\n{card}"
+        scored = "".join(f"\n  {name}:\n\n{text}" for name, text in evaluated.items())
+        return f"would push to {repo}:\n{sizes}{scored}\n  README.md:\n\n{card}"
     limit_waiting()
     api = HfApi(library_name="amltrain")
     try:

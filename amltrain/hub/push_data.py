@@ -6,10 +6,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from amltrain.data.catalog import CARD, MANIFEST, data_card, read_manifest
+from amltrain.data.card import CARD, data_card
+from amltrain.data.catalog import MANIFEST, read_manifest
 from amltrain.data.rows import check_file
 from amltrain.errors import UserError
 from amltrain.files import sha256
+from amltrain.hub.benchmark import EVAL_FILE, eval_yaml
 from amltrain.hub.push import check_access
 from amltrain.network import failure_reason, limit_waiting
 
@@ -24,17 +26,21 @@ def push_data(
     private: bool,
     names: Sequence[str] = (),
     revision: str | None = None,
+    benchmark: str | None = None,
     log: Callable[[str], None] = print,
 ) -> str:
     """Push prepared data sets and return the address of the Hub data set.
 
     names: which of them; all if empty. Nothing else in the folder (`source/`, other files) is pushed. Shards that the
-    Hub has already, by SHA-256, are left out; the card and the manifests come last. Raises UserError.
+    Hub has already, by SHA-256, are left out; the card and the manifests come last. benchmark: evaluation framework to
+    name in an eval.yaml; None = no such file. Raises UserError.
     """
     check_access(repo)
     folders = _folders(prepared, names)
     shards = [shard for folder in folders for shard in _checked_shards(folder)]
     limit_waiting()
+    manifests = {folder.name: read_manifest(folder) or {} for folder in folders}
+    evaluated = None if benchmark is None else eval_yaml(repo, benchmark, manifests)
     api = HfApi(library_name="amltrain")
     try:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -52,6 +58,8 @@ def push_data(
         last = [CommitOperationAdd(_name(path, prepared), str(path)) for path in rest]
         card = data_card(prepared, repo, [folder.name for folder in folders])
         last.append(CommitOperationAdd(CARD, card.encode()))
+        if evaluated is not None:
+            last.append(CommitOperationAdd(EVAL_FILE, evaluated.encode()))
         api.create_commit(repo, last, commit_message="Card and manifests", repo_type="dataset", revision=revision)
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
         raise UserError(

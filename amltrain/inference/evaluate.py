@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from amltrain.config.fields import ANY, check_number
 from amltrain.config.schema import DataConfig, EvaluationConfig, Preprocess, Protocol, ProtocolOverrides
-from amltrain.data.catalog import find_spec
+from amltrain.data.catalog import SUITES, dataset_spec, find_manifest, find_spec
 from amltrain.data.loaders import build_eval_loaders, resolve_splits
 from amltrain.data.prepare import check_scenes, ensure_prepared
 from amltrain.distributed import PREPARATION, on_main_process
@@ -201,6 +201,24 @@ def evaluation_splits(names: Sequence[str], data: DataConfig) -> list[str]:
         names = [f"{name}:{split}" for name, spec in specs.items() for split in spec.evaluation_splits]
     resolve_splits(names, data.datasets, data.prepared)
     return list(dict.fromkeys(names))
+
+
+def choose_suite(name: str, prepared: str) -> tuple[list[str], str]:
+    """The data sets of a suite that are prepared, and a sentence about the others, empty if there are none.
+
+    Raises UserError with that sentence if nothing is prepared.
+    """
+    found = [member for member in SUITES[name] if find_manifest(prepared, member) is not None]
+    others = [f"{member} ({dataset_spec(member).source})" for member in SUITES[name] if member not in found]
+    if not others:
+        return found, ""
+    absent = (
+        f"Not prepared: {', '.join(others)}; put the files into one folder and run amltrain data prepare "
+        f"--dataset NAME --refer_root FOLDER --output {prepared}"
+    )
+    if not found:
+        raise UserError(f"{prepared} holds no data set of the suite {name}. {absent}")
+    return found, f"{absent}."
 
 
 def _perturbations(options: EvaluateOptions) -> list[Perturbation | None]:

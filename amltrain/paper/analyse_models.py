@@ -183,7 +183,8 @@ def errors(args: argparse.Namespace) -> str:
         run = runs[0]
         if run.samples is None:
             raise UserError(f"{run.place} has no samples of {dataset} {split}; run amltrain evaluate again")
-        groups = break_down(run.samples, run.results.protocol["ties"], run.results.kind)
+        result = run.results
+        groups = break_down(run.samples, result.protocol["ties"], result.kind, result.metrics)
         text = f"{dataset} {split}\n\n" + breakdown_markdown(groups, worst_cases(run.samples, args.worst))
         write_text(args.output / f"errors-{dataset}-{split}.md", text + "\n")
         draw_breakdown(groups, args.output / f"errors-{dataset}-{split}.{args.format}")

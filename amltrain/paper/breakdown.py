@@ -5,7 +5,7 @@ kinds, so the rows of `kind` overlap.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from amltrain.evaluation.metrics import Kind, Ties, compute_scores, take
+from amltrain.evaluation.metrics import Kind, Scored, Ties, compute_scores, metric_terms, take
 from amltrain.evaluation.samples import scored_samples
 from amltrain.evaluation.tables import cell, markdown
 from amltrain.paper.figures import COLOURS, saved_figure
@@ -52,10 +52,11 @@ def kinds_of(sentence: str) -> set[str]:
     return {name for name, pattern in KINDS.items() if pattern.search(sentence)} or {"plain"}
 
 
-def break_down(samples: pa.Table, ties: Ties, kind: Kind) -> dict[str, list[Group]]:
+def break_down(samples: pa.Table, ties: Ties, kind: Kind, names: Collection[str] = ()) -> dict[str, list[Group]]:
     """Scores by aspect: length, kind, size, distractors and category (each where the samples know it), groups in order.
 
-    samples: as `read_samples` gives them. ties, kind: of the results' protocol.
+    samples: as `read_samples` gives them. ties, kind: of the results' protocol. names: metrics; empty = those that
+    every data set has.
     """
     scored = scored_samples(samples, ties)
     sentences = samples.column("sentence").to_pylist()
@@ -65,7 +66,7 @@ def break_down(samples: pa.Table, ties: Ties, kind: Kind) -> dict[str, list[Grou
     categories = np.array(samples.column("category").to_pylist())
 
     def groups(named: Iterator[tuple[str, Mask]]) -> list[Group]:
-        return [Group(n, int(m.sum()), compute_scores(take(scored, m), kind)) for n, m in named if m.any()]
+        return [Group(n, int(m.sum()), _metrics(take(scored, m), kind, names)) for n, m in named if m.any()]
 
     named = [c for c in sorted(set(categories)) if c]
     return {
@@ -75,6 +76,12 @@ def break_down(samples: pa.Table, ties: Ties, kind: Kind) -> dict[str, list[Grou
         "same-class objects": groups((_count(n), others == n if n < 3 else others >= 3) for n in range(4)),
         "category": sorted(groups((c, categories == c) for c in named), key=lambda g: -g.samples),
     }
+
+
+def _metrics(samples: Scored, kind: Kind, names: Collection[str]) -> dict[str, float]:
+    if not names:
+        return compute_scores(samples, kind)
+    return {name: metric_terms(name, samples, kind).percent() for name in names}
 
 
 def _between(values: NDArray[Any], low: int, high: int | None) -> Mask:
@@ -124,7 +131,7 @@ def breakdown_markdown(groups: dict[str, list[Group]], worst: Sequence[dict[str,
 
 
 def draw_breakdown(groups: dict[str, list[Group]], path: Path, shown: int = 12) -> None:
-    """Mean IoU of every group as bars with the number of samples, one panel per aspect.
+    """Mean IoU (without one, the first metric) of every group as bars with the number of samples, one panel per aspect.
 
     shown: bars per panel at most; of categories those with the most samples.
     """
@@ -133,7 +140,7 @@ def draw_breakdown(groups: dict[str, list[Group]], path: Path, shown: int = 12) 
         heights = [len(found) + 2 for found in panels.values()]
         grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights).flat
         for axes, (aspect, found) in zip(grid, panels.items(), strict=True):
-            metric = "mIoU" if "mIoU" in found[0].metrics else "gIoU"
+            metric = next((n for n in ("mIoU", "gIoU") if n in found[0].metrics), next(iter(found[0].metrics)))
             names = [f"{group.name}  (n = {group.samples})" for group in found]
             bars = axes.barh(names, [group.metrics[metric] for group in found], color=COLOURS[0])
             axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,6 +144,9 @@ class Trainer:
             self._wait_for_save()
             if not run.results:  # there was nothing left to train
                 self._evaluate()
+                saved = run.output / run_folder.checkpoint_name(self.progress.step)
+                if run.results:
+                    on_main_process(self.accelerator, partial(self._name_weights, saved))
             self._finish()
             return run.results
         except BaseException:
@@ -329,15 +333,20 @@ class Trainer:
         """Add the evaluation to its checkpoint, and point `best` at it if it is one; main process only."""
         output, best = self.run.output, self.progress.best_step == self.progress.step
         path = output / run_folder.checkpoint_name(self.progress.step)
-        weights = run_folder.saved_weights(path)  # known once the checkpoint is complete
-        named = [replace(r, provenance={**r.provenance, "weights_sha256": weights}) for r in self.run.results]
-        self.run.results = named
+        named = self._name_weights(path)
         run_folder.add_scores(path, self.progress.state_dict(), partial(write_results, results=named))
-        write_results(output / RESULTS_FILE, [with_samples(result) for result in named])
         if best:
             run_folder.point(output, BEST, path)
             run_folder.prune(output, self.config.checkpoint.keep)
         self._tell("on_scores", path, best=best)
+
+    def _name_weights(self, checkpoint: Path) -> list[Results]:
+        """Write the run's results again with the hash of the weights, known once the checkpoint is complete."""
+        weights = run_folder.saved_weights(checkpoint)
+        named = [replace(r, provenance={**r.provenance, "weights_sha256": weights}) for r in self.run.results]
+        self.run.results = named
+        write_results(self.run.output / RESULTS_FILE, [with_samples(result) for result in named])
+        return named
 
     def _save(self) -> None:
         progress, run = self.progress, self.run

@@ -107,6 +107,7 @@ def _checkpoint(place: Place) -> Path:
         (folder / "model" / "model.safetensors").write_bytes(b"x" * 1000)
         (folder / checkpoints.TRAINER_FILE).write_text(json.dumps(PROGRESS.state_dict()))
 
+    (place.folder / "run").mkdir(exist_ok=True)  # a run's folder is made once, by the run
     return checkpoints.write_checkpoint(place.folder / "run", 3, write)
 
 

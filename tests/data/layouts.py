@@ -132,6 +132,111 @@ def refsegrs(root: Path) -> None:
         (folder / f"output_phrase_{split}.txt").write_text(f"{number} road along the field\n")
 
 
+def corner(size: int) -> np.ndarray:
+    """A square of `size` pixels at the top left."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[:size, :size] = 1
+    return mask
+
+
+def encoded(mask: np.ndarray) -> dict[str, Any]:
+    rle = coco.encode(np.asfortranarray(mask))
+    return {"size": [HEIGHT, WIDTH], "counts": rle["counts"].decode()}
+
+
+def hub_image(number: int) -> dict[str, Any]:
+    content = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT), (number, 8, 16)).save(content, "JPEG")
+    return {"bytes": content.getvalue(), "path": f"{number}.jpg"}
+
+
+def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    masks = pa.list_(pa.struct({"size": pa.list_(pa.int64()), "counts": pa.string()}))
+    table = pa.Table.from_pylist(rows)
+    if "masks" in table.column_names:
+        table = table.set_column(table.column_names.index("masks"), "masks", table.column("masks").cast(masks))
+    pq.write_table(table, path)
+
+
+def gseval(root: Path) -> None:
+    """Two lines about one picture, as the JSON lines of the authors' repository."""
+    folder = root / "GSEval"
+    picture(folder / "unlabeled2017/000000000267.jpg", 1)
+    lines = [
+        {
+            "idx": number, "image_path": "unlabeled2017/000000000267.jpg", "class_id": number + 1, "label": "smoke",
+            "caption": f"Trail {number} behind the plane.", "box": [5.2, 5.1, 24.9, 25.0],
+            "segmentation": run_lengths(),
+        }
+        for number in range(2)
+    ]  # fmt: skip
+    (folder / "GroundingSuite-Eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def pbench(root: Path) -> None:
+    """In every split one expression of two instances and one of none, about the same picture."""
+    for number, split in enumerate(("level_0", "level_1", "level_2", "level_3", "level_4", "dense")):
+        other = np.zeros((HEIGHT, WIDTH), np.uint8)
+        other[20:30, 20:30] = 1  # 25 pixels of it are in the square
+        rows = [
+            {
+                "image": hub_image(number), "expression": "Both squares", "count": 2, "id": 2 * number,
+                "masks": [run_lengths(), encoded(other)],
+            },
+            {"image": hub_image(number), "expression": "a dog", "masks": [], "count": 0, "id": 2 * number + 1},
+        ]  # fmt: skip
+        write_shard(root / f"PBench/data/{split}-00000-of-00001.parquet", rows)
+
+
+def ref_adv(root: Path) -> None:
+    rows = [
+        {
+            "image": hub_image(number), "file_name": f"{number}.jpg", "normal_caption": "the man who does not sit",
+            "solution": [5.0, 5.0, 25.0, 25.0], "width": WIDTH, "height": HEIGHT, "image_source": "coco",
+            "human_authored": True, "use_negation": True, "distractors": distractors,
+        }
+        for number, distractors in enumerate(("[1, 2]", "[1, 2, 3, 4]", "[1, 2, 3, 4, 5, 6, 7]", "[1, 2, 3]"))
+    ]  # fmt: skip
+    write_shard(root / "ref-adv-s/data/train-00000-of-00001.parquet", rows)
+
+
+def nwpu_refer(root: Path) -> None:
+    """In every split: one target, two targets as two refs, and none; the first has a Chinese sentence, too."""
+    folder = root / "NWPU-Refer"
+    refs, annotations, images = [], [], []
+    for number, split in enumerate(("train", "val", "test")):
+        picture(folder / f"image/image/{number}.jpg", number)
+        images.append({"id": number, "file_name": f"{number}.jpg", "height": HEIGHT, "width": WIDTH})
+        for part, left in enumerate((5.0, 30.0)):
+            corners = [left, 5.0, left + 10, 5.0, left + 10, 15.0, left, 15.0]
+            annotations.append({
+                "id": 10 * number + part, "image_id": number, "category_id": 1, "segmentation": [corners],
+                "bbox": [left, 5.0, 10.0, 10.0],
+            })  # fmt: skip
+        found = (
+            (10 * number, ["the left ship", "左边的船"]),
+            (10 * number, ["all ships"]), (10 * number + 1, ["all ships"]), (-1, ["the airplane"]),
+        )  # fmt: skip
+        for ann_id, texts in found:
+            sentences = [{"sent_id": 10 * len(refs) + i, "sent": t, "raw": t} for i, t in enumerate(texts)]
+            refs.append({
+                "ref_id": len(refs), "image_id": number, "ann_id": ann_id, "split": split, "category_id": 1,
+                "sentences": sentences,
+            })  # fmt: skip
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "ship"}]}
+    (folder / "new_instances.json").write_text(json.dumps(content))
+    (folder / "new_refs(unc).p").write_bytes(pickle.dumps(refs))
+
+
+BENCHMARKS: dict[str, Callable[[Path], None]] = {
+    "gseval": gseval,
+    "pbench": pbench,
+    "ref-adv-s": ref_adv,
+    "nwpu-refer": nwpu_refer,
+    "refcoco-m": refcoco_m,
+}
+
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "rrsis-d": rrsis_d,
     "refclef": refclef,

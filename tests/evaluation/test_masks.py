@@ -7,9 +7,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from amltrain.data.transforms import ImageTransform
-from amltrain.evaluation.masks import network_probability, original_probability, referent_margin, to_original
+from amltrain.evaluation.masks import (
+    Masks,
+    count_pixels,
+    network_probability,
+    original_probability,
+    referent_margin,
+    to_original,
+)
+from amltrain.evaluation.results import SAMPLE_COLUMNS, named_protocol
+from amltrain.records import Batch
 
 
 def logit(p: torch.Tensor) -> torch.Tensor:
@@ -89,3 +99,39 @@ def test_nearest_takes_a_logit_of_the_network_size() -> None:
     letterbox = [2.0, 4.0, 0.5, 0.5, 0.5, 0.0]
     [found] = original_probability(logits, (2, 2), [letterbox], "nearest")
     assert set(found.flatten().tolist()) <= set(logits.sigmoid().flatten().tolist())
+
+
+def boxes(predicted: Tensor, truth: Tensor) -> tuple[int, int]:
+    """Columns of `count_pixels` for one sample at network size."""
+    height, width = truth.shape
+    batch = Batch(
+        image=torch.zeros(1, 3, height, width), input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        text_mask=torch.ones(1, 1, dtype=torch.bool), target=truth[None].to(torch.uint8) * 255,
+        no_target=torch.tensor([False]), sample_id=torch.tensor([0]), random_key=torch.tensor([0]),
+        geometry=torch.tensor([[height, width, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64),
+    )  # fmt: skip
+    masks = Masks([predicted], None, torch.ones(1, dtype=torch.bool))
+    row = dict(zip(SAMPLE_COLUMNS, count_pixels(masks, batch, named_protocol("lavt"))[0].tolist(), strict=True))
+    return row["box_intersection"], row["box_union"]
+
+
+def drawn(*points: tuple[int, int]) -> Tensor:
+    mask = torch.zeros(10, 8, dtype=torch.bool)
+    for row, column in points:
+        mask[row, column] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "wanted"),
+    [
+        (drawn((1, 1), (3, 4)), drawn((2, 2), (4, 6)), (2 * 3, 12 + 15 - 6)),
+        (drawn((0, 0)), drawn((9, 7)), (0, 2)),
+        (drawn((0, 0), (9, 7)), drawn((0, 0), (9, 7)), (80, 80)),
+        (drawn(), drawn((2, 2), (4, 6)), (0, 15)),
+        (drawn((2, 2), (4, 6)), drawn(), (0, 15)),
+        (drawn(), drawn(), (0, 0)),
+    ],
+)
+def test_boxes_around_the_masks(predicted: Tensor, truth: Tensor, wanted: tuple[int, int]) -> None:
+    assert boxes(predicted, truth) == wanted

@@ -223,3 +223,17 @@ def test_a_ref_is_an_image_and_an_id():
     assert number_refs([7, 7, 3, 7, 3], [1, 2, 1, 1, 1]).tolist() == [1, 2, 0, 1, 0]
     with pytest.raises(UserError, match="need the ref of every sample"):
         metric_terms("r", scored_columns([1], [1]), "generalized")
+
+
+def test_box_accuracy_counts_targets_that_were_not_rejected() -> None:
+    """Box IoUs 0.5, 0.6, 1 (rejected by the model), and a sentence without target."""
+    samples = scored_columns(
+        [0, 0, 0, 0], [9, 9, 9, 0], [False, False, False, True], [False, False, True, True],
+        boxes=([1, 3, 4, 0], [2, 5, 4, 0]),
+    )  # fmt: skip
+    for kind in ("classic", "generalized"):
+        assert metric_terms("Acc@0.5", samples, kind).percent() == pytest.approx(200 / 3)
+        assert metric_terms("Acc@0.75", samples, kind).percent() == 0.0
+    assert "Acc@0.5" not in compute_scores(samples, "generalized")
+    with pytest.raises(UserError, match=r"Acc@0.9 needs the boxes of every sample"):
+        metric_terms("Acc@0.9", scored_columns([0], [9]), "classic")

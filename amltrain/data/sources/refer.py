@@ -51,8 +51,12 @@ def refer_paths(root: Path, dataset: str) -> tuple[Path, Path]:
 @register_reader("refer")
 def read_refer(root: Path, dataset: str) -> Annotations:
     """Read the files of `dataset` under a REFER root. Raises UserError that names the file and what is missing."""
+    return read_pair(*refer_paths(root, dataset), dataset)
+
+
+def read_pair(refs_path: Path, instances_path: Path, dataset: str) -> Annotations:
+    """Read a file of refs and its COCO annotations. Raises UserError."""
     spec = dataset_spec(dataset)
-    refs_path, instances_path = refer_paths(root, dataset)
     refs = load_pickle(refs_path) if refs_path.suffix == ".p" else load_json(refs_path)
     instances = load_json(instances_path)
     for key in ("images", "annotations", "categories"):
