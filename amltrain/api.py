@@ -9,7 +9,7 @@
     [found] = amltrain.Predictor.from_pretrained("runs/quickstart/best")("photo.jpg", "the dog on the left")
 
 Errors that a user can fix are `amltrain.UserError`. Calls in one Python process do not disturb each other: each starts
-Accelerate anew, so that precision and device may differ.
+Accelerate again, so that precision and device may differ.
 """
 
 import json
@@ -98,7 +98,7 @@ def prepare(
 
     name: of the data set; None = from the path. images, masks, form, columns, label_field: as the flags of
     `amltrain data prepare`. describe: whether objects without a sentence get some; None = only where no object has one.
-    hold_out: split a tool's export anew if all of its pictures are in one split.
+    hold_out: split a tool's export again if all of its pictures are in one split.
     options: `ReadOptions` of `amltrain.data.sources.table`, e.g. seed and shares of the splits. said: gets a line about
     the form that was found. Raises UserError.
     """

@@ -5,14 +5,13 @@
 
 import importlib.util
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from amltrain.environment import LITE, TEXT, VISION
+from amltrain.environment import LITE, TEXT, VISION, Machine
 from amltrain.errors import UserError, unknown_name
 
 
@@ -126,16 +125,6 @@ class Facts(NamedTuple):
     findings: tuple[str, ...]
 
 
-class Machine(NamedTuple):
-    """device: cpu, cuda or mps. memory: GiB that training may use. threads: of torch."""
-
-    device: str
-    memory: float
-    threads: int
-    name: str
-    bf16: bool = False
-
-
 class Choice(NamedTuple):
     """One key of the run, its value and why."""
 
@@ -158,24 +147,8 @@ class Plan(NamedTuple):
         return "\n".join([*lines, *(f"  NOTE: {finding}" for finding in self.findings)])
 
 
-def this_machine() -> Machine:
-    """The device that training will use."""
-    import torch
-
-    from amltrain.environment import choose_device, free_memory, processor_name
-
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    device = torch.device("cpu") if on_cpu else choose_device(None)
-    threads = torch.get_num_threads()
-    if device.type != "cuda":
-        kind = "mps" if not on_cpu and torch.backends.mps.is_available() else "cpu"
-        return Machine(kind, free_memory(), threads, processor_name())
-    card = torch.cuda.get_device_properties(0)
-    return Machine("cuda", card.total_memory / 2**30, threads, card.name, bf16=card.major >= 8)
-
-
 def choose_base(machine: Machine, wanted: str | None, *, own_weights: bool = False) -> Base:
-    """The first of `BASES` that fits the machine and whose packages and weights are at hand.
+    """The first of `BASES` that fits the machine and whose packages and weights are available.
 
     wanted: its name, if the user chose it. own_weights: the user named other weights, so none are looked for. Raises
     UserError.
@@ -195,7 +168,7 @@ def choose_base(machine: Machine, wanted: str | None, *, own_weights: bool = Fal
             lacking = missing(base)
             if not lacking:
                 return base
-    raise UserError(f"no pretrained model is at hand: {lacking}")
+    raise UserError(f"no pretrained model is available: {lacking}")
 
 
 def missing(base: Base) -> str:

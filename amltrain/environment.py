@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -121,6 +122,28 @@ def hardware(device: torch.device | None = None) -> str:
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     unit = "process" if processes == 1 else "processes"
     return f"{processes} {unit} on a CPU ({processor_name()}, {os.cpu_count()} cores)"
+
+
+class Machine(NamedTuple):
+    """device: cpu, cuda or mps. memory: GiB that training may use. threads: of torch."""
+
+    device: str
+    memory: float
+    threads: int
+    name: str
+    bf16: bool = False
+
+
+def this_machine() -> Machine:
+    """The device that training will use."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    device = torch.device("cpu") if on_cpu else choose_device(None)
+    threads = torch.get_num_threads()
+    if device.type != "cuda":
+        kind = "mps" if not on_cpu and torch.backends.mps.is_available() else "cpu"
+        return Machine(kind, free_memory(), threads, processor_name())
+    card = torch.cuda.get_device_properties(0)
+    return Machine("cuda", card.total_memory / 2**30, threads, card.name, bf16=card.major >= 8)
 
 
 def diagnose_machine(output: Path) -> Iterator[tuple[str, str]]:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from amltrain.choices import BASES, RULES, Facts, Machine, Plan, as_config, choose_base, make_plan, this_machine
+from amltrain.choices import BASES, RULES, Facts, Plan, as_config, choose_base, make_plan
 from amltrain.config.files import groups_of
 from amltrain.config.parse import config_of
 from amltrain.config.schema import RunConfig, nested
+from amltrain.environment import Machine, this_machine
 from amltrain.errors import UserError
 from amltrain.run_folder import BEST
 

@@ -3,9 +3,10 @@
     python launch/benchmark.py masking --plan benchmarks/masking_shapes.yaml --folder runs/masking --minutes 60
     python launch/benchmark.py masking --plan benchmarks/masking_shapes.yaml --folder runs/masking --report
 
-Every run that is finished stays; a call goes on where the last one stopped, one seed of everything after the other, so
-that every slice of the time gives a balanced table. `--share 1/2` runs every other one, for two processes at once. The
-plan's SHA-256 is kept with the first run, and another plan is rejected: what was planned cannot be changed afterwards.
+Every run that is finished stays; a call continues where the last one stopped, one seed of everything after the other,
+so that every slice of the time gives a balanced table. `--share 1/2` runs every other one, for two processes at once.
+The plan's SHA-256 is kept with the first run, and another plan is rejected: what was planned cannot be changed
+afterwards.
 """
 
 import argparse

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from amltrain import choices
-from amltrain.choices import BASES, RULES, Facts, Machine, Plan, as_config, choose_base, make_plan, missing
+from amltrain.choices import BASES, RULES, Facts, Plan, as_config, choose_base, make_plan, missing
+from amltrain.environment import Machine
 from amltrain.errors import UserError
 from amltrain.models.registry import model_info
 
@@ -69,7 +70,7 @@ def test_a_model_that_is_not_at_hand_is_passed_over(monkeypatch: pytest.MonkeyPa
         choose_base(CARD, "sam3")
     assert choose_base(CARD, "sam3", own_weights=True).name == "sam3"
     monkeypatch.setattr(choices, "missing", lambda base: "pip install it")
-    with pytest.raises(UserError, match="no pretrained model is at hand: pip install it"):
+    with pytest.raises(UserError, match="no pretrained model is available: pip install it"):
         choose_base(CPU, None)
 
 

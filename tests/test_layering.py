@@ -70,7 +70,7 @@ def test_imports_go_down(module: str) -> None:
             continue
         assert layer_of(imported) <= layer_of(module), f"{module} imports {imported} from a higher layer"
         between = {room_of(imported), room_of(module)}
-        assert not between <= INDEPENDENT, f"{module} imports {imported}; these rooms must stay independent"
+        assert not between <= INDEPENDENT, f"{module} imports {imported}; these packages must stay independent"
 
 
 def test_no_import_circle() -> None:

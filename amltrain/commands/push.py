@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from amltrain.errors import UserError, one_line_errors
+from amltrain.errors import one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,8 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="RUN/best, RUN/last, RUN/step-N or a model folder")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
-    parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
-    parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)  # the default since 0.3
+    add_visibility(parser)
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
     parser.add_argument("--dry_run", action="store_true", help="check everything, push nothing, print files and card")
     parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
@@ -36,12 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_visibility(parser: argparse.ArgumentParser) -> None:
+    """Add --public, and --private, which is the default since 0.3 and still taken; not both."""
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
+    either.add_argument("--private", action="store_true", help=argparse.SUPPRESS)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     args = build_parser().parse_args(arguments)
     with one_line_errors():
-        if args.public and args.private:
-            raise UserError("--public and --private contradict each other; leave one of them out")
         from amltrain.hub.push import push_model  # once the arguments are known to be good: torch takes a while
 
         address = push_model(

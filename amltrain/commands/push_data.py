@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from amltrain.commands.push import add_visibility
 from amltrain.errors import one_line_errors
 
 
@@ -22,8 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="the prepared folder")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; created if it does not exist")
     parser.add_argument("--dataset", nargs="*", default=[], metavar="NAME", help="data sets to push (default: all)")
-    parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
-    parser.add_argument("--private", action="store_true", help=argparse.SUPPRESS)  # the default since 0.3
+    add_visibility(parser)
     parser.add_argument(
         "--benchmark",
         metavar="FRAMEWORK",

@@ -1,4 +1,4 @@
-"""The numbers of the AML paper (arXiv 2602.22740) that take more room than a row, and where it disagrees with itself.
+"""The numbers of the AML paper (arXiv 2602.22740) that take more than a row, and where it disagrees with itself.
 
 As printed; `tables` says what they are and how they are made here.
 """

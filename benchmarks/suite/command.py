@@ -1,7 +1,7 @@
 """Measure everything that BENCHMARKS.md reports, on this machine, in one command.
 
     python launch/benchmark.py --suite gpu                 # a CUDA machine, ten minutes
-    python launch/benchmark.py suite --minutes 30          # goes on: what was measured is not measured again
+    python launch/benchmark.py suite --minutes 30          # continues: what was measured is not measured again
     python launch/benchmark.py suite --device cpu --model caris_tiny --others --size 64 --batch 2 --rounds 1
 
 Measures, the most important first, until the time is over:

@@ -165,7 +165,7 @@ CRAFTED = {
 def test_no_crafted_file_is_read_in_a_whole_resume(
     whole: Path, shapes: Path, tmp_path: Path, name: str, listed: bool
 ) -> None:
-    """Files that other programs write into such a folder; the run goes on as if they were not there."""
+    """Files that other programs write into such a folder; the run continues as if they were not there."""
     checkpoint, mark = tmp_path / "from" / "step-000006", tmp_path / "code ran"
     shutil.copytree(whole / "step-000006", checkpoint)
     for file in CRAFTED[name]:

@@ -1,5 +1,6 @@
 """Pushed by the real client to a server that speaks the Hub's endpoints on loopback, pulled from it, and used."""
 
+import importlib
 import json
 import os
 import shutil
@@ -365,3 +366,12 @@ def test_a_push_that_hangs_is_ended_and_holds_nobody(
     assert time.monotonic() - before < 10
     assert said[-1] == "WARNING: step-000004 is NOT on the Hub; push it later"
     assert process._running is not None and process._running.wait(10) is not None
+
+
+@pytest.mark.parametrize("command", ["push", "push_data"])
+def test_a_repository_is_private_unless_it_is_public(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = importlib.import_module(f"amltrain.commands.{command}").build_parser()
+    assert [parser.parse_args(["x", "u/y", *flag]).public for flag in ([], ["--private"], ["--public"])] == [0, 0, 1]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["x", "u/y", "--public", "--private"])
+    assert "not allowed with argument --public" in capsys.readouterr().err

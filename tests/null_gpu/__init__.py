@@ -9,5 +9,5 @@ collectives are real; kernels are counted and skipped, so no value on the device
     budgets.csv    kernels, casts, float32 FLOPs and memory that a step may cost; budgets.py reads and writes it
 
 After a change that is meant to cost more, or that saves something: `python -m tests.null_gpu.budgets` writes the table
-anew. Commit it with the change, so that its difference shows what the change costs.
+again. Commit it with the change, so that its difference shows what the change costs.
 """

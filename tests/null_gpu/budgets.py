@@ -1,4 +1,4 @@
-"""The budgets of steps. `python -m tests.null_gpu.budgets` measures all of them and writes budgets.csv anew."""
+"""The budgets of steps. `python -m tests.null_gpu.budgets` measures all of them and writes budgets.csv again."""
 
 import csv
 import json

@@ -201,7 +201,7 @@ class Round:
                 return "; ".join(done)
             if self.told and re.search(r"every checkpoint in .* is damaged|is damaged: ", self.told[-1]):
                 shutil.rmtree(self.output)  # as the sentence says: a new run
-                done.append("all checkpoints damaged, run anew")
+                done.append("all checkpoints damaged, run from the start")
         raise WrongError(f"does not end after {done}: {self.told[-3:]}")
 
 
