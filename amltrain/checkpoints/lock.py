@@ -3,13 +3,14 @@
 The lock is stale, and the next run takes it over, when its process has ended (same host) or when it was not renewed for
 `STALE_AFTER` seconds (another host or container, whose processes cannot be seen from here).
 
-A lock appears with its content in one moment: it is written under another name and linked. Starts at the same time look
-at it one after the other, where the file system can lock a folder; elsewhere a stale lock is renamed by whoever takes
-it, which only one can. Then the lock is read back.
+Starts at the same time look at the lock one after the other: the folder is locked, or, where the file system cannot do
+that, another folder is made inside it, which only one start can. A lock appears with its content in one moment: it is
+written under another name and linked. A stale lock is renamed by whoever takes it. Then the lock is read back.
 """
 
 import errno
 import json
+import math
 import os
 import socket
 import sys
@@ -26,8 +27,9 @@ from amltrain.run_folder import LOCK_FILE
 
 RENEW_EVERY = 15.0
 STALE_AFTER = 120.0
-SETTLE = 0.2
-"""Seconds before a lock is read back where starts cannot be put in an order."""
+TURN_TAKES = 30.0
+"""Seconds after which the folder of a start's turn counts as left behind by one that was killed; a turn takes a few
+milliseconds."""
 
 
 class OutputLock:
@@ -42,11 +44,9 @@ class OutputLock:
         """Take the lock, which may be a stale one. Raises UserError, naming the owner, if another run holds it."""
         own = json.dumps(_identity())
         try:
-            with _one_at_a_time(self.path.parent) as ordered:
+            with _one_at_a_time(self.path.parent):
                 if not _link(self.path, own):
                     self._take_over(own)
-                if not ordered:
-                    time.sleep(SETTLE)  # whoever renamed this lock by mistake puts it back
                 if self.path.read_text(encoding="utf-8") != own:
                     raise UserError(f"{self.path.parent} was just taken by another run; choose another --output")
         except OSError as error:
@@ -74,7 +74,7 @@ class OutputLock:
             raise taken from None
         try:
             if _content(aside) != judged:  # a new lock, of a run that was faster
-                with suppress(FileExistsError):
+                with suppress(OSError):
                     os.link(aside, self.path)
                 raise taken
         finally:
@@ -97,23 +97,47 @@ class OutputLock:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[bool]:
-    """Let one process at a time look at the lock; False where the file system cannot lock a folder."""
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one start at a time look at the lock; others wait here."""
     if sys.platform == "win32":  # a folder cannot be opened there
-        yield False
+        with _turn(folder):
+            yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             lock_file(descriptor)
-            ordered = True
         except OSError as error:
             if error.errno not in (*NO_LOCKS, errno.EBADF, errno.EINVAL):  # EBADF: NFS locks only what may be written
                 raise
-            ordered = False
-        yield ordered
+            with _turn(folder):
+                yield
+        else:
+            yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """The same where the file system has no locks: a folder that only one start can make."""
+    turn, end = folder / f"{LOCK_FILE}.turn", time.monotonic() + 2 * TURN_TAKES
+    while True:
+        try:
+            turn.mkdir()
+            break
+        except FileExistsError as error:
+            if TURN_TAKES < _age(turn) < math.inf:
+                with suppress(OSError):
+                    turn.rmdir()
+            if time.monotonic() > end:
+                raise OSError(errno.EBUSY, "another start does not end; remove this folder", str(turn)) from error
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            turn.rmdir()
 
 
 def _link(path: Path, text: str) -> bool:
@@ -172,12 +196,17 @@ def _alive(owner: dict[str, Any], path: Path) -> bool:
     if (owner.get("host"), owner.get("pids")) == (own["host"], own["pids"]):
         pid = owner.get("pid")
         return isinstance(pid, int) and pid != own["pid"] and _started(pid) == owner.get("started") is not None
-    probe = path.with_name(f"{LOCK_FILE}.{own['host']}.{own['pid']}")  # its time stamp comes from the same clock
+    return _age(path) < STALE_AFTER
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was changed, by the clock of its file system; infinite for a missing one."""
+    probe = path.with_name(f"{LOCK_FILE}.{socket.gethostname()}.{os.getpid()}")
     probe.touch()
     try:
-        return probe.stat().st_mtime - path.stat().st_mtime < STALE_AFTER
-    except OSError:
-        return False
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
     finally:
         probe.unlink(missing_ok=True)
 

@@ -123,6 +123,30 @@ def test_of_many_starts_at_once_one_holds_the_lock(tmp_path: Path, stale: str, f
         assert [path.name for path in output.iterdir()] == [LOCK_FILE]
 
 
+@pytest.mark.parametrize("left_behind", [True, False])
+def test_where_folders_cannot_be_locked_a_start_waits_for_another_but_not_for_a_killed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: bool
+) -> None:
+    def no(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no)
+    turn = tmp_path / f"{LOCK_FILE}.turn"
+    turn.mkdir()
+    if left_behind:
+        os.utime(turn, (1, 1))
+        lock = OutputLock(tmp_path)
+        lock.acquire()
+        lock.release()
+        assert not list(tmp_path.iterdir())
+    else:
+        monkeypatch.setattr(locks, "TURN_TAKES", 0.2)
+        os.utime(turn, (2**32, 2**32))  # as of one that goes on making its turn
+        with pytest.raises(UserError, match=r"\.lock\.turn: another start does not end; remove this folder; choose"):
+            OutputLock(tmp_path).acquire()
+        assert [path.name for path in tmp_path.iterdir()] == [turn.name]
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EDQUOT, errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("call", ["link", "rename", "fsync", "open"])
 def test_a_lock_that_cannot_be_written_is_a_sentence(
