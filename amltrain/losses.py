@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amltrain.data.transforms import from_longest
 from amltrain.errors import UserError
 from amltrain.matching import (
     at_least_float32,
@@ -433,3 +434,68 @@ def consistency(logits: Tensor, boxes: Tensor) -> Tensor:
     corners = corners_of(boxes) * sides(boxes, size[1], size[0])
     around = shares_of(boxes_of_masks(masks, end=0), size).to(boxes.dtype)
     return 0.3 * share_outside(masks, corners) + 0.1 * box_loss(boxes, around)
+
+
+@register_loss("language_and_masks")
+class LanguageAndMasks(nn.Module):
+    """GSVA's and LISA's loss: next token of the answers, binary cross-entropy and Dice of the masks.
+
+    Both are means over the masks of the batch, at each picture's own size where the batch has it (the official code),
+    else at the network's. Source: the official code (LeapLabTHU/GSVA, dvlab-research/LISA). Kept from it: Dice of sums
+    divided by 1000, smoothed with 1e-6; means divided by the count plus 1e-8.
+    """
+
+    channels = 1
+    needs_heads = True
+    reads_original = True
+    weighs_pixels = True
+
+    def __init__(self, language_weight: float = 1.0, bce_weight: float = 2.0, dice_weight: float = 0.5) -> None:
+        super().__init__()
+        self.weights = (language_weight, bce_weight, dice_weight)
+
+    def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
+        """output.logits [B, 1, S, S]; aux language_loss []; batch.original_target B tensors [h0, w0], or target.
+
+        Returns loss, and detached and weighted its three terms: language_loss, cross_entropy, dice.
+        """
+        if "language_loss" not in output.aux:
+            raise UserError(
+                "loss language_and_masks needs a language model (gsva_*, lisa_*, mllm_*); name another loss.name"
+            )
+        logits = at_least_float32(output.logits)
+        weights = batch.loss_weight
+        if batch.original_target:
+            masks = [
+                (
+                    from_longest(logits[i : i + 1], truth.shape),
+                    truth[None, None] > 0,
+                    None if weights is None else from_longest(weights[i : i + 1], truth.shape),
+                )
+                for i, truth in enumerate(batch.original_target)
+            ]
+        else:
+            size = batch.target.shape[-2:]
+            resized, seen = (
+                F.interpolate(logits, size, mode="bilinear", align_corners=False),
+                pixel_weights(batch, size),
+            )
+            masks = [
+                (resized[i : i + 1], batch.target[i : i + 1, None] >= 128, None if seen is None else seen[i : i + 1])
+                for i in range(len(logits))
+            ]
+        crossed = torch.stack([binary_cross_entropy(a, b.to(a.dtype), w) for a, b, w in masks])
+        diced = torch.stack([dice_loss(a, b.to(a.dtype), 1e-3, w) for a, b, w in masks])
+        count = len(masks) + 1e-8
+        language, bce, dice = (
+            weight * term
+            for weight, term in zip(
+                self.weights, (output.aux["language_loss"], crossed.sum() / count, diced.sum() / count), strict=True
+            )
+        )
+        return {
+            "loss": language + bce + dice,
+            "language_loss": language.detach(),
+            "cross_entropy": bce.detach(),
+            "dice": dice.detach(),
+        }

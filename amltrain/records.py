@@ -21,7 +21,11 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One image with one sentence, ready to be collated. Fields as in `Batch`, without the first dimension."""
+    """One image with one sentence, ready to be collated. Fields as in `Batch`, without the first dimension.
+
+    sentence: the words as they are, for those who do not read `input_ids`. picture: the same number for samples of one
+    picture of the data set.
+    """
 
     image: Tensor
     input_ids: Tensor
@@ -33,6 +37,9 @@ class Sample(NamedTuple):
     geometry: Tensor
     original_target: Tensor | None = None
     regions: Tensor | None = None
+    view: Tensor | None = None
+    sentence: str = ""
+    picture: int = -1
 
 
 class Vocabulary(NamedTuple):
@@ -48,6 +55,37 @@ class Vocabulary(NamedTuple):
     padding: int
     mask: int | None
     special: tuple[int, ...]
+
+
+IMAGE, UNSCORED = -200, -100
+"""In place of a token id: a position that the image takes; in place of a label: a position that no loss reads."""
+
+
+class Conversation(NamedTuple):
+    """What a language model reads of a batch: R conversations about P pictures, with an answer for each of B sentences.
+
+    ids       [R, T] int64, tokens; IMAGE where a patch of the picture goes
+    labels    [R, T] int64, the same where an answer is learned, else UNSCORED
+    mask      [R, T] bool, True = read; padded on the right, or on the left where the talk is open
+    row       [B] int64, the conversation of each sentence
+    place     [B] int64, position of its answer's token, [SEG] or [REJ]; -1 = cut off, or not there because it is open
+    owner     [R] int64, number of the picture that each conversation is about
+    pictures  [P] int64, row of the batch that has each picture
+    scored    the answers are the ground truth's, and the model is judged by what it would have said there
+    open      it ends where the answer is due, and the model writes it (R = B)
+    end       token id that ends an answer; -1 = none
+    """
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    row: Tensor
+    place: Tensor
+    owner: Tensor
+    pictures: Tensor
+    scored: bool = True
+    open: bool = False
+    end: int = -1
 
 
 class Batch(NamedTuple):
@@ -68,6 +106,8 @@ class Batch(NamedTuple):
     regions          [B, H, W] uint8, what the annotations say of every pixel before any label noise: BACKGROUND,
                      OTHER (another referent of the picture) or REFERENT of `data.augment`; None unless the method asks
     loss_weight      [B, H, W] float32, 0..1: how much a pixel counts in the loss; None = all the same. A method sets it
+    view             [B, 3, v, v] as `image`: the same picture as a second encoder wants it; None unless it asks
+    conversation     what a language model reads; None = it makes its own of `input_ids`
     """
 
     image: Tensor
@@ -81,9 +121,13 @@ class Batch(NamedTuple):
     original_target: tuple[Tensor, ...] = ()
     regions: Tensor | None = None
     loss_weight: Tensor | None = None
+    view: Tensor | None = None
+    conversation: Conversation | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is."""
+        """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is, and
+        there is no conversation, which may be about several samples.
+        """
         return Batch(
             image=change(self.image),
             input_ids=change(self.input_ids),
@@ -96,6 +140,7 @@ class Batch(NamedTuple):
             original_target=self.original_target,
             regions=None if self.regions is None else change(self.regions),
             loss_weight=None if self.loss_weight is None else change(self.loss_weight),
+            view=None if self.view is None else change(self.view),
         )
 
 

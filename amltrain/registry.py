@@ -149,6 +149,7 @@ MODELS: Registry[Callable[..., Any]] = Registry(
             "dual_tiny",
         ),
         "amltrain.models.etris": ("etris_r101", "etris_r50", "etris_vit_base", "etris_tiny"),
+        "amltrain.models.mllm": ("gsva_7b", "lisa_7b", "mllm_tiny"),
         "amltrain.models.evfsam": ("evfsam_beit3_large", "evfsam_tiny", "evfsam2_beit3_large", "evfsam2_tiny"),
         "amltrain.models.lavt": ("lavt_swin_base", "lavt_tiny"),
         "amltrain.models.magnet": ("magnet_swin_base", "magnet_tiny"),

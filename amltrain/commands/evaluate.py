@@ -30,6 +30,7 @@ OF_TRAINING = (
     "weights",
     "train_split",
     "train_unit",
+    "sentences_per_image",
     "augment",
 )
 """Keys of `data` that an evaluation does not read."""

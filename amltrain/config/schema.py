@@ -66,6 +66,9 @@ class DataConfig:
     """Split to train on."""
     train_unit: Literal["referent", "sentence"] = "referent"
     """An epoch visits every referent once with a random sentence, or every sentence once."""
+    sentences_per_image: int = key(1, low=1)
+    """Samples of one picture that follow each other, as far as there are: a language model reads up to so many
+    sentences in one conversation (GSVA: 3)."""
     mask_parts: MaskParts | None = None
     """Pixels covered by two polygons of one object: foreground (union) or background (exclusive: LAVT, CGFormer).
     null = the model's own; the evaluation's protocol may override it."""
@@ -105,8 +108,9 @@ class Preprocess:
 
     size: int = key(low=1, basic=True)
     """Side of the square network input, pixels."""
-    resize: Literal["square", "letterbox"]
-    """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); letterbox: keep it and pad (CRIS, DETRIS)."""
+    resize: Literal["square", "letterbox", "longest"]
+    """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); letterbox: keep it and pad around (CRIS, DETRIS);
+    longest: keep it and pad below or on the right (SAM, GSVA)."""
     normalization: Literal["imagenet", "clip", "half"]
     """Mean and standard deviation subtracted from and divided out of the image (0..1)."""
     tokenizer: str
@@ -116,6 +120,14 @@ class Preprocess:
     """Tokens per sentence, special tokens included; longer sentences are cut."""
     sentence_field: Literal["sent", "raw"]
     """Which text of the REFER files: cleaned (sent) or as typed (raw)."""
+    conversation: Literal["", "gsva", "lisa"] = ""
+    """Whose questions and answers a language model reads around the sentences; empty = the sentence alone."""
+    conversation_tokens: int = key(769, low=16)
+    """Tokens of a training conversation, the image counted once; longer ones are cut."""
+    image_tokens: int = key(256, low=1)
+    """Tokens that a picture takes in a conversation: patches of `view_size`."""
+    view_size: int = key(0, low=0)
+    """Side in pixels of a second picture for the language model's own image encoder; 0 = it makes one of the first."""
 
 
 @partial_of(Preprocess)
@@ -131,9 +143,10 @@ class Protocol:
     """Score masks at the network's input size or at every image's own size."""
     threshold: float = key(low=0, high=1)
     """A pixel is foreground when its probability exceeds this; 0.5 is the argmax of two channels."""
-    interpolation: Literal["bilinear", "bicubic", "nearest"]
+    interpolation: Literal["bilinear", "bicubic", "nearest", "cropped"]
     """bilinear: upsample logits (CARIS, LAVT, ReLA); bicubic: upsample probabilities (CRIS, DETRIS); nearest: take the
-    nearest logit at the original size (ReMamber)."""
+    nearest logit at the original size (ReMamber); cropped: cut the padding of resize `longest` off, then upsample
+    logits (SAM, GSVA)."""
     sentences: Literal["all", "first"]
     """Score every sentence of a referent, or its first only."""
     ties: Literal["ge", "gt"]
@@ -144,6 +157,9 @@ class Protocol:
     no_target_pixels: int = key(0, low=0)
     """For a model without a no-target head on gRefCOCO: a mask of fewer pixels than this means "nothing in this image"
     (50 is reported as the GRES paper's rule); 0 = never."""
+    answers: Literal["given", "written"] = "given"
+    """Where a language model reads conversations: given = the ground truth's answers are in its input, as GSVA and LISA
+    are scored; written = it answers itself, one sentence per question."""
 
 
 @partial_of(Protocol)
@@ -197,8 +213,9 @@ class OptimConfig:
     """Adam's epsilon."""
     amsgrad: bool = False
     """Use AMSGrad (CGFormer)."""
-    schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant"] = key("poly", basic=True)
-    """poly: (1 - t/T)^power after the warm-up; poly_caris: the official CARIS rule, whose step 0 runs at full rate."""
+    schedule: Literal["poly", "poly_caris", "multistep", "cosine", "constant", "warmup_decay"] = key("poly", basic=True)
+    """poly: (1 - t/T)^power after the warm-up; poly_caris: the official CARIS rule, whose step 0 runs at full rate;
+    warmup_decay: linear up and down, as GSVA and LISA, whose step 0 runs at full rate too."""
     power: float = key(0.9, low=0)
     """Exponent of poly."""
     warmup_steps: int = key(0, low=0)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, Augmentation, RawSample, SampleIds
 from amltrain.data.cache import PresizedImages
+from amltrain.data.conversations import ConversationWriter
 from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
 from amltrain.data.segmentation import MaskParts, choose_rle, decode_mask
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import ImageTransform, Transformed
+from amltrain.data.transforms import ImageTransform, Transformed, View
 from amltrain.errors import UserError
 from amltrain.randomness import random_key
 from amltrain.records import Draw, Sample
@@ -125,6 +126,8 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         augmentations: Sequence[Augmentation] = (),
         decoder: Decoder = "pil",
         regions: bool = False,
+        view: View | None = None,
+        talk: ConversationWriter | None = None,
     ) -> None:
         """Index the splits.
 
@@ -136,6 +139,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         augmentations: change the raw sample before transform and tokenizer (training), in order.
         decoder: see `decode_image`; with torchvision, square images are resized by torch: at most one grey level apart.
         regions: add what every pixel shows, see `Batch.regions`.
+        view: add a second picture, see `Batch.view`. talk: writes the conversations of a batch.
 
         Presized images of a split are used unless the images are perturbed or augmented.
         """
@@ -143,6 +147,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
         self.keep_original_target, self.perturb = keep_original_target, perturb
         self.augmentations, self.decoder, self.regions = list(augmentations), decoder, regions
+        self.view, self.talk = view, talk
         self._recent: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         indices = [_index_split(number, opened, excluded_images) for number, opened in enumerate(self.splits)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
@@ -224,15 +229,18 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         key = random_key(self.seed, draw.epoch, index, *([draw.repeat] if draw.repeat else []))
         referent = self._referent(index)
         text, no_target = self._sentence(index, referent, key)[self.sentence_field], referent["no_target"]
+        view = None
         if self.augmentations:
             mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
             no_target, regions = raw.no_target, raw.regions
+            view = None if self.view is None else self.view(raw.image)
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
             mask = self._mask(index, referent) if self._needs_mask(index) else None
             image, target, geometry = self._network_input(index, mask)
             regions = self._regions(index) if self.regions else None
+            view = None if self.view is None else self.view(self.picture(index))
         input_ids, text_mask = self.tokenizer(text)
         assert target is not None
         original = torch.from_numpy(mask * np.uint8(255)) if self.keep_original_target and mask is not None else None
@@ -247,6 +255,9 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             geometry,
             original,
             None if regions is None else self._network_regions(regions),
+            view,
+            text,
+            self._picture_number(index),
         )
 
     def raw(self, draw: Draw | int) -> RawSample:
@@ -272,8 +283,16 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         """Return the image number of every sample, [samples] int64; perturbed images differ between samples."""
         if self.perturb is not None:
             return np.arange(self.length)
+        return self.pictures()
+
+    def pictures(self) -> NDArray[np.int64]:
+        """Return the number of every sample's picture, [samples] int64."""
         entries = self.referent_of[: self.length]
         return (self.index.split[entries] << 32) + self.index.row[entries]
+
+    def _picture_number(self, index: int) -> int:
+        number, row, _ = self._place(index)
+        return (number << 32) + row
 
     def about(self, sample_id: int) -> About:
         """Return what the annotations say of a sample's referent and its picture."""

@@ -6,6 +6,8 @@ Build data sets, samplers and loaders from a run's config.
 import signal
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,24 @@ from amltrain.config.schema import DataConfig, EvaluationConfig, MaskParts, Prep
 from amltrain.data.augment import Augmentation
 from amltrain.data.cache import PresizedImages, open_presized
 from amltrain.data.catalog import find_spec, fingerprint, read_manifest
+from amltrain.data.conversations import ConversationWriter, Kind, add_tokens, words_of
 from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
 from amltrain.data.rows import open_rows
 from amltrain.data.sampler import EpochSampler
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import ImageTransform
+from amltrain.data.transforms import ImageTransform, View
 from amltrain.errors import UserError
 from amltrain.records import Batch, Sample
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into a batch; images stay uint8, and masks at the images' own sizes a tuple, as sizes differ."""
+def collate(samples: Sequence[Sample], talk: ConversationWriter | None = None) -> Batch:
+    """Stack samples into a batch; images stay uint8, and masks at the images' own sizes a tuple, as sizes differ.
+
+    talk: writes what a language model reads.
+    """
     regions = [sample.regions for sample in samples if sample.regions is not None]
+    views = [sample.view for sample in samples if sample.view is not None]
     return Batch(
         image=torch.stack([sample.image for sample in samples]),
         input_ids=torch.stack([sample.input_ids for sample in samples]),
@@ -41,6 +48,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         geometry=torch.stack([sample.geometry for sample in samples]),
         original_target=tuple(s.original_target for s in samples if s.original_target is not None),
         regions=torch.stack(regions) if regions else None,
+        view=torch.stack(views) if views else None,
+        conversation=None if talk is None else talk(samples),
     )
 
 
@@ -50,14 +59,47 @@ def build_transform(preprocess: Preprocess) -> ImageTransform:
     return ImageTransform(preprocess.size, preprocess.resize, preprocess.normalization)
 
 
+def build_view(preprocess: Preprocess) -> View | None:
+    """Build what makes the second picture of a complete preprocess; None where the model makes its own."""
+    return View(preprocess.view_size) if preprocess.view_size else None
+
+
+def build_writer(
+    preprocess: Preprocess, tokenizer: SentenceTokenizer, kind: Kind, sentences: int = 1
+) -> ConversationWriter | None:
+    """Build what writes the conversations of a complete preprocess; None for a model that reads sentences alone.
+
+    tokenizer: gets the tokens that it lacks, which is why it is the model's own.
+    """
+    if not preprocess.conversation:
+        return None
+    return ConversationWriter(
+        tokenizer,
+        preprocess.conversation,
+        kind,
+        image_tokens=preprocess.image_tokens,
+        longest=preprocess.conversation_tokens,
+        sentences=sentences,
+    )
+
+
 def build_tokenizer(data: DataConfig, preprocess: Preprocess) -> SentenceTokenizer:
     """Load the protocol's tokenizer; `wordpiece` is built from the training sentences."""
     assert preprocess.tokenizer and preprocess.max_tokens and preprocess.sentence_field
     if preprocess.tokenizer != "wordpiece":
-        return SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens)
+        if not preprocess.conversation:
+            return SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens)
+        tokenizer = SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens, legacy=True)  # as LLaVA's
+        add_tokens(tokenizer, preprocess.conversation)
+        return tokenizer
     splits = [_open_split(data, name, data.train_split) for name in data.datasets]
     sentences = (sentence for opened in splits for sentence in read_sentences(opened.rows, preprocess.sentence_field))
-    return SentenceTokenizer.train_wordpiece(sentences, preprocess.max_tokens)
+    if not preprocess.conversation:
+        return SentenceTokenizer.train_wordpiece(sentences, preprocess.max_tokens)
+    every = chain(words_of(preprocess.conversation), sentences)
+    tokenizer = SentenceTokenizer.train_wordpiece(every, preprocess.max_tokens)
+    add_tokens(tokenizer, preprocess.conversation)
+    return tokenizer
 
 
 def build_train_dataset(
@@ -70,16 +112,19 @@ def build_train_dataset(
     augmentations: Sequence[Augmentation] = (),
     max_samples: int | None = None,
     regions: bool = False,
+    original: bool = False,
 ) -> ReferDataset:
     """Build the training samples of all data sets, without the images that any of them evaluates on (data.leak_filter).
 
     mask_parts: data.mask_parts, or its default for null. augmentations: of `build_augmentations`. regions: whether the
-    method reads `Batch.regions`.
+    method reads `Batch.regions`. original: whether the loss reads masks at the pictures' own sizes.
     """
     assert preprocess.sentence_field
     _check_weights(data)
     transform = build_transform(preprocess)
-    sized = None if augmentations else (transform, mask_parts)  # an augmentation needs the images themselves
+    view = build_view(preprocess)
+    itself = augmentations or view is not None  # these need the images as they are
+    sized = None if itself else (transform, mask_parts)
     splits = [_open_split(data, name, data.train_split, sized) for name in data.datasets]
     excluded = leaks(data) if len(data.datasets) > 1 or data.also_held_out or data.held_out_ids else frozenset()
     dataset = ReferDataset(
@@ -95,6 +140,9 @@ def build_train_dataset(
         decoder=data.decoder,
         max_samples=max_samples,
         regions=regions,
+        keep_original_target=original,
+        view=view,
+        talk=build_writer(preprocess, tokenizer, "train", data.sentences_per_image),
     )
     if max_samples is not None:
         return dataset
@@ -135,6 +183,8 @@ def build_sampler(
         first_step=first_step,
         weights=data.weights,
         row_groups=dataset.row_groups(),
+        pictures=dataset.pictures(),
+        together=data.sentences_per_image,
     )
 
 
@@ -182,7 +232,8 @@ def build_eval_loaders(
     for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets, data.prepared):
         assert preprocess.sentence_field and protocol.mask_parts
         transform = build_transform(preprocess)
-        sized = None if perturb else (transform, protocol.mask_parts)
+        view = build_view(preprocess)
+        sized = None if perturb or view is not None else (transform, protocol.mask_parts)
         dataset = ReferDataset(
             [_open_split(data, dataset_name, split, sized)],
             transform,
@@ -196,6 +247,8 @@ def build_eval_loaders(
             max_samples=evaluation.max_samples,
             perturb=perturb,
             decoder=data.decoder,
+            view=view,
+            talk=build_writer(preprocess, tokenizer, protocol.answers, evaluation.batch_size),
         )
         loaders[name] = _loader(dataset, data.workers, batch_size=evaluation.batch_size)
     return loaders
@@ -270,7 +323,7 @@ def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader[
         dataset,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        collate_fn=collate,
+        collate_fn=partial(collate, talk=dataset.talk),
         pin_memory=torch.cuda.is_available(),
         **batching,
     )

@@ -24,6 +24,8 @@ class EpochSampler(Sampler[Draw]):
     end of one epoch and the start of the next. The global batch of step s is draws s * G ... (s + 1) * G - 1, for any
     number of processes.
 
+    Samples of one picture can be made to follow each other, `together` at a time.
+
     Rows that are read in groups (streaming) are shuffled group by group, and samples within a window of a few groups.
     """
 
@@ -37,14 +39,17 @@ class EpochSampler(Sampler[Draw]):
         first_step: int = 0,
         weights: Sequence[float] | None = None,
         row_groups: NDArray[np.int64] | None = None,
+        pictures: NDArray[np.int64] | None = None,
+        together: int = 1,
     ) -> None:
         """split_sizes: number of samples of each data set. weights: share of an epoch that each data set gets; None =
         in proportion to its size. global_batch_size G: samples per optimizer step over all processes.
 
-        row_groups: [samples] int64, which samples are read together (`ReferDataset.row_groups`).
+        row_groups: [samples] int64, which samples are read together (`ReferDataset.row_groups`). pictures: [samples]
+        int64, equal for samples of one picture, of which up to `together` follow each other.
         """
         self.split_sizes, self.weights, self.seed = list(split_sizes), weights, seed
-        self.row_groups = row_groups
+        self.row_groups, self.pictures, self.together = row_groups, pictures, together
         self.global_batch_size, self.total_steps, self.first_step = global_batch_size, total_steps, first_step
 
     def __len__(self) -> int:
@@ -69,6 +74,8 @@ class EpochSampler(Sampler[Draw]):
         """Indices of one epoch, [sum of split_sizes] int64."""
         generator = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch])
         drawn = generator.permutation(self._drawn(generator))
+        if self.pictures is not None and self.together > 1:
+            drawn = drawn[gathered(self.pictures[drawn], self.together)]
         if self.row_groups is None:
             return drawn
         place = generator.permutation(self.row_groups.max() + 1)  # of every row group in this epoch
@@ -108,3 +115,14 @@ def occurrences(values: NDArray[np.int64]) -> NDArray[np.int64]:
     counted = np.empty_like(places)
     counted[where] = places - np.maximum.accumulate(np.where(starts, places, 0))
     return counted
+
+
+def gathered(values: NDArray[np.int64], together: int) -> NDArray[np.int64]:
+    """Positions that put equal values behind each other, [N] -> [N] int64: `together` at a time, each such chunk where
+    its first value stood.
+    """
+    _, number = np.unique(values, return_inverse=True)
+    chunk = occurrences(number) // together
+    keys = number * (chunk.max(initial=0) + 1) + chunk
+    _, first, owner = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(first[owner], kind="stable")

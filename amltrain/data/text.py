@@ -6,6 +6,7 @@ sentence keeps the end token in the last place. Both are padded with id 0.
 """
 
 import html
+import json
 import os
 import reprlib
 import tempfile
@@ -24,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from amltrain.environment import PACKAGED, TEXT, package_folder
 from amltrain.errors import UserError, first_line
-from amltrain.files import load_json
+from amltrain.files import load_json, write_text
 from amltrain.records import Vocabulary
 
 # loader processes are forked after the tokenizer was used; its own threads would then only warn
@@ -134,22 +135,33 @@ class SentenceTokenizer:
         return Vocabulary(self.vocab_size, 0, self.tokenizer.mask_token_id, special)
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into a model folder, the sentence length among them."""
+        """Write the tokenizer's files into a model folder, the sentence length among them.
+
+        transformers leaves out that a LLaMA's tokenizer is of the old kind, and would read it as one of the new kind,
+        which gives other ids around added tokens.
+        """
         self.tokenizer.model_max_length = self.max_tokens
         self.tokenizer.save_pretrained(str(folder))
+        if getattr(self.tokenizer, "legacy", False):
+            path = Path(folder) / "tokenizer_config.json"
+            kept = load_json(path) | {"legacy": True}
+            write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
-    def load(cls, name: str | Path, max_tokens: int | None = None, fix: str = TRAIN_WORDPIECE) -> "SentenceTokenizer":
+    def load(
+        cls, name: str | Path, max_tokens: int | None = None, fix: str = TRAIN_WORDPIECE, **options: bool
+    ) -> "SentenceTokenizer":
         """From a folder, a Hub id, or `packaged` (MiniLM's); without `max_tokens`, the length that `save` kept.
 
-        fix: advice if there is none. Raises UserError for an unavailable tokenizer or damaged files.
+        fix: advice if there is none. options: of transformers' tokenizer. Raises UserError for an unavailable tokenizer
+        or damaged files.
         """
         if name == PACKAGED:
             with tempfile.TemporaryDirectory() as folder:
                 return cls.load(packaged_tokenizer(Path(folder)), max_tokens)
         _check_replacements(Path(name) / "tokenizer.json")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **options)
         except Exception as error:  # files of something else than a tokenizer can raise almost anything
             if Path(name).is_dir():
                 raise UserError(

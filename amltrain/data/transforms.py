@@ -12,11 +12,14 @@ Turn a decoded image and its mask into network pixels, and keep the geometry tha
 
 square     stretch to S x S: image bilinear with antialiasing, mask nearest (CARIS, LAVT, ReLA, CGFormer)
 letterbox  keep the aspect ratio, centre, pad with the mean colour: image cubic without antialiasing, mask linear
-           (CRIS, ETRIS, DETRIS); see `letterbox.py`
+           (CRIS, ETRIS, DETRIS)
+longest    keep the aspect ratio, top left, pad below or on the right with the mean colour: image bilinear with
+           antialiasing, mask nearest (SAM, GSVA); `inside_longest` tells the two apart on the device
 
 Pixels stay uint8 until they are on the device: `normalise` is the first thing that happens to a batch there.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache, reduce
 from typing import Literal, NamedTuple
 
@@ -211,8 +214,11 @@ def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(d <= 1, near, far)
 
 
-Resize = Literal["square", "letterbox"]
+Resize = Literal["square", "letterbox", "longest"]
 Normalization = Literal["imagenet", "clip", "half"]
+
+VIEW_NORMALIZATION: Normalization = "clip"
+"""Of `Batch.view`: every second encoder so far is CLIP's."""
 
 MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -255,25 +261,44 @@ class ImageTransform:
             if self.resize == "square":
                 side = (self.size, self.size)
                 return F.interpolate(image[None], side, mode="bilinear", antialias=True)[0]
+            if self.resize == "longest":
+                side = longest_side(image.shape[-2], image.shape[-1], self.size)
+                return self._canvas(F.interpolate(image[None], side, mode="bilinear", antialias=True)[0])
             return warp_image(image.permute(1, 2, 0).numpy(), self.size, self.border)
         image = image if image.mode == "RGB" else to_rgb(image)
         if self.resize == "square":
             resized = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
             return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        if self.resize == "longest":
+            height, width = longest_side(image.height, image.width, self.size)
+            resized = image.resize((width, height), Image.Resampling.BILINEAR)
+            return self._canvas(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
         return warp_image(np.asarray(image), self.size, self.border)
+
+    def _canvas(self, image: Tensor) -> Tensor:
+        """The image [3, h, w] uint8 in the upper left corner, the mean colour elsewhere, [3, S, S]."""
+        canvas = torch.tensor(self.border, dtype=torch.uint8)[:, None, None].repeat(1, self.size, self.size)
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+        return canvas
 
     def target(self, mask: NDArray[np.uint8]) -> Tensor:
         """Resize a mask [h, w] of 0 and 1 to [S, S] uint8, the share of each pixel that is covered in 1/255."""
         if self.resize == "letterbox":
             return warp_mask(mask, self.size)
-        rows, columns = (_nearest(count, self.size) for count in mask.shape)
+        height, width = mask.shape
+        sides = (self.size, self.size) if self.resize == "square" else longest_side(height, width, self.size)
+        rows, columns = (_nearest(count, side) for count, side in zip(mask.shape, sides, strict=True))
         chosen = np.ascontiguousarray(mask.T[columns].T)[rows]  # masks are stored by columns
-        return torch.from_numpy(chosen * np.uint8(255))
+        resized = torch.from_numpy(chosen * np.uint8(255))
+        return F.pad(resized, (0, self.size - sides[1], 0, self.size - sides[0]))
 
     def geometry(self, height: int, width: int) -> Tensor:
         """Geometry of an image of height x width pixels, [6] float64 as in `records.Batch`."""
         if self.resize == "square":
             values = (height, width, self.size / height, self.size / width, 0.0, 0.0)
+        elif self.resize == "longest":
+            rows, columns = longest_side(height, width, self.size)
+            values = (height, width, rows / height, columns / width, 0.0, 0.0)
         else:
             scale, shift_y, shift_x = placement(height, width, self.size)
             half = 0.5 * (1 - scale)  # from pixel indices to continuous coordinates
@@ -286,6 +311,53 @@ class ImageTransform:
             mean, std = _mean_std(self.normalization, torch.device("cpu"))
             image = (image.float().cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
         return image.permute(1, 2, 0).cpu().numpy()
+
+
+def longest_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width of an image whose longest side becomes `size` pixels, rounded half up as SAM does."""
+    scale = size / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def inside_longest(geometry: Tensor, size: int) -> Tensor:
+    """Where a network input of `size` pixels shows the picture and not its padding, [B, size, size] bool.
+
+    geometry: [B, 6] of a resize without offset.
+    """
+    steps = torch.arange(size, device=geometry.device)
+    rows, columns = ((geometry[:, i] * geometry[:, 2 + i]).round() for i in range(2))
+    return (steps < rows[:, None])[:, :, None] & (steps < columns[:, None])[:, None, :]
+
+
+def from_longest(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring maps [..., S, S] of a network input of resize `longest` back to the picture's size (h0, w0).
+
+    The padding is cut off, then they are resized bilinearly by pixels' centres, as SAM does.
+    """
+    rows, columns = longest_side(size[0], size[1], values.shape[-1])
+    maps = values[..., :rows, :columns].reshape(1, -1, rows, columns)
+    resized = F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
+    return resized.reshape(*values.shape[:-2], *size)
+
+
+class View:
+    """A picture as a second encoder reads it: shortest side to `size` pixels, bicubic, cut to a square in the middle.
+
+    What CLIP's own preprocessing does; what lies outside the square is not seen.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """[3, size, size] uint8."""
+        image = image if image.mode == "RGB" else to_rgb(image)
+        short = min(image.size)
+        width, height = (self.size if side == short else int(self.size * side / short) for side in image.size)
+        resized = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        cut = resized.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
 
 
 @lru_cache(maxsize=1024)
@@ -313,7 +385,8 @@ def prepare_batch(batch: Batch, normalization: Normalization, device: torch.devi
     """
     if device is not None:
         batch = send_to_device(batch, device, non_blocking=True)
-    return batch._replace(image=normalise(batch.image, normalization))
+    view = None if batch.view is None else normalise(batch.view, VIEW_NORMALIZATION)
+    return batch._replace(image=normalise(batch.image, normalization), view=view)
 
 
 @lru_cache(maxsize=16)

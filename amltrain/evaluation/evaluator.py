@@ -33,7 +33,7 @@ from amltrain.data.transforms import prepare_batch
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import Masks, count_pixels, find_referents, network_size, output_masks, to_original
-from amltrain.evaluation.metrics import METRICS, Kind, metric_terms, number_refs, scored_columns
+from amltrain.evaluation.metrics import GSVA_METRICS, METRICS, Kind, metric_terms, number_refs, scored_columns
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.models.base import RISModel, eval_mode
@@ -41,8 +41,12 @@ from amltrain.records import Batch, ModelOutput
 
 
 def shares_images(model: Any, dataset: Any) -> bool:
-    """Whether the model can encode an image alone and the data set knows which samples show the same picture."""
-    return isinstance(model, RISModel) and model.encodes_image_alone and hasattr(dataset, "image_groups")
+    """Whether the model can encode an image alone and the data set knows which samples show the same picture.
+
+    A conversation is about a picture, which is then encoded once already.
+    """
+    talks = getattr(dataset, "talk", None) is not None
+    return isinstance(model, RISModel) and model.encodes_image_alone and hasattr(dataset, "image_groups") and not talks
 
 
 class ImageCache:
@@ -276,6 +280,8 @@ def _results(
     }
     info = dataset.info(int(samples[0, 0]))
     described = asdict(protocol) | dataset.describe() | facts
+    if getattr(dataset, "talk", None) is None:
+        del described["answers"]  # of a model that writes none
     metrics = paper if getattr(dataset, "box_only", False) else {**scores, **paper}
     return Results(
         info.dataset, info.split, metrics, counts, described, provenance, samples=samples, predictions=predictions
@@ -284,7 +290,8 @@ def _results(
 
 def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any, kind: Kind) -> dict[str, float]:
     """Metrics of the data set's papers that belong to the kind, in percent, by name, where its entry names any."""
-    names = [name for name in getattr(dataset, "paper_metrics", ()) if name in METRICS[kind]]
+    wanted = (*getattr(dataset, "paper_metrics", ()), *(GSVA_METRICS if getattr(dataset, "talk", None) else ()))
+    names = [name for name in wanted if name in METRICS[kind]]
     if not names:
         return {}
     infos = [dataset.info(i) for i in columns["sample_id"].tolist()]

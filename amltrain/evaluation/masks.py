@@ -2,12 +2,14 @@
 
 Dimensions: B batch, h w logits, H W network input, h0 w0 original image.
 
-Three ways, named by what is interpolated (both align_corners=True, to the input size first, as all official code):
+Four ways, named by what is interpolated (the first three align_corners=True, to the input size first, as most official
+code does):
 
     bilinear  the referent's margin (logit of referent - logit of background) is interpolated, then made a probability
               (LAVT, CARIS, ReLA); back to the original size bilinearly
     nearest   as bilinear up to the input size; back to the original size a pixel takes the nearest margin (ReMamber)
     bicubic   the probability is interpolated (CRIS, ETRIS, DETRIS, CGFormer); back to the original size bicubically
+    cropped   as bilinear, by pixels' centres, and with the padding cut off first (SAM, GSVA, LISA); of resize `longest`
 
 The way back follows the geometry of the sample. A stretched square is stretched back. A letterbox is undone by the
 inverse affine map; bicubic then repeats OpenCV 4's `warpAffine` (a = -0.75, coordinates on a grid of 1/32 pixel, 0
@@ -26,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amltrain.config.schema import Protocol
+from amltrain.data.transforms import from_longest
 from amltrain.errors import UserError
 from amltrain.records import Batch, ModelOutput
 
-Interpolation = Literal["bilinear", "bicubic", "nearest"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "cropped"]
 
 _CUBIC_A = -0.75  # OpenCV's, and PyTorch's
 
@@ -48,7 +51,7 @@ def _network_values(logits: Tensor, size: tuple[int, int], interpolation: Interp
     if values.shape[-2:] == size:
         return values
     mode = "bicubic" if interpolation == "bicubic" else "bilinear"
-    return F.interpolate(values[:, None], size, mode=mode, align_corners=True)[:, 0]
+    return F.interpolate(values[:, None], size, mode=mode, align_corners=interpolation != "cropped")[:, 0]
 
 
 def _probability(values: Tensor, interpolation: Interpolation) -> Tensor:
@@ -87,6 +90,8 @@ def to_original(values: Tensor, geometry: Sequence[float], interpolation: Interp
     """
     height, width = values.shape
     h0, w0 = int(geometry[0]), int(geometry[1])
+    if interpolation == "cropped":
+        return from_longest(values, (h0, w0))
     scale_y, scale_x, offset_y, offset_x = geometry[2:]
     # S / h0 * h0 is not S in floating point for many h0, 427 among them
     stretched = math.isclose(scale_y * h0, height, rel_tol=1e-6) and math.isclose(scale_x * w0, width, rel_tol=1e-6)

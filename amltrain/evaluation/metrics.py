@@ -274,6 +274,25 @@ def zero_target_accuracy(samples: Scored) -> Ratio:
     return Ratio(samples.no_target & (samples.emptied.area == 0), samples.no_target)
 
 
+GSVA_METRICS = ("gIoU (GSVA)", "cIoU (GSVA)")
+"""Of language models that can reject: as gIoU and cIoU, but a rejected target is scored by the mask that was drawn for
+it all the same. Source: the official code of GSVA (CVPR 2024)."""
+
+
+@register_metric(GSVA_METRICS[0], "generalized", on_request=True)
+def mean_iou_of_drawn(samples: Scored) -> Ratio:
+    """Mean IoU; 1 for a rejected no-target sample, 0 for another."""
+    absent = np.where(samples.predicted_no_target, 1.0, 0.0)
+    return Ratio(np.where(samples.no_target, absent, samples.iou), np.ones(len(samples)))
+
+
+@register_metric(GSVA_METRICS[1], "generalized", on_request=True)
+def cumulative_iou_of_drawn(samples: Scored) -> Ratio:
+    """Sum of I / sum of U; a rejected no-target sample adds nothing."""
+    i = np.where(samples.no_target, 0, samples.intersection)
+    return Ratio(i, np.where(samples.no_target & samples.predicted_no_target, 0, samples.union))
+
+
 @register_metric("r", "generalized", on_request=True)
 def negative_robustness(samples: Scored) -> Ratio:
     """Share of a ref's no-target sentences with an empty mask, mean over refs that have such sentences."""

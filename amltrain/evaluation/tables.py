@@ -150,6 +150,9 @@ def describe(result: Results) -> str:
     text = f"at {frame}, {decision}, {p['sentences']} sentences, Pr@t: {ties}"
     if p.get("mask_parts") == "exclusive":
         text += ", pixels of two polygons of one object are background"
+    if p.get("answers"):
+        by = "given by the ground truth" if p["answers"] == "given" else "written by the model"
+        text += f", answers {by}"
     if p["metrics"] == "generalized":
         text += f", no target by {p['no_target_by']}"
     return plain(text)

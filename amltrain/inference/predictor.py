@@ -20,13 +20,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from amltrain.data.images import to_rgb
-from amltrain.data.loaders import build_transform
-from amltrain.data.transforms import normalise
+from amltrain.data.loaders import build_transform, build_view, build_writer, collate
+from amltrain.data.transforms import prepare_batch
 from amltrain.environment import choose_device
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.masks import Found, find_referents, network_size
 from amltrain.hub.model_folder import Pretrained, load_pretrained
-from amltrain.records import Batch, ModelOutput
+from amltrain.records import Batch, ModelOutput, Sample
 
 ImageSource: TypeAlias = "str | Path | Image.Image | NDArray[np.generic]"
 Precision = Literal["no", "fp16", "bf16"]
@@ -85,6 +85,8 @@ class Predictor:
         self.protocol = pretrained.protocol if threshold is None else replace(pretrained.protocol, threshold=threshold)
         self.tokenizer = pretrained.tokenizer
         self.transform = build_transform(pretrained.preprocess)
+        self.view = build_view(pretrained.preprocess)
+        self.writer = build_writer(pretrained.preprocess, self.tokenizer, "written")
         self.device, self.batch_size, self.precision = torch.device(device), batch_size, precision
 
     def __repr__(self) -> str:
@@ -122,10 +124,12 @@ class Predictor:
                 raise UserError(f"a sentence is of type {type(sentence).__name__}; give a text, or a list of texts")
         if not all(s.strip() for s in sentences):
             raise UserError("a sentence is empty; say what to look for")
-        pixels, _, geometry = self.transform(load_image(image), None)
+        picture = load_image(image)
+        pixels, _, geometry = self.transform(picture, None)
+        view = None if self.view is None else self.view(picture)
         found: list[Segmentation] = []
         for start in range(0, len(sentences), self.batch_size):
-            batch = self.batch(pixels, geometry, sentences[start : start + self.batch_size])
+            batch = self.batch(pixels, geometry, sentences[start : start + self.batch_size], view)
             found += self._segmentations(self.forward(batch), batch)
         return found
 
@@ -147,21 +151,22 @@ class Predictor:
         with torch.autocast(self.device.type, kind, enabled=self.precision != "no"):
             return self.model(batch)
 
-    def batch(self, pixels: Tensor, geometry: Tensor, sentences: Sequence[str]) -> Batch:
-        """Pair one transformed image with sentences. pixels: [3, S, S] float32; geometry: [6] float64."""
-        count = len(sentences)
-        tokens = [self.tokenizer(s) for s in sentences]
-        none = torch.zeros(count, dtype=torch.int64, device=self.device)
-        return Batch(
-            image=normalise(pixels.to(self.device), self.transform.normalization).expand(count, -1, -1, -1),
-            input_ids=torch.stack([ids for ids, _ in tokens]).to(self.device),
-            text_mask=torch.stack([mask for _, mask in tokens]).to(self.device),
-            target=torch.zeros(count, *pixels.shape[-2:], dtype=torch.uint8, device=self.device),
-            no_target=none.bool(),
-            sample_id=torch.arange(count, device=self.device),
-            random_key=none,
-            geometry=geometry.expand(count, -1),
-        )
+    def batch(self, pixels: Tensor, geometry: Tensor, sentences: Sequence[str], view: Tensor | None = None) -> Batch:
+        """Pair one transformed image with sentences.
+
+        pixels: [3, S, S] uint8, or float32 normalised; geometry: [6] float64; view: [3, v, v] uint8, for a model that
+        reads a second picture.
+        """
+        blank = torch.zeros(pixels.shape[-2:], dtype=torch.uint8)
+        nothing, number = torch.tensor(False), torch.tensor(0)
+        samples = [
+            Sample(
+                pixels, *self.tokenizer(sentence), blank, nothing, torch.tensor(i), number, geometry,
+                view=view, sentence=sentence, picture=0,
+            )
+            for i, sentence in enumerate(sentences)
+        ]  # fmt: skip
+        return prepare_batch(collate(samples, self.writer), self.transform.normalization, self.device)
 
     def _segmentations(self, output: ModelOutput, batch: Batch) -> list[Segmentation]:
         found = find_referents(output, network_size(batch), batch.geometry.tolist(), self.protocol)

@@ -26,6 +26,11 @@ def grid(position):
     return np.floor((np.rint(position * 1024) + 16) / 32) / 32
 
 
+def centres(count, outputs):
+    """Positions among `count` pixels of the centres of `outputs` pixels."""
+    return (np.arange(outputs) + 0.5) * count / outputs - 0.5
+
+
 def prepare(image, settings):
     """[h, w, 3] uint8 -> [1, 3, S, S] float32, and matrices along y and x that lead back to the image's pixels."""
     size, cubic, sides = settings["size"], settings["interpolation"] == "bicubic", image.shape[:2]
@@ -36,6 +41,13 @@ def prepare(image, settings):
             back = [np.arange(n) * size // n for n in sides]
         return normalised(pixels, settings), [taps(p, size, cubic=cubic, clamp=True) for p in back]
     scale, border = size / max(sides), np.rint(settings["mean"])[:, None, None]
+    if settings["resize"] == "longest":
+        rows, columns = (int(n * scale + 0.5) for n in sides)
+        inner = np.asarray(Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR))
+        pixels = np.broadcast_to(border, (3, size, size)).copy()
+        pixels[:, :rows, :columns] = inner.transpose(2, 0, 1)
+        back = [taps(centres(m, n), m, cubic=False, clamp=True) for n, m in zip(sides, (rows, columns), strict=True)]
+        return normalised(pixels, settings), [np.pad(m, ((0, 0), (0, size - m.shape[1]))) for m in back]
     shifts = [(size - scale * n) / 2 for n in sides]
     along = [
         taps(grid((np.arange(size) - shift) / scale), n, cubic=True, clamp=False)
@@ -70,7 +82,11 @@ def probability(logits, back, settings):
     values = logits[1] - logits[0] if len(logits) == 2 else logits[0]
     if cubic:
         values = 1 / (1 + np.exp(-values))
-    to = [taps(np.linspace(0, n - 1, size), n, cubic=cubic, clamp=True) for n in values.shape]
+    cropped = settings["interpolation"] == "cropped"
+    to = [
+        taps(centres(n, size) if cropped else np.linspace(0, n - 1, size), n, cubic=cubic, clamp=True)
+        for n in values.shape
+    ]
     values = back[0] @ (to[0] @ values @ to[1].T) @ back[1].T
     return values if cubic else 1 / (1 + np.exp(-values))
 

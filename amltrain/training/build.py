@@ -22,6 +22,7 @@ from amltrain.checkpoints.resume import describe_training, train_mask_parts
 from amltrain.config.fields import check_number, override
 from amltrain.config.schema import EvaluationConfig, Preprocess, Protocol, RunConfig
 from amltrain.data.augment import build_augmentations
+from amltrain.data.conversations import answer_tokens
 from amltrain.data.dataset import ReferDataset
 from amltrain.data.loaders import build_eval_loaders, build_tokenizer, build_train_dataset, resolve_splits
 from amltrain.data.prepare import check_scenes
@@ -104,6 +105,7 @@ def build_components(
         augmentations=build_augmentations(config.data.augment, config.augment_options),
         max_samples=config.train.limit_samples,
         regions=built.needs_regions,
+        original=getattr(loss, "reads_original", False) and bool(preprocess.conversation),
     )
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
     return RunComponents(built, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
@@ -123,7 +125,7 @@ def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Pat
 def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISModel, dict[str, Any]]:
     """Build the model; also the arguments that build it again without pretrained encoders."""
     wanted = config.model
-    kwargs = {"vocab_size": tokenizer.vocab_size, **wanted.kwargs}
+    kwargs = {"vocab_size": tokenizer.vocab_size, **_answer_ids(config, tokenizer), **wanted.kwargs}
     start = {
         key: value
         for key, value in (("vision_weights", wanted.vision_weights), ("text_weights", wanted.text_weights))
@@ -136,6 +138,12 @@ def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISMod
     if wanted.gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     return model, kwargs
+
+
+def _answer_ids(config: RunConfig, tokenizer: SentenceTokenizer) -> dict[str, Any]:
+    """The builder's argument for a model that answers with tokens of its own."""
+    style = override(model_info(config.model.name).preprocess, config.preprocess).conversation
+    return {"answer_tokens": tokenizer.tokenizer.convert_tokens_to_ids(answer_tokens(style))} if style else {}
 
 
 def build_loss(config: RunConfig, info: ModelInfo) -> nn.Module:

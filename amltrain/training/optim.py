@@ -23,7 +23,7 @@ from amltrain.records import Batch
 
 FUSED_DEVICES = {"cuda"}
 """Devices whose fused Adam kernel is used: one kernel for all tensors, several times faster."""
-Schedule = Literal["poly", "poly_caris", "multistep", "cosine", "constant"]
+Schedule = Literal["poly", "poly_caris", "multistep", "cosine", "constant", "warmup_decay"]
 
 
 def lr_factor(
@@ -43,7 +43,18 @@ def lr_factor(
                 thousandth of it linearly up to and including step `warmup_steps`
     multistep   times gamma at every milestone, a share of the run (CRIS, ETRIS, DETRIS, ReLA)
     cosine      half a cosine down to 0
+    warmup_decay  DeepSpeed 0.15's, of GSVA and LISA: step 0 at the full rate, step 1 at 0, from there linearly up and,
+                after the warm-up, linearly down to 0
     """
+    if schedule == "warmup_decay":
+        passed = step - 1
+        if step == 0:
+            return 1.0
+        return (
+            passed / warmup_steps
+            if passed < warmup_steps
+            else max(0.0, (total_steps - passed) / (total_steps - warmup_steps))
+        )
     if schedule == "poly_caris":
         if step == 0:
             return 1.0

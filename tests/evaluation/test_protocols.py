@@ -31,6 +31,7 @@ def test_every_release_has_a_preset() -> None:
         "evfsam",
         "lavt",
         "magnet",
+        "mllm",
         "rela",
         "remamber",
         "sam3",

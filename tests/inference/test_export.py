@@ -108,7 +108,13 @@ def test_onnx_runs_with_onnxruntime_alone(tmp_path: Path, resize: str) -> None:
 
 @pytest.mark.parametrize(
     ("resize", "interpolation"),
-    [("square", "bilinear"), ("square", "nearest"), ("square", "bicubic"), ("letterbox", "bicubic")],
+    [
+        ("square", "bilinear"),
+        ("square", "nearest"),
+        ("square", "bicubic"),
+        ("letterbox", "bicubic"),
+        ("longest", "cropped"),
+    ],
 )
 @pytest.mark.parametrize("sides", [(97, 61), (40, 150), (30, 30)])
 def test_the_script_prepares_images_and_brings_maps_back_as_the_package_does(

@@ -46,7 +46,9 @@ PARAMETERS = {
     "etris_vit_base": (173_259_330, 23_829_313),
     "evfsam2_beit3_large": (890_932_341, 674_013_440),
     "evfsam_beit3_large": (1_315_098_084, 677_520_000),
+    "gsva_7b": (7_708_935_652, 287_707_520),
     "lavt_swin_base": (225_642_362, 187_629_434),
+    "lisa_7b": (7_708_927_460, 287_699_328),
     "magnet_swin_base": (289_564_024, 289_564_024),
     "rela_r50": (153_368_197, 115_355_269),
     "rela_swin_base": (225_521_469, 187_508_541),
@@ -287,6 +289,7 @@ REJECTED = {
     "evfsam2_tiny": [{"level": "feature"}],
     "evfsam_tiny": [{"level": "feature"}],
     "dual_tiny": [],
+    "mllm_tiny": [{"features": "late"}, {"level": "feature"}],
     "sam3_tiny": [{"level": "feature"}],
 }
 """Variants that a model cannot have. The others' encoders share no space, so only identity is rejected."""

@@ -10,7 +10,7 @@ How an encoder is trained: whole, by low-rank updates (LoRA, Hu et al., ICLR 202
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
@@ -103,10 +103,20 @@ Tuning = Literal["full", "lora", "frozen"]
 HEADS = ("head", "attn_pool", "text_projection")
 
 
-def tune(encoder: nn.Module, tuning: Tuning, rank: int) -> None:
+def tune(
+    encoder: nn.Module,
+    tuning: Tuning,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+) -> None:
     """Freeze an encoder, or all of it but low-rank updates of its linear layers; `full` changes nothing.
 
-    rank: width of the updates. The state's keys get `base_layer`, `lora_A` and `lora_B`. Weights are loaded before.
+    rank: width of the updates; they are scaled by alpha / rank, by default 2. dropout: on their input. targets: ends
+    of the names of the layers; None = all linear layers that are no head. The state's keys get `base_layer`, `lora_A`
+    and `lora_B`. Weights are loaded before.
     Raises UserError for lora without peft, or with an encoder that has no linear layers.
     """
     if tuning == "full":
@@ -118,13 +128,16 @@ def tune(encoder: nn.Module, tuning: Tuning, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError("tuning=lora needs peft; pip install peft, or set it to full or frozen") from error
-    targets = [
+    found = [
         name
         for name, module in encoder.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in HEADS for part in name.split("."))
+        if isinstance(module, nn.Linear)
+        and (name.endswith(tuple(targets)) if targets else not any(part in HEADS for part in name.split(".")))
     ]
-    if not targets:
+    if not found:
         raise UserError(
             f"tuning=lora updates linear layers and this {type(encoder).__name__} has none; use full or frozen"
         )
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), encoder)
+    scale: Any = 2 * rank if alpha is None else alpha
+    settings = LoraConfig(r=rank, lora_alpha=scale, lora_dropout=dropout, target_modules=found)
+    inject_adapter_in_model(settings, encoder)

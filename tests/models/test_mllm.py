@@ -1,0 +1,174 @@
+"""Language models with SAM: official keys, what is trained, what is said, and their rows against one sentence each."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from amltrain.data.transforms import from_longest
+from amltrain.models import create_model
+from amltrain.models.mllm import MLLMSegmenter
+from amltrain.records import IMAGE, UNSCORED, Batch, Conversation
+from tests.models.test_registry import make_batch
+from tests.parity import compare, gsva
+
+
+def case(shared_dir: Path, name: str, config: str) -> tuple[MLLMSegmenter, dict[str, Tensor], dict[str, Tensor]]:
+    """A recorded model, the case's tensors, and its official weights."""
+    folder = shared_dir / "goldens" / "gsva"
+    recorded = load_file(folder / f"{name}.safetensors")
+    weights = compare.official_weights(recorded) or compare.official_weights(load_file(folder / "tiny.safetensors"))
+    model, _ = compare.load_model(gsva.ADAPTER, compare.read_config(folder / f"{config}.json"), weights)
+    return model.eval(), recorded, weights
+
+
+def test_official_keys_and_what_is_trained(shared_dir: Path) -> None:
+    keys = json.loads((shared_dir / "goldens" / "gsva" / "full_keys.json").read_text())
+    shapes = {name: entry for part in keys.values() if isinstance(part, dict) for name, entry in part.items()}
+    official = {
+        n: e["shape"] if isinstance(e, dict) else e[0] for n, e in shapes.items() if n.startswith("base_model.")
+    }
+    assert len(official) == 1410
+    with torch.device("meta"):
+        model = create_model("gsva_7b")
+        found = model.convert_state_dict({name: torch.empty(shape) for name, shape in official.items()})
+    assert (found.unmatched, found.missing) == ([], [])
+    assert len(found.renamed) + len(found.dropped) == 1410
+    groups = json.loads((shared_dir / "goldens" / "gsva" / "full_optim_groups.json").read_text())
+    theirs = {name for name in json.dumps(groups).split('"') if name in official}
+    ours = {name for name, p in model.named_parameters() if p.requires_grad}
+    left = {name for name in theirs if found.renamed[name] not in ours}
+    assert {found.renamed[name] for name in theirs} >= ours
+    assert left and all("iou_prediction_head" in n or "output_hypernetworks_mlps" in n for n in left)  # read by no mask
+
+
+def test_what_the_first_pass_says(shared_dir: Path) -> None:
+    """The official evaluation rejects a target for anything but [SEG], and a sentence without one only for [REJ]."""
+    model, recorded, _ = case(shared_dir, "tiny_eval", "tiny")
+    said = json.loads((shared_dir / "goldens" / "gsva" / "tiny.json").read_text())["tiny"]["eval_first_pass_argmax"]
+    batch = gsva.batch(recorded)
+    with torch.no_grad():
+        output = model(batch)
+    nothing = (output.aux["no_target"].argmax(1) == 1).tolist()
+    absent = batch.no_target.tolist()
+    wanted = [
+        token == model.reject if none else token != model.segment for token, none in zip(said, absent, strict=True)
+    ]
+    assert nothing == wanted
+    assert len(set(zip(wanted, absent, strict=True))) == 4  # every outcome is in the case
+
+
+def test_a_single_pass_gives_the_masks_of_those_with_an_answer(shared_dir: Path) -> None:
+    model, recorded, _ = case(shared_dir, "tiny_eval", "tiny")
+    batch = gsva.batch(recorded)
+    assert batch.conversation is not None
+    with torch.no_grad():
+        output = model(batch._replace(conversation=batch.conversation._replace(scored=False)))
+    here = [i for i, none in enumerate(batch.no_target.tolist()) if not none]
+    size = recorded["extra.single_pass_pred_masks_row0"].shape[-2:]
+    torch.testing.assert_close(
+        output.aux["low_resolution"][here], recorded["extra.single_pass_low_res_logits_row_0"], rtol=0, atol=2e-5
+    )
+    masks = torch.stack([from_longest(output.logits[i, 0], size) for i in here])
+    torch.testing.assert_close(masks, recorded["extra.single_pass_pred_masks_row0"], rtol=0, atol=2e-5)
+
+
+def test_lisa_as_it_evaluates(shared_dir: Path) -> None:
+    model, recorded, _ = case(shared_dir, "lisa_tiny", "lisa_tiny")
+    inputs = {n.removeprefix("extra.eval_"): v for n, v in recorded.items() if n.startswith("extra.eval_in")}
+    with torch.no_grad():
+        output = model(gsva.batch(inputs))
+    wanted = recorded["extra.eval_output.pred_masks_image0"]
+    masks = torch.stack([from_longest(logits[0], wanted.shape[-2:]) for logits in output.logits])
+    torch.testing.assert_close(masks, wanted, rtol=0, atol=2e-5)
+    assert "no_target" not in output.aux  # it cannot reject
+
+
+def trained(seed: int = 0) -> MLLMSegmenter:
+    torch.manual_seed(seed)
+    model = create_model("mllm_tiny", vocab_size=64)
+    assert isinstance(model, MLLMSegmenter)
+    return model
+
+
+def test_no_prediction_depends_on_the_truth() -> None:
+    model, batch = trained().eval(), make_batch("mllm_tiny", 96, 96, count=3)
+    with torch.no_grad():
+        one, other = model(batch), model(batch._replace(no_target=~batch.no_target, target=255 - batch.target))
+    torch.testing.assert_close(one.logits, other.logits, rtol=0, atol=0)
+    torch.testing.assert_close(one.aux["no_target"], other.aux["no_target"], rtol=0, atol=0)
+
+
+def test_a_rejected_sentence_has_a_flat_mask_without_gradient() -> None:
+    model, batch = trained().train(), make_batch("mllm_tiny", 96, 96, count=2)
+    batch = batch._replace(no_target=torch.tensor([True, True]))
+    output = model(batch)
+    assert (output.logits == 0).all()
+    output.logits.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.sam.mask_decoder.parameters() if p.requires_grad)
+
+
+def answered(model: MLLMSegmenter, batch: Batch) -> Conversation:
+    """The short conversation of a batch, whose answers are still to be written, padded on the left."""
+    talk = model._short(batch)
+    rows = [ids[: int(place)] for ids, place in zip(talk.ids, talk.place, strict=True)]
+    length = max(len(row) for row in rows)
+    ids = torch.stack([torch.cat([row.new_zeros(length - len(row)), row]) for row in rows])
+    mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows])
+    labels = torch.full_like(ids, UNSCORED)
+    return talk._replace(ids=ids, labels=labels, mask=mask, place=torch.full_like(talk.place, -1), open=True)
+
+
+def test_what_is_written_is_what_is_decided_in_one_pass() -> None:
+    """Greedy writing with a cache of keys, padded on the left, against one pass without answers."""
+    model, batch = trained().eval(), make_batch("mllm_tiny", 96, 96, count=4)
+    batch = batch._replace(geometry=torch.tensor([[96.0, 96, 1, 1, 0, 0]] * 4))
+    with torch.no_grad():
+        model.reader.lm_head.weight[model.segment] *= 40  # [SEG] is said at once, or hardly ever
+        short, written = model(batch), model(batch._replace(conversation=answered(model, batch)))
+        talk = model._short(batch)
+        states, _ = model._read(talk, model.see(batch.image))
+        at_once = model.reader.lm_head(model._states_of(talk, states)).argmax(1) == model.segment
+    assert at_once.any()
+    torch.testing.assert_close(written.logits[at_once], short.logits[at_once], rtol=1e-4, atol=1e-4)
+    nothing = written.aux["no_target"].argmax(1) == 1
+    assert not nothing[at_once].any()
+    assert (written.logits[nothing] < 0).all()  # nothing is drawn where [SEG] is not said
+
+
+def test_sentences_of_a_conversation_share_its_picture() -> None:
+    """Two rows about one picture are two sentences with a copy each."""
+    model, batch = trained().eval(), make_batch("mllm_tiny", 96, 96, count=2)
+    batch = batch._replace(image=batch.image[:1].expand(2, -1, -1, -1).clone())
+    talk = model._short(batch)
+    shared = talk._replace(owner=torch.tensor([0, 0]), pictures=torch.tensor([0]))
+    with torch.no_grad():
+        one, other = model(batch._replace(conversation=talk)), model(batch._replace(conversation=shared))
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_only_low_rank_updates_and_tokens_of_the_language_model_train() -> None:
+    pytest.importorskip("peft")
+    model = create_model("mllm_tiny", vocab_size=64, text_tuning="lora", lora_rank=2)
+    language = {n for n, p in model.named_parameters() if p.requires_grad and ".language_model." in n}
+    assert {n.split(".")[-3] if "lora" in n else n for n in language} == {
+        "lora_A",
+        "lora_B",
+        "reader.model.language_model.embed_tokens.weight",
+    }
+    assert all("q_proj" in n or "v_proj" in n for n in language if "lora" in n)
+
+
+def test_the_short_conversation_ends_with_its_answer() -> None:
+    model, batch = trained().train(), make_batch("mllm_tiny", 96, 96, count=2)
+    batch = batch._replace(no_target=torch.tensor([False, True]))
+    talk = model._short(batch)
+    for row, answer in zip(range(2), (model.segment, model.reject), strict=True):
+        place = int(talk.place[row])
+        assert talk.ids[row, place] == answer == talk.labels[row, place]
+        assert (talk.ids[row, : model.image_tokens] == IMAGE).all()
+        assert talk.mask[row].sum() == place + 1
+        assert (talk.labels[row] != UNSCORED).sum() == 1
