@@ -135,8 +135,8 @@ def prepare_data(
     from amltrain.data.prepare import available_cores
     from amltrain.data.sources.table import ReadOptions
 
-    if not isinstance(path, (str, Path)) or not str(path):
-        raise UserError(f"path is {path!r}; give the folder or file with your annotations")
+    if not isinstance(path, (str, Path)) or not str(path).strip():
+        raise UserError(f"path is {path!r}; give the folder or file with your annotations, or . for this folder")
     path = Path(path)
     for folder in (path,) if path.exists() else (prepared / path,):  # annotations that are there may have changed
         if folder.is_dir() and read_manifest(folder) is not None:

@@ -64,6 +64,8 @@ def lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None
     series = [(name, points) for name, points in series if points]
     if not series:
         return None
+    if all(len(points) == 1 for _, points in series):
+        return _bars(title, [(name, points[0]) for name, points in series])
     figure, axes = _figure()
     for (name, points), colour in zip(series, SERIES, strict=False):
         x, y = zip(*points, strict=True)
@@ -73,6 +75,20 @@ def lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None
     axes.set_xlim(left=0)  # one evaluation alone would get an axis around itself
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=min(3, len(series)))
+    return Chart(title, _svg(figure, f"{title}, by step"))
+
+
+def _bars(title: str, series: Sequence[tuple[str, tuple[float, float]]]) -> Chart:
+    """Draw a labelled bar for each (name, (step, value)): of one evaluation a line would be a dot."""
+    figure, axes = _figure()
+    names = [name.rpartition("/")[2].replace("_", " ") for name, _ in series]
+    bars = axes.bar(range(len(series)), [value for _, (_, value) in series], color=SERIES[: len(series)], width=0.6)
+    axes.bar_label(bars, fmt="%.4g", fontsize=9, color=INK, padding=2)
+    axes.set_xticks(range(len(series)), names)
+    axes.set_xlim(-0.8, max(len(series) - 0.2, 2.8))  # a bar alone is not as wide as the chart
+    axes.margins(y=0.12)
+    steps = dict.fromkeys(f"{step:,.0f}" for _, (step, _) in series)
+    axes.set_xlabel(f"step {', '.join(steps)}")
     return Chart(title, _svg(figure, f"{title}, by step"))
 
 

@@ -106,6 +106,7 @@ def _split(split: SplitPart) -> dict[str, Any]:
         "samples": results.counts["samples"],
         "scored": results.alteration or f"all {results.counts['samples']} samples",
         "shown": len(split.cards),
+        "all_missed": bool(split.cards) and all(card.iou == 0 for card in split.cards),
         "charts": [(c.title, Markup(c.svg)) for c in split.charts],
     }
 

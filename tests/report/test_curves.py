@@ -33,6 +33,13 @@ def test_a_chart_for_everything_that_was_logged() -> None:
     assert training_charts([]) == []
 
 
+def test_scores_of_one_evaluation_are_bars_with_their_numbers() -> None:
+    one = {chart.title: chart.svg for chart in training_charts(ROWS)}["Scores on val, percent"]
+    assert all(text in one for text in (">40<", ">38<", ">oIoU<", ">mIoU<", ">step 20<"))
+    two = training_charts([*ROWS, {"step": 40.0, "val/oIoU": 45.0}])
+    assert ">step 20<" not in {chart.title: chart.svg for chart in two}["Scores on val, percent"]
+
+
 def test_the_page_gives_the_colours() -> None:
     charts = [*training_charts(ROWS), histogram("IoU", np.array([0.1, 0.9])), by_length("L", np.ones(3), np.arange(3))]
     for chart in charts:

@@ -48,6 +48,22 @@ def test_steps_that_are_not_finite_leave_no_trace(
         runs.run(shapes, tmp_path / "stops", "--train.max_bad_steps", "2")
 
 
+def test_fewer_steps_than_were_trained_are_rejected(shapes: Path, tmp_path: Path) -> None:
+    runs.run(shapes, tmp_path, "--train.max_steps", "4")
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"is at step 4, beyond the 2 steps .* larger train\.max_steps"):
+        runs.run(shapes, tmp_path, "--train.max_steps", "2")
+    assert (tmp_path / "config.yaml").read_text() == before
+    runs.run(shapes, tmp_path, "--train.max_steps", "4")  # a finished run is only scored again
+
+
+def test_a_score_of_0_is_warned_of_once(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    often = ("--train.max_steps", "3", "--evaluation.every_steps", "1", "--evaluation.protocol.threshold", "0.999")
+    runs.run(shapes, tmp_path, *often)
+    said = capsys.readouterr().out
+    assert said.count("the model predicts no referent yet") == 1 and said.count("step 3\n") == 1
+
+
 def test_weights_that_are_not_finite_are_never_saved(shapes: Path, tmp_path: Path) -> None:
     """An update of 0 / 0 spoils them, though its loss and gradient were finite."""
     runs.run(shapes, tmp_path, "--train.max_steps", "2")
