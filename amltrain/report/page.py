@@ -26,10 +26,11 @@ from amltrain.errors import UserError, first_line
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import describe, split_label
+from amltrain.hub.facts import training_facts
 from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
-from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts, training_facts
+from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
 from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, TRAINING_FILE, find_model_folder, read_log
 
 GROUPS = ("chosen", "best", "worst", "random")
