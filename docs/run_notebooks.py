@@ -3,7 +3,9 @@
 A notebook records the SHA-256 of the cells that were executed, and a test compares it: changed cells need a new run.
 """
 
+import base64
 import hashlib
+import io
 import os
 import sys
 import tempfile
@@ -39,11 +41,23 @@ def execute(path: Path) -> None:
 
 
 def tidied(output: Any, folder: str) -> Any:
-    """An output without the names of the folders that it was made in."""
+    """An output without the names of the folders that it was made in, its picture in few colours."""
+    if "image/png" in output.get("data", {}):
+        output["data"]["image/png"] = smaller(output["data"]["image/png"])
     for values, key in ((output, "text"), (output.get("data", {}), "text/plain")):
         if isinstance(values.get(key), str):
             values[key] = values[key].replace(f"{folder}/", "").replace(f"{ROOT}/", "")
     return output
+
+
+def smaller(picture: str) -> str:
+    """A PNG in base64 with 64 colours."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(base64.b64decode(picture))) as image:
+        image.convert("RGB").quantize(64).save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def main(names: list[str]) -> None:

@@ -125,9 +125,9 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Found:
     if not path.name:
         raise UserError(f"{asked_by}: {name!r} names no file; `amltrain list configs` lists the shipped names")
     wanted = path.name.removesuffix(".yaml")
-    beside = (Found(file, wanted[len(file.stem) + 1 :]) for file in sorted(path.parent.glob("*.yaml")))
+    siblings = (Found(file, wanted[len(file.stem) + 1 :]) for file in sorted(path.parent.glob("*.yaml")))
     variant = next(
-        (f for f in beside if wanted == f"{f.path.stem}_{f.variant}" and f.variant in variants_of(f.path)), None
+        (f for f in siblings if wanted == f"{f.path.stem}_{f.variant}" and f.variant in variants_of(f.path)), None
     )
     for candidate in (path, path.with_name(f"{path.name}.yaml")):
         if candidate.exists() and not candidate.is_dir():
