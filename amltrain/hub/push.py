@@ -79,8 +79,8 @@ def push_model(
     results_file: scores for the card instead of the folder's own. dry_run: check everything without contacting the Hub,
     and return the card and the list of files. benchmark: data set repository for which the scores are also pushed, see
     `amltrain.hub.benchmark`. picture: with one prediction that the run drew when it was scored, where there is one.
-    Raises UserError, in one line, for a folder that is
-    absent or not whole, a repository name that cannot be, a missing or rejected token, and a Hub out of reach.
+    Raises UserError, in one line, for a folder that is absent or not whole, a repository name that cannot be, a missing
+    or rejected token, and a Hub out of reach.
     """
     check_access(repo, online=not dry_run)
     folder = _whole_model_folder(Path(source))
@@ -89,11 +89,9 @@ def push_model(
     results = [_public(row) for row in found if row.is_score]  # never a perturbed, shuffled or partial row
     if results_file is not None and not results:
         raise UserError(f"{results_file} holds no score: {_altered(found)}; evaluate the whole split as it is")
-    run, step = _run_of(folder)
     example = find_example(folder) if picture else None
-    rows = [] if run is None else [row for row in read_log(run) if row.get("step", 0) <= step]
     caption = None if example is None else _caption(example)
-    card = build_model_card(folder, repo, results, rows=rows, caption=caption)
+    card = build_model_card(folder, repo, results, rows=_logged(folder), caption=caption)
     evaluated = {} if benchmark is None else result_files(results, benchmark, repo)
     files = {p.name: p for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in MODEL_FILES)}
     files.pop(RESULTS_FILE, None)
@@ -109,9 +107,7 @@ def push_model(
         files[EXAMPLE_FILE] = example
     adds += [CommitOperationAdd(name, text.encode()) for name, text in evaluated.items()]
     if dry_run:
-        sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
-        scored = "".join(f"\n  {name}:\n\n{text}" for name, text in evaluated.items())
-        return f"would push to {repo}:\n{sizes}{scored}\n  README.md:\n\n{card}"
+        return _would_push(repo, files, evaluated, card)
     limit_waiting()
     api = HfApi(library_name="amltrain")
     try:
@@ -136,6 +132,19 @@ def _run_of(folder: Path) -> tuple[Path | None, int]:
         if name is not None and (checkpoint.parent / LOG_FILE).is_file():
             return checkpoint.parent, int(name[1])
     return None, 0
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the run's log until this model was saved; [] outside a run."""
+    run, step = _run_of(folder)
+    return [] if run is None else [row for row in read_log(run) if row["step"] <= step]
+
+
+def _would_push(repo: str, files: dict[str, Path], evaluated: dict[str, str], card: Any) -> str:
+    """What a push would upload, in words."""
+    sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
+    scored = "".join(f"\n  {name}:\n\n{text}" for name, text in evaluated.items())
+    return f"would push to {repo}:\n{sizes}{scored}\n  README.md:\n\n{card}"
 
 
 def find_example(folder: Path) -> Path | None:
