@@ -21,7 +21,7 @@ from amltrain.config.parse import config_of
 from amltrain.config.schema import RunConfig, nested
 from amltrain.environment import Machine, this_machine
 from amltrain.errors import UserError
-from amltrain.run_folder import BEST
+from amltrain.run_folder import BEST, EVALUATION
 
 SHARES = {"train": 0.8, "val": 0.2}
 """Of pictures whose annotations state no split: one held-out part, because it is small."""
@@ -268,7 +268,7 @@ def _train(run: Path, chosen: Plan, facts: Facts, said: Callable[[str], None]) -
     best = run / BEST
     data = {"datasets": [facts.name], "prepared": facts.prepared, "workers": 0}
     said(f"the last score: split {facts.final}, then with the sentences of other samples")
-    folder = run / "evaluation"
+    folder = run / EVALUATION
     [own] = api.evaluate(best, data=data, splits=[facts.final], output=str(folder))
     shuffled = None
     if facts.final_refs > 1:

@@ -36,6 +36,7 @@ from amltrain.network import failure_reason, limit_waiting
 from amltrain.registry import import_flags
 from amltrain.run_folder import (
     CAPTION,
+    EVALUATION,
     EXAMPLE_FILE,
     EXAMPLES,
     LOG_FILE,
@@ -86,6 +87,8 @@ def push_model(
     folder = _whole_model_folder(Path(source))
     scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
     found = read_results(scores) if results_file is not None or scores.is_file() else []
+    if results_file is None and not any(row.is_score for row in found):
+        found = _last_scores(folder)
     results = [_public(row) for row in found if row.is_score]  # never a perturbed, shuffled or partial row
     if results_file is not None and not results:
         raise UserError(f"{results_file} holds no score: {_altered(found)}; evaluate the whole split as it is")
@@ -132,6 +135,16 @@ def _run_of(folder: Path) -> tuple[Path | None, int]:
         if name is not None and (checkpoint.parent / LOG_FILE).is_file():
             return checkpoint.parent, int(name[1])
     return None, 0
+
+
+def _last_scores(folder: Path) -> list[Results]:
+    """What `amltrain finetune` scored these weights with at its end, in the run's folder; [] without it."""
+    run, _ = _run_of(folder)
+    file = None if run is None else run / EVALUATION / RESULTS_FILE
+    if file is None or not file.is_file():
+        return []
+    weights = check_model(folder).weights
+    return [row for row in read_results(file) if row.provenance.get("weights_sha256") == weights]
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import amltrain
 from amltrain import network
 from amltrain import run_folder as checkpoints
 from amltrain.commands import push
@@ -131,6 +132,24 @@ def test_the_card_shows_one_prediction_unless_it_should_not(shapes: Path, server
     push_model(tmp_path / "run" / "best", REPO, private=False, picture=False)
     assert "example.png" not in server.files(REPO)
     assert "example.png" not in server.files(REPO)["README.md"].decode()
+
+
+def test_a_run_that_scored_a_part_on_its_way_shows_its_last_scores(
+    shapes: Path, server: HubServer, tmp_path: Path
+) -> None:
+    """As `finetune` does."""
+    run = tmp_path / "run"
+    runs.run(shapes, run, *SHORT, "--evaluation.max_samples", "8")
+    push_model(run / "best", REPO, private=False)
+    assert "Not evaluated" in server.files(REPO)["README.md"].decode()
+    data = {"datasets": ["refshapes"], "prepared": str(shapes), "workers": 0}
+    [result] = amltrain.evaluate(run / "best", data=data, splits=["val"], output=str(run / "evaluation"), pictures=0)
+    push_model(run / "best", REPO, private=False)
+    card = server.files(REPO)["README.md"].decode()
+    assert f"{result.metrics['mIoU']:.2f}" in card and "Not evaluated" not in card
+    push_model(run / "last", REPO, private=False)  # other weights, unless the last step was the best
+    same = checkpoints.step_of(run / "last") == checkpoints.step_of(run / "best")
+    assert ("Not evaluated" in server.files(REPO)["README.md"].decode()) != same
 
 
 def test_a_model_that_nobody_scored(trained: Path, server: HubServer, tmp_path: Path) -> None:
