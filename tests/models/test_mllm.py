@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amltrain.data.transforms import from_longest
+from amltrain.commands.train import read_run
+from amltrain.frames import from_longest
 from amltrain.models import create_model
 from amltrain.models.mllm import MLLMSegmenter
 from amltrain.records import IMAGE, UNSCORED, Batch, Conversation
+from amltrain.training.optim import lr_factor
 from tests.models.test_registry import make_batch
 from tests.parity import compare, gsva
 
@@ -172,3 +174,22 @@ def test_the_short_conversation_ends_with_its_answer() -> None:
         assert (talk.ids[row, : model.image_tokens] == IMAGE).all()
         assert talk.mask[row].sum() == place + 1
         assert (talk.labels[row] != UNSCORED).sum() == 1
+
+
+def test_the_recipe_is_the_releases_but_for_its_data(shared_dir: Path, repository: Path) -> None:
+    recorded = json.loads((shared_dir / "goldens" / "gsva" / "lr_schedule.json").read_text())
+    config = read_run(["--config", str(repository / "configs" / "models" / "gsva_7b.yaml")])
+    o, release = config.optim, recorded["release"]
+    assert (o.lr, o.warmup_steps, config.train.max_steps) == (
+        release["base_lr"],
+        release["warmup_num_steps"],
+        release["total_num_steps"],
+    )
+    assert (o.betas, o.eps, o.weight_decay, o.clip_norm) == ((0.9, 0.95), 1e-8, 0.0, 1.0)
+    for step, rate in release["lr_at_deepspeed_0_15_0"].items():
+        found = o.lr * lr_factor(int(step), 5000, o.schedule, warmup_steps=o.warmup_steps)
+        assert found == pytest.approx(rate, rel=1e-9, abs=1e-18), step
+    short = recorded["short"]
+    for step, rate in enumerate(short["lr_deepspeed_0_15_0"]):
+        factor = lr_factor(step, short["total_num_steps"], "warmup_decay", warmup_steps=short["warmup_num_steps"])
+        assert short["base_lr"] * factor == pytest.approx(rate, rel=1e-9, abs=1e-18), step
