@@ -349,6 +349,8 @@ if sys.platform != "win32":
         def start(self) -> None:
             with signals_held():
                 super().start()
+                # Python ends its children by SIGTERM, which this one ignores, and would then wait for it forever
+                self._popen.terminate = self._popen.kill  # type: ignore[attr-defined]
 
     class _Forks(ForkContext):
         Process = _Fork
