@@ -5,7 +5,7 @@ Whatever the engine, the recipe decides: samples per step, precision, clipping. 
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -204,20 +204,26 @@ def _zero_stage(accelerator: Accelerator) -> int:
     return 0 if plugin is None else plugin.zero_stage
 
 
-def model_weights(accelerator: Accelerator, method: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+def model_weights(
+    accelerator: Accelerator, method: nn.Module, *, keep: bool = True, left_out: Set[str] = frozenset()
+) -> dict[str, Tensor]:
     """Whole weights of the prepared method's model, without loss and buffers; every process must call.
 
-    keep: whether this process wants them; {} otherwise. A sharded tensor is gathered alone, so that no process ever has
-    more than one whole tensor besides those that it keeps.
+    left_out: names not to gather. keep: whether this process wants them; {} otherwise. A sharded tensor is gathered
+    alone, so that no process ever has more than one whole tensor besides those that it keeps.
     """
     inner = accelerator.unwrap_model(method)
     if _zero_stage(accelerator) == 3:
         from deepspeed.runtime.zero import GatheredParameters  # an extra
 
-        with GatheredParameters(list(inner.parameters())):
-            return {key: tensor.detach().clone() for key, tensor in inner.model.state_dict().items()}
+        wanted = [p for name, p in inner.named_parameters() if name.removeprefix("model.") not in left_out]
+        with GatheredParameters(wanted):
+            gathered_now = inner.model.state_dict()
+            return {key: t.detach().clone() for key, t in gathered_now.items() if key not in left_out}
     whole = {}
     for key, tensor in inner.model.state_dict().items():
+        if key in left_out:
+            continue
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
             whole[key] = gathered

@@ -34,6 +34,7 @@ from amltrain.checkpoints.state import (
 )
 from amltrain.distributed import model_weights
 from amltrain.errors import UserError, first_line, shared_error
+from amltrain.hub.base_weights import Base, read_base
 from amltrain.run_folder import MODEL, STATE
 
 WriteModel = Callable[[Path, dict[str, Tensor], int, str], None]
@@ -57,8 +58,13 @@ class Saver:
         *,
         keep: int | Literal["all"],
         write_model: WriteModel,
+        base: Base | None = None,
     ) -> None:
-        """method, optimizer: prepared by Accelerate. keep: newest checkpoints to keep, besides best and last."""
+        """method, optimizer: prepared by Accelerate. keep: newest checkpoints to keep, besides best and last.
+
+        base: frozen parameters that are not written, and what identifies them; None = everything is.
+        """
+        self.base, self.left_out = base, frozenset() if base is None else base.names
         self.accelerator, self.output, self.keep = accelerator, output, keep
         self.method, self.optimizer, self.ema, self.write_model = method, optimizer, ema, write_model
         self.writes_shards = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -106,7 +112,7 @@ class Saver:
             return
         if not self.accelerator.is_main_process:
             return
-        snapshot = take_snapshot(self._bare, self.optimizer, self.accelerator.scaler, self.ema)
+        snapshot = take_snapshot(self._bare, self.optimizer, self.accelerator.scaler, self.ema, self.left_out)
 
         def write(folder: Path) -> None:
             write_state(folder / STATE, snapshot)
@@ -147,13 +153,30 @@ class Saver:
                 f"{checkpoint} was saved by {saved} and cannot resume under {here}; use the engine that it was saved "
                 f"with, or start a new run from its weights with --model.checkpoint {checkpoint / MODEL}"
             )
+        self._check_base(checkpoint)
         if not deepspeed:
-            load_state(checkpoint, self._bare, self.optimizer, self.accelerator.scaler, self.ema)
+            load_state(checkpoint, self._bare, self.optimizer, self.accelerator.scaler, self.ema, self.left_out)
             return
         with damage_named(checkpoint), plain_data_only():
-            self.method.load_checkpoint(str(checkpoint / STATE), tag=TAG)  # type: ignore[operator]  # DeepSpeed's engine
+            self.method.load_checkpoint(  # type: ignore[operator]  # DeepSpeed's engine
+                str(checkpoint / STATE), tag=TAG, load_module_strict=not self.left_out
+            )
         if self.ema is not None:
             load_averaged(checkpoint, self.ema)
+
+    def _check_base(self, checkpoint: Path) -> None:
+        """Raise UserError for a checkpoint whose frozen parameters are left out, and are not this run's."""
+        saved = read_base(checkpoint / MODEL)
+        if saved is None:
+            return
+        if self.base is None:
+            raise UserError(f"{checkpoint} leaves out frozen parameters; resume with --checkpoint.frozen left_out")
+        if saved.sha256 != self.base.sha256:
+            told = ", ".join(f"{key} {source}" for key, source in saved.sources.items())
+            raise UserError(
+                f"{checkpoint} leaves out its frozen parameters, and this run's are others; give the weights that it "
+                f"started from ({told})"
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """Whole weights of the model being trained, on every process; every process calls."""
@@ -166,9 +189,9 @@ class Saver:
     def _save_shards(self, step: int, trainer_state: dict[str, Any], last_good: str) -> None:
         main = self.accelerator.is_main_process
         if self.ema is None:
-            weights = model_weights(self.accelerator, self.method, keep=main)
+            weights = model_weights(self.accelerator, self.method, keep=main, left_out=self.left_out)
         else:
-            weights = self.ema.module.state_dict()
+            weights = {k: v for k, v in self.ema.module.state_dict().items() if k not in self.left_out}
         opened = self._attempt(step, lambda: run_folder.open_checkpoint(self.output, step)) if main else None
         self._raise_everywhere(opened)
         folder = self.output / f".{run_folder.checkpoint_name(step)}.writing"
@@ -186,10 +209,12 @@ class Saver:
 
     def _write_share(self, folder: Path) -> None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.method.save_checkpoint(str(folder), tag=TAG, save_latest=False)  # type: ignore[operator]
+            self.method.save_checkpoint(  # type: ignore[operator]
+                str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=bool(self.left_out)
+            )
             return
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        rows = take_rows(self._bare, self.optimizer, rank)
+        rows = take_rows(self._bare, self.optimizer, rank, self.left_out)
         save_file({key: tensor.contiguous() for key, tensor in rows.items()}, rank_file(folder, rank, processes))
         if rank == 0:
             write_numbers(folder, split_optimizer(self._bare, self.optimizer, self.accelerator.scaler)[1])

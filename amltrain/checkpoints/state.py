@@ -14,7 +14,7 @@ DeepSpeed writes its own files; they are read as plain data (`weights_only=True`
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,15 +54,19 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(
-    method: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler | None, ema: AveragedModel | None
+    method: nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    ema: AveragedModel | None,
+    left_out: Set[str] = frozenset(),
 ) -> Snapshot:
-    """Copy a training state. method: unwrapped, with whole weights."""
-    state = method.state_dict()
+    """Copy a training state. method: unwrapped, with whole weights. left_out: names of the model's not to copy."""
+    state = {key: tensor for key, tensor in method.state_dict().items() if key.removeprefix(PREFIX) not in left_out}
     model = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if key.startswith(PREFIX)}
     rest = {key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}
     if ema is not None:
         rest = {**state, AVERAGED: ema.n_averaged}
-        model = ema.module.state_dict()
+        model = {key: tensor for key, tensor in ema.module.state_dict().items() if key not in left_out}
     tensors, numbers = split_optimizer(method, optimizer, scaler)
     return Snapshot(copied(model), copied(rest), copied(tensors), numbers)
 
@@ -106,10 +110,16 @@ def write_averaged(folder: Path, ema: AveragedModel) -> None:
     save_file({AVERAGED: ema.n_averaged.detach().cpu()}, folder / METHOD_FILE)
 
 
-def take_rows(method: nn.Module, optimizer: Optimizer, rank: int) -> dict[str, Tensor]:
-    """Copy what this process owns of a method that FSDP2 shards; what is not sharded belongs to rank 0."""
+def take_rows(
+    method: nn.Module, optimizer: Optimizer, rank: int, left_out: Set[str] = frozenset()
+) -> dict[str, Tensor]:
+    """Copy what this process owns of a method that FSDP2 shards; what is not sharded belongs to rank 0.
+
+    left_out: names of the model's not to copy.
+    """
     tensors, _ = split_optimizer(method, optimizer, None)
-    every = {f"method/{key}": tensor for key, tensor in method.state_dict().items()}
+    kept = {key: tensor for key, tensor in method.state_dict().items() if key.removeprefix(PREFIX) not in left_out}
+    every = {f"method/{key}": tensor for key, tensor in kept.items()}
     every |= {f"optimizer/{key}": tensor for key, tensor in tensors.items()}
     rows = {}
     for key, tensor in every.items():
@@ -204,15 +214,18 @@ def load_state(
     optimizer: Optimizer,
     scaler: torch.amp.GradScaler | None,
     ema: AveragedModel | None,
+    left_out: Set[str] = frozenset(),
 ) -> None:
     """Load a state of one process, DDP or FSDP2 into a method, sharded or whole, and its optimizer.
 
-    Raises UserError for files that are damaged or belong to another model.
+    left_out: names of the model's that may be missing: they have their values already. Raises UserError for files that
+    are damaged or belong to another model.
     """
     saved = SavedState(checkpoint)
     with damage_named(checkpoint), torch.no_grad():
-        own = method.state_dict()
         there = set(saved.keys("method/")) - {AVERAGED}
+        state = method.state_dict()
+        own = {k: v for k, v in state.items() if k in there or k.removeprefix(PREFIX) not in left_out}
         if own.keys() != there:
             odd = sorted(own.keys() ^ there)[0]
             where = "the run" if odd in own else "the file"
@@ -222,7 +235,7 @@ def load_state(
         if ema is not None:
             if AVERAGED not in saved.keys("method/"):
                 raise UserError(f"{checkpoint} has no averaged weights; leave train.ema_decay out")
-            ema.module.load_state_dict(read_weights(checkpoint / MODEL))
+            ema.module.load_state_dict(read_weights(checkpoint / MODEL), strict=not left_out)
             ema.n_averaged.copy_(saved.rows(f"method/{AVERAGED}"))
         if saved.numbers is None:
             _load_old_optimizer(checkpoint / STATE / OLD_OPTIMIZER_FILE, optimizer, scaler)

@@ -4,11 +4,17 @@
     python exported/quickstart/run_onnx.py street.jpg "red car on the left" mask.png
 
 Every file is loaded again and compared with the model. ONNX needs `pip install onnx onnxruntime onnxscript`.
+
+    amltrain export --checkpoint runs/gsva/best --output models/gsva --merged
+
+writes one whole model folder instead: low-rank updates added to the weights, and frozen weights that the checkpoint
+left out put back.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from amltrain.config.fields import ANY, check_number
 from amltrain.errors import UserError, one_line_errors
@@ -29,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="new or empty folder for the files")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="default: both")
     parser.add_argument("--runs", type=int, default=5, help="images that are timed for each format (default: 5)")
+    parser.add_argument("--merged", action="store_true", help="write a whole model folder, without low-rank updates")
     return parser
 
 
@@ -39,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_number("--runs", args.runs, 1, ANY)
         checkpoint = args.checkpoint if args.revision is None else f"{args.checkpoint}@{args.revision}"
         find_model_folder(checkpoint)  # before the imports
+        if args.merged:
+            from amltrain.hub.model_folder import load_pretrained
+            from amltrain.inference.merge import merge_folder
+
+            count = merge_folder(load_pretrained(checkpoint), Path(args.output))
+            print(f"{count} low-rank updates added -> {args.output}")
+            return
         if lacking := missing_for_onnx(args.formats):
             print(f"onnx is left out: {lacking}", file=sys.stderr)
             if list(args.formats) == ["onnx"]:

@@ -320,6 +320,9 @@ class CheckpointConfig:
     """Newest checkpoints kept, besides best and last; all = every one."""
     initial: bool = False
     """Also save the model before the first step, as step-000000 (`keep` counts it)."""
+    frozen: Literal["saved", "left_out"] = key("saved", scope=FREE)
+    """left_out: parameters that do not train are not written; a checkpoint names the weights that they come from
+    (model.vision_weights, text_weights or checkpoint) and their SHA-256, and needs them again to be loaded."""
 
 
 @dataclass

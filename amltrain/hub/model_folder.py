@@ -10,6 +10,7 @@ A trained model as a folder that anyone can load: on disk, in `step-N/model`, or
       preprocessor_config.json   input size, resize, normalization, sentence length and text field
       tokenizer files            as SentenceTokenizer.save writes them
       results.json, training.json    its scores and training, if known; shown in model cards
+      base.json                  frozen parameters that model.safetensors leaves out, where a run left them out
 
 Nothing in it is code or a pickle, so loading a stranger's folder runs nothing of theirs.
 """
@@ -30,6 +31,7 @@ from amltrain.config.fields import check_number
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.files import replacing
+from amltrain.hub.base_weights import BASE_FILE, Base, read_base
 from amltrain.models.base import RISModel
 from amltrain.models.registry import create_model, model_info
 from amltrain.registry import MODELS, missing_plugins
@@ -82,12 +84,13 @@ def save_pretrained(
     preprocess: Preprocess,
     protocol: Protocol,
     tokenizer: "SentenceTokenizer | None",
+    base: Base | None = None,
 ) -> Path:
     """Write a model folder atomically; an older model folder of that name is replaced.
 
     name, kwargs: how `create_model` builds it (kwargs must be JSON); state_dict: the model's, on any device. tokenizer:
-    None leaves it out; such a folder cannot predict. Raises UserError when the disk is full or `folder`
-    holds something else.
+    None leaves it out; such a folder cannot predict. base: frozen parameters that state_dict leaves out. Raises
+    UserError when the disk is full or `folder` holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG_FILE).exists():
@@ -102,6 +105,8 @@ def save_pretrained(
             (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (temporary / PREPROCESS_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors writes for the owner alone
+            if base is not None:
+                base.write(temporary)
             if tokenizer is not None:
                 tokenizer.save(temporary)
                 _forget_origin(temporary / "tokenizer_config.json")
@@ -131,14 +136,16 @@ def _owned(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return owned
 
 
-def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretrained:
+def load_pretrained(source: str | Path, *, revision: str | None = None, built_on: tuple[Path, ...] = ()) -> Pretrained:
     """Load a model folder, a checkpoint folder that has one in `model/`, or a Hub repository "user/name".
 
-    revision: branch, tag or commit of a Hub repository; "user/name@REVISION" names it as well. Raises UserError, naming
-    file or key, for a folder that is not there, misses a file, is not as its manifest says, or does not fit the model
-    that its config.json names.
+    revision: branch, tag or commit of a Hub repository; "user/name@REVISION" names it as well. built_on: folders that
+    leave out parameters of this one. Raises UserError, naming file or key, for a folder that is not there, misses a
+    file, is not as its manifest says, or does not fit the model that its config.json names.
     """
     folder = find_model_folder(source, revision).resolve()
+    if folder in built_on:
+        raise UserError(f"{folder / BASE_FILE} names this folder itself as where its weights come from; copy it again")
     identity = check_model(folder)
     config = read_object(folder / CONFIG_FILE)
     for key, kind, what in (("model", str, "name"), ("kwargs", dict, "object"), ("protocol", dict, "object")):
@@ -152,8 +159,15 @@ def load_pretrained(source: str | Path, *, revision: str | None = None) -> Pretr
     ):
         check_number(f"{folder / PREPROCESS_FILE}: {key}", value, low, high)
     check_number(f"{folder / CONFIG_FILE}: threshold", protocol.threshold, 0, 1)
-    model = _build(config["model"], config["kwargs"], folder / CONFIG_FILE)
-    load_weights(model, read_weights(folder), folder / WEIGHTS_FILE)
+    base, weights = read_base(folder), read_weights(folder)
+    sources = {} if base is None else dict(base.sources)
+    beginning = sources.pop("checkpoint", None)
+    model = _build(config["model"], config["kwargs"] | sources, folder / CONFIG_FILE)
+    if base is not None:
+        if beginning is not None:
+            model.load_state_dict(load_pretrained(beginning, built_on=(*built_on, folder)).model.state_dict())
+        weights |= base.check(model, folder)
+    load_weights(model, weights, folder / WEIGHTS_FILE)
     tokenizer = _tokenizer(folder, preprocess.max_tokens)
     name, kwargs = config["model"], config["kwargs"]
     return Pretrained(model.eval(), preprocess, protocol, tokenizer, name, kwargs, folder, identity)

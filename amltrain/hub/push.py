@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
+from amltrain.hub.base_weights import read_base
 from amltrain.hub.benchmark import result_files
 from amltrain.hub.model_card import build_model_card
 from amltrain.network import failure_reason, limit_waiting
@@ -143,6 +144,13 @@ def _whole_model_folder(source: Path) -> Path:
         raise UserError(f"there is no folder {source}; name a model folder, e.g. RUN/best")
     folder = find_model_folder(source).resolve()
     check_model(folder)
+    base = read_base(folder)
+    local = [name for name in (base.sources.values() if base else ()) if Path(name).exists()]
+    if local:
+        raise UserError(
+            f"{folder} leaves out parameters of {local[0]}, which nobody else has; push the whole model: "
+            f"amltrain export --checkpoint {source} --output FOLDER --merged"
+        )
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt"):  # checks the header and the file's length
             pass

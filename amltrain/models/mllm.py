@@ -281,12 +281,10 @@ class MLLMSegmenter(RISModel):
     def _judge(self, talk: Conversation, states: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the language model says to answers that are in the input."""
         head: Any = self.reader.lm_head
-        found: dict[str, Tensor] = {}
-        if self.training:
-            logits = head(states[:, :-1]).float() if states.dtype != torch.float64 else head(states[:, :-1])
-            found["language_loss"] = F.cross_entropy(
-                logits.flatten(0, 1), talk.labels[:, 1:].flatten(), ignore_index=UNSCORED
-            )
+        logits = head(states[:, :-1])
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+        loss = F.cross_entropy(exact, talk.labels[:, 1:].flatten(), ignore_index=UNSCORED)
+        found = {"language_loss": loss}
         if self.reject is None:
             return found
         before = head(states[talk.row, (talk.place - 1).clamp(min=0)]).float()

@@ -32,6 +32,7 @@ from amltrain.errors import UserError, unknown_name
 from amltrain.evaluation.metrics import list_metrics
 from amltrain.evaluation.results import run_protocol
 from amltrain.files import write_text
+from amltrain.hub.base_weights import SOURCES, Base, find_base
 from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretrained
 from amltrain.losses import create_loss
 from amltrain.methods.base import Method, build_method, named_method
@@ -54,6 +55,8 @@ class RunComponents(NamedTuple):
     preprocess: Preprocess
     protocol: Protocol
     model_kwargs: dict[str, Any]
+    base: Base | None = None
+    """What checkpoints leave out."""
 
 
 MethodBuilder = Callable[[RISModel, nn.Module, Any, Vocabulary], Method]
@@ -108,7 +111,10 @@ def build_components(
         original=getattr(loss, "reads_original", False) and bool(preprocess.conversation),
     )
     loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
-    return RunComponents(built, dataset, loaders, tokenizer, preprocess, protocol, kwargs)
+    base = None
+    if config.checkpoint.frozen == "left_out":
+        base = find_base(given, {key: getattr(config.model, key) for key in SOURCES})
+    return RunComponents(built, dataset, loaders, tokenizer, preprocess, protocol, kwargs, base)
 
 
 def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Path | None) -> SentenceTokenizer:
@@ -176,6 +182,7 @@ def write_model_folder(folder: Path, config: RunConfig, components: RunComponent
         preprocess=components.preprocess,
         protocol=components.protocol,
         tokenizer=components.tokenizer,
+        base=components.base,
     )
     record = describe_training(config) | {
         "data_fingerprint": components.dataset.fingerprint,

@@ -305,6 +305,7 @@ def build_run(
         ema,
         keep=config.checkpoint.keep,
         write_model=_model_writer(config, components),
+        base=components.base,
     )
     progress = Progress(
         spread=list(plan),

@@ -97,3 +97,25 @@ def test_every_method_follows_ddp(method: str, shapes: Path, tmp_path: Path) -> 
     runs.finished(shapes, tmp_path / "ddp", *extra, processes=2)
     sharded(shapes, tmp_path / "fsdp", *extra)
     assert runs.losses(tmp_path / "fsdp") == pytest.approx(runs.losses(tmp_path / "ddp"), rel=2e-4)
+
+
+TALKS = (
+    "--data.datasets", "[grefshapes]", "--model.name", "mllm_tiny", "--preprocess.conversation", "gsva",
+    "--preprocess.size", "96", "--preprocess.view_size", "96", "--preprocess.image_tokens", "144",
+    "--data.sentences_per_image", "2", "--data.train_unit", "sentence", "--method", "supervised",
+    "--train.micro_batch_size", "4", "--train.max_steps", "4", "--evaluation.splits", "[]",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_language_model_in_conversation_follows_one_process(tuning: str, shapes: Path, tmp_path: Path) -> None:
+    """Frozen, updated and whole-trained parts in one tree; rows of several sentences, [SEG] and [REJ] among them."""
+    pytest.importorskip("peft")
+    extra = (*TALKS, "--model.kwargs", f"{{text_tuning: {tuning}}}")
+    runs.finished(shapes, tmp_path / "one", *extra)
+    sharded(shapes, tmp_path / "whole", *extra)
+    sharded(shapes, tmp_path / "cut", *extra, stop=2)
+    sharded(shapes, tmp_path / "cut", *extra)
+    assert runs.losses(tmp_path / "whole") == pytest.approx(runs.losses(tmp_path / "one"), rel=2e-4)
+    assert runs.same_weights(tmp_path / "cut", tmp_path / "whole")
