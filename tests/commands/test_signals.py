@@ -109,3 +109,18 @@ def test_a_signal_in_a_fork_of_a_loader_is_neither_lost_nor_taken_by_it(hook: st
         [sys.executable, "-c", FORKING, hook], capture_output=True, text=True, check=False, timeout=120
     )
     assert (done.returncode, done.stdout + done.stderr) == (code, said)
+
+
+def test_a_picture_too_small_for_a_model_is_a_sentence(shapes: Path, tmp_path: Path) -> None:
+    import torch
+
+    from amltrain.commands.train import read_run
+    from amltrain.errors import UserError
+    from amltrain.training.stopping import explained
+    from tests.training.runs import arguments
+
+    config = read_run(arguments(shapes, tmp_path, "--preprocess.size", "8", "--model.name", "lavt_tiny"))
+    with pytest.raises(UserError, match=r"preprocess\.size 8 is too small for lavt_tiny"), explained(config):
+        torch.nn.InstanceNorm1d(4)(torch.zeros(2, 4, 1))
+    with pytest.raises(ValueError, match="another"), explained(config):
+        raise ValueError("another")
