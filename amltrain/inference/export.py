@@ -151,7 +151,7 @@ def save_program(program: Program, path: Path) -> None:
     """Write a program as torch.export does. Raises OSError."""
     with path.open("wb", buffering=0) as raw:
         file = _Patient(raw)
-        torch.export.save(program.program, file)
+        torch.export.save(program.program, file)  # type: ignore[arg-type]  # any io.IOBase will do
         if file.error is not None:
             raise file.error
 
