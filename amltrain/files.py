@@ -9,15 +9,18 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amltrain.errors import UserError
+from safetensors import SafetensorError
+
+from amltrain.errors import UserError, first_line
 
 if sys.platform != "win32":
     import fcntl
@@ -48,6 +51,48 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path | str, otherwise: str = "choose another --output") -> Iterator[None]:
+    """Turn an error of the system inside the block into a UserError: one sentence that names the file and what helps.
+
+    Also what libraries in other languages make of it. otherwise: see `cure`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's writer of archives
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        why = os.strerror(cause.errno) if cause.errno else first_line(cause)
+        raise UserError(f"cannot write {path}: {why}; {cure(cause, otherwise)}") from error
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The error of the system that an error is, that led to it, or that its text names."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    named = re.search(r"(?:os error|errno) (\d+)", str(error))
+    if named:
+        return OSError(int(named[1]), os.strerror(int(named[1])))
+    return error if isinstance(error, OSError) else None
+
+
+@contextmanager
+def new_file(path: Path | str, otherwise: str = "choose another --output") -> Iterator[Path]:
+    """`replacing`, in a folder that is made, with `writing`: the file is whole or as before, and errors are sentences.
+
+    Give it to every writer of a result. Raises UserError.
+    """
+    path = Path(path)
+    with writing(path, otherwise):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
 
 
 def flush(path: Path) -> None:
@@ -84,10 +129,12 @@ def _hashed(path: Path, *_: int) -> str:
 
 
 def _remove(path: Path) -> None:
+    """Remove a temporary file or folder where that is possible; what remains is in no one's way."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 class _ContainerUnpickler(pickle.Unpickler):
@@ -248,6 +295,14 @@ def cure(error: OSError, otherwise: str = "choose another folder") -> str:
     return otherwise
 
 
+def disk_sentence(error: OSError) -> str | None:
+    """One sentence for an error of a disk that no reader or writer has named; None for another error."""
+    if error.errno not in (*NO_ROOM, *FAILING, errno.EROFS):
+        return None
+    name = error.filename or "a file, or what the output goes to"
+    return f"cannot read or write {name}: {error.strerror}; {cure(error, 'run again')}"
+
+
 def lock_file(descriptor: int) -> None:
     """Wait for an open file's lock and take it, until the file is closed. Raises OSError."""
     if sys.platform == "win32":
@@ -278,7 +333,8 @@ def locked(path: Path, otherwise: str = "choose another folder") -> Iterator[Non
             raise UserError(f"cannot lock {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written to it
+            os.close(descriptor)
 
 
 def free_space(folder: Path) -> str:

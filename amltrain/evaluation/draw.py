@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from amltrain.errors import UserError
 from amltrain.evaluation.results import Prediction, Results
+from amltrain.files import new_file
 
 Colour = tuple[int, int, int]
 
@@ -203,11 +203,8 @@ def prediction_sheet(results: Results, dataset: Any, columns: int = 2) -> Image.
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG. Raises UserError when it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with new_file(path) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def _example(prediction: Prediction, dataset: Any) -> Example:
