@@ -21,7 +21,7 @@ from amltrain.config.parse import config_of
 from amltrain.config.schema import RunConfig, nested
 from amltrain.environment import Machine, this_machine
 from amltrain.errors import UserError
-from amltrain.run_folder import BEST
+from amltrain.run_folder import BEST, EVALUATION
 
 SHARES = {"train": 0.8, "val": 0.2}
 """Of pictures whose annotations state no split: one held-out part, because it is small."""
@@ -135,8 +135,8 @@ def prepare_data(
     from amltrain.data.prepare import available_cores
     from amltrain.data.sources.table import ReadOptions
 
-    if not isinstance(path, (str, Path)) or not str(path):
-        raise UserError(f"path is {path!r}; give the folder or file with your annotations")
+    if not isinstance(path, (str, Path)) or not str(path).strip():
+        raise UserError(f"path is {path!r}; give the folder or file with your annotations, or . for this folder")
     path = Path(path)
     for folder in (path,) if path.exists() else (prepared / path,):  # annotations that are there may have changed
         if folder.is_dir() and read_manifest(folder) is not None:
@@ -268,7 +268,7 @@ def _train(run: Path, chosen: Plan, facts: Facts, said: Callable[[str], None]) -
     best = run / BEST
     data = {"datasets": [facts.name], "prepared": facts.prepared, "workers": 0}
     said(f"the last score: split {facts.final}, then with the sentences of other samples")
-    folder = run / "evaluation"
+    folder = run / EVALUATION
     [own] = api.evaluate(best, data=data, splits=[facts.final], output=str(folder))
     shuffled = None
     if facts.final_refs > 1:

@@ -12,7 +12,8 @@
       config.yaml       the run, as `--config` takes it
       log.jsonl         one line per logged step and evaluation
       results.json      the last evaluation; samples/ has its rows per sample
-      pictures/ logs/ profile/ trackers.json
+      pictures/         a sheet per evaluation and split; examples/ has the best prediction of each
+      logs/ profile/ trackers.json
       finished          empty: the run reached its end
       requeue           empty: a job script shall start the run again
       .lock             which process trains here
@@ -49,6 +50,12 @@ FINISHED_FILE, REQUEUE_FILE, LOCK_FILE = "finished", "requeue", ".lock"
 SEEN_FILE = ".seen-by-all"
 """A probe: every machine of a run must see what the main process writes."""
 WEIGHTS_FILE, CONFIG_FILE, PREPROCESS_FILE = "model.safetensors", "config.json", "preprocessor_config.json"
+EXAMPLES, EXAMPLE_FILE = f"{PICTURES}/examples", "example.png"
+"""One prediction of each evaluation, and its name in a repository of the Hub."""
+EVALUATION = "evaluation"
+"""The last scores of `amltrain finetune`, of whole splits, with own and with shuffled sentences."""
+CAPTION = "Description"
+"""The key of a caption in a PNG file."""
 RESULTS_FILE, TRAINING_FILE, CONVERSION_FILE = "results.json", "training.json", "conversion.json"
 MODEL_FILES = (WEIGHTS_FILE, "*.json", "*.txt")
 """Patterns of a model folder's files: what goes to the Hub and comes from it."""

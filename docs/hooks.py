@@ -122,7 +122,17 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by MkDocs for every page."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Called by MkDocs for every page; one without sections has no table of contents, and its tables get that space."""
     tables = {f.__name__: f for f in (models, configs, config, methods, augmentations, zoo)}
-    return re.sub(r"<!-- table: (\w+) -->", lambda match: tables[match[1]](), markdown)
+    text = re.sub(r"<!-- table: (\w+) -->", lambda match: tables[match[1]](), markdown)
+    if not re.search(r"^(##|:::) ", text, re.MULTILINE):
+        page.meta.setdefault("hide", []).append("toc")
+    return text
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Called by MkDocs for every page: links of a notebook to pages, which MkDocs leaves as files, e.g. `../aml.md`."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return html
+    return re.sub(r'href="\.\./([\w-]+)\.md(#[\w-]+)?"', lambda m: f'href="../../{m[1]}/{m[2] or ""}"', html)

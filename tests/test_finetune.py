@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import amltrain
-from amltrain.commands.finetune import own_settings
+from amltrain.commands.finetune import main, own_settings
 from amltrain.errors import UserError
 from amltrain.finetune import FineTuned, finetune, look, prepare_data, verdict
 from tests.data.sources.writers import Object, picture, write_cvat, write_labelme
@@ -187,6 +187,24 @@ def test_minutes_out_of_range(minutes: Any) -> None:
 def test_a_path_that_is_none(path: Any) -> None:
     with pytest.raises(UserError, match=r"path is .*; give the folder or file with your annotations"):
         finetune(path)
+
+
+def test_an_empty_path_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelme(tmp_path / "photos", 2)
+    monkeypatch.chdir(tmp_path / "photos")
+    with pytest.raises(SystemExit):
+        main([""])
+    assert "path is ''; give the folder or file with your annotations" in capsys.readouterr().err
+    assert not (tmp_path / "photos" / "prepared").exists()
+
+
+def test_few_photographs_of_a_tool_are_told_how_to_choose_splits(tmp_path: Path) -> None:
+    manifest = amltrain.prepare(labelme(tmp_path / "photos", 3, sentence="the"), "few", output=tmp_path / "prepared")
+    assert any(
+        "there are few images (3)" in note and "folders named train and val" in note for note in manifest["notes"]
+    )
 
 
 def test_a_method_that_does_not_exist() -> None:

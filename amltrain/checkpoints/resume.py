@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from amltrain import __version__
 from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.lock import OutputLock
 from amltrain.checkpoints.saver import Saver
@@ -345,9 +346,20 @@ def check_shared(accelerator: Accelerator, output: Path) -> None:
 def write_config(config: RunConfig) -> None:
     """Write config.yaml, once a run has started: a rejected start must not replace the record of an earlier run."""
     try:
-        save_config(config, config.folder / RUN_CONFIG)
+        save_config(config, config.folder / RUN_CONFIG, _head(config))
     except OSError as error:
         raise _unwritable(config.folder, error) from error
+
+
+def _head(config: RunConfig) -> list[str]:
+    """The first lines of config.yaml: which code wrote it, and the method's options that its preset fills in."""
+    options = [f"{name} {json.dumps(value)}" for name, value in complete_options(config).items() if value is not None]
+    filled = f"{config.method} with its preset and defaults: {', '.join(options)}" if options else config.method
+    return [
+        f"the run again: amltrain train --config {config.folder / RUN_CONFIG} --output OTHER",
+        f"amltrain {__version__}, commit {code_commit() or 'unknown'}; {hardware()}",
+        filled,
+    ]
 
 
 def _unwritable(output: Path, error: OSError) -> UserError:

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("path", type=Path, help="annotations: a file, a folder, or prepared data")
+    parser.add_argument("path", help="annotations: a file, a folder, or prepared data")
     parser.add_argument("--name", help="of the data set (default: the path's name)")
     parser.add_argument(
         "--images", type=Path, help="folder with the pictures (default: where the annotations have them)"

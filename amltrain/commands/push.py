@@ -5,8 +5,9 @@
     amltrain predict --checkpoint user/caris-refshapes --image street.jpg --sentence "the red car"
 
 The card has model, data, protocol and scores (also as the Hub's model-index), recipe, commit, hardware and licences,
-as far as the folder knows them. Scores are those of the run's own evaluation, or of --results. Pushing again makes a
-new commit; nothing is uploaded twice. A run pushes by itself with --hub.push best --hub.repo user/name.
+as far as the folder knows them, and one prediction that the run drew of its held-out data: --no_picture leaves it out
+where photographs must not leave the machine. Scores are those of the run's own evaluation, or of --results. Pushing
+again makes a new commit; nothing is uploaded twice. A run pushes by itself with --hub.push best --hub.repo user/name.
 """
 
 import argparse
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="RUN/best, RUN/last, RUN/step-N or a model folder")
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
     add_visibility(parser)
+    parser.add_argument("--no_picture", action="store_true", help="without a picture of a prediction on the card")
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
     parser.add_argument("--dry_run", action="store_true", help="check everything, push nothing, print files and card")
     parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
@@ -56,5 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results_file=args.results,
             dry_run=args.dry_run,
             benchmark=args.benchmark,
+            picture=not args.no_picture,
         )
         print(address if args.dry_run else f"pushed to {address}")

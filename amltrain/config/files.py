@@ -114,22 +114,31 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Found:
     """Find a config by its path or its shipped name, or a variant by its file's and its own: FILE_VARIANT.
 
     Args:
-        name: a path, relative to `folder`, or a shipped name, with or without `.yaml`. An existing path wins.
+        name: a path, relative to `folder`, or a shipped name, with or without `.yaml`. An existing path wins over
+            shipped names; a file and a variant of one name are told apart by `.yaml`.
         asked_by: the flag, or file, line and key, for the message.
 
     Raises:
-        UserError: nothing has this name; the message lists close matches.
+        UserError: nothing has this name, and the message lists close matches; or a file and a variant have it.
     """
     path = folder / Path(name).expanduser()
     if not path.name:
         raise UserError(f"{asked_by}: {name!r} names no file; `amltrain list configs` lists the shipped names")
+    wanted = path.name.removesuffix(".yaml")
+    siblings = (Found(file, wanted[len(file.stem) + 1 :]) for file in sorted(path.parent.glob("*.yaml")))
+    variant = next(
+        (f for f in siblings if wanted == f"{f.path.stem}_{f.variant}" and f.variant in variants_of(f.path)), None
+    )
     for candidate in (path, path.with_name(f"{path.name}.yaml")):
         if candidate.exists() and not candidate.is_dir():
+            if variant is not None and candidate != path:
+                raise UserError(
+                    f"{asked_by}: {name} is the file {candidate} and the variant {variant.variant} of {variant.path}; "
+                    f"write {name}.yaml for the file, or rename it"
+                )
             return Found(candidate)
-    wanted = path.name.removesuffix(".yaml")
-    for file in sorted(path.parent.glob("*.yaml")):
-        if wanted.startswith(f"{file.stem}_") and (own := wanted.removeprefix(f"{file.stem}_")) in variants_of(file):
-            return Found(file, own)
+    if variant is not None:
+        return variant
     shipped = shipped_configs()
     wanted = name.removeprefix("configs/").removesuffix(".yaml")
     if wanted in shipped:

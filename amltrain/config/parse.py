@@ -144,9 +144,10 @@ def _section(parsed: Namespace, name: str, options: dict[str, type]) -> Any:
     return parsed[name] if fields(kind) else kind()
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write a run so that `--config PATH` repeats it."""
-    path.write_text(as_yaml(config))
+def save_config(config: RunConfig, path: Path, comments: Sequence[str] = ()) -> None:
+    """Write a run so that `--config PATH` repeats it, under lines of comment."""
+    head = "".join(f"# {line}\n" for line in comments)
+    path.write_text(head + as_yaml(config), encoding="utf-8")
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -336,6 +336,8 @@ class HubConfig:
     """Repository, user/name; made when it is not there."""
     private: bool = True
     """Make the repository private."""
+    picture: bool = True
+    """Show one prediction on held-out data on the card; false where photographs must not leave the machine."""
 
 
 @dataclass

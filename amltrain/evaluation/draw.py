@@ -15,9 +15,11 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from amltrain.evaluation.results import Prediction, Results
 from amltrain.files import new_file
+from amltrain.run_folder import CAPTION
 
 Colour = tuple[int, int, int]
 
@@ -201,10 +203,37 @@ def prediction_sheet(results: Results, dataset: Any, columns: int = 2) -> Image.
     return sheet([_example(p, dataset) for p in results.predictions], columns)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG. Raises UserError when it cannot be written."""
+def best_example(results: Results, dataset: Any) -> tuple[Image.Image, str] | None:
+    """The kept prediction with the highest IoU as a picture, and its caption; None where no kept sample has a referent.
+
+    dataset: as for `prediction_sheet`.
+    """
+    kept = [(_iou(p), p) for p in results.predictions if p.truth.any()]
+    if not kept:
+        return None
+    iou, best = max(kept, key=lambda entry: entry[0])
+    place = f"the {len(kept)} predictions drawn of {results.dataset} {results.split}"
+    caption = f"The best of {place}: IoU {100 * iou:.1f}. Truth left, prediction right."
+    if iou == 0:
+        caption = f"None of {place} overlaps its truth (IoU 0); this is one of them. Truth left, prediction right."
+    return sheet([_example(best, dataset)], columns=1, side=320), caption
+
+
+def _iou(prediction: Prediction) -> float:
+    """IoU 0..1 of a prediction whose truth is not empty."""
+    if prediction.predicted_no_target:
+        return 0.0
+    both = np.count_nonzero(prediction.mask & prediction.truth)
+    return both / np.count_nonzero(prediction.mask | prediction.truth)
+
+
+def save_picture(picture: Image.Image, path: Path, caption: str = "") -> None:
+    """Write a PNG, with its caption as the file's description. Raises UserError when it cannot be written."""
+    about = PngInfo()
+    if caption:
+        about.add_itxt(CAPTION, caption)
     with new_file(path) as temporary:
-        picture.save(temporary, "PNG")
+        picture.save(temporary, "PNG", pnginfo=about)
 
 
 def _example(prediction: Prediction, dataset: Any) -> Example:
@@ -215,7 +244,6 @@ def _example(prediction: Prediction, dataset: Any) -> Example:
 def _note(prediction: Prediction) -> str:
     if prediction.predicted_no_target:
         return '"nothing in this image"' + ("" if prediction.truth.any() else ", right")
-    union = np.count_nonzero(prediction.mask | prediction.truth)
     if not prediction.truth.any():
         return "nothing was meant"
-    return f"IoU {100 * np.count_nonzero(prediction.mask & prediction.truth) / union:.1f}"
+    return f"IoU {100 * _iou(prediction):.1f}"

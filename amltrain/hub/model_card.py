@@ -5,7 +5,7 @@ Everything in it is read from the model folder; facts that the folder does not r
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,29 @@ from amltrain import __version__
 from amltrain.errors import UserError
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
+from amltrain.hub.facts import training_facts
 from amltrain.hub.model_folder import read_object, read_training
 from amltrain.models.registry import ModelInfo, model_info
 from amltrain.registry import METHODS
-from amltrain.run_folder import CONFIG_FILE, CONVERSION_FILE, TRAINING_FILE
+from amltrain.run_folder import CONFIG_FILE, CONVERSION_FILE, EXAMPLE_FILE, TRAINING_FILE
 
 HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0", "GPL-3.0": "gpl-3.0"}
 TASK = "referring image segmentation"
 
 
-def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> ModelCard:
+def build_model_card(
+    folder: Path,
+    repo: str,
+    results: Sequence[Results],
+    *,
+    rows: Sequence[Mapping[str, Any]] = (),
+    caption: str | None = None,
+) -> ModelCard:
     """The card of the model in `folder` as repository `repo` will show it.
 
     results: what the model scored, maybe nothing. Metrics are in the card's model-index too, in percent, each with its
-    protocol and counts.
+    protocol and counts. rows: of the run's log, which know how long the training took. caption: of the repository's
+    `EXAMPLE_FILE`; None = it has none.
     """
     model = str(read_object(folder / CONFIG_FILE).get("model"))
     training = read_training(folder)
@@ -51,9 +60,10 @@ def build_model_card(folder: Path, repo: str, results: Sequence[Results]) -> Mod
         f"# {repo.split('/')[-1]}",
         f"`{model}` for {TASK}: given an image and a sentence, predict the mask of the object that the sentence refers "
         f"to. {_source(info.paper)}{_origin(folder, training)}.",
+        *([] if caption is None else [f"![Sentence, truth and prediction]({EXAMPLE_FILE})\n\n*{caption}*"]),
         f"## Use\n{_usage(repo)}",
         f"## Scores\n{_scores(results)}",
-        f"## Training\n{_training(training)}",
+        f"## Training\n{_training(training, rows)}",
         f"## Licence\nThe official code ({info.official_code}) is under {info.licence}. amltrain reimplements the "
         "model and is under Apache-2.0. The data sets and the pretrained encoders have their own terms.",
         f"## Citation\n{_citation(info.paper, recipe)}",
@@ -185,17 +195,14 @@ def _scores(results: Sequence[Results]) -> str:
     return f"In percent.{weights}\n\n{table(results)}\n\nCounts:\n" + "\n".join(counts)
 
 
-def _training(training: dict[str, Any] | None) -> str:
+def _training(training: dict[str, Any] | None, rows: Sequence[Mapping[str, Any]]) -> str:
     if training is None:
         return "Unknown: the model folder records no training."
     recipe = training["recipe"]
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
-    data = " + ".join(recipe["data"]["datasets"])
     contents = str(training.get("data_fingerprint") or "")
     lines = [
-        f"- data: {data}, split {recipe['data']['train_split']}",
-        f"- hardware: {training['hardware']}",
-        f"- commit of the code: {training['commit'] or 'unknown'}",
+        *(f"- {name}: {text}" for name, text in training_facts(training, rows).items()),
         *([f"- fingerprint of the data: {contents[:16]}"] if contents else []),
         f"- versions: {versions}",
     ]

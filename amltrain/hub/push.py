@@ -5,6 +5,7 @@ nothing from here: `load_pretrained("user/name")` downloads a repository like an
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from amltrain.config.schema import HubConfig
@@ -33,6 +35,11 @@ from amltrain.hub.model_card import build_model_card
 from amltrain.network import failure_reason, limit_waiting
 from amltrain.registry import import_flags
 from amltrain.run_folder import (
+    CAPTION,
+    EVALUATION,
+    EXAMPLE_FILE,
+    EXAMPLES,
+    LOG_FILE,
     MANIFEST,
     MODEL,
     MODEL_FILES,
@@ -41,8 +48,10 @@ from amltrain.run_folder import (
     TRAINING_FILE,
     WEIGHTS_FILE,
     check_model,
+    checkpoint_name,
     find_model_folder,
     model_manifest,
+    read_log,
 )
 
 PAUSES = (0.0, 10.0, 30.0, 60.0)
@@ -63,23 +72,29 @@ def push_model(
     results_file: str | Path | None = None,
     dry_run: bool = False,
     benchmark: str | None = None,
+    picture: bool = True,
 ) -> str:
     """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
 
     repo: user/name, created if missing (private if `private`). revision: branch to push to, created if missing.
     results_file: scores for the card instead of the folder's own. dry_run: check everything without contacting the Hub,
     and return the card and the list of files. benchmark: data set repository for which the scores are also pushed, see
-    `amltrain.hub.benchmark`. Raises UserError, in one line, for a folder that is
-    absent or not whole, a repository name that cannot be, a missing or rejected token, and a Hub out of reach.
+    `amltrain.hub.benchmark`. picture: with one prediction that the run drew when it was scored, where there is one.
+    Raises UserError, in one line, for a folder that is absent or not whole, a repository name that cannot be, a missing
+    or rejected token, and a Hub out of reach.
     """
     check_access(repo, online=not dry_run)
     folder = _whole_model_folder(Path(source))
     scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
     found = read_results(scores) if results_file is not None or scores.is_file() else []
+    if results_file is None and not any(row.is_score for row in found):
+        found = _last_scores(folder)
     results = [_public(row) for row in found if row.is_score]  # never a perturbed, shuffled or partial row
     if results_file is not None and not results:
         raise UserError(f"{results_file} holds no score: {_altered(found)}; evaluate the whole split as it is")
-    card = build_model_card(folder, repo, results)
+    example = find_example(folder) if picture else None
+    caption = None if example is None else _caption(example)
+    card = build_model_card(folder, repo, results, rows=_logged(folder), caption=caption)
     evaluated = {} if benchmark is None else result_files(results, benchmark, repo)
     files = {p.name: p for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in MODEL_FILES)}
     files.pop(RESULTS_FILE, None)
@@ -90,11 +105,12 @@ def push_model(
     adds = [add for add in adds if add.path_in_repo != MANIFEST]
     adds.append(CommitOperationAdd(MANIFEST, model_manifest(listed).encode()))  # a download is checked against it
     adds.append(CommitOperationAdd("README.md", str(card).encode()))
+    if example is not None:
+        adds.append(CommitOperationAdd(EXAMPLE_FILE, str(example)))
+        files[EXAMPLE_FILE] = example
     adds += [CommitOperationAdd(name, text.encode()) for name, text in evaluated.items()]
     if dry_run:
-        sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
-        scored = "".join(f"\n  {name}:\n\n{text}" for name, text in evaluated.items())
-        return f"would push to {repo}:\n{sizes}{scored}\n  README.md:\n\n{card}"
+        return _would_push(repo, files, evaluated, card)
     limit_waiting()
     api = HfApi(library_name="amltrain")
     try:
@@ -104,10 +120,61 @@ def push_model(
         there = set(api.list_repo_files(repo, revision=revision))
         # an earlier push's scores are not this model's
         added = {add.path_in_repo for add in adds}
-        old = [CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE) if name in there - added]
+        old = [
+            CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE, EXAMPLE_FILE) if name in there - added
+        ]
         return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
         raise UserError(f"could not push to {repo}: {failure_reason(error, repo, writing=True)}") from error
+
+
+def _run_of(folder: Path) -> tuple[Path | None, int]:
+    """The run of a checkpoint's model folder, or of a copy that waits to be pushed, and its step; (None, 0) outside."""
+    for checkpoint in (folder.parent, folder):
+        name = re.fullmatch(r"\.?step-(\d+)(?:\..*\.pushing)?", checkpoint.name)
+        if name is not None and (checkpoint.parent / LOG_FILE).is_file():
+            return checkpoint.parent, int(name[1])
+    return None, 0
+
+
+def _last_scores(folder: Path) -> list[Results]:
+    """What `amltrain finetune` scored these weights with at its end, in the run's folder; [] without it."""
+    run, _ = _run_of(folder)
+    file = None if run is None else run / EVALUATION / RESULTS_FILE
+    if file is None or not file.is_file():
+        return []
+    weights = check_model(folder).weights
+    return [row for row in read_results(file) if row.provenance.get("weights_sha256") == weights]
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the run's log until this model was saved; [] outside a run."""
+    run, step = _run_of(folder)
+    return [] if run is None else [row for row in read_log(run) if row["step"] <= step]
+
+
+def _would_push(repo: str, files: dict[str, Path], evaluated: dict[str, str], card: Any) -> str:
+    """What a push would upload, in words."""
+    sizes = "\n".join(f"  {name:30} {path.stat().st_size:>13,} bytes" for name, path in files.items())
+    scored = "".join(f"\n  {name}:\n\n{text}" for name, text in evaluated.items())
+    return f"would push to {repo}:\n{sizes}{scored}\n  README.md:\n\n{card}"
+
+
+def find_example(folder: Path) -> Path | None:
+    """The picture of a prediction that the run drew of this model, of the first of its splits; None without one."""
+    run, step = _run_of(folder)
+    drawn = [] if run is None else sorted((run / EXAMPLES).glob(f"{checkpoint_name(step)}-*.png"))
+    return min(drawn, key=lambda path: not path.stem.endswith("-val"), default=None)
+
+
+def _caption(picture: Path) -> str:
+    try:
+        with Image.open(picture) as image:
+            return str(image.info.get(CAPTION, "A prediction."))
+    except OSError as error:
+        raise UserError(
+            f"{picture} cannot be read ({first_line(error)}); remove it, or push without a picture"
+        ) from error
 
 
 def _public(row: Results) -> Results:
@@ -183,8 +250,9 @@ class PushProcess:
     The process has no GPU and is over after `LONGEST_PUSH` seconds at the latest.
     """
 
-    def __init__(self, repo: str, *, private: bool) -> None:
-        self.command = [repo, "--private" if private else "--public", *import_flags()]
+    def __init__(self, repo: str, *, private: bool, picture: bool = True) -> None:
+        flags = ["--private" if private else "--public", *([] if picture else ["--no_picture"])]
+        self.command = [repo, *flags, *import_flags()]
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
 
@@ -328,11 +396,11 @@ def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | N
     """Build the publisher of a run's checkpoints; None without one. Raises UserError as `check_access` does."""
     if hub.push == "never":
         return None
-    repo, private = str(hub.repo), hub.private
+    repo = str(hub.repo)
     check_access(repo)
     disable_progress_bars()  # the run's own bar is on the screen
     hub_logging.set_verbosity_error()  # we log each failure once
-    process = PushProcess(repo, private=private)
+    process = PushProcess(repo, private=hub.private, picture=hub.picture)
     return Publisher(process, log, process.stop)
 
 

@@ -89,15 +89,22 @@ def load_contenders(checkpoints: Sequence[str], device: str | None, revision: st
     return contenders
 
 
+def missing(upload: str | None, sentence: Any) -> str:
+    """What to do first, in one line; empty where there is an upload and a sentence."""
+    no_sentence = not isinstance(sentence, str) or not sentence.strip()
+    if not upload:
+        return "Upload an image, and type what to look for." if no_sentence else "Upload an image first."
+    return "Type what to look for." if no_sentence else ""
+
+
 def respond(contenders: Sequence[Contender], upload: str | None, sentence: Any) -> list[Shown]:
     """Segment an uploaded file with every model. Raises UserError for anything that is not an image and a sentence.
 
     Sizes are looked at before anything is decoded or read by a tokenizer.
     """
-    if not upload:
-        raise UserError("Upload an image first.")
-    if not isinstance(sentence, str) or not sentence.strip():
-        raise UserError("Type what to look for.")
+    if asked := missing(upload, sentence):
+        raise UserError(asked)
+    assert upload is not None, "an upload is there, or it is asked for"
     if len(sentence) > MAX_LETTERS:
         raise UserError(f"The sentence has {len(sentence):,} characters; type at most {MAX_LETTERS}.")
     image = read_upload(Path(upload))
@@ -130,6 +137,8 @@ def build_page(contenders: Sequence[Contender]) -> Any:
     gradio = import_gradio()
 
     def segment(upload: str | None, sentence: str) -> list[Any]:
+        if asked := missing(upload, sentence):
+            return [value for i in range(len(contenders)) for value in (None, asked if i == 0 else "", None)]
         try:
             shown = respond(contenders, upload, sentence)
         except UserError as error:

@@ -73,6 +73,11 @@ class Predictor:
         bf16 autocast, "no" is fp32. threshold: probability that a pixel of the mask exceeds, 0..1; None = the model's.
         Raises UserError.
         """
+        if not isinstance(source, (Pretrained, str, Path)):
+            raise UserError(
+                f"a predictor of a {type(source).__name__}; give one checkpoint, e.g. 'runs/photos/best', and "
+                f"several images to Predictor.each"
+            )
         pretrained = source if isinstance(source, Pretrained) else load_pretrained(source)
         if threshold is not None and not 0 <= threshold <= 1:
             raise UserError(f"threshold is {threshold} and must lie from 0 to 1")
@@ -226,8 +231,13 @@ def load_image(source: ImageSource) -> Image.Image:
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, (str, Path)):
+        if Path(source).is_dir() or (glob.has_magic(str(source)) and not Path(source).exists()):
+            raise UserError(
+                f"{source} is several images; go through them with Predictor.each({str(source)!r}, sentence)"
+            )
         return read_image(source)
-    raise UserError(f"an image is a {type(source).__name__}; give a path, a PIL image or a numpy array")
+    several = "; several images go to Predictor.each" if isinstance(source, Iterable) else ""
+    raise UserError(f"an image is a {type(source).__name__}; give a path, a PIL image or a numpy array{several}")
 
 
 def _from_array(array: NDArray[np.generic]) -> Image.Image:

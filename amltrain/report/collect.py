@@ -173,14 +173,16 @@ def choose(rows: Rows, count: int, seed: int, chosen: Sequence[int] = ()) -> dic
     """Choose samples to show: sample id -> group. Best, worst and random ones get a third of `count` each.
 
     No referent is shown twice, except for `chosen` ids, which are always shown. The random third is a function of the
-    seed.
+    seed. A sample of IoU 0 is never among the best.
     """
     picked = dict.fromkeys(chosen, "chosen")
     referent = dict(zip(rows.sample_id.tolist(), rows.ref_id.tolist(), strict=True))
     seen = {referent[i] for i in chosen}
     ranked = rows.sample_id[np.argsort(rows.iou, kind="stable")].tolist()
     mixed = np.random.default_rng(seed).permutation(rows.sample_id).tolist()
-    for group, order, end in (("best", ranked[::-1], 1), ("worst", ranked, 2), ("random", mixed, 3)):
+    hits = set(rows.sample_id[rows.iou > 0].tolist())
+    best = [sample_id for sample_id in ranked[::-1] if sample_id in hits]
+    for group, order, end in (("best", best, 1), ("worst", ranked, 2), ("random", mixed, 3)):
         wanted = count * end // 3 - count * (end - 1) // 3
         for sample_id in order:
             if not wanted:

@@ -64,6 +64,8 @@ def lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None
     series = [(name, points) for name, points in series if points]
     if not series:
         return None
+    if all(len(points) == 1 for _, points in series):
+        return _bars(title, [(name, points[0]) for name, points in series])
     figure, axes = _figure()
     for (name, points), colour in zip(series, SERIES, strict=False):
         x, y = zip(*points, strict=True)
@@ -73,6 +75,20 @@ def lines(title: str, rows: Sequence[Row], names: Sequence[str]) -> Chart | None
     axes.set_xlim(left=0)  # one evaluation alone would get an axis around itself
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=min(3, len(series)))
+    return Chart(title, _svg(figure, f"{title}, by step"))
+
+
+def _bars(title: str, series: Sequence[tuple[str, tuple[float, float]]]) -> Chart:
+    """Draw a labelled bar for each (name, (step, value)): of one evaluation a line would be a dot."""
+    figure, axes = _figure()
+    names = [name.rpartition("/")[2].replace("_", " ") for name, _ in series]
+    bars = axes.bar(range(len(series)), [value for _, (_, value) in series], color=SERIES[: len(series)], width=0.6)
+    axes.bar_label(bars, fmt="%.4g", fontsize=9, color=INK, padding=2)
+    axes.set_xticks(range(len(series)), names)
+    axes.set_xlim(-0.8, max(len(series) - 0.2, 2.8))  # a bar alone is not as wide as the chart
+    axes.margins(y=0.12)
+    steps = dict.fromkeys(f"{step:,.0f}" for _, (step, _) in series)
+    axes.set_xlabel(f"step {', '.join(steps)}")
     return Chart(title, _svg(figure, f"{title}, by step"))
 
 
@@ -131,51 +147,3 @@ def _svg(figure: Figure, label: str) -> str:
     for colour, name in VARIABLES.items():
         text = text.replace(colour, f"var(--{name})")
     return text
-
-
-def training_facts(training: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """How a model was trained, in a phrase for each question. training: of its folder; rows: of the run's log."""
-    if training is None:
-        return {}
-    recipe = training["recipe"]
-    data, optim, train = (recipe.get(name) or {} for name in ("data", "optim", "train"))
-    logged = [row for row in rows if "lr" in row and "epoch" in row]
-    facts = {
-        "method": str(recipe.get("method")) + _options(training.get("method_options") or {}),
-        "trained on": f"{' + '.join(data.get('datasets', []))}, split {data.get('train_split')}",
-        "seed": str(recipe.get("seed")),
-        "optimizer": f"{optim.get('optimizer')}, lr {optim.get('lr'):g}, {optim.get('schedule')}, "
-        f"{optim.get('warmup_steps')} warm-up steps",
-        "batch": str(train.get("global_batch_size")),
-        "hardware": str(training.get("hardware")),
-        "commit": str(training.get("commit") or "unknown")[:12],
-    }
-    if logged:
-        last = logged[-1]
-        facts["length"] = f"{last['step']:,} steps, {last['epoch']:.1f} epochs"
-        if seconds := seconds_trained(logged, int(train.get("global_batch_size") or 0)):
-            facts["length"] += f", {_duration(seconds)} of training"
-    return facts
-
-
-def seconds_trained(rows: Sequence[Mapping[str, Any]], batch: int) -> float:
-    """Seconds that the logged steps took, evaluations and saves left out; 0 where the log does not tell."""
-    before, seconds = 0, 0.0
-    for row in rows:
-        rate = row.get("images_per_second")
-        if rate:
-            seconds += (row["step"] - before) * batch / rate
-            before = row["step"]
-    return seconds
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _options(options: Mapping[str, Any]) -> str:
-    """The first options of a method, e.g. ` (tau 0.4, rho 0.25)`."""
-    shown = [f"{name} {value}" for name, value in options.items() if isinstance(value, (int, float, str))]
-    return f" ({', '.join(shown[:4])})" if shown else ""

@@ -27,10 +27,11 @@ from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import describe, split_label
 from amltrain.files import new_file, writing
+from amltrain.hub.facts import training_facts
 from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
-from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts, training_facts
+from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
 from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, TRAINING_FILE, find_model_folder, read_log
 
 GROUPS = ("chosen", "best", "worst", "random")
@@ -98,6 +99,7 @@ def _split(split: SplitPart) -> dict[str, Any]:
         "samples": results.counts["samples"],
         "scored": results.alteration or f"all {results.counts['samples']} samples",
         "shown": len(split.cards),
+        "all_missed": bool(split.cards) and all(card.iou == 0 for card in split.cards),
         "charts": [(c.title, Markup(c.svg)) for c in split.charts],
     }
 

@@ -18,7 +18,7 @@ from amltrain.evaluation.results import Results
 from amltrain.hub.push import Publisher, build_publisher
 from amltrain.methods.base import Recorder
 from amltrain.registry import CALLBACKS, NoOptions
-from amltrain.run_folder import LAST, PICTURES, PROFILE, checkpoint_name, step_of
+from amltrain.run_folder import EXAMPLES, LAST, PICTURES, PROFILE, checkpoint_name, step_of
 from amltrain.training.run import Callback, Run, Step
 from amltrain.training.tracking import banner, log_line, track_evaluation
 
@@ -149,11 +149,17 @@ class Pictures(Callback):
             return
         for name, result in results.items():
             if result.predictions:
-                from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
+                from amltrain.evaluation.draw import (
+                    best_example,
+                    prediction_sheet,
+                    save_picture,
+                )  # matplotlib: a second
 
                 picture = f"{checkpoint_name(run.progress.step)}-{name.replace(':', '-')}.png"
-                sheet = prediction_sheet(result, run.components.eval_loaders[name].dataset)
-                save_picture(sheet, run.output / PICTURES / picture)
+                dataset = run.components.eval_loaders[name].dataset
+                save_picture(prediction_sheet(result, dataset), run.output / PICTURES / picture)
+                if example := best_example(result, dataset):
+                    save_picture(example[0], run.output / EXAMPLES / picture, example[1])
 
 
 class Trackers(Callback):

@@ -320,8 +320,13 @@ def build_run(
         progress = resume_progress(saver, resume_from, progress, config.folder, log)
         for callback in callbacks:
             callback.load_state_dict(progress.callbacks.get(type(callback).__name__))
-    on_main_process(accelerator, lambda: write_config(config))
     total, last, epoch = count_steps(config.train, len(components.dataset), plan)
+    if progress.step > last:
+        raise UserError(
+            f"{config.folder} is at step {progress.step:,}, beyond the {last:,} steps that the run shall have; give a "
+            f"larger train.max_steps, train.epochs or train.stop_after, or another output"
+        )
+    on_main_process(accelerator, lambda: write_config(config))
     history = History(config.folder / LOG_FILE, progress.log_lines, enabled=accelerator.is_main_process)
     meter = Meter(plan.samples, accelerator.device)
     return Run(

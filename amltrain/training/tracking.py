@@ -21,8 +21,10 @@ from accelerate import Accelerator
 from PIL import Image
 
 from amltrain import __version__
+from amltrain.checkpoints.resume import complete_options
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.distributed import BatchPlan, precision_of
+from amltrain.environment import code_commit
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import table
@@ -133,11 +135,12 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, first_step: int,
     that cannot start, unless tracking.optional leaves it out.
     """
     wanted, started = list(accelerator.log_with), []
+    known = {**sectioned(config), config.method: complete_options(config), "commit": code_commit() or "unknown"}
     options = _tracker_options(config, first_step)
     for tracker in wanted:
         accelerator.log_with, accelerator.trackers = [tracker], []
         try:
-            accelerator.init_trackers(config.tracking.project, config=_flat(sectioned(config)), init_kwargs=options)
+            accelerator.init_trackers(config.tracking.project, config=_flat(known), init_kwargs=options)
             started += accelerator.trackers
         except Exception as error:  # each tracker's client raises its own errors
             accelerator.trackers = started  # without this one, which end_training could not finish

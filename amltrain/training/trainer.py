@@ -125,6 +125,7 @@ class Trainer:
         self.run, self.config, self.accelerator, self.progress = run, run.config, run.accelerator, run.progress
         self.optimizer, self.steps_per_epoch = run.optimizer, run.steps_per_epoch
         self.norm_statistics = NormStatistics(run.bare_method)
+        self._hinted = False
 
     def run_to_end(self) -> list[Results]:
         """Train to the end. Returns the last evaluation's results."""
@@ -324,8 +325,9 @@ class Trainer:
         if self.progress.evaluated == step:
             return
         value = best_value(run.results, list(scored), config.evaluation)
-        if hint := zero_score_hint(value, config, run.last_step):
+        if not self._hinted and (hint := zero_score_hint(value, config, run.last_step)):
             run.log(hint)
+            self._hinted = True
         self.progress.log_lines = run.history.lines
         self.progress.judge(value)
 

@@ -91,6 +91,7 @@ def test_an_upload_that_is_no_picture_of_a_fair_size(contenders: list[Contender]
 @pytest.mark.parametrize(
     ("upload", "sentence", "said"),
     [
+        (None, "", "Upload an image, and type what to look for"),
         (None, "x", "Upload an image first"),
         ("", "x", "Upload an image first"),
         ("x.png", "", "Type what to look for"),

@@ -148,6 +148,18 @@ def test_a_variant_of_a_file_without_output_does_not_share_its_bases_folder(tmp_
     assert outputs == ["runs/low", "runs/low_slow"]
 
 
+def test_a_file_does_not_hide_a_variant_of_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: 1\nvariants:\n  fast: {seed: 2}\n")
+    (tmp_path / "mine_fast.yaml").write_text("seed: 3\n")
+    with pytest.raises(
+        UserError, match=r"mine_fast\.yaml and the variant fast of \S*mine\.yaml; write .*mine_fast\.yaml"
+    ):
+        find_config(str(tmp_path / "mine_fast"), "--config")
+    assert read_run(["--config", str(tmp_path / "mine_fast.yaml")]).seed == 3
+    (tmp_path / "mine_fast.yaml").unlink()
+    assert read_run(["--config", str(tmp_path / "mine_fast")]).seed == 2
+
+
 def test_a_file_says_what_is_wrong_with_its_variants(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 1\nvariants: [slow]\n")
     with pytest.raises(UserError, match=r"mine\.yaml, line 2: variants should hold names"):

@@ -1,10 +1,25 @@
 """Pictures have the masks where they belong and the colours that mean truth and prediction."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from amltrain.evaluation.draw import PREDICTION, TRUTH, Example, overlay, sheet, shrink, tint
+from amltrain.evaluation.draw import (
+    PREDICTION,
+    TRUTH,
+    Example,
+    best_example,
+    overlay,
+    save_picture,
+    sheet,
+    shrink,
+    tint,
+)
+from amltrain.evaluation.results import Prediction, Results
+from amltrain.run_folder import CAPTION
 
 IMAGE = Image.new("RGB", (60, 40), (100, 100, 100))
 MASK = np.zeros((40, 60), bool)
@@ -87,3 +102,37 @@ def test_overlay_of_an_empty_mask_with_a_long_sentence():
     assert picture.width >= 480
     assert picture.height > 480 * 40 / 60
     assert count(picture, PREDICTION) == 0
+
+
+class Pictures:
+    """A data set of blank pictures, each with its own sentence."""
+
+    def picture(self, sample_id: int) -> Image.Image:
+        return Image.new("RGB", (60, 40), (sample_id, 0, 0))
+
+    def info(self, sample_id: int) -> SimpleNamespace:
+        return SimpleNamespace(sentence=f"thing {sample_id}")
+
+
+def kept(overlaps: list[int]) -> Results:
+    """Predictions that share so many of ten columns with their truth."""
+    truth = np.zeros((40, 60), bool)
+    truth[:, :10] = True
+    shifted = [np.roll(truth, 10 - overlap, axis=1) for overlap in overlaps]
+    predictions = [Prediction(number, mask, truth, False) for number, mask in enumerate(shifted)]
+    return Results("cups", "val", {}, {"samples": len(overlaps)}, {}, predictions=predictions)
+
+
+def test_the_example_is_the_best_and_a_miss_is_called_one(tmp_path: Path):
+    found = best_example(kept([0, 5, 2]), Pictures())
+    assert found is not None
+    picture, caption = found
+    assert caption == "The best of the 3 predictions drawn of cups val: IoU 33.3. Truth left, prediction right."
+    save_picture(picture, tmp_path / "deep" / "a.png", caption)
+    with Image.open(tmp_path / "deep" / "a.png") as saved:
+        assert saved.info[CAPTION] == caption and saved.size == picture.size
+    missed = best_example(kept([0, 0]), Pictures())
+    assert missed is not None and missed[1].startswith("None of the 2 predictions drawn of cups val overlaps its truth")
+    nothing = kept([3])
+    nothing.predictions[0].truth[:] = False
+    assert best_example(nothing, Pictures()) is None

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import amltrain
 from amltrain import network
 from amltrain import run_folder as checkpoints
 from amltrain.commands import push
@@ -100,9 +101,55 @@ def test_the_card_says_what_was_scored_and_how(trained: Path, server: HubServer)
     assert (entry.dataset_type, entry.dataset_split) == ("refshapes", "val")
     assert entry.dataset_args == {"protocol": results.protocol, "counts": results.counts}
     assert card.data.license == "mit"
-    for said in (f'from_pretrained("{REPO}")', "hardware: ", "commit of the code: ", "versions: ", "caris_tiny"):
+    for said in (
+        f'from_pretrained("{REPO}")',
+        "hardware: ",
+        "- commit: ",
+        "- seed: 0",
+        "- optimizer: adamw, lr ",
+        "- length: ",
+        "versions: ",
+        "caris_tiny",
+    ):
         assert said in card.text
     assert str(trained.parent) not in card.text
+
+
+def test_the_card_shows_one_prediction_unless_it_should_not(shapes: Path, server: HubServer, tmp_path: Path) -> None:
+    runs.run(shapes, tmp_path / "run", *SHORT, "--evaluation.pictures", "3")
+    push_model(tmp_path / "run" / "best", REPO, private=False)
+    files = server.files(REPO)
+    step = checkpoints.step_of(tmp_path / "run" / "best")
+    drawn = tmp_path / "run" / "pictures" / "examples" / f"step-{step:06d}-val.png"
+    assert files["example.png"] == drawn.read_bytes() and len(files["example.png"]) < 300_000
+    card = files["README.md"].decode()
+    assert "![Sentence, truth and prediction](example.png)" in card
+    assert "the 3 predictions drawn of refshapes val" in card
+    assert "example.png" in push_model(tmp_path / "run" / "best", REPO, private=False, dry_run=True)
+    waiting = tmp_path / "run" / f".step-{step:06d}.abc.pushing"  # as a run's publisher keeps it
+    shutil.copytree(tmp_path / "run" / "best" / "model", waiting)
+    assert hub.find_example(waiting) == drawn
+    push_model(tmp_path / "run" / "best", REPO, private=False, picture=False)
+    assert "example.png" not in server.files(REPO)
+    assert "example.png" not in server.files(REPO)["README.md"].decode()
+
+
+def test_a_run_that_scored_a_part_on_its_way_shows_its_last_scores(
+    shapes: Path, server: HubServer, tmp_path: Path
+) -> None:
+    """As `finetune` does."""
+    run = tmp_path / "run"
+    runs.run(shapes, run, *SHORT, "--evaluation.max_samples", "8")
+    push_model(run / "best", REPO, private=False)
+    assert "Not evaluated" in server.files(REPO)["README.md"].decode()
+    data = {"datasets": ["refshapes"], "prepared": str(shapes), "workers": 0}
+    [result] = amltrain.evaluate(run / "best", data=data, splits=["val"], output=str(run / "evaluation"), pictures=0)
+    push_model(run / "best", REPO, private=False)
+    card = server.files(REPO)["README.md"].decode()
+    assert f"{result.metrics['mIoU']:.2f}" in card and "Not evaluated" not in card
+    push_model(run / "last", REPO, private=False)  # other weights, unless the last step was the best
+    same = checkpoints.step_of(run / "last") == checkpoints.step_of(run / "best")
+    assert ("Not evaluated" in server.files(REPO)["README.md"].decode()) != same
 
 
 def test_a_model_that_nobody_scored(trained: Path, server: HubServer, tmp_path: Path) -> None:

@@ -231,6 +231,16 @@ def test_files_and_folders_are_read_one_after_the_other(tmp_path: Path) -> None:
         next(predictor().each(tmp_path / "nothing", "a cup"))
 
 
+def test_several_images_are_pointed_to_each(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    for several in (tmp_path, str(tmp_path / "*.png"), [tmp_path / "a.png"]):
+        with pytest.raises(UserError, match=r"Predictor\.each") as caught:
+            predictor()(several, "the dog")  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"a predictor of a list; give one checkpoint, .* to Predictor\.each"):
+        Predictor(["runs/a/best"])  # type: ignore[arg-type]
+
+
 def test_a_path_is_loaded_on_the_device_of_every_command(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a folder here nor a Hub repository"):
         Predictor(tmp_path / "nothing")

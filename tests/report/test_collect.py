@@ -30,6 +30,14 @@ def test_chosen_samples_come_first_and_a_small_split_is_no_error() -> None:
     assert choose(rows(), 0, 0) == {}
 
 
+def test_no_miss_is_called_best() -> None:
+    table = rows(12)
+    hit = int(table.sample_id[table.iou.argmax()])
+    one_hit = table._replace(iou=np.where(table.sample_id == hit, 0.4, 0.0))
+    assert [i for i, group in choose(one_hit, 9, 0).items() if group == "best"] == [hit]
+    assert "best" not in choose(table._replace(iou=np.zeros(12)), 9, 0).values()
+
+
 @pytest.mark.parametrize("size", [(40, 80), (80, 40)])
 def test_a_letterbox_is_undone(size: tuple[int, int]) -> None:
     height, width = size

@@ -8,9 +8,7 @@ from amltrain.report.curves import (
     VARIABLES,
     by_length,
     histogram,
-    seconds_trained,
     training_charts,
-    training_facts,
 )
 
 ROWS = [
@@ -33,6 +31,13 @@ def test_a_chart_for_everything_that_was_logged() -> None:
     assert training_charts([]) == []
 
 
+def test_scores_of_one_evaluation_are_bars_with_their_numbers() -> None:
+    one = {chart.title: chart.svg for chart in training_charts(ROWS)}["Scores on val, percent"]
+    assert all(text in one for text in (">40<", ">38<", ">oIoU<", ">mIoU<", ">step 20<"))
+    two = training_charts([*ROWS, {"step": 40.0, "val/oIoU": 45.0}])
+    assert ">step 20<" not in {chart.title: chart.svg for chart in two}["Scores on val, percent"]
+
+
 def test_the_page_gives_the_colours() -> None:
     charts = [*training_charts(ROWS), histogram("IoU", np.array([0.1, 0.9])), by_length("L", np.ones(3), np.arange(3))]
     for chart in charts:
@@ -40,21 +45,3 @@ def test_the_page_gives_the_colours() -> None:
         assert not any(colour in chart.svg for colour in VARIABLES)
         assert "var(--ink)" in chart.svg
         assert not re.search(r'(?:href|src)="(?!#)', chart.svg)
-
-
-def test_the_first_screen_tells_what_was_trained_how_and_how_long() -> None:
-    recipe = {
-        "method": "aml",
-        "seed": 7,
-        "data": {"datasets": ["one", "two"], "train_split": "train"},
-        "optim": {"optimizer": "adamw", "lr": 5e-4, "schedule": "poly", "warmup_steps": 50},
-        "train": {"global_batch_size": 16},
-    }
-    training = {"recipe": recipe, "method_options": {"tau": 0.4}, "commit": "abc", "hardware": "a CPU"}
-    rows = [{"step": 10 * n, "lr": 1.0, "epoch": n / 2, "images_per_second": 2.0} for n in (1, 2)]
-    rows.insert(1, {"step": 10, "val/oIoU": 50.0})
-    facts = training_facts(training, rows)
-    assert facts["method"] == "aml (tau 0.4)" and facts["trained on"] == "one + two, split train"
-    assert facts["optimizer"] == "adamw, lr 0.0005, poly, 50 warm-up steps" and facts["seed"] == "7"
-    assert facts["length"] == "20 steps, 1.0 epochs, 3 min of training"
-    assert seconds_trained(rows, 16) == 160 and training_facts(None, rows) == {}

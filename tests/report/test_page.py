@@ -35,6 +35,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_it_is_said_where_every_prediction_missed() -> None:
+    protocol = vars(named_protocol("caris")) | {"size": [448, 448], "metrics": "classic", "no_target_by": ""}
+    results = Results("refcoco", "val", {"oIoU": 0.0, "mIoU": 0.0}, {"samples": 4}, protocol)
+    missed, hit = ([card(i, "a dog")._replace(iou=iou, group="random") for i in (1, 2)] for iou in (0.0, 0.5))
+    text = [render("Run", {}, [], [SplitPart(results, [], cards)]) for cards in (missed, hit)]
+    assert ["has IoU 0, so none is called best" in page for page in text] == [True, False]
+
+
 def test_one_file_without_outside_references(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "61.23" in text and "–" in text

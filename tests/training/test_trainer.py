@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from amltrain import run_folder as checkpoints
 from amltrain.checkpoints.resume import compare_surroundings
+from amltrain.commands.train import read_run
 from amltrain.errors import UserError
 from amltrain.hub.model_folder import load_pretrained
 from amltrain.records import Batch
@@ -46,6 +48,36 @@ def test_steps_that_are_not_finite_leave_no_trace(
     assert skipped[0][0].keys() == {"sample_id", "dataset", "image_id", "ref_id"}
     with pytest.raises(UserError, match=r"2 steps in a row were not finite.*last good checkpoint: \S*step-000002"):
         runs.run(shapes, tmp_path / "stops", "--train.max_bad_steps", "2")
+
+
+def test_the_config_says_what_the_preset_fills_in_and_which_code_ran(shapes: Path, tmp_path: Path) -> None:
+    config = runs.run(
+        shapes, tmp_path, "--train.max_steps", "1", "--method", "aml", "--tracking.trackers", "[tensorboard]"
+    )
+    [again, code, options, *_] = (tmp_path / "config.yaml").read_text().splitlines()
+    assert again == f"# the run again: amltrain train --config {tmp_path / 'config.yaml'} --output OTHER"
+    assert code.startswith("# amltrain ") and ", commit " in code
+    assert options.startswith("# aml with its preset and defaults: ") and '"paper"' in options and "tau 0.4" in options
+    assert read_run(["--config", str(tmp_path / "config.yaml")]) == config
+    logged = yaml.safe_load(next(tmp_path.rglob("hparams.yml")).read_text())
+    assert logged["aml.tau"] == 0.4 and logged["seed"] == config.seed and logged["optim.lr"] == config.optim.lr
+    assert len(logged["commit"]) >= 7
+
+
+def test_fewer_steps_than_were_trained_are_rejected(shapes: Path, tmp_path: Path) -> None:
+    runs.run(shapes, tmp_path, "--train.max_steps", "4")
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"is at step 4, beyond the 2 steps .* larger train\.max_steps"):
+        runs.run(shapes, tmp_path, "--train.max_steps", "2")
+    assert (tmp_path / "config.yaml").read_text() == before
+    runs.run(shapes, tmp_path, "--train.max_steps", "4")  # a finished run is only scored again
+
+
+def test_a_score_of_0_is_warned_of_once(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    often = ("--train.max_steps", "3", "--evaluation.every_steps", "1", "--evaluation.protocol.threshold", "0.999")
+    runs.run(shapes, tmp_path, *often)
+    said = capsys.readouterr().out
+    assert said.count("the model predicts no referent yet") == 1 and said.count("step 3\n") == 1
 
 
 def test_weights_that_are_not_finite_are_never_saved(shapes: Path, tmp_path: Path) -> None:

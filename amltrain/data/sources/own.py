@@ -245,7 +245,8 @@ def _splits_noted(split_of: Mapping[str, str], seed: int, shares: Mapping[str, f
         largest = max(shares, key=lambda split: shares[split])
         used = list(split_of.values()).count(largest)
         notes.append(
-            f"the table has few images ({len(split_of)}), {used} of them in {largest}; a column `split` lets you choose"
+            f"there are few images ({len(split_of)}), {used} of them in {largest}; to choose yourself, give a table a "
+            f"column `split`, and other forms folders named train and val"
         )
     return notes
 
