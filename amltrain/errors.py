@@ -1,6 +1,7 @@
 """What a user may get wrong. The command lines print it in one line; anything else is our bug and keeps its trace."""
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -98,8 +99,6 @@ def one_line_errors() -> Iterator[None]:
             print(f"error: {plain(message.strip())}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        from amltrain.files import disk_sentence  # which needs this module
-
         sentence = disk_sentence(error)
         if sentence is None:
             raise
@@ -221,3 +220,33 @@ def exit_on_signals() -> Iterator[None]:
 
     with _handling([n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) is not signal.SIG_IGN], leave):
         yield
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO", "EHOSTDOWN")
+FAILING = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
+"""What a disk or a network file system answers that is broken or out of reach."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a file system without file locks (some network file systems) answers to one that asks for a lock."""
+
+
+def cure(error: OSError, otherwise: str = "choose another folder") -> str:
+    """What to do about a file that could not be written, by the cause. Nothing is ever advised to be deleted."""
+    if error.errno in NO_LOCKS:
+        return f"this file system has no file locks: choose a folder on a disk that has them ({otherwise})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"make room, or {otherwise}"
+    if error.errno in FORBIDDEN:
+        return f"make it writable, or {otherwise}"
+    if error.errno in FAILING:
+        return f"the disk or the network file system fails: check it, or {otherwise}"
+    return otherwise
+
+
+def disk_sentence(error: OSError) -> str | None:
+    """One sentence for an error of a disk that no reader or writer has named; None for another error."""
+    if error.errno not in (*NO_ROOM, *FAILING, errno.EROFS):
+        return None
+    name = error.filename or "a file, or what the output goes to"
+    return f"cannot read or write {name}: {error.strerror}; {cure(error, 'run again')}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from amltrain.errors import UserError, first_line
+from amltrain.errors import FAILING, FORBIDDEN, NO_ROOM, UserError, cure, first_line
 
 if sys.platform != "win32":
     import fcntl
@@ -245,12 +245,6 @@ def _hash_column(digest: Any, column: Any) -> None:
         digest.update(json.dumps(column.to_pylist()).encode())
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
 def way_out(error: Exception | None, folder: Path) -> str:
     """Describe what to do about a file below `folder` that could not be written."""
     number = getattr(error, "errno", None)
@@ -267,40 +261,10 @@ def way_out(error: Exception | None, folder: Path) -> str:
     return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
 
 
-_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO", "EHOSTDOWN")
-FAILING = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
-"""What a disk or a network file system answers that is broken or out of reach."""
-
-
 def os_fault(error: OSError, folder: Path) -> str:
     """One sentence for any error of the system while files below `folder` are written or read."""
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"cannot write {files[-1] if files else folder}: {error.strerror or error} ({way_out(error, folder)})"
-
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""What a file system without file locks (some network file systems) answers to one that asks for a lock."""
-
-
-def cure(error: OSError, otherwise: str = "choose another folder") -> str:
-    """What to do about a file that could not be written, by the cause. Nothing is ever advised to be deleted."""
-    if error.errno in NO_LOCKS:
-        return f"this file system has no file locks: choose a folder on a disk that has them ({otherwise})"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"make room, or {otherwise}"
-    if error.errno in FORBIDDEN:
-        return f"make it writable, or {otherwise}"
-    if error.errno in FAILING:
-        return f"the disk or the network file system fails: check it, or {otherwise}"
-    return otherwise
-
-
-def disk_sentence(error: OSError) -> str | None:
-    """One sentence for an error of a disk that no reader or writer has named; None for another error."""
-    if error.errno not in (*NO_ROOM, *FAILING, errno.EROFS):
-        return None
-    name = error.filename or "a file, or what the output goes to"
-    return f"cannot read or write {name}: {error.strerror}; {cure(error, 'run again')}"
 
 
 def lock_file(descriptor: int) -> None:
