@@ -87,11 +87,21 @@ def run(command: str, arguments: Sequence[str]) -> None:
         rest = take_imports(arguments)
     sys.argv = [f"amltrain {command}", *rest]
     try:
-        importlib.import_module(COMMANDS[command][0]).main(rest)
-        sys.stdout.flush()
+        with one_line_errors():
+            importlib.import_module(COMMANDS[command][0]).main(rest)
+            _flush()
     except BrokenPipeError:  # the reader of our output has enough, e.g. `amltrain list models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+
+
+def _flush() -> None:
+    """Hand on what was printed; what a full disk does not take is not tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:

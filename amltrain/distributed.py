@@ -30,8 +30,7 @@ from torch.optim import Optimizer
 
 from amltrain.config.schema import RunConfig, TrainConfig
 from amltrain.environment import hush_deepspeed
-from amltrain.errors import UserError, first_line, shared_error, unknown_name
-from amltrain.files import cure
+from amltrain.errors import UserError, cure, first_line, shared_error, unknown_name
 from amltrain.run_folder import LOGS
 
 PREPARATION = timedelta(hours=6)  # that data sets may take on the main process while the others wait

@@ -1,10 +1,12 @@
 """What a user may get wrong. The command lines print it in one line; anything else is our bug and keeps its trace."""
 
 import difflib
+import errno
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -84,17 +86,84 @@ def _is_said_elsewhere(error: UserError) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program on a UserError with only its message on stderr and code 2, and on Ctrl-C with 130."""
+    """End the program with one line on stderr: a UserError with code 2, Ctrl-C with 130, SIGTERM and SIGHUP with 143.
+
+    Of several processes the first prints what a signal did to all. An error of a disk is a sentence too.
+    """
     try:
-        yield
+        with _ended_by_signals():
+            yield
     except UserError as error:
         message = str(error).rsplit(f"{UserError.__name__}: ", 1)[-1]  # a loader's worker wraps it in its own trace
         if not _is_said_elsewhere(error):
             print(f"error: {plain(message.strip())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:
+        sentence = disk_sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {plain(sentence)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except _EndedError as end:
+        _say_once(f"ended by {signal.Signals(end.number).name}; run again")
+        raise SystemExit(128 + end.number) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _say_once("interrupted")
+        raise SystemExit(CTRL_C_EXIT_CODE) from None
+
+
+class _EndedError(BaseException):
+    """A signal asked to end. Not a SystemExit, which argument parsers and libraries raise and catch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Leave by an exception on SIGTERM and SIGHUP, so that loader processes and temporary files end with us."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _EndedError(number)
+
+    with _handling([n for n in ENDING if signal.getsignal(n) is signal.SIG_DFL], leave):
+        yield
+
+
+@contextmanager
+def _handling(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle signals inside the block; only the main thread can."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals wait for the end of the block, which forks: an exception in a hook of a fork is printed and lost.
+
+    A process that is forked inside takes none of them for its own.
+    """
+    held: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
+    with _handling([n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)], note):
+        yield
+    for number in held[:1]:
+        signal.raise_signal(number)
+
+
+def _say_once(line: str) -> None:
+    """Print what all processes of a run have to say."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
@@ -139,6 +208,7 @@ CTRL_C, CTRL_C_EXIT_CODE = signal.SIGINT.name, 130
 
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT") if hasattr(signal, n))
+ENDING = tuple(n for n in SIGNALS if n.name in ("SIGTERM", "SIGHUP"))
 
 
 @contextmanager
@@ -148,10 +218,35 @@ def exit_on_signals() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(REQUEUE_EXIT_CODE)
 
-    wanted = [n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, leave) for number in wanted}
-    try:
+    with _handling([n for n in SIGNALS if n != signal.SIGINT and signal.getsignal(n) is not signal.SIG_IGN], leave):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO", "EHOSTDOWN")
+FAILING = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
+"""What a disk or a network file system answers that is broken or out of reach."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a file system without file locks (some network file systems) answers to one that asks for a lock."""
+
+
+def cure(error: OSError, otherwise: str = "choose another folder") -> str:
+    """What to do about a file that could not be written, by the cause. Nothing is ever advised to be deleted."""
+    if error.errno in NO_LOCKS:
+        return f"this file system has no file locks: choose a folder on a disk that has them ({otherwise})"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"make room, or {otherwise}"
+    if error.errno in FORBIDDEN:
+        return f"make it writable, or {otherwise}"
+    if error.errno in FAILING:
+        return f"the disk or the network file system fails: check it, or {otherwise}"
+    return otherwise
+
+
+def disk_sentence(error: OSError) -> str | None:
+    """One sentence for an error of a disk that no reader or writer has named; None for another error."""
+    if error.errno not in (*NO_ROOM, *FAILING, errno.EROFS):
+        return None
+    name = error.filename or "a file, or what the output goes to"
+    return f"cannot read or write {name}: {error.strerror}; {cure(error, 'run again')}"

@@ -9,15 +9,18 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amltrain.errors import UserError
+from safetensors import SafetensorError
+
+from amltrain.errors import FAILING, FORBIDDEN, NO_ROOM, UserError, cure, first_line
 
 if sys.platform != "win32":
     import fcntl
@@ -48,6 +51,48 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically. Raises OSError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path | str, otherwise: str = "choose another --output") -> Iterator[None]:
+    """Turn an error of the system inside the block into a UserError: one sentence that names the file and what helps.
+
+    Also what libraries in other languages make of it. otherwise: see `cure`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's writer of archives
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        why = os.strerror(cause.errno) if cause.errno else first_line(cause)
+        raise UserError(f"cannot write {path}: {why}; {cure(cause, otherwise)}") from error
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The error of the system that an error is, that led to it, or that its text names."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    named = re.search(r"(?:os error|errno) (\d+)", str(error))
+    if named:
+        return OSError(int(named[1]), os.strerror(int(named[1])))
+    return error if isinstance(error, OSError) else None
+
+
+@contextmanager
+def new_file(path: Path | str, otherwise: str = "choose another --output") -> Iterator[Path]:
+    """`replacing`, in a folder that is made, with `writing`: the file is whole or as before, and errors are sentences.
+
+    Give it to every writer of a result. Raises UserError.
+    """
+    path = Path(path)
+    with writing(path, otherwise):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
 
 
 def flush(path: Path) -> None:
@@ -84,10 +129,12 @@ def _hashed(path: Path, *_: int) -> str:
 
 
 def _remove(path: Path) -> None:
+    """Remove a temporary file or folder where that is possible; what remains is in no one's way."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 class _ContainerUnpickler(pickle.Unpickler):
@@ -198,12 +245,6 @@ def _hash_column(digest: Any, column: Any) -> None:
         digest.update(json.dumps(column.to_pylist()).encode())
 
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-
-
 def way_out(error: Exception | None, folder: Path) -> str:
     """Describe what to do about a file below `folder` that could not be written."""
     number = getattr(error, "errno", None)
@@ -220,32 +261,10 @@ def way_out(error: Exception | None, folder: Path) -> str:
     return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
 
 
-_NAMES = ("EIO", "ESTALE", "ETIMEDOUT", "ENXIO", "EREMOTEIO", "EHOSTDOWN")
-FAILING = tuple(getattr(errno, name) for name in _NAMES if hasattr(errno, name))
-"""What a disk or a network file system answers that is broken or out of reach."""
-
-
 def os_fault(error: OSError, folder: Path) -> str:
     """One sentence for any error of the system while files below `folder` are written or read."""
     files = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return f"cannot write {files[-1] if files else folder}: {error.strerror or error} ({way_out(error, folder)})"
-
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""What a file system without file locks (some network file systems) answers to one that asks for a lock."""
-
-
-def cure(error: OSError, otherwise: str = "choose another folder") -> str:
-    """What to do about a file that could not be written, by the cause. Nothing is ever advised to be deleted."""
-    if error.errno in NO_LOCKS:
-        return f"this file system has no file locks: choose a folder on a disk that has them ({otherwise})"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"make room, or {otherwise}"
-    if error.errno in FORBIDDEN:
-        return f"make it writable, or {otherwise}"
-    if error.errno in FAILING:
-        return f"the disk or the network file system fails: check it, or {otherwise}"
-    return otherwise
 
 
 def lock_file(descriptor: int) -> None:
@@ -278,7 +297,8 @@ def locked(path: Path, otherwise: str = "choose another folder") -> Iterator[Non
             raise UserError(f"cannot lock {lock}: {error.strerror or error}; {cure(error, otherwise)}") from error
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):  # nothing was written to it
+            os.close(descriptor)
 
 
 def free_space(folder: Path) -> str:

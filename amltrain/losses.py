@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.data.transforms import from_longest
 from amltrain.errors import UserError
+from amltrain.frames import from_longest
 from amltrain.matching import (
     at_least_float32,
     box_loss,

@@ -19,6 +19,7 @@ LAYERS = [
         "run_folder",
         "network",
         "matching",
+        "frames",
     },
     {"distributed"},
     {"data", "models", "losses"},

@@ -90,6 +90,7 @@ def heads_of(name: str) -> tuple[int, dict[str, torch.Tensor]]:
         "rela": {"minimap": torch.zeros(2, 4, 2), "no_target": torch.zeros(2, 2)},
         "cgformer": {f"assigned{i}": torch.rand(2, 4, 4) for i in range(3)},
         "mask_and_presence": {"no_target": torch.zeros(2, 2)},
+        "language_and_masks": {"language_loss": torch.zeros(())},
         "barleria": {"reconstruction": torch.zeros(2)},
         "c3vg": {"coarse_logits": torch.zeros(2, 1, 8, 8), "box": corner, "coarse_box": corner},
     }

@@ -21,8 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from amltrain.errors import UserError
-from amltrain.files import NO_LOCKS, lock_file
+from amltrain.errors import NO_LOCKS, UserError
+from amltrain.files import lock_file
 from amltrain.run_folder import LOCK_FILE
 
 RENEW_EVERY = 15.0

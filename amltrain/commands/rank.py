@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from amltrain.data.catalog import find_manifest, fingerprint
 from amltrain.data.mosaic import ranking_path
-from amltrain.errors import UserError, first_line, one_line_errors
-from amltrain.files import cure, seal
+from amltrain.errors import UserError, cure, first_line, one_line_errors
+from amltrain.files import seal
 from amltrain.run_folder import public_name
 
 

@@ -30,8 +30,8 @@ from amltrain.data.images import Decoder, decode_image
 from amltrain.data.rows import Rows
 from amltrain.data.segmentation import MaskParts, choose_rle, decode_rle
 from amltrain.data.transforms import ImageTransform
-from amltrain.errors import UserError
-from amltrain.files import NO_ROOM, cure, flush_tree, locked, sha256
+from amltrain.errors import NO_ROOM, UserError, cure
+from amltrain.files import flush_tree, locked, sha256
 
 FORMAT = 2
 FOLDER = "presized"

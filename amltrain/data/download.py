@@ -16,8 +16,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
 
-from amltrain.errors import UserError, first_line, unknown_name
-from amltrain.files import cure
+from amltrain.errors import UserError, cure, first_line, unknown_name
 
 _ARCHIVE = "https://web.archive.org/web/20220413/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
 _HUB = "https://huggingface.co/datasets"

@@ -3,7 +3,9 @@
 Build data sets, samplers and loaders from a run's config.
 """
 
+import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -26,7 +28,7 @@ from amltrain.data.rows import open_rows
 from amltrain.data.sampler import EpochSampler
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, View
-from amltrain.errors import UserError
+from amltrain.errors import SIGNALS, UserError, signals_held
 from amltrain.records import Batch, Sample
 
 
@@ -319,6 +321,9 @@ def _open_presized(
 
 
 def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader[Any]:
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if workers and method == "fork":
+        batching = {"multiprocessing_context": _Forks(), **batching}
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -331,8 +336,21 @@ def _loader(dataset: ReferDataset, workers: int, **batching: Any) -> DataLoader[
 
 def _ignore_signals(worker: int) -> None:
     """Ignore signals in a loader process: a scheduler signals every process of a job, and only the trainer may act."""
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        number = getattr(signal, name, None)  # Windows has no SIGUSR1
-        if number is None:
-            continue
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+if sys.platform != "win32":
+    from multiprocessing.context import ForkContext, ForkProcess
+
+    class _Fork(ForkProcess):
+        """A loader process, started while signals wait: its copy of the trainer's handlers must never act."""
+
+        def start(self) -> None:
+            with signals_held():
+                super().start()
+                # Python ends its children by SIGTERM, which this one ignores, and would then wait for it forever
+                self._popen.terminate = self._popen.kill  # type: ignore[attr-defined]
+
+    class _Forks(ForkContext):
+        Process = _Fork

@@ -52,8 +52,8 @@ from amltrain.data.sources.annotations import (
 )
 from amltrain.data.sources.refer import names_of_2017, read_refer, refer_paths
 from amltrain.data.sources.shapes import SPLIT_SIZES, write_refshapes
-from amltrain.errors import UserError
-from amltrain.files import cure, flush_tree, locked
+from amltrain.errors import UserError, cure
+from amltrain.files import flush_tree, locked
 from amltrain.registry import DATASETS, READERS
 
 FORMAT = 1

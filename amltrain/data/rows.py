@@ -35,8 +35,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from tqdm.auto import tqdm
 
 from amltrain.data.catalog import check_split, find_manifest
-from amltrain.errors import UserError, first_line
-from amltrain.files import NO_LOCKS, cure, sha256
+from amltrain.errors import NO_LOCKS, UserError, cure, first_line
+from amltrain.files import sha256
 
 ROWS_PER_GROUP = 64
 SHARD_BYTES = 512 * 2**20

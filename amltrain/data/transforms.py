@@ -19,7 +19,6 @@ longest    keep the aspect ratio, top left, pad below or on the right with the m
 Pixels stay uint8 until they are on the device: `normalise` is the first thing that happens to a batch there.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache, reduce
 from typing import Literal, NamedTuple
 
@@ -33,6 +32,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from amltrain.data.images import to_rgb
+from amltrain.frames import MEAN_STD, longest_side
 from amltrain.records import Batch
 
 Axis = Literal["x", "y"]
@@ -220,12 +220,6 @@ Normalization = Literal["imagenet", "clip", "half"]
 VIEW_NORMALIZATION: Normalization = "clip"
 """Of `Batch.view`: every second encoder so far is CLIP's."""
 
-MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-
 
 class Transformed(NamedTuple):
     """image [3, S, S] uint8 RGB; target [S, S] uint8 coverage 0..255 or None; geometry [6] float64 as in
@@ -311,33 +305,6 @@ class ImageTransform:
             mean, std = _mean_std(self.normalization, torch.device("cpu"))
             image = (image.float().cpu() * std + mean).round().clamp(0, 255).to(torch.uint8)
         return image.permute(1, 2, 0).cpu().numpy()
-
-
-def longest_side(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width of an image whose longest side becomes `size` pixels, rounded half up as SAM does."""
-    scale = size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def inside_longest(geometry: Tensor, size: int) -> Tensor:
-    """Where a network input of `size` pixels shows the picture and not its padding, [B, size, size] bool.
-
-    geometry: [B, 6] of a resize without offset.
-    """
-    steps = torch.arange(size, device=geometry.device)
-    rows, columns = ((geometry[:, i] * geometry[:, 2 + i]).round() for i in range(2))
-    return (steps < rows[:, None])[:, :, None] & (steps < columns[:, None])[:, None, :]
-
-
-def from_longest(values: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring maps [..., S, S] of a network input of resize `longest` back to the picture's size (h0, w0).
-
-    The padding is cut off, then they are resized bilinearly by pixels' centres, as SAM does.
-    """
-    rows, columns = longest_side(size[0], size[1], values.shape[-1])
-    maps = values[..., :rows, :columns].reshape(1, -1, rows, columns)
-    resized = F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
-    return resized.reshape(*values.shape[:-2], *size)
 
 
 class View:

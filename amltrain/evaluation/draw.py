@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from amltrain.errors import UserError
 from amltrain.evaluation.results import Prediction, Results
+from amltrain.files import new_file
 from amltrain.run_folder import CAPTION
 
 Colour = tuple[int, int, int]
@@ -232,11 +232,8 @@ def save_picture(picture: Image.Image, path: Path, caption: str = "") -> None:
     about = PngInfo()
     if caption:
         about.add_itxt(CAPTION, caption)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, pnginfo=about)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with new_file(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=about)
 
 
 def _example(prediction: Prediction, dataset: Any) -> Example:

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amltrain.config.schema import Protocol
-from amltrain.data.transforms import from_longest
 from amltrain.errors import UserError
+from amltrain.frames import from_longest
 from amltrain.records import Batch, ModelOutput
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "cropped"]

@@ -18,14 +18,17 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -33,9 +36,9 @@ from amltrain.config.schema import Protocol
 from amltrain.data.images import FileFault, decode_file
 from amltrain.data.segmentation import decode_mask
 from amltrain.distributed import on_main_process
-from amltrain.errors import UserError, first_line
+from amltrain.errors import UserError, first_line, shared_error
 from amltrain.evaluation.masks import Masks, network_size
-from amltrain.files import cure, load_json, sha256, write_text
+from amltrain.files import load_json, sha256, write_text, writing
 from amltrain.records import Batch
 from amltrain.run_folder import MANIFEST
 
@@ -277,12 +280,40 @@ class PredictionWriter:
     def __init__(self, folder: Path, form: Form, accelerator: Accelerator) -> None:
         """folder: where the finished predictions will lie."""
         self.form, self.accelerator = form, accelerator
-        self.temporary = folder / f".writing-{form}"
-        self.temporary.mkdir(parents=True, exist_ok=True)
-        self.lines = (self.temporary / f"{accelerator.process_index}.jsonl").open("w", encoding="utf-8")
+        self.lines: TextIO | None = None
+        self.fault: UserError | None = None
+
+        def begin() -> str:
+            """Make a folder that no other evaluation writes to, without what an interrupted one has left."""
+            name = f".writing-{form}-{socket.gethostname()}-{os.getpid()}"
+            with writing(folder / name):
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (folder / name).mkdir(parents=True)
+            return name
+
+        self.temporary = folder / on_main_process(accelerator, begin)
+        with self._faults_kept():
+            self.lines = (self.temporary / f"{accelerator.process_index}.jsonl").open("w", encoding="utf-8")
+
+    @contextmanager
+    def _faults_kept(self) -> Iterator[None]:
+        """Keep the first error of this process for `finish`: raised here it would leave the others waiting."""
+        try:
+            with writing(self.temporary):
+                yield
+        except UserError as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            self.fault = self.fault or error
 
     def add(self, sample_ids: Iterable[int], masks: Masks, dataset: Any) -> None:
-        """Write one batch; waits for the device."""
+        """Write one batch; waits for the device. Raises UserError; on several processes `finish` does so."""
+        with self._faults_kept():
+            if self.fault is None:
+                self._add(sample_ids, masks, dataset)
+
+    def _add(self, sample_ids: Iterable[int], masks: Masks, dataset: Any) -> None:
+        assert self.lines is not None
         flags = [None] * len(masks.masks) if masks.no_target is None else masks.no_target.tolist()
         for sample_id, mask, flag in zip(sample_ids, masks.masks, flags, strict=True):
             info, pixels = dataset.info(sample_id), mask.cpu().numpy()
@@ -302,18 +333,20 @@ class PredictionWriter:
         Older predictions of that name are replaced. facts: which model made them, from which data. Raises UserError.
         """
         target = target.with_name(f"{target.name}.jsonl") if self.form == "rle" else target
-        self.lines.close()
-        self.accelerator.wait_for_everyone()
+        with self._faults_kept():
+            if self.lines is not None:
+                self.lines.close()
+        faults = [fault for fault in gather_object([self.fault and str(self.fault)]) if fault]
+        if faults:
+            raise shared_error(faults[0])
 
         def write() -> None:
-            try:
+            with writing(target):
                 _beside(target).unlink(missing_ok=True)  # never beside files that it does not describe
                 self._join(target)
                 files = [target] if target.is_file() else sorted(p for p in target.iterdir() if p.is_file())
                 manifest = {"facts": dict(facts or {}), "files": {path.name: sha256(path) for path in files}}
                 write_text(_beside(target), json.dumps(manifest, indent=1))
-            except OSError as error:
-                raise UserError(f"cannot write {target}: {error.strerror or error}; {cure(error)}") from error
 
         on_main_process(self.accelerator, write)
         return target

@@ -11,7 +11,6 @@ row replaces the row with the same key; all others are kept.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from amltrain.config.fields import check_number, override
 from amltrain.config.schema import DataConfig, Preprocess, Protocol, ProtocolOverrides
 from amltrain.errors import UserError, plain, unknown_name
 from amltrain.evaluation.metrics import Kind, Scored
-from amltrain.files import locked
+from amltrain.files import locked, new_file
 from amltrain.models import model_info
 from amltrain.registry import MODELS
 
@@ -254,17 +253,9 @@ def moved_models(rows: Sequence[Results]) -> list[str]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file to a temporary name and rename it. Raises UserError when that fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file atomically, into a folder that is made. Raises UserError when that fails."""
+    with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_results(path: str | Path) -> list[Results]:

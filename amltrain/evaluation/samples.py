@@ -1,6 +1,5 @@
 """One row per sample as Parquet: ids, sentence, pixels, IoU and flags, for error analysis, comparisons and reports."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
 from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results
-from amltrain.files import is_sealed, seal, unseal
+from amltrain.files import is_sealed, new_file, seal, unseal
 
 FOLDER = "samples"
 STANDS_ON = ("checkpoint", "predictions", "step", "weights_sha256", "data_fingerprint")
@@ -83,15 +82,8 @@ def write_samples(path: Path, table: pa.Table, facts: Mapping[str, Any] | None =
     facts: what the rows stand on, as in `Results.provenance`; the fingerprints of model and data are kept.
     """
     kept = {name: facts[name] for name in STANDS_ON if name in facts} if facts else {}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary:
         pq.write_table(seal(table, kept), temporary, write_page_checksum=True)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_samples(path: str | Path) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -34,6 +35,7 @@ from amltrain.evaluation.results import (
 )
 from amltrain.evaluation.samples import sample_table, write_samples
 from amltrain.evaluation.tables import write_tables
+from amltrain.files import writing
 from amltrain.hub.model_folder import load_pretrained, read_training
 from amltrain.run_folder import BEST, MODEL, RESULTS_FILE, RUN_CONFIG, SAMPLES, find_model_folder
 
@@ -114,12 +116,18 @@ def evaluate(options: EvaluateOptions) -> list[Results]:
         for loader in _loaders(options, splits, source, protocol, perturbation).values():
             result = _score(accelerator, options, source, protocol, loader, perturbation, output)
             results.append(result)
-            if accelerator.is_main_process:  # after every split, so a failed evaluation keeps finished splits
-                rows = merge_results(output / RESULTS_FILE, [result], also=write_tables)
+            # after every split, so a failed evaluation keeps finished splits
+            rows = on_main_process(accelerator, partial(_merge, output / RESULTS_FILE, result))
     if accelerator.is_main_process:
         for line in moved_models(rows):
             accelerator.print(f"WARNING: {line}")
     return results
+
+
+def _merge(path: Path, result: Results) -> list[Results]:
+    """Add a row; returns all rows as a file has them, without samples."""
+    merge_results(path, [result], also=write_tables)
+    return read_results(path)
 
 
 def _score(
@@ -159,12 +167,15 @@ def _score(
         files["predictions"] = f"predictions/{writer.finish(output / 'predictions' / result.stem(), facts).name}"
     if options.pictures:
         files["picture"] = f"pictures/{result.stem()}.png"
-    if accelerator.is_main_process:
+
+    def write() -> None:
         write_samples(output / files["samples"], sample_table(result, dataset), result.provenance)
         if options.pictures:
             from amltrain.evaluation.draw import prediction_sheet, save_picture  # matplotlib takes a second
 
             save_picture(prediction_sheet(result, dataset), output / files["picture"])
+
+    on_main_process(accelerator, write)
     return replace(result, files=files)
 
 
@@ -302,10 +313,8 @@ def _default_output(source: str) -> str:
 
 def _check_output(folder: Path) -> None:
     """Make the folder, and raise UserError if it cannot be written or holds a damaged results.json."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
     if (folder / RESULTS_FILE).exists():
         read_results(folder / RESULTS_FILE)
 

@@ -12,6 +12,7 @@ FOLDER/
   tokenizer files            as SentenceTokenizer.save writes them
 """
 
+import io
 import json
 import logging
 import shutil
@@ -32,6 +33,7 @@ from amltrain import __version__
 from amltrain.config.schema import Preprocess
 from amltrain.data.transforms import MEAN_STD
 from amltrain.errors import UserError, first_line
+from amltrain.files import new_file
 from amltrain.hub.model_folder import Pretrained
 from amltrain.inference import FORMATS
 from amltrain.models.base import RISModel
@@ -116,6 +118,44 @@ def export_program(model: RISModel, inputs: Inputs) -> Program:
     raise UserError(f"torch.export cannot export {type(model).__name__} ({reason})")
 
 
+class _Patient(io.RawIOBase):
+    """A file that keeps its first error for later: torch's writer ends the whole process when a write raises."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__()
+        self.raw = raw
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """What torch asks for, and does when it is done."""
+        return self.raw.seek(offset, whence)
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while self.error is None and len(rest):  # a disk that gets full takes a part
+                rest = rest[self.raw.write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
+
+
+def save_program(program: Program, path: Path) -> None:
+    """Write a program as torch.export does. Raises OSError."""
+    with path.open("wb", buffering=0) as raw:
+        file = _Patient(raw)
+        torch.export.save(program.program, file)  # type: ignore[arg-type]  # any io.IOBase will do
+        if file.error is not None:
+            raise file.error
+
+
 def export_onnx(program: Program, path: Path) -> None:
     """Convert a program to an ONNX file with its weights inside. Raises UserError with the reason if that fails."""
     for package in ("onnx", "onnxscript"):
@@ -128,6 +168,8 @@ def export_onnx(program: Program, path: Path) -> None:
             )
             assert converted is not None
             converted.save(path)
+    except OSError:  # of the disk, which is no fault of the model
+        raise
     except Exception as error:  # onnxscript raises many kinds
         raise UserError(f"ONNX has no equivalent for this model ({_cause(error)})") from error
 
@@ -225,13 +267,21 @@ def export_folder(
     """
     if pretrained.tokenizer is None:
         raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not an empty folder; choose another output")
+    with new_file(folder) as temporary:  # the folder has its name once every file is in it
+        temporary.mkdir()
+        rows = _export(pretrained, temporary, formats, runs)
+        _write_files(pretrained, temporary, rows, has_onnx=rows[-1].format == "ONNX" and rows[-1].megabytes is not None)
+    return rows
+
+
+def _export(pretrained: Pretrained, folder: Path, formats: Sequence[str], runs: int) -> list[Exported]:
+    """Write the models alone into a folder, and compare them."""
+    assert pretrained.tokenizer is not None
     model, preprocess = pretrained.model.eval(), pretrained.preprocess
     vocabulary = pretrained.tokenizer.vocab_size
     inputs, one = (example_inputs(preprocess, count, seed=count, vocabulary=vocabulary) for count in (2, 1))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
     program = export_program(model, inputs)
     checks = (inputs, one) if program.dynamic else (one,)
     with torch.no_grad():
@@ -242,7 +292,7 @@ def export_folder(
         rows = {"PyTorch": Exported("PyTorch", weights, 0.0, None, True)}
         if "torch" in formats:
             path = folder / "model.pt2"
-            torch.export.save(program.program, path)
+            save_program(program, path)
             loaded = torch.export.load(path).module()
             difference = max(largest_difference(e, loaded(*given)) for e, given in zip(expected, checks, strict=True))
             rows["torch.export"] = _row("torch.export", path, difference, program.dynamic, program.reason)
@@ -259,16 +309,14 @@ def export_folder(
                 path.unlink(missing_ok=True)
                 rows["ONNX"] = Exported("ONNX", None, None, None, False, str(error))
         times = _times(timed, runs)
-    result = [row._replace(milliseconds=times.get(name)) for name, row in rows.items()]
-    _write_files(pretrained, folder, result, has_onnx="ONNX" in timed)
-    return result
+    return [row._replace(milliseconds=times.get(name)) for name, row in rows.items()]
 
 
 def _row(name: str, path: Path, difference: float, dynamic: bool, note: str) -> Exported:
     if not difference <= TOLERANCE:
         raise UserError(
-            f"{path} differs from the model by {difference:.2g} of its largest output, more than {TOLERANCE:g}; this "
-            "model cannot be exported with these versions of torch and onnxscript"
+            f"{path.name} differs from the model by {difference:.2g} of its largest output, more than {TOLERANCE:g}; "
+            "this model cannot be exported with these versions of torch and onnxscript"
         )
     return Exported(name, path.stat().st_size / 1e6, difference, None, dynamic, note)
 
@@ -304,13 +352,10 @@ def _write_files(pretrained: Pretrained, folder: Path, rows: Sequence[Exported],
         "no_target_pixels": rule.no_target_pixels,
         "files": [row._asdict() for row in rows],
     }
-    try:
-        (folder / "export.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        pretrained.tokenizer.save(folder)
-        if has_onnx:
-            shutil.copyfile(run_onnx_path(), folder / "run_onnx.py")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    (folder / "export.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    pretrained.tokenizer.save(folder)
+    if has_onnx:
+        shutil.copyfile(run_onnx_path(), folder / "run_onnx.py")
 
 
 def table(rows: Sequence[Exported]) -> str:

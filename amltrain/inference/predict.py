@@ -10,10 +10,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -24,6 +25,7 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.environment import choose_device
 from amltrain.errors import UserError
 from amltrain.evaluation.draw import OVERLAY_SIDE, overlay
+from amltrain.files import new_file, writing
 from amltrain.inference.predictor import INSIDE, NO_TARGET, Precision, Predictor, Segmentation, find_images, read_image
 
 ROWS_FILE = "predictions.jsonl"
@@ -57,24 +59,19 @@ class PredictionFolder:
         if not self.rows_file.exists():
             return []
         try:
-            rows = [json.loads(line) for line in self.rows_file.read_text(encoding="utf-8").splitlines()]
+            lines = self.rows_file.read_bytes().split(b"\n")[:-1]  # the last has no end where a kill cut it off
+            rows = [json.loads(line) for line in lines]
             return [row for row in rows if all(isinstance(row[key], str) for key in ("image", "sentence", "name"))]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{self.rows_file} was not written by this program or is damaged; choose another --output"
             ) from error
 
-    def _open(self, kept: Sequence[dict[str, Any]]) -> TextIO:
-        temporary = self.rows_file.with_name(f".{ROWS_FILE}.{os.getpid()}")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+    def _open(self, kept: Sequence[dict[str, Any]]) -> BinaryIO:
+        with new_file(self.rows_file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.rows_file)
-            return self.rows_file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder}: {error.strerror or error}; choose another --output"
-            ) from error
+        with writing(self.rows_file):
+            return self.rows_file.open("ab", buffering=0)
 
     def __enter__(self) -> "PredictionFolder":
         return self
@@ -82,7 +79,8 @@ class PredictionFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with writing(self.rows_file) if error is None else suppress(OSError):
+            self._file.close()
 
     def name(self, image: str, sentence: str) -> str:
         """Return the file name, without ending, of an image and a sentence: readable, and different for every pair."""
@@ -99,21 +97,23 @@ class PredictionFolder:
     def save(self, picture: Image.Image, kind: str, image: str, sentence: str) -> str:
         """Write a PNG into the subfolder `kind` and return its path. Raises UserError if it cannot be written."""
         path = self.folder / kind / f"{self.name(image, sentence)}.png"
-        try:
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path, compress_level=1)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with new_file(path) as temporary:
+            picture.save(temporary, "PNG", compress_level=1)
         return str(path)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row with `image` and `sentence`. Raises UserError if it cannot be written."""
         named = {"name": self.name(row["image"], row["sentence"]), "checkpoint": self.checkpoint}
-        try:
-            self._file.write(json.dumps(row | named) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.rows_file}: {error.strerror or error}") from error
+        line = (json.dumps(row | named) + "\n").encode()
+        with writing(self.rows_file):
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                while line:  # a disk that gets full takes a part
+                    line = line[self._file.write(line) :]
+            except OSError:
+                with suppress(OSError):
+                    self._file.truncate(before)
+                raise
 
 
 def _plain(text: str) -> str:

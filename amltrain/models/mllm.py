@@ -40,7 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from amltrain.config.schema import Preprocess, Protocol
-from amltrain.data.transforms import MEAN_STD, inside_longest
+from amltrain.frames import MEAN_STD, inside_longest
 from amltrain.models.backbones.weights import fill, from_pretrained
 from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.layers.basic import Tuning, tune

@@ -26,6 +26,7 @@ from amltrain.errors import UserError, first_line
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.results import Results
 from amltrain.evaluation.tables import describe, split_label
+from amltrain.files import new_file, writing
 from amltrain.hub.facts import training_facts
 from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
@@ -75,28 +76,19 @@ def render(
 
 def check_writable(path: Path) -> None:
     """Raise UserError if a page cannot be written here; called before minutes of scoring."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; choose another --output")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         temporary.unlink()
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
 
 
 def write_page(path: Path, page: str) -> None:
     """Write the page atomically. Raises UserError when it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _split(split: SplitPart) -> dict[str, Any]:

@@ -111,6 +111,8 @@ NO_SHARED_MEMORY = ("shared memory", "/torch_", "Bus error")
 NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
 NO_THREADS = ("can't start new thread", "Resource temporarily unavailable", "Thread creation failed")
 """Words in errors of torch and Python about main memory and threads."""
+TOO_SMALL = "Expected more than 1 spatial element"
+"""Words in torch's error about a norm over one pixel, deep inside a model."""
 LOST_PROCESS = ("gloo", "Application timeout", "Connection closed by peer")
 """Words in gloo's errors, which have no type of their own."""
 
@@ -128,6 +130,13 @@ def explained(config: RunConfig) -> Iterator[None]:
         if isinstance(error, (ConnectionError, TimeoutError)) and error.filename is None:
             raise UserError(_lost_process(config, first_line(error))) from error
         raise UserError(os_fault(error, config.folder)) from error
+    except ValueError as error:
+        if TOO_SMALL not in str(error):
+            raise
+        raise UserError(
+            f"preprocess.size {config.preprocess.size} is too small for {config.model.name}, whose coarsest features "
+            f"would be a single pixel; raise it to 64 or more"
+        ) from error
     except MemoryError as error:
         raise UserError(_out_of_main_memory(config)) from error
     except RuntimeError as error:

@@ -50,7 +50,8 @@ def test_presized_samples_are_the_uncached_ones(own: str, resize: str, decoder: 
     monkeypatch.setattr(dataset_module, "decode_image", lambda *_: pytest.fail("decodes"))
     for index, sample in zip(range(0, len(plain), 3), expected, strict=True):
         found = pickle.loads(pickle.dumps(cached))[Draw(1, index)] if index == 0 else cached[Draw(1, index)]
-        pairs = [(a, b) for a, b in zip(found, sample, strict=True) if a is not None or b is not None]
+        assert (found.sentence, found.picture) == (sample.sentence, sample.picture)
+        pairs = [(a, b) for a, b in zip(found, sample, strict=True) if isinstance(a, torch.Tensor)]
         assert len(pairs) == 9 and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 

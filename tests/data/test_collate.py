@@ -13,11 +13,12 @@ def test_every_field_is_stacked_in_order(prepared: str) -> None:
     batch = collate(samples)
     assert isinstance(batch, Batch)
     assert batch.sample_id.tolist() == [4, 2, 9]
-    filled = [name for name in Batch._fields if name not in ("original_target", "regions", "loss_weight")]
+    empty = ("original_target", "regions", "loss_weight", "view", "conversation")
+    filled = [name for name in Batch._fields if name not in empty]
     for name in filled:
         assert torch.equal(getattr(batch, name), torch.stack([getattr(s, name) for s in samples])), name
     assert batch.original_target == ()
-    assert batch.regions is None and batch.loss_weight is None
+    assert all(getattr(batch, name) is None for name in empty[1:])
     shapes = [(f, tuple(getattr(batch, f).shape), getattr(batch, f).dtype) for f in filled]
     assert shapes == [
         ("image", (3, 3, 32, 32), torch.uint8),

@@ -18,7 +18,7 @@ from tests.data.stand_in import shapes_dataset, word_tokenizer
 
 
 def equal(a: Sample, b: Sample) -> bool:
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True))
 
 
 def rows_in_memory(images: list[bytes], referents: list[list[dict]]) -> MappedRows:

@@ -8,7 +8,7 @@ import numpy as np
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from amltrain.data.sampler import CHUNK, EpochSampler, occurrences
+from amltrain.data.sampler import CHUNK, EpochSampler, gathered, occurrences
 from amltrain.records import Draw
 
 
@@ -57,3 +57,28 @@ def test_64_processes_get_equal_shares() -> None:
     assert {len(batch) for shard in shards for batch in shard} == {micro}
     together = [draw for k in range(2 * steps) for shard in shards for draw in shard[k]]
     assert together == list(EpochSampler([1000, 37], **options))
+
+
+def test_samples_of_a_picture_follow_each_other_as_many_as_asked_for() -> None:
+    pictures = np.random.default_rng(3).integers(0, 40, 300)
+    for together in (1, 2, 3):
+        sampler = EpochSampler(
+            [300], seed=1, global_batch_size=10, total_steps=30, pictures=pictures, together=together
+        )
+        order = sampler.order(0)
+        assert sorted(order.tolist()) == list(range(300))
+        shown = pictures[order]
+        runs = np.diff(np.flatnonzero(np.diff(shown, prepend=-1, append=-1)))
+        if together == 1:
+            assert order.tolist() == EpochSampler([300], seed=1, global_batch_size=10, total_steps=30).order(0).tolist()
+        else:  # chunks of one picture may meet by chance
+            whole = sum(-(-count // together) for count in np.bincount(pictures))
+            assert len(runs) <= whole and (runs >= together).sum() >= 0.9 * sum(np.bincount(pictures) // together)
+        assert not np.array_equal(order, sampler.order(1))
+
+
+def test_gathering_keeps_where_the_first_of_a_chunk_stood() -> None:
+    values = np.array([7, 5, 7, 7, 5, 9, 7])
+    assert values[gathered(values, 2)].tolist() == [7, 7, 5, 5, 7, 7, 9]
+    assert gathered(values, 1).tolist() == list(range(7))
+    assert gathered(np.empty(0, np.int64), 3).tolist() == []

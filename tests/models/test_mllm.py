@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amltrain.data.transforms import from_longest
+from amltrain.commands.train import read_run
+from amltrain.data.transforms import ImageTransform, View, normalise
+from amltrain.evaluation.metrics import metric_terms, scored_columns
+from amltrain.frames import from_longest, inside_longest, longest_side
 from amltrain.models import create_model
 from amltrain.models.mllm import MLLMSegmenter
 from amltrain.records import IMAGE, UNSCORED, Batch, Conversation
+from amltrain.training.optim import lr_factor
 from tests.models.test_registry import make_batch
 from tests.parity import compare, gsva
 
@@ -172,3 +177,73 @@ def test_the_short_conversation_ends_with_its_answer() -> None:
         assert (talk.ids[row, : model.image_tokens] == IMAGE).all()
         assert talk.mask[row].sum() == place + 1
         assert (talk.labels[row] != UNSCORED).sum() == 1
+
+
+def test_the_recipe_is_the_releases_but_for_its_data(shared_dir: Path, repository: Path) -> None:
+    recorded = json.loads((shared_dir / "goldens" / "gsva" / "lr_schedule.json").read_text())
+    config = read_run(["--config", str(repository / "configs" / "models" / "gsva_7b.yaml")])
+    o, release = config.optim, recorded["release"]
+    assert (o.lr, o.warmup_steps, config.train.max_steps) == (
+        release["base_lr"],
+        release["warmup_num_steps"],
+        release["total_num_steps"],
+    )
+    assert (o.betas, o.eps, o.weight_decay, o.clip_norm) == ((0.9, 0.95), 1e-8, 0.0, 1.0)
+    for step, rate in release["lr_at_deepspeed_0_15_0"].items():
+        found = o.lr * lr_factor(int(step), 5000, o.schedule, warmup_steps=o.warmup_steps)
+        assert found == pytest.approx(rate, rel=1e-9, abs=1e-18), step
+    short = recorded["short"]
+    for step, rate in enumerate(short["lr_deepspeed_0_15_0"]):
+        factor = lr_factor(step, short["total_num_steps"], "warmup_decay", warmup_steps=short["warmup_num_steps"])
+        assert short["base_lr"] * factor == pytest.approx(rate, rel=1e-9, abs=1e-18), step
+
+
+def test_both_pictures_are_the_official_ones(shared_dir: Path) -> None:
+    """SAM's and the reader's, of every shape, at the tiny and at the full size."""
+    recorded = load_file(shared_dir / "goldens" / "gsva" / "preprocess.safetensors")
+    for name in ("land", "large", "port", "square"):
+        picture = Image.fromarray(recorded[f"image.{name}"].numpy())
+        for kind, size, view, steps in (("tiny", 128, 56, (1, 1)), ("full", 1024, 224, (16, 4))):
+            if f"{kind}.resized.{name}" not in recorded:
+                continue
+            transformed = ImageTransform(size, "longest", "imagenet")(picture)
+            seen = normalise(transformed.image, "imagenet") * inside_longest(transformed.geometry[None], size)
+            closer = normalise(View(view)(picture), "clip")
+            every = ("", "") if kind == "tiny" else ("_every_16", "_every_4")
+            sam, clip = (
+                recorded[f"{kind}.{part}{suffix}.{name}"] for part, suffix in zip(("sam", "clip"), every, strict=True)
+            )
+            torch.testing.assert_close(seen[:, :: steps[0], :: steps[0]], sam, rtol=0, atol=2e-6)
+            torch.testing.assert_close(closer[:, :: steps[1], :: steps[1]], clip, rtol=0, atol=2e-6)
+            assert longest_side(picture.height, picture.width, size) == tuple(
+                recorded[f"{kind}.resized.{name}"].tolist()
+            )
+
+
+def test_the_official_scores_of_recorded_masks(shared_dir: Path) -> None:
+    """gIoU and cIoU where a rejected target keeps its mask, and ReLA's rule beside them on the same masks."""
+    folder = shared_dir / "goldens" / "gsva"
+    recorded, wanted = (
+        load_file(folder / "evaluation.safetensors"),
+        json.loads((folder / "evaluation.json").read_text()),
+    )
+    columns: list[list[int]] = [[], [], [], [], []]
+    for i in range(4):
+        for logits, truth, rejected in zip(
+            *(recorded[f"input.{n}_{i}"] for n in ("pred", "gt", "rejected")), strict=True
+        ):
+            mask, true = logits >= 0, truth > 0
+            values = ((mask & true).sum(), (mask | true).sum(), ~true.any(), rejected, mask.sum())
+            for column, value in zip(columns, values, strict=True):
+                column.append(int(value))
+    samples = scored_columns(*columns)
+    official, rela = wanted["results"]["eval_gres_grefcoco"], wanted["for_comparison_rela_rule_of_amltrain"]
+    for name, value in (
+        ("gIoU (GSVA)", official["gIoU"]),
+        ("cIoU (GSVA)", official["cIoU"]),
+        ("N-acc", official["N_acc"]),
+        ("T-acc", official["T_acc"]),
+        ("gIoU", rela["gIoU"]),
+        ("cIoU", rela["cIoU"]),
+    ):
+        assert metric_terms(name, samples, "generalized").percent() == pytest.approx(100 * value, abs=1e-3), name

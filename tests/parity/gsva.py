@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SamMaskDecoderConfig, SamVisionConfig
 
-from amltrain.data.transforms import from_longest
+from amltrain.frames import from_longest
 from amltrain.losses import create_loss
 from amltrain.models.layers.prompted_sam import PromptedSAM
 from amltrain.models.mllm import MLLMSegmenter, build_reader

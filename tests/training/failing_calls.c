@@ -10,8 +10,10 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 static char folder[PATH_MAX];
@@ -68,7 +70,21 @@ int openat64(int at, const char *path, int flags, ...) {
     if ((flags & (O_CREAT | O_WRONLY | O_RDWR)) && fails("open", path)) return -1;
     return real(at, path, flags, mode);
 }
-ssize_t write(int fd, const void *data, size_t size) { REAL(write); DESCRIPTOR("write", fd); return real(fd, data, size); }
+/* A disk that is full and stays so takes the first half of what is written, and says so; then it takes nothing. */
+ssize_t write(int fd, const void *data, size_t size) {
+    REAL(write);
+    char buffer[PATH_MAX];
+    if (armed && fails("write", path_of(fd, buffer))) {
+        if (!sticky || seen != wanted || size < 2) return -1;
+        return real(fd, data, size / 2);
+    }
+    return real(fd, data, size);
+}
+ssize_t writev(int fd, const struct iovec *parts, int count) { REAL(writev); DESCRIPTOR("write", fd); return real(fd, parts, count); }
+ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags) {
+    REAL(copy_file_range); DESCRIPTOR("write", out); return real(in, from, out, to, size, flags);
+}
+ssize_t sendfile64(int out, int in, off64_t *from, size_t size) { REAL(sendfile64); DESCRIPTOR("write", out); return real(out, in, from, size); }
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t at) { REAL(pwrite64); DESCRIPTOR("write", fd); return real(fd, data, size, at); }
 int fsync(int fd) { REAL(fsync); DESCRIPTOR("fsync", fd); return real(fd); }
 int ftruncate64(int fd, off64_t size) { REAL(ftruncate64); DESCRIPTOR("truncate", fd); return real(fd, size); }

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -45,6 +45,18 @@ def build(folder: Path) -> Path | None:
     return library
 
 
+def preload(module: str, folder: Path) -> None:
+    """Start the program again with the library, which must be there before Python starts; nothing where it is."""
+    if LIBRARY in os.environ:
+        return
+    library = build(folder)
+    if library is None:
+        sys.exit("no C compiler")
+    again = [sys.executable, "-m", module, *sys.argv[1:]]
+    names = {LIBRARY: str(library), "LD_PRELOAD": str(library)}
+    sys.exit(subprocess.run(again, env={**os.environ, **names}, check=False).returncode)
+
+
 class EndedError(RuntimeError):
     """A run did not end as it should."""
 
@@ -60,9 +72,33 @@ def start(
     calls: Path | None = None,
 ) -> int:
     """Train in a fork of this process and return its exit code. number: which call that writes fails (0: none)."""
+
+    def train() -> None:
+        from amltrain.commands.train import main
+        from tests.training.runs import arguments
+
+        main(arguments(prepared, output, *RUN))
+
+    return forked(train, output, log, number=number, error=error, stays=stays, calls=calls)
+
+
+def forked(
+    action: Callable[[], None],
+    below: Path,
+    log: Path,
+    *,
+    number: int = 0,
+    error: int = 0,
+    stays: bool = False,
+    calls: Path | None = None,
+) -> int:
+    """Call in a fork of this process, in which the N-th call that writes below a folder fails; returns the exit code.
+
+    stays: all later ones fail too. calls: file that gets the list of them. Raises EndedError after `LONGEST` seconds.
+    """
     child = os.fork()
     if child == 0:
-        _train(prepared, output, log, number, error, stays, calls)
+        _act(action, below, log, number, error, stays, calls)
     deadline = time.monotonic() + LONGEST
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -74,10 +110,9 @@ def start(
     raise EndedError(f"hangs after {LONGEST:g} s")
 
 
-def _train(prepared: Path, output: Path, log: Path, number: int, error: int, stays: bool, calls: Path | None) -> None:
-    from amltrain.commands.train import main
-    from tests.training.runs import arguments
-
+def _act(
+    action: Callable[[], None], below: Path, log: Path, number: int, error: int, stays: bool, calls: Path | None
+) -> None:
     code = 1
     try:
         torch.set_num_threads(1)
@@ -85,8 +120,8 @@ def _train(prepared: Path, output: Path, log: Path, number: int, error: int, sta
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         listing = -1 if calls is None else os.open(calls, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        ctypes.CDLL(os.environ[LIBRARY]).amltrain_arm(os.fsencode(output), number, error, int(stays), listing)
-        main(arguments(prepared, output, *RUN))
+        ctypes.CDLL(os.environ[LIBRARY]).amltrain_arm(os.fsencode(below), number, error, int(stays), listing)
+        action()
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -129,21 +164,25 @@ def places(calls: Path, every: int, only: str) -> list[tuple[int, str]]:
     return chosen
 
 
+def misanswered(code: int, said: str) -> str:
+    """What is wrong with the end of a program in which a call failed: no traceback, one sentence and code 2, or 0."""
+    sentences = [line for line in said.splitlines() if line.startswith("error: ")]
+    if "Traceback" in said or "Exception ignored" in said:
+        return f"traceback: {said[-1500:]}"
+    if code not in (0, 2):
+        return f"exit code {code}: {said[-500:]}"
+    if code == 2 and (len(sentences) != 1 or len(sentences[0]) > 600):
+        return f"{len(sentences)} sentences: {said[-500:]}"
+    return f"exit code 0 in spite of: {sentences[0]}" if code == 0 and sentences else ""
+
+
 def judge(prepared: Path, folder: Path, whole: dict, number: int, error: str, stays: bool) -> str:
     """Let one call fail, then go on; what is wrong, or an empty text."""
     output, log = folder / "run", folder / "log"
     try:
         code = start(prepared, output, log, number=number, error=getattr(errno, error), stays=stays)
-        said = log.read_text(errors="replace")
-        sentences = [line for line in said.splitlines() if line.startswith("error: ")]
-        if "Traceback" in said or "Exception ignored" in said:
-            return f"traceback: {said[-1500:]}"
-        if code not in (0, 2):
-            return f"exit code {code}: {said[-500:]}"
-        if code == 2 and (len(sentences) != 1 or len(sentences[0]) > 600):
-            return f"{len(sentences)} sentences: {said[-500:]}"
-        if code == 0 and sentences:
-            return f"exit code 0 in spite of: {sentences[0]}"
+        if fault := misanswered(code, log.read_text(errors="replace")):
+            return fault
         for _ in range(2):
             if code == 0:
                 break
@@ -178,13 +217,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="failing-calls-") as name:
         scratch = Path(name)
-        if LIBRARY not in os.environ:  # it must be there before Python starts
-            library = build(scratch)
-            if library is None:
-                sys.exit("no C compiler")
-            again = [sys.executable, "-m", "tests.training.failing_calls", *sys.argv[1:]]
-            names = {LIBRARY: str(library), "LD_PRELOAD": str(library)}
-            sys.exit(subprocess.run(again, env={**os.environ, **names}, check=False).returncode)
+        preload("tests.training.failing_calls", scratch)
         prepared = options.prepared or _shapes(scratch)
         from amltrain.training import trainer  # noqa: F401 - once, before the forks
 

@@ -17,8 +17,7 @@ from amltrain.data.segmentation import encode_mask
 from amltrain.data.sources.annotations import Annotations
 from amltrain.data.sources.own import check_name
 from amltrain.data.sources.table import AS_WRITTEN, ReadOptions, read_table
-from amltrain.errors import UserError, first_line
-from amltrain.files import cure
+from amltrain.errors import UserError, cure, first_line
 
 
 def read_hf(
