@@ -74,6 +74,8 @@ class MLLMSegmenter(RISModel):
 
     mask_channels = 1
     encodes_image_alone = True
+    rescale: Tensor
+    shift: Tensor
 
     def __init__(
         self,
@@ -123,6 +125,11 @@ class MLLMSegmenter(RISModel):
             targets=("q_proj", "v_proj"),
         )
         inner.language_model.embed_tokens.requires_grad_(True)
+        (mean, std), (own_mean, own_std) = (
+            torch.tensor(MEAN_STD[name], dtype=torch.float64)[..., None, None] for name in ("imagenet", "clip")
+        )
+        self.register_buffer("rescale", (std / own_std).float(), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).float(), persistent=False)
         self.alignment_dims = (width, width)
 
     def train(self, mode: bool = True) -> "MLLMSegmenter":
@@ -206,11 +213,7 @@ class MLLMSegmenter(RISModel):
         """The reader's picture [B, 3, s, s] from SAM's input [B, 3, S, S], as CLIP normalises it."""
         side = self.view_size
         small = F.interpolate(image, (side, side), mode="bicubic", align_corners=False, antialias=True)
-        (mean, std), (own_mean, own_std) = (
-            (image.new_tensor(m)[:, None, None], image.new_tensor(s)[:, None, None])
-            for m, s in (MEAN_STD["imagenet"], MEAN_STD["clip"])
-        )
-        return (small * std + mean - own_mean) / own_std
+        return small * self.rescale + self.shift
 
     def alignment_features(
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
@@ -262,10 +265,15 @@ class MLLMSegmenter(RISModel):
         shown = talk.ids == IMAGE
         embedded = inner.language_model.embed_tokens(talk.ids.masked_fill(shown, 0))
         owned = patches[talk.owner].to(embedded.dtype)
-        embedded = embedded.masked_scatter(shown[..., None].expand_as(embedded), owned)
+        number = (shown.long().cumsum(1) - 1).clamp(
+            min=0
+        )  # of the patch; masked_scatter's backward waits for the device
+        placed = owned.gather(1, number[..., None].expand(-1, -1, owned.shape[-1]))
+        embedded = torch.where(shown[..., None], placed, embedded)
         positions = _positions(talk.mask) if talk.open else None  # padding on the right moves nothing
+        mask = talk.mask if talk.open else _causal(talk.mask)  # transformers would wait for the device to make it
         result = inner.language_model(
-            inputs_embeds=embedded, attention_mask=talk.mask, position_ids=positions, use_cache=talk.open
+            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=talk.open
         )
         return result.last_hidden_state, getattr(result, KEYS, None) if talk.open else None
 
@@ -329,6 +337,12 @@ class MLLMSegmenter(RISModel):
             says = torch.where(drawn, UNSAID, -UNSAID).to(state.dtype)
             found["no_target"] = torch.stack([says, -says], dim=1)
         return found
+
+
+def _causal(mask: Tensor) -> Tensor:
+    """What every token reads of a right-padded conversation, [R, 1, T, T] bool: itself and what comes before it."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return (steps[:, None] >= steps)[None, None] & mask[:, None, None]
 
 
 def _positions(mask: Tensor) -> Tensor:
