@@ -1,7 +1,7 @@
 """Frames of pictures that data, models and losses share: how a network input is normalised, and the resize `longest`.
 
 `longest` keeps the aspect ratio: the longest side becomes the side S of the network's input, the picture lies in the
-upper left corner, and the rest is padding (SAM, GSVA).
+upper left corner, and the rest is padding (SAM, GSVA). A second encoder reads a square from its middle, `Batch.view`.
 """
 
 from collections.abc import Sequence
@@ -43,3 +43,22 @@ def from_longest(values: Tensor, size: Sequence[int]) -> Tensor:
     maps = values[..., :rows, :columns].reshape(1, -1, rows, columns)
     resized = F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
     return resized.reshape(*values.shape[:-2], *size)
+
+
+def at_view(values: Tensor, geometry: Tensor, size: int) -> Tensor:
+    """What a map of the network input says at every pixel of `Batch.view`, by nearest neighbour.
+
+    values: [B, H, W]; geometry: [B, 6]. Returns [B, size, size]. The view is the picture with its shortest side made
+    `size`, cut to a square in the middle (see `data.transforms.View`); nothing waits for the device.
+    """
+    sides = geometry[:, :2]
+    shortest = sides.amin(dim=1, keepdim=True)
+    resized = torch.where(sides == shortest, size, (size * sides / shortest).floor())
+    first = ((resized - size) / 2).floor()
+    centres = torch.arange(size, device=values.device, dtype=geometry.dtype) + 0.5
+    place = (first[..., None] + centres) * (sides / resized)[..., None]  # [B, 2, size] in the original picture
+    place = place * geometry[:, 2:4, None] + geometry[:, 4:6, None]
+    limits = (values.shape[-2] - 1, values.shape[-1] - 1)
+    rows, columns = (place[:, axis].floor().clamp(0, limits[axis]).long() for axis in (0, 1))
+    each = torch.arange(len(values), device=values.device)
+    return values[each[:, None, None], rows[:, :, None], columns[:, None, :]]

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_number("--max_tokens", args.max_tokens, 1, math.inf)
         check_number("--size", args.size, 1, math.inf)
         from amltrain.config.fields import override
-        from amltrain.data.text import SentenceTokenizer  # this and the next two import torch
+        from amltrain.data.loaders import load_tokenizer  # this and the next two import torch
         from amltrain.hub.convert import convert_official, summary
         from amltrain.models.registry import model_info
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preprocess = override(model_info(args.model).preprocess, own)
         name = args.tokenizer or str(preprocess.tokenizer)
         fix = "give --tokenizer FOLDER, or --tokenizer none to leave it out"
-        tokenizer = None if name == "none" else SentenceTokenizer.load(name, preprocess.max_tokens, fix)
+        tokenizer = None if name == "none" else load_tokenizer(name, preprocess, fix)
         conversion = convert_official(
             args.model,
             args.file,

@@ -26,7 +26,7 @@ from amltrain.data.dataset import OpenSplit, ReferDataset, read_sentences
 from amltrain.data.leakage import excluded_images
 from amltrain.data.rows import open_rows
 from amltrain.data.sampler import EpochSampler
-from amltrain.data.text import SentenceTokenizer
+from amltrain.data.text import TRAIN_WORDPIECE, SentenceTokenizer
 from amltrain.data.transforms import ImageTransform, View
 from amltrain.errors import SIGNALS, UserError, signals_held
 from amltrain.records import Batch, Sample
@@ -71,7 +71,7 @@ def build_writer(
 ) -> ConversationWriter | None:
     """Build what writes the conversations of a complete preprocess; None for a model that reads sentences alone.
 
-    tokenizer: gets the tokens that it lacks, which is why it is the model's own.
+    tokenizer: the model's own, with the tokens of `add_tokens`. Raises UserError where it has lost them.
     """
     if not preprocess.conversation:
         return None
@@ -85,15 +85,20 @@ def build_writer(
     )
 
 
+def load_tokenizer(name: str, preprocess: Preprocess, fix: str = TRAIN_WORDPIECE) -> SentenceTokenizer:
+    """Load a tokenizer for a model, with the tokens of its conversations. fix: advice where there is none."""
+    if not preprocess.conversation:
+        return SentenceTokenizer.load(name, preprocess.max_tokens, fix)
+    tokenizer = SentenceTokenizer.load(name, preprocess.max_tokens, fix, legacy=True)  # as LLaVA's
+    add_tokens(tokenizer, preprocess.conversation)
+    return tokenizer
+
+
 def build_tokenizer(data: DataConfig, preprocess: Preprocess) -> SentenceTokenizer:
     """Load the protocol's tokenizer; `wordpiece` is built from the training sentences."""
     assert preprocess.tokenizer and preprocess.max_tokens and preprocess.sentence_field
     if preprocess.tokenizer != "wordpiece":
-        if not preprocess.conversation:
-            return SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens)
-        tokenizer = SentenceTokenizer.load(preprocess.tokenizer, preprocess.max_tokens, legacy=True)  # as LLaVA's
-        add_tokens(tokenizer, preprocess.conversation)
-        return tokenizer
+        return load_tokenizer(preprocess.tokenizer, preprocess)
     splits = [_open_split(data, name, data.train_split) for name in data.datasets]
     sentences = (sentence for opened in splits for sentence in read_sentences(opened.rows, preprocess.sentence_field))
     if not preprocess.conversation:

@@ -32,7 +32,10 @@ def merge_folder(pretrained: Pretrained, folder: Path) -> int:
         before, after = (Exportable(model)(*inputs) for model in (pretrained.model.eval(), whole))
     difference = largest_difference(before, after)
     if not difference <= TOLERANCE:
-        raise UserError(f"{pretrained.folder}: the merged model differs by {difference:.2g} of its largest output")
+        raise UserError(
+            f"{pretrained.folder}: the merged model differs by {difference:.2g} of its largest output, more than "
+            f"{TOLERANCE:g}; nothing was written, use the model with its updates"
+        )
     save_pretrained(
         folder,
         name=pretrained.name,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from amltrain.data.dataset import ReferDataset
 from amltrain.errors import UserError, fits, type_name, unknown_name
+from amltrain.frames import at_view
 from amltrain.losses import check_channels
 from amltrain.models.base import RISModel
 from amltrain.records import Batch, Features, ModelOutput, Vocabulary
@@ -59,6 +60,10 @@ class Method(nn.Module):
 
     needs_regions: bool = False
     """Whether `forward` reads `Batch.regions`, the ground truth of every pixel."""
+    hides_images: bool = False
+    """Whether it hides parts of the image of every sentence; then sentences cannot share a picture (`with_image`)."""
+    hides_words: bool = False
+    """Whether it hides words in `input_ids`, which a model that reads conversations does not look at."""
 
     def __init__(self, model: RISModel, loss: nn.Module) -> None:
         super().__init__()
@@ -176,6 +181,22 @@ def mask_image(image: Tensor, blocks: Tensor, block: int) -> Tensor:
     """Image [B, 3, H, W] with the blocks [B, r, c] bool set to zero, which is the mean colour once normalised."""
     pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
     return image.masked_fill(pixels[:, None], 0.0)
+
+
+def with_image(batch: Batch, image: Tensor, blocks: Tensor, block: int) -> Batch:
+    """The batch with an image [B, 3, H, W] of its own for every sentence, in which the blocks [B, r, c] are hidden.
+
+    The second picture hides the same places. A conversation is then about its own sentence's picture; there is one for
+    each, see `Method.hides_images`.
+    """
+    view, talk = batch.view, batch.conversation
+    if view is not None:
+        pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
+        view = view.masked_fill(at_view(pixels, batch.geometry, view.shape[-1])[:, None], 0.0)
+    if talk is not None:
+        each = torch.arange(len(image), device=image.device)
+        talk = talk._replace(owner=talk.row.argsort(), pictures=each)
+    return batch._replace(image=image, view=view, conversation=talk)
 
 
 class Masking(NamedTuple):

@@ -129,6 +129,8 @@ class MaskGrounding(Method):
     "alignment_loss" and "words_found", the share of the hidden words that were named right (0 where none was hidden).
     """
 
+    hides_words = True
+
     def __init__(self, model: RISModel, loss: nn.Module, vocabulary: Vocabulary, options: MaskGroundingOptions) -> None:
         super().__init__(model, loss)
         assert model.fused_dims is not None

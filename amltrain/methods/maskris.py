@@ -34,6 +34,7 @@ from amltrain.methods.base import (
     mask_image,
     register_masker,
     register_method,
+    with_image,
 )
 from amltrain.models.base import RISModel
 from amltrain.randomness import uniform
@@ -148,6 +149,9 @@ class MaskRIS(Method):
     and "masked_share" of the image's blocks.
     """
 
+    hides_images = True
+    hides_words = True
+
     def __init__(
         self, model: RISModel, loss: nn.Module, masker: Masker, vocabulary: Vocabulary, options: MaskRISOptions
     ) -> None:
@@ -159,7 +163,8 @@ class MaskRIS(Method):
         clean = self.model(batch)
         truth = self.loss(clean, batch)
         blocks = self.masker(self.model, batch).blocks
-        masked = self.masked_sentences(batch)._replace(image=mask_image(batch.image, blocks, self.masker.block))
+        image = mask_image(batch.image, blocks, self.masker.block)
+        masked = with_image(self.masked_sentences(batch), image, blocks, self.masker.block)
         student = self.model(masked)
         weight = getattr(self.loss, "weight", None)
         distilled = distillation_loss(student.logits, clean.logits, weight)

@@ -27,13 +27,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import SamMaskDecoderConfig, SamVisionConfig
 
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.beit3 import BEiT3Encoder, load_beit3
 from amltrain.models.layers.basic import Tuning
-from amltrain.models.layers.prompted_sam import OFFICIAL_DROPS, PromptedSAM, PromptedSAM2
+from amltrain.models.layers.prompted_sam import OFFICIAL_DROPS, PromptedSAM, PromptedSAM2, sam_huge, sam_tiny
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 
@@ -190,12 +189,8 @@ def evfsam_beit3_large(
     vision_weights: SAM's: facebook/sam-vit-huge, or the official file. text_weights: BEiT-3's file
     (beit3_large_patch16_224.pth), of which image and words are used.
     """
-    vision = SamVisionConfig(
-        hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, global_attn_indexes=[7, 15, 23, 31]
-    )
-    sam = PromptedSAM(vision, SamMaskDecoderConfig(layer_norm_eps=1e-5))
     encoder = _beit3_large(vocab_size)
-    return _build(encoder, sam, vision_weights, text_weights, vision_tuning=vision_tuning, lora_rank=lora_rank)
+    return _build(encoder, sam_huge(), vision_weights, text_weights, vision_tuning=vision_tuning, lora_rank=lora_rank)
 
 
 @register_model(_info(1024, "YxZhang/evf-sam", 64))
@@ -290,22 +285,8 @@ def evfsam_tiny(
     drop_path_rate: float = 0.0,
 ) -> EVFSAM:
     """A small EVF-SAM, fully trained, that learns synthetic scenes from scratch; 96 pixels."""
-    vision = SamVisionConfig(
-        hidden_size=96,
-        output_channels=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=96,
-        patch_size=8,
-        window_size=5,
-        global_attn_indexes=[1, 3],
-        initializer_range=0.1,
-    )
-    decoder = SamMaskDecoderConfig(
-        hidden_size=64, mlp_dim=128, num_attention_heads=4, iou_head_hidden_dim=64, layer_norm_eps=1e-5
-    )
     encoder = _beit3_tiny(vocab_size, drop_path_rate)
-    return _build(encoder, PromptedSAM(vision, decoder), vision_weights, text_weights, vision_tuning="full")
+    return _build(encoder, sam_tiny(), vision_weights, text_weights, vision_tuning="full")
 
 
 @register_model(_info(96, "wordpiece", 24))

@@ -35,28 +35,24 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SamMaskDecoderConfig, SamVisionConfig
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.frames import MEAN_STD, inside_longest
-from amltrain.models.backbones.weights import fill, from_pretrained
+from amltrain.models.backbones.llava import NAMES, build_reader, llava_7b, load_reader, sizes_of
 from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.layers.basic import Tuning, tune
-from amltrain.models.layers.prompted_sam import OFFICIAL_DROPS, PromptedSAM
+from amltrain.models.layers.prompted_sam import OFFICIAL_DROPS, PromptedSAM, sam_huge, sam_tiny
 from amltrain.models.registry import ModelInfo, register_model
 from amltrain.records import IMAGE, UNSCORED, AlignmentFeatures, Batch, Conversation, Features, ModelOutput
 
-MASK_DECODER = SamMaskDecoderConfig(layer_norm_eps=1e-5)
 RENAMES = [
     (r"^(module\.)?base_model\.model\.", ""),
-    (r"^lm_head\.", "reader.lm_head."),
-    (r"^model\.vision_tower\.vision_tower\.vision_model\.", "reader.model.vision_tower."),
-    (r"^model\.mm_projector\.", "reader.model.multi_modal_projector."),
     (r"^model\.text_hidden_fcs\.0\.", "prompt."),
     (r"^model\.visual_model\.", "visual_model."),
-    (r"^model\.(embed_tokens|layers|norm)\.", r"reader.model.language_model.\1."),
+    *NAMES,
+    (r"^(lm_head|model)\.", r"reader.\1."),
 ]
 DROPS = [
     (rf"((module\.)?base_model\.model\.)?model\.{pattern}", reason)
@@ -350,91 +346,6 @@ def _positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def build_reader(config: LlavaConfig, tokens: int, linear: bool = True) -> LlavaForConditionalGeneration:
-    """Build LLaVA for a vocabulary of `tokens`; its image token needs no row, because image and words are put together
-    here. linear: a projector of one layer (LLaVA 1.0) in place of two.
-    """
-    text: Any = config.text_config
-    vision: Any = config.vision_config
-    text.vocab_size, config.image_token_id = tokens, 0
-    reader = LlavaForConditionalGeneration(config)
-    if linear:
-        inner: Any = reader.model
-        inner.multi_modal_projector = nn.Linear(vision.hidden_size, text.hidden_size)
-    return reader
-
-
-def load_reader(reader: LlavaForConditionalGeneration, weights: str) -> None:
-    """Fill it from LLaVA as transformers has it: a Hub id or folder (llava-hf/llava-1.5-7b-hf).
-
-    Rows of tokens that were added, [SEG] and others, keep their random start, N(0, 0.02).
-    """
-    found = from_pretrained(LlavaForConditionalGeneration, weights, ("LLaVA", "model.text_weights")).state_dict()
-    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
-        own = reader.state_dict()[name]
-        rows = min(len(found[name]), len(own))
-        found[name] = torch.cat([found[name][:rows].to(own.dtype), own[rows:]])
-    fill(reader, found, weights)
-
-
-def _sizes(
-    *,
-    width: int,
-    layers: int,
-    heads: int,
-    mlp: int,
-    clip: int,
-    clip_layers: int,
-    clip_heads: int,
-    pixels: int,
-    patch: int,
-    positions: int,
-) -> LlavaConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=clip,
-        intermediate_size=4 * clip,
-        num_hidden_layers=clip_layers,
-        num_attention_heads=clip_heads,
-        image_size=pixels,
-        patch_size=patch,
-    )
-    text = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=positions,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-    )
-    return LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-2, projector_hidden_act="gelu")
-
-
-def llava_7b() -> LlavaConfig:
-    """LLaVA 7B v1.1: Vicuna 7B, CLIP ViT-L/14 at 224 pixels."""
-    return _sizes(
-        width=4096,
-        layers=32,
-        heads=32,
-        mlp=11008,
-        clip=1024,
-        clip_layers=24,
-        clip_heads=16,
-        pixels=224,
-        patch=14,
-        positions=2048,
-    )
-
-
-def sam_huge() -> PromptedSAM:
-    """SAM ViT-H at 1024 pixels."""
-    vision = SamVisionConfig(
-        hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, global_attn_indexes=[7, 15, 23, 31]
-    )
-    return PromptedSAM(vision, MASK_DECODER)
-
-
 PROTOCOL = Protocol(
     frame="original", threshold=0.5, interpolation="cropped", sentences="all", ties="ge", mask_parts="union"
 )
@@ -477,7 +388,7 @@ def _assemble(
     if vision_weights is not None:
         sam.load(vision_weights)
     if text_weights is not None:
-        load_reader(reader, text_weights)
+        load_reader(reader, text_weights, model["segment"])
     return MLLMSegmenter(reader, sam, **model)
 
 
@@ -520,7 +431,7 @@ def gsva_7b(
 ) -> MLLMSegmenter:
     """GSVA with LLaVA 7B v1.1 and SAM ViT-H; answers [SEG] or [REJ].
 
-    vision_weights: SAM's, facebook/sam-vit-huge or the official file. text_weights: LLaVA's, in transformers' form.
+    vision_weights: SAM's, facebook/sam-vit-huge or the official file. text_weights: folder with LLaVA's files.
     answer_tokens: ids of [SEG] and [REJ]; null = 32000 and 32001. text_tuning: how the language model's layers train.
     """
     lora = {"lora_rank": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
@@ -564,7 +475,7 @@ def mllm_tiny(
     answer_tokens: ids of the two; null = two rows behind the vocabulary.
     """
     segment, reject = answer_tokens or (vocab_size, vocab_size + 1)
-    sizes = _sizes(
+    sizes = sizes_of(
         width=96,
         layers=3,
         heads=4,
@@ -576,23 +487,9 @@ def mllm_tiny(
         patch=8,
         positions=256,
     )
-    vision = SamVisionConfig(
-        hidden_size=96,
-        output_channels=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=96,
-        patch_size=8,
-        window_size=5,
-        global_attn_indexes=[1, 3],
-        initializer_range=0.1,
-    )
-    decoder = SamMaskDecoderConfig(
-        hidden_size=64, mlp_dim=128, num_attention_heads=4, iou_head_hidden_dim=64, layer_norm_eps=1e-5
-    )
     return _assemble(
         build_reader(sizes, max(vocab_size, segment + 1, reject + 1)),
-        PromptedSAM(vision, decoder),
+        sam_tiny(),
         vision_weights,
         text_weights,
         segment=segment,

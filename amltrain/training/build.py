@@ -98,6 +98,8 @@ def build_components(
     if config.train.sync_batchnorm and processes > 1 and on_cuda:
         # timm's, because torch's own would drop the activation inside timm's fused batch norms
         built = convert_sync_batchnorm(built)
+    if preprocess.conversation:
+        check_conversations(config, built)
     mask_parts = train_mask_parts(config)
     dataset = build_train_dataset(
         config.data,
@@ -115,6 +117,20 @@ def build_components(
     if config.checkpoint.frozen == "left_out":
         base = find_base(given, {key: getattr(config.model, key) for key in SOURCES})
     return RunComponents(built, dataset, loaders, tokenizer, preprocess, protocol, kwargs, base)
+
+
+def check_conversations(config: RunConfig, method: Method) -> None:
+    """Raise UserError for a method that a model which reads conversations cannot be trained with."""
+    if method.hides_words:
+        raise UserError(
+            f"method {config.method} hides words of the sentences, and {config.model.name} reads conversations, where "
+            f"they would stay; use supervised or aml, or preprocess.conversation ''"
+        )
+    if method.hides_images and config.data.sentences_per_image > 1:
+        raise UserError(
+            f"method {config.method} hides parts of the picture for every sentence, so sentences cannot share one; set "
+            f"data.sentences_per_image to 1"
+        )
 
 
 def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Path | None) -> SentenceTokenizer:
@@ -271,7 +287,7 @@ def frozen_parameters(model: nn.Module) -> dict[str, int]:
     """Count the parameters that do not train, of the vision and of the text encoder."""
     counts = {"vision": 0, "text": 0}
     for name, child in model.named_children():
-        encoder = "text" if name.startswith("text") else "vision"
+        encoder = "text" if name.startswith(("text", "reader")) else "vision"
         counts[encoder] += sum(p.numel() for p in child.parameters() if not p.requires_grad)
     return counts
 

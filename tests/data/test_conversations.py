@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from amltrain.data.conversations import ConversationWriter, Kind, add_tokens, words_of
+from amltrain.data.loaders import build_writer, load_tokenizer
 from amltrain.data.text import SentenceTokenizer
 from amltrain.errors import UserError
+from amltrain.models import model_info
 from amltrain.records import IMAGE, UNSCORED, Sample
 
 PATCHES = 16
@@ -157,3 +159,11 @@ def test_a_tokenizer_that_lost_its_answers_is_named() -> None:
     plain = SentenceTokenizer.train_wordpiece(["a ball"], 24)
     with pytest.raises(UserError, match=r"has lost \[SEG\], \[REJ\], .*use the whole tokenizer"):
         writer(plain)
+
+
+def test_a_converted_models_tokenizer_has_its_answers(shared_dir: Path) -> None:
+    """What `convert` and a run load for a model in conversation is the same."""
+    preprocess = model_info("gsva_7b").preprocess
+    tokenizer = load_tokenizer(str(shared_dir / "goldens" / "gsva" / "tokenizer"), preprocess)
+    assert tokenizer.tokenizer.convert_tokens_to_ids(["[SEG]", "[REJ]"]) == [440, 441]
+    assert build_writer(preprocess, tokenizer, "written") is not None

@@ -6,19 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPVisionModel
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 from amltrain.commands.train import read_run
 from amltrain.data.transforms import ImageTransform, View, normalise
+from amltrain.errors import UserError
 from amltrain.evaluation.metrics import metric_terms, scored_columns
-from amltrain.frames import from_longest, inside_longest, longest_side
+from amltrain.frames import at_view, from_longest, inside_longest, longest_side
+from amltrain.methods.base import mask_image, with_image
 from amltrain.models import create_model
+from amltrain.models.backbones.llava import build_reader, load_reader, sizes_of
 from amltrain.models.mllm import MLLMSegmenter
 from amltrain.records import IMAGE, UNSCORED, Batch, Conversation
 from amltrain.training.optim import lr_factor
 from tests.models.test_registry import make_batch
 from tests.parity import compare, gsva
+from tests.training import runs
 
 
 def case(shared_dir: Path, name: str, config: str) -> tuple[MLLMSegmenter, dict[str, Tensor], dict[str, Tensor]]:
@@ -247,3 +253,121 @@ def test_the_official_scores_of_recorded_masks(shared_dir: Path) -> None:
         ("cIoU", rela["cIoU"]),
     ):
         assert metric_terms(name, samples, "generalized").percent() == pytest.approx(100 * value, abs=1e-3), name
+
+
+def official_llava(folder: Path, reader: LlavaForConditionalGeneration, tokens: int) -> Path:
+    """A folder as LLaVA is published: two shards of its own keys, and a config that names CLIP's folder."""
+    state = reader.state_dict()
+    tower = CLIPVisionModel(reader.config.vision_config)
+    tower.save_pretrained(folder / "clip")
+    named = {}
+    for key, value in state.items():
+        if not key.startswith("model.vision_tower."):
+            named[key.replace("model.language_model.", "model.").replace("multi_modal_projector", "mm_projector")] = (
+                value
+            )
+    for key in ("lm_head.weight", "model.embed_tokens.weight"):
+        named[key] = named[key][:tokens].clone()
+    named["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    keys = sorted(named)
+    for number, part in enumerate((keys[::2], keys[1::2])):
+        save_file(
+            {key: named[key].contiguous() for key in part}, folder / f"model-0000{number + 1}-of-00002.safetensors"
+        )
+    (folder / "config.json").write_text(json.dumps({"mm_vision_tower": str(folder / "clip")}))
+    return folder
+
+
+def test_llavas_own_files_fill_the_reader_and_added_tokens_stay_random(tmp_path: Path) -> None:
+    sizes = {"width": 16, "layers": 1, "heads": 2, "mlp": 24, "clip": 12, "clip_layers": 2, "clip_heads": 2}
+    torch.manual_seed(0)
+    published, mine = (build_reader(sizes_of(**sizes, pixels=16, patch=8, positions=64), tokens) for tokens in (50, 54))
+    folder = official_llava(tmp_path, published, 50)
+    before = mine.state_dict()["lm_head.weight"][47:].clone()
+    load_reader(mine, str(folder), tokens=47)  # [SEG] has the place of a piece that this LLaVA was padded with
+    theirs, ours = published.state_dict(), mine.state_dict()
+    tower = CLIPVisionModel.from_pretrained(folder / "clip").state_dict()
+    for key, value in ours.items():
+        if key in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+            assert torch.equal(value[:47], theirs[key][:47])
+        elif key.startswith("model.vision_tower."):
+            assert torch.equal(value, tower[key.removeprefix("model.vision_tower.")])
+        else:
+            assert torch.equal(value, theirs[key]), key
+    assert torch.equal(ours["lm_head.weight"][47:], before)
+    with pytest.raises(UserError, match=r"has 50 rows and the tokenizer 51 tokens of its own; use LLaVA's tokenizer"):
+        load_reader(mine, str(folder), tokens=51)
+    with pytest.raises(UserError, match=r"no folder with its \.safetensors or \.bin files; download it"):
+        load_reader(mine, "llava/none", tokens=47)
+    save_file({"something.weight": torch.ones(2)}, folder / "other.safetensors")
+    with pytest.raises(UserError, match=r"keys that are not LLaVA's, first something\.weight"):
+        load_reader(mine, str(folder), tokens=47)
+
+
+def test_what_is_hidden_is_hidden_in_both_pictures() -> None:
+    """Blocks of SAM's picture, and the same places of the closer one, for pictures of any shape and either resize."""
+    for height, width in ((60, 100), (97, 64), (80, 80), (31, 200)):
+        for resize in ("longest", "square"):
+            transform = ImageTransform(96, resize, "imagenet")  # type: ignore[arg-type]
+            geometry = transform.geometry(height, width)[None]
+            blocks = torch.rand(1, 12, 12, generator=torch.Generator().manual_seed(height)) > 0.5
+            hidden = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+            # the same blocks painted on the original picture, then looked at as the reader does
+            rows, columns = (
+                (((torch.arange(n) + 0.5) * geometry[0, 2 + axis]).floor().long())
+                for axis, n in ((0, height), (1, width))
+            )
+            painted = hidden[0][rows[:, None].clamp(max=95), columns.clamp(max=95)]
+            seen = View(56)(Image.fromarray(painted.numpy().astype("uint8") * 255).convert("RGB"))[0] > 127
+            found = at_view(hidden, geometry, 56)[0]
+            assert (found == seen).float().mean() > 0.9, (height, width, resize)
+            assert 0 < found.float().mean() < 1
+
+
+def test_every_sentence_has_its_own_hidden_places() -> None:
+    """Two sentences about one picture hide different blocks of it; a conversation about it shows each its own."""
+    batch = make_batch("mllm_tiny", 96, 96, count=2)
+    view = torch.ones(2, 3, 96, 96)
+    geometry = torch.tensor([[96.0, 96, 1, 1, 0, 0]] * 2)
+    model = trained().eval()
+    talk = model._short(batch)._replace(owner=torch.tensor([0, 0]), pictures=torch.tensor([0]))
+    blocks = torch.zeros(2, 3, 3, dtype=torch.bool)
+    blocks[0, 0, 0] = blocks[1, 2, 2] = True
+    image = mask_image(batch.image, blocks, 32)
+    masked = with_image(batch._replace(view=view, geometry=geometry, conversation=talk), image, blocks, 32)
+    assert masked.conversation is not None and masked.view is not None
+    assert masked.conversation.owner.tolist() == [0, 1] == masked.conversation.pictures.tolist()
+    assert (masked.view[0, :, :32, :32] == 0).all() and (masked.view[0, :, 32:] == 1).all()
+    assert (masked.view[1, :, 64:, 64:] == 0).all() and (masked.view[1, :, :64] == 1).all()
+    with torch.no_grad():
+        together = model(masked).logits
+        alone = [model(one(masked, i)._replace(conversation=model._short(one(masked, i)))).logits for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def one(batch: Batch, row: int) -> Batch:
+    return batch.mapped(lambda value: value[row : row + 1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--method", "maskris"], r"maskris hides words of the sentences, and mllm_tiny reads conversations"),
+        (["--method", "aml", "--data.sentences_per_image", "2"], r"set data\.sentences_per_image to 1"),
+    ],
+)
+def test_methods_that_a_conversation_cannot_bear_are_rejected(
+    flags: list[str], said: str, shapes: Path, tmp_path: Path
+) -> None:
+    talks = [
+        "--model.name",
+        "mllm_tiny",
+        "--model.kwargs",
+        "{}",
+        "--preprocess.conversation",
+        "gsva",
+        "--preprocess.image_tokens",
+        "144",
+    ]
+    with pytest.raises(UserError, match=said):
+        runs.run(shapes, tmp_path / "run", *talks, "--preprocess.size", "96", *flags)

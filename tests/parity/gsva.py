@@ -13,8 +13,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SamMaskDeco
 
 from amltrain.frames import from_longest
 from amltrain.losses import create_loss
+from amltrain.models.backbones.llava import build_reader
 from amltrain.models.layers.prompted_sam import PromptedSAM
-from amltrain.models.mllm import MLLMSegmenter, build_reader
+from amltrain.models.mllm import MLLMSegmenter
 from amltrain.records import IMAGE, UNSCORED, Batch, Conversation, ModelOutput
 from tests.parity.compare import Adapter, Read, ReadOutput
 

@@ -30,7 +30,7 @@ from amltrain.methods.aml.scorers import (
     grounding_loss,
 )
 from amltrain.methods.aml.similarity import Calibration
-from amltrain.methods.base import Method, Reduce, mask_image, register_method, spread_blocks
+from amltrain.methods.base import Method, Reduce, mask_image, register_method, spread_blocks, with_image
 from amltrain.models.base import RISModel
 from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput, Vocabulary
 
@@ -44,6 +44,8 @@ class AML(Method):
     forward(batch) returns "loss" [] and, detached: the loss's own values (prefixed `clean_` for the unmasked image),
     "masked_share" [] of the blocks and "mean_score" [] of the patches. Nothing waits for the device.
     """
+
+    hides_images = True
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class AML(Method):
         if self.level == "loss":
             weighed = batch._replace(loss_weight=self.loss_weights(blocks, probe.scores, batch))
             return self._with_extras(self.loss(self.model(batch), weighed), probe, blocks, batch)
-        masked = batch._replace(image=self.masked_image(batch.image, blocks, probe.scores))
+        masked = with_image(batch, self.masked_image(batch.image, blocks, probe.scores), blocks, self.masker.block)
         return self._with_extras(self.loss(self.model(masked), masked), probe, blocks, batch)
 
     def loss_weights(self, blocks: Tensor, scores: Tensor, batch: Batch) -> Tensor:
@@ -109,7 +111,7 @@ class AML(Method):
         output = self.model.decode(features, batch)
         probe = self.probe(batch, features, output)
         blocks = self.blocks(probe.scores, batch, self.masker.factors(self.model, batch, features, output))
-        masked = batch._replace(image=self.masked_image(batch.image, blocks, probe.scores))
+        masked = with_image(batch, self.masked_image(batch.image, blocks, probe.scores), blocks, self.masker.block)
         clean = self.loss(output, batch)
         result = self.loss(self.model.decode(self.model.reencode_image(masked, features), masked), masked)
         total = self.clean_loss_weight * clean["loss"] + (1 - self.clean_loss_weight) * result["loss"]

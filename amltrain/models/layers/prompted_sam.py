@@ -210,6 +210,33 @@ class PromptedSAM2(PromptedSAM):
         return masks.gather(1, best)
 
 
+def sam_huge() -> PromptedSAM:
+    """SAM ViT-H at 1024 pixels."""
+    vision = SamVisionConfig(
+        hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, global_attn_indexes=[7, 15, 23, 31]
+    )
+    return PromptedSAM(vision, SamMaskDecoderConfig(layer_norm_eps=1e-5))
+
+
+def sam_tiny() -> PromptedSAM:
+    """A small SAM at 96 pixels that learns from scratch."""
+    vision = SamVisionConfig(
+        hidden_size=96,
+        output_channels=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=96,
+        patch_size=8,
+        window_size=5,
+        global_attn_indexes=[1, 3],
+        initializer_range=0.1,
+    )
+    decoder = SamMaskDecoderConfig(
+        hidden_size=64, mlp_dim=128, num_attention_heads=4, iou_head_hidden_dim=64, layer_norm_eps=1e-5
+    )
+    return PromptedSAM(vision, decoder)
+
+
 def _start(positions: Any) -> None:
     """Start a position table that transformers starts at 0.
 
