@@ -370,15 +370,15 @@ def _minutes(samples: float, size: int, threads: int) -> float:
 
 
 def _choose_micro(pick: Any, base: Base, machine: Machine, size: int, batch: int) -> None:
-    """The most samples at a time that memory has room for; the rest is accumulated."""
+    """The most samples at a time that fit into the free memory; the rest is accumulated."""
     each = base.sample * (size / base.sizes[-1]) ** 2
-    room = 0.8 * machine.memory - base.fixed
+    free = 0.8 * machine.memory - base.fixed
     micro = batch
-    while micro > 1 and micro * each > room:
+    while micro > 1 and micro * each > free:
         micro //= 2
     kind = f"{machine.memory:.0f} GiB of {'memory' if machine.device != 'cuda' else machine.name}"
     share = "all at once" if micro == batch else f"{batch // micro} times accumulated"
-    pick("train.micro_batch_size", micro, f"{kind} holds about {max(0.0, room) / each:.0f} samples: {share}")
+    pick("train.micro_batch_size", micro, f"{kind} holds about {max(0.0, free) / each:.0f} samples: {share}")
 
 
 def _run_findings(length: str, steps: int, warmup: int, every: int, batch: int, facts: Facts) -> list[str]:

@@ -236,7 +236,7 @@ def cure(error: OSError, otherwise: str = "choose another folder") -> str:
     if error.errno in NO_LOCKS:
         return f"this file system has no file locks: choose a folder on a disk that has them ({otherwise})"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"make room, or {otherwise}"
+        return f"free up space, or {otherwise}"
     if error.errno in FORBIDDEN:
         return f"make it writable, or {otherwise}"
     if error.errno in FAILING:

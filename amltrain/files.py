@@ -253,12 +253,12 @@ def way_out(error: Exception | None, folder: Path) -> str:
     if number in FORBIDDEN:
         return f"{free_space(folder)}; saved checkpoints are intact, make {folder} writable and run again"
     if number == errno.EDQUOT:
-        return "your quota there is used up; saved checkpoints are intact, make room and run again"
+        return "your quota there is used up; saved checkpoints are intact, free up space and run again"
     if number in FAILING:
         return "the disk or the network file system fails; saved checkpoints are intact, check it and run again"
     if number not in NO_ROOM and number is not None:
         return "saved checkpoints are intact, run again to resume"
-    return f"{free_space(folder)}; saved checkpoints are intact, make room and run again"
+    return f"{free_space(folder)}; saved checkpoints are intact, free up space and run again"
 
 
 def os_fault(error: OSError, folder: Path) -> str:

@@ -270,7 +270,7 @@ def import_plugin(name: str) -> None:
     is_file = path.suffix == ".py" or path.is_file()
     if is_file and not path.is_file():
         raise UserError(
-            f"{FLAG}: " + (f"{name} is a folder; give a file" if path.is_dir() else f"there is no file {name}")
+            f"{FLAG}: " + (f"{name} is a folder; give a file" if path.is_dir() else f"{name} does not exist")
         )
     if is_file and path.suffix != ".py":
         raise UserError(f"{FLAG}: {name} is not a Python file; give one whose name ends in .py")

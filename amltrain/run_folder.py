@@ -428,7 +428,7 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
     if local.exists():
         raise UserError(f"{source} has no {CONFIG_FILE} and no best/model; give a run or a model folder, e.g. RUN/last")
     _reject_checkpoint(local)
-    from amltrain.network import download_model  # imports the Hub's client, only where a name is no folder
+    from amltrain.network import download_model  # imports the Hub's client, only where a name is not a folder
 
     return download_model(str(source), revision, MODEL_FILES)
 

@@ -43,12 +43,12 @@ FILES = {
 }
 
 
-def room_of(module: str) -> str:
+def part_of(module: str) -> str:
     return module.split(".")[1]
 
 
 def layer_of(module: str) -> int:
-    return next(level for level, rooms in enumerate(LAYERS) if room_of(module) in rooms)
+    return next(level for level, parts in enumerate(LAYERS) if part_of(module) in parts)
 
 
 @cache
@@ -67,10 +67,10 @@ def imports(module: str) -> frozenset[str]:
 @pytest.mark.parametrize("module", sorted(FILES.keys() - {"amltrain"}))
 def test_imports_go_down(module: str) -> None:
     for imported in imports(module):
-        if room_of(imported) == room_of(module):
+        if part_of(imported) == part_of(module):
             continue
         assert layer_of(imported) <= layer_of(module), f"{module} imports {imported} from a higher layer"
-        between = {room_of(imported), room_of(module)}
+        between = {part_of(imported), part_of(module)}
         assert not between <= INDEPENDENT, f"{module} imports {imported}; these packages must stay independent"
 
 
@@ -89,7 +89,7 @@ def test_no_import_circle() -> None:
         visit(module, ())
 
 
-def test_every_room_has_a_layer() -> None:
+def test_every_part_has_a_layer() -> None:
     for module in FILES.keys() - {"amltrain"}:
         assert layer_of(module) >= 0
 

@@ -43,7 +43,7 @@ def test_what_is_not_a_plugin_is_rejected(tmp_path: Path) -> None:
     for name, said in (
         (str(tmp_path / "notes.txt"), "is not a Python file"),
         (str(tmp_path / "folder.py"), "is a folder"),
-        (str(tmp_path / "none.py"), "there is no file"),
+        (str(tmp_path / "none.py"), "does not exist"),
         (".mine", "is a relative name"),
     ):
         with pytest.raises(UserError, match=said):

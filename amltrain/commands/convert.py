@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from amltrain.models.registry import model_info
 
         if not Path(args.file).is_file():
-            raise UserError(f"--file: there is no file {args.file}")
+            raise UserError(f"--file: {args.file} does not exist")
         own = PreprocessOverrides(size=args.size, max_tokens=args.max_tokens)
         preprocess = override(model_info(args.model).preprocess, own)
         name = args.tokenizer or str(preprocess.tokenizer)

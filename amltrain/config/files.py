@@ -149,7 +149,7 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Found:
     close = same_end or [str(Path(name).with_name(own)) for own in beside]
     close = close or difflib.get_close_matches(wanted, shipped, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else "`amltrain list configs` lists the shipped names"
-    raise UserError(f"{asked_by}: there is no file and no shipped config {name}; {hint}")
+    raise UserError(f"{asked_by}: no file or shipped config is named {name}; {hint}")
 
 
 def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:

@@ -30,29 +30,29 @@ class Source(NamedTuple):
     """A file of a data set. mirrors: URLs in the order in which they are tried. folder: where it goes, below the root.
 
     bytes, sha256: of the file, None where they are not known. unpack: a zip archive whose members go to `folder`.
-    proof: paths below the root that show that it was unpacked. room: bytes of everything when unpacked, about.
+    proof: paths below the root that show that it was unpacked. size: bytes of everything when unpacked, about.
     """
 
     mirrors: tuple[str, ...]
     name: str
     folder: str
     proof: tuple[str, ...]
-    room: int
+    size: int
     bytes: int | None = None
     sha256: str | None = None
     unpack: bool = True
 
 
-def _refer(name: str, split_by: str, room: int) -> Source:
+def _refer(name: str, split_by: str, size: int) -> Source:
     quoted = name.replace("+", "%2B")
     mirrors = (f"{_ARCHIVE}/{name}.zip", f"{_ARCHIVE}/{quoted}.zip")
     proof = (f"{name}/refs({split_by}).p", f"{name}/instances.json")
-    return Source(tuple(dict.fromkeys(mirrors)), f"{name}.zip", "", proof, room)
+    return Source(tuple(dict.fromkeys(mirrors)), f"{name}.zip", "", proof, size)
 
 
-def _grefcoco(file: str, room: int) -> Source:
+def _grefcoco(file: str, size: int) -> Source:
     mirrors = (f"{_HUB}/FudanCVL/gRefCOCO/resolve/main/{file}",)
-    return Source(mirrors, file, "grefcoco", (f"grefcoco/{file}",), room, unpack=False)
+    return Source(mirrors, file, "grefcoco", (f"grefcoco/{file}",), size, unpack=False)
 
 
 SOURCES: dict[str, tuple[Source, ...]] = {
@@ -85,7 +85,7 @@ def download(
     """Download the named data sets below `root`; skip files that exist already.
 
     A file is downloaded as `.NAME.part`, verified, and renamed. Rerun after an interruption to resume.
-    Raises UserError when no mirror has the file, the file is wrong, or the disk has no room.
+    Raises UserError when no mirror has the file, the file is wrong, or the disk is full.
     """
     known = SOURCES if sources is None else sources
     for name in names:
@@ -94,7 +94,7 @@ def download(
     todo = [s for name in names for s in known[name] if not all((root / path).exists() for path in s.proof)]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _check_room(root, todo)
+        _check_free_space(root, todo)
         for source in todo:
             log(f"{source.name}: {_fetch(source, root, keep_archives, progress)}")
     except OSError as error:
@@ -103,8 +103,8 @@ def download(
         log(f"everything is in {root} already")
 
 
-def _check_room(root: Path, todo: Sequence[Source]) -> None:
-    wanted, free = sum(source.room for source in todo), shutil.disk_usage(root).free
+def _check_free_space(root: Path, todo: Sequence[Source]) -> None:
+    wanted, free = sum(source.size for source in todo), shutil.disk_usage(root).free
     if wanted > free:
         raise UserError(
             f"{root} has {free / 1e9:.1f} GB free and {wanted / 1e9:.1f} GB are needed; choose another --root"

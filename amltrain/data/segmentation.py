@@ -141,7 +141,7 @@ def _fault(polygon: Any, height: int, width: int) -> str | None:
     if len(polygon) % 2:
         return "a polygon has an odd number of coordinates"
     if not set(map(type, polygon)) <= {int, float}:
-        return "a polygon has a coordinate that is no number"
+        return "a polygon has a coordinate that is not a number"
     try:
         points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     except OverflowError:  # an integer of hundreds of digits

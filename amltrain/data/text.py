@@ -102,11 +102,11 @@ class SentenceTokenizer:
     def cut(self, sentence: str) -> str:
         """Return the words from the first truncated one on; empty if all are read."""
         words = sentence.split()
-        room = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
+        limit = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
         read, more = 0, len(words)  # of the first words, so many fit for certain, and at most so many
         while read < more:
             middle = (read + more + 1) // 2
-            if len(self._encode(" ".join(words[:middle]))) <= room:
+            if len(self._encode(" ".join(words[:middle]))) <= limit:
                 read = middle
             else:
                 more = middle - 1

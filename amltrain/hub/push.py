@@ -208,7 +208,7 @@ def check_access(repo: str, *, online: bool = True) -> None:
 
 def _whole_model_folder(source: Path) -> Path:
     if not source.exists():
-        raise UserError(f"there is no folder {source}; name a model folder, e.g. RUN/best")
+        raise UserError(f"folder {source} does not exist; name a model folder, e.g. RUN/best")
     folder = find_model_folder(source).resolve()
     check_model(folder)
     base = read_base(folder)

@@ -14,7 +14,7 @@ prediction takes one pass: [SEG] against [REJ] where the answer is due, with no 
 Kept: the state before [SEG], not at it; a rejected sentence in training has logits of 0 everywhere, without gradient,
 which count in the mean of the loss; SAM's decoder with epsilon 1e-5.
 
-Not kept: the official code builds LLaVA's trained projector anew, with random values, and freezes it. The parts of SAM
+Not kept: the official code builds LLaVA's trained projector again, with random values, and freezes it. The parts of SAM
 that no mask is read from stay frozen (official: trained, with a gradient of 0). A batch without `view` makes the
 language model's picture from SAM's; the official one is cut from the original.
 

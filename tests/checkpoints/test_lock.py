@@ -141,7 +141,7 @@ def test_where_folders_cannot_be_locked_a_start_waits_for_another_but_not_for_a_
         assert not list(tmp_path.iterdir())
     else:
         monkeypatch.setattr(locks, "TURN_TAKES", 0.2)
-        os.utime(turn, (2**32, 2**32))  # as of one that goes on making its turn
+        os.utime(turn, (2**32, 2**32))  # as of one that is still making its turn
         with pytest.raises(UserError, match=r"\.lock\.turn: another start does not end; remove this folder; choose"):
             OutputLock(tmp_path).acquire()
         assert [path.name for path in tmp_path.iterdir()] == [turn.name]

@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.training.failing_calls import EndedError, forked, misanswered, places, preload
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "ESTALE", "ETIMEDOUT", "EROFS")
-CURES = ("make room", "make it writable", "check it", "choose another")
+CURES = ("free up space", "make it writable", "check it", "choose another")
 """What a sentence advises, one of them."""
 Action = Callable[[Path], None]
 

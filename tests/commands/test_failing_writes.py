@@ -42,8 +42,8 @@ FAULTS = {
     "EIO": "the disk or the network file system fails: check it",
     "ESTALE": "the disk or the network file system fails: check it",
     "ETIMEDOUT": "the disk or the network file system fails: check it",
-    "EDQUOT": "make room",
-    "ENOSPC": "make room",
+    "EDQUOT": "free up space",
+    "ENOSPC": "free up space",
     "EROFS": "make it writable",
 }
 
@@ -79,7 +79,7 @@ def test_a_file_is_new_or_as_it_was(tmp_path: Path) -> None:
             temporary.write_text("tw")
             raise OSError(errno.ENOSPC, "full")
 
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free up space"):
         fails()
     assert path.read_text() == "one" and [p.name for p in path.parent.iterdir()] == ["b.txt"]
 
@@ -99,7 +99,7 @@ def test_output_that_goes_to_a_full_disk() -> None:
         command = [sys.executable, "-m", "amltrain", "list", "models"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ") and "make room" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "free up space" in done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
@@ -127,7 +127,7 @@ def test_half_a_row_of_a_kill_is_left_out_and_a_failed_one_taken_back(tmp_path: 
             output._file = Filling(output._file)
             output.add({"image": "c.png", "sentence": "red"})
 
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(UserError, match="free up space"):
         fills()
     assert output.rows_file.read_bytes() == whole
 

@@ -21,7 +21,7 @@ from amltrain.errors import UserError
         (b"model:\n  name: a\n  name: b\n", r"run\.yaml, line 3: model\.name is already set in line 2"),
         (b"model: layer.yaml\n", r"run\.yaml, line 1: model is a group of keys, not layer\.yaml; .*`base: \[FILE\]`"),
         (b"evaluation:\n  protocol: x.yaml\n", r"run\.yaml, line 2: evaluation\.protocol is a group of keys"),
-        (b"seed: 1\nbase: [gone]\n", r"run\.yaml, line 2, base: there is no file and no shipped config gone"),
+        (b"seed: 1\nbase: [gone]\n", r"run\.yaml, line 2, base: no file or shipped config is named gone"),
         (b"base: [models/cris_r10]\n", r"run\.yaml, line 1, base: .* did you mean models/cris_r101"),
         (b"base: {a: 1}\n", r"run\.yaml, line 1, base should be a list of files"),
         (b"base: []\n", r"run\.yaml, line 1, base should be a list of files"),
@@ -131,8 +131,8 @@ def test_a_variant_is_its_file_with_a_few_changes(tmp_path: Path) -> None:
         ("variants:\n  slow:\n    base: [other]\n", r"line 3: variant slow cannot hold base; write a file of its own"),
         ("variants:\n  slow:\n    variants: {a: {seed: 1}}\n", r"line 3: variant slow cannot hold variants"),
         ("seed: 1\nvariants: {slower: {seed: 1}}\n", r"did you mean .*mine_slower"),
-        ("seed: 1\nvariants: [slow]\n", "there is no file and no shipped config"),
-        ("seed: 1\nvariants: {}\n", "there is no file and no shipped config"),
+        ("seed: 1\nvariants: [slow]\n", "no file or shipped config is named"),
+        ("seed: 1\nvariants: {}\n", "no file or shipped config is named"),
     ],
 )
 def test_variants_that_cannot_be_read(text: str, message: str, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_an_augmentation_by_its_name_alone_gets_its_defaults(tmp_path: Path) -> 
         (["--model", "lavt_tiny"], "model: lavt_tiny is not a group of keys; did you mean --model.name lavt_tiny, or"),
         (["--aml.preset", "papr"], "'paper', 'released'"),
         (["--hub.push", "best"], "--hub.repo"),
-        (["--config", "nowhere.yaml"], "--config: there is no file and no shipped config nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "--config: no file or shipped config is named nowhere.yaml"),
         (["--model", "nowhere.yaml"], "model: nowhere.yaml is not a group of keys"),
         (["--evaluation.splits", "val"], "expected list, e.g. '[val]'"),
         (["--train.mixed_precision", "fp32"], "fp32 does not fit; expected 'no', 'fp16', 'bf16' or null"),

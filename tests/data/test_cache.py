@@ -203,7 +203,7 @@ def test_a_disk_that_cannot_reserve_the_images_is_said_before_they_are_written(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     rows, transform = open_rows(own, "refshapes", "val"), ImageTransform(24, "square", "clip")
-    with pytest.raises(UserError, match=r"could not write .*No space left on device.*make room"):
+    with pytest.raises(UserError, match=r"could not write .*No space left on device.*free up space"):
         write_presized(own, "refshapes", "val", rows, transform, progress=False)
     monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")))
     assert write_presized(own, "refshapes", "val", rows, transform, progress=False).is_dir()

@@ -24,7 +24,7 @@ from amltrain.data.sources.refer import read_refer
 from tests.data.original import IMAGES, Original
 
 FORK = multiprocessing.get_context("fork")
-MAKE_ROOM = "could not write .*refcoco.*; nothing was left there; make room, or choose another output"
+FREE_UP_SPACE = "could not write .*refcoco.*; nothing was left there; free up space, or choose another output"
 
 
 def run(original: Original, *options: str, output: str = "prepared") -> Path:
@@ -248,13 +248,13 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize("room", [1, 3000])
-def test_a_full_disk_leaves_nothing(room: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("limit", [1, 3000])
+def test_a_full_disk_leaves_nothing(limit: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     original = Original(tmp_path, per_split=8).write()
     (tmp_path / "prepared").mkdir()
-    with largest_file(room):
+    with largest_file(limit):
         said = rejected(capsys, original)
-    assert re.search(MAKE_ROOM, said)
+    assert re.search(FREE_UP_SPACE, said)
     run(original)
 
 

@@ -80,6 +80,6 @@ def test_what_cannot_be_trained_on(options: dict, message: str, tmp_path: Path) 
 
 def test_a_full_disk_while_drawing(tmp_path: Path) -> None:
     data = DataConfig(prepared=str(tmp_path), shapes=ShapesConfig(train=3, evaluation=1, size=48))
-    with largest_file(100), pytest.raises(UserError, match=r"could not draw scenes into .*make room"):
+    with largest_file(100), pytest.raises(UserError, match=r"could not draw scenes into .*free up space"):
         said(data)
     assert "refshapes (split by unc)" in said(data)  # what was begun is no obstacle

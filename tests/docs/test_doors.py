@@ -118,7 +118,7 @@ def test_a_broken_plugin_breaks_its_own_name_only(folder: Path) -> None:
     assert ended.returncode == 0 and "caris_tiny" in ended.stdout
     assert re.search(r"plugin broken.py was not loaded: .*broken.py, line 2: KeyError: 'a key'", ended.stderr)
     missing = amltrain(folder, "list", "models", "--import", "nowhere.py")
-    assert missing.returncode == 2 and missing.stderr == "error: --import: there is no file nowhere.py\n"
+    assert missing.returncode == 2 and missing.stderr == "error: --import: nowhere.py does not exist\n"
 
 
 def test_an_installed_package_registers_by_its_entry_point(folder: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_without_a_checkpoint(capsys: pytest.CaptureFixture[str]):
         (["--protocol.frame", "orig"], "protocol.frame"),
         (["--perturbations", "fog"], "unknown perturbation 'fog'"),
         (["--chekpoint", "x"], "chekpoint"),
-        (["--config", "gone.yaml"], "there is no file and no shipped config gone.yaml"),
+        (["--config", "gone.yaml"], "no file or shipped config is named gone.yaml"),
         (["--severity", "2"], "give --perturbations"),
         (["--batch_size", "0"], "--batch_size is 0 and must be at least 1"),
         (["--data.datasets", "[]"], "data.datasets is empty"),

@@ -242,7 +242,7 @@ def test_how_a_file_was_trained_is_kept_and_said(tmp_path: Path, capsys: pytest.
     [
         (["--model", "caris_tiny", "--kwargs", '{"vocab_size": "a"}', "--tokenizer", "none"], "vocab_size .* not int"),
         (["--model", "linear", "--tokenizer", "none", "--max_tokens", "0"], "--max_tokens is 0 and must be at least 1"),
-        (["--model", "caris_swin_base", "--file", "nothing.pth"], "--file: there is no file nothing.pth"),
+        (["--model", "caris_swin_base", "--file", "nothing.pth"], "--file: nothing.pth does not exist"),
         (["--model", "caris_swin_base", "--tokenizer", "nobody/nothing"], "--tokenizer FOLDER, or --tokenizer none"),
     ],
 )

@@ -275,7 +275,7 @@ def test_training_does_not_wait_and_old_checkpoints_may_go(tmp_path: Path) -> No
         ("another's", "bob/caris", "the token may not write to bob/caris"),
         ("nobody's", "caris", "write user/caris"),
         ("malformed", "alice/-caris", "cannot name a Hub repository"),
-        ("no folder", REPO, "there is no folder"),
+        ("no folder", REPO, "does not exist"),
         ("truncated weights", REPO, "is not the model that was saved: model/model.safetensors has"),
     ],
 )

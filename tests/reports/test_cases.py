@@ -249,7 +249,7 @@ def test_23_no_file_locks(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     said = rejected(capsys, tmp_path, *table)
     assert "this file system has no file locks: choose a folder on a disk that has them" in said
-    assert "make room" not in said and "remove" not in said
+    assert "free up space" not in said and "remove" not in said
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

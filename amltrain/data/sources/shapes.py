@@ -261,7 +261,7 @@ def _radius(generator: np.random.Generator, size: int, kind: str, style: SceneSt
 
 def _place(generator: np.random.Generator, size: int, radii: list[float]) -> dict[int, tuple[Point, float]]:
     """Centre and radius of every shape, by its number. All lie inside, neighbours overlap by a fifth at most; a shape
-    that finds no room is left out, but three are always there.
+    that finds no free place is left out, but three are always there.
     """
     while True:
         placed: dict[int, tuple[Point, float]] = {}

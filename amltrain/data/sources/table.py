@@ -245,7 +245,7 @@ def _parse(row: dict[str, Any], place: str, reading: _Reading) -> tuple[TableRow
 
 
 def _id(cell: Any, column: str, where: str) -> int | None:
-    """An id as a number; a text that is no number by its hash."""
+    """An id as a number; a text that is not a number by its hash."""
     if isinstance(cell, str) and not is_absent(cell) and not is_number_text(cell):
         return hashed_id(cell.strip())
     return whole_number(cell, column, where)
