@@ -12,34 +12,9 @@ import json
 import torch
 
 from amltrain.losses import create_loss
-from amltrain.models import create_model
-from amltrain.records import Batch, Conversation
+from amltrain.models import create_model, model_info
+from amltrain.training.estimate import blank_batch
 from amltrain.training.optim import build_optimizer
-
-PICTURE = (480, 640)
-"""Height and width of every original picture, pixels."""
-
-
-def make_batch(rows: int, tokens: int, size: int, view: int, device: torch.device) -> Batch:
-    """One conversation of one sentence per picture."""
-    each = torch.arange(rows, device=device)
-    ids = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
-    place = torch.full((rows,), tokens - 2, device=device)
-    talk = Conversation(ids, ids.clone(), torch.ones_like(ids, dtype=torch.bool), each, place, each, each)
-    words = torch.zeros(rows, 20, dtype=torch.int64, device=device)
-    return Batch(
-        image=torch.zeros(rows, 3, size, size, device=device),
-        input_ids=words,
-        text_mask=torch.ones_like(words, dtype=torch.bool),
-        target=torch.zeros(rows, size, size, dtype=torch.uint8, device=device),
-        no_target=torch.zeros(rows, dtype=torch.bool, device=device),
-        sample_id=each,
-        random_key=each,
-        geometry=torch.ones(rows, 6, dtype=torch.float64, device=device),
-        original_target=tuple(torch.zeros(PICTURE, dtype=torch.uint8, device=device) for _ in range(rows)),
-        view=torch.zeros(rows, 3, view, view, device=device),
-        conversation=talk,
-    )
 
 
 def main() -> None:
@@ -58,7 +33,8 @@ def main() -> None:
     groups = model.param_groups(3e-4, 0.0)
     optimizer = build_optimizer(groups, "adamw", lr=3e-4, betas=(0.9, 0.95), eps=1e-8, amsgrad=False)
     loss = create_loss("language_and_masks")
-    batch = make_batch(args.rows, args.tokens, 1024, 224, device)
+    with device:
+        batch = blank_batch(model_info(args.model).preprocess, args.rows, tokens=args.tokens)
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16):
             value = loss(model(batch), batch)["loss"]

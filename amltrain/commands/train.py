@@ -15,6 +15,7 @@ from amltrain.registry import import_flags
 
 QUICKSTART = "quickstart"
 PRINT = "--print_config"
+ESTIMATE = "--estimate"
 
 
 def build_parser() -> ArgumentParser:
@@ -45,14 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     `accelerate launch`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if ESTIMATE in arguments:
+        print_estimate([argument for argument in arguments if argument != ESTIMATE])
+        return
     if any(argument.split("=")[0] in ("--processes", "--accelerate") for argument in arguments):
         from amltrain.training.launcher import launch_processes, take_launch_options
 
         rest, processes, file = take_launch_options(arguments)
         launch_processes([*import_flags(), *rest], processes, file)
         return
-    if not any(argument.split("=")[0] == "--config" for argument in arguments):
-        arguments = ["--config", QUICKSTART, *arguments]
+    arguments = with_config(arguments)
     with one_line_errors():
         with same_on_every_process():
             config = read_run(arguments)
@@ -60,6 +63,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
 
         train(config)
+
+
+def with_config(arguments: list[str]) -> list[str]:
+    """The arguments, behind the quickstart's config where they name none."""
+    named = any(argument.split("=")[0] == "--config" for argument in arguments)
+    return arguments if named else ["--config", QUICKSTART, *arguments]
+
+
+def print_estimate(arguments: list[str]) -> None:
+    """Print what the run would cost; nothing is downloaded, prepared or trained."""
+    from amltrain.training.launcher import take_launch_options
+
+    with one_line_errors():
+        rest, processes, _ = take_launch_options(arguments)
+        config = read_run(with_config(rest))
+        with no_garbage_collection():
+            from amltrain.training.estimate import describe, estimate
+
+        print(describe(config, estimate(config, processes or 1)))
 
 
 @contextmanager
