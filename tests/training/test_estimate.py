@@ -1,5 +1,6 @@
 """What a run is said to cost, held against the allocator of a simulated card and against arithmetic by hand."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from amltrain.choices import BASES, Base
 from amltrain.commands.train import main
 from amltrain.config.parse import checked
 from amltrain.config.schema import RunConfig
@@ -161,3 +163,13 @@ def test_a_model_that_reads_values_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(CARIS, "decode", reads)
     with pytest.raises(UserError, match="caris_tiny with method supervised cannot be estimated: it reads values"):
         step_cost(run("caris_tiny"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [base for base in BASES if base.card is not None], ids=lambda base: base.name)
+def test_finetune_counts_with_these_figures(base: Base) -> None:
+    flags = [f"--preprocess.size={base.sizes[-1]}", f"--model.kwargs={json.dumps(dict(base.kwargs))}"]
+    small, large = (step_cost(run(base.name, *flags), rows).peak / GIB for rows in (2, 8))
+    each = (large - small) / 6
+    assert base.sample == pytest.approx(each, rel=0.05)
+    assert base.fixed == pytest.approx(small - 2 * each, rel=0.1)
