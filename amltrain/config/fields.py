@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_h
 import docstring_parser
 import yaml
 
-from amltrain.errors import UserError
+from amltrain.errors import UserError, fits, type_name
 
 Complete = TypeVar("Complete")
 Kind = TypeVar("Kind", bound="Partial")
@@ -103,12 +103,18 @@ def key(
     return field(default=default, metadata=metadata)
 
 
+LARGEST = 2.0**63
+"""Numbers beyond it fit no counter of a library."""
+
+
 def check_number(key: str, value: float | None, low: float, high: float) -> None:
     """Raise UserError, naming the key, if a number lies outside its range, is NaN or infinite."""
-    if value is None or (low <= value <= high and not math.isinf(value)):
+    if value is None or (low <= value <= high and abs(value) <= LARGEST):
         return
     if value == ANY:
         wanted = "be finite"
+    elif isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{key} is an integer that no counter holds; give one below {LARGEST:.0e}")
     elif low == POSITIVE:
         wanted = "be more than 0"
     elif high == ANY:
@@ -130,6 +136,16 @@ def iter_keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
 def keys_of_scope(kind: type, scope: str) -> tuple[str, ...]:
     """Keys and groups of keys whose scope is this one."""
     return tuple(name for name, own in iter_keys(kind) if own.metadata.get("scope") == scope)
+
+
+def check_types(config: Any) -> None:
+    """Raise UserError for the first value of a run that is not of its key's type, null included."""
+    for name, _ in iter_keys(type(config)):
+        value, kind = config, type(config)
+        for part in name.split("."):
+            value, kind = getattr(value, part), get_type_hints(kind)[part]
+        if not fits(value, kind):
+            raise UserError(f"{name} must be {type_name(kind)}, not {'null' if value is None else repr(value)}")
 
 
 def check_ranges(config: Any) -> None:

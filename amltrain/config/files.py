@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,8 +153,8 @@ def find_config(name: str, asked_by: str, folder: Path = Path()) -> Found:
     raise UserError(f"{asked_by}: no file or shipped config is named {name}; {hint}")
 
 
-def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
-    """Replace every `--config NAME` by one `--config TEXT` for each of its layers.
+def read_config_files(arguments: Sequence[str], groups: Groups, kinds: Mapping[str, Any] | None = None) -> Layers:
+    """Replace every `--config NAME` by one `--config TEXT` for each of its layers. kinds: of the keys in no group.
 
     Raises:
         UserError: a file is missing, not a YAML mapping, sets a key twice, or is its own base.
@@ -162,7 +163,7 @@ def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
     places: dict[str, str] = {}
     values: dict[str, Any] = {}
     arguments = expand_arguments(arguments)
-    check_flags(arguments, lambda key: field_types(groups.get(key.partition(".")[0])).get(key.partition(".")[2]))
+    check_flags(arguments, partial(_kind_of, groups=groups, kinds=kinds or {}))
     rest = iter(arguments)
     for argument in rest:
         name = next(rest, None) if argument == "--config" else None
@@ -178,6 +179,15 @@ def read_config_files(arguments: Sequence[str], groups: Groups) -> Layers:
             except yaml.YAMLError as error:  # a tag that is not plain YAML, or a key that is not one value
                 raise UserError(f"--config {name} is not plain YAML: {' '.join(str(error).split())}") from error
     return Layers(replaced, places, values)
+
+
+def _kind_of(key: str, groups: Groups, kinds: Mapping[str, Any]) -> Any:
+    """The type of a dotted key; None where it is not known."""
+    first, *rest = key.split(".")
+    kind = groups.get(first) if rest else kinds.get(first)
+    for part in rest:
+        kind = field_types(kind).get(part)
+    return kind
 
 
 def _read(found: Found, groups: Groups, asked_by: str, above: tuple[Path, ...], places: dict[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from amltrain.config.fields import ANY, POSITIVE, iter_keys
+from amltrain.config.fields import ANY, POSITIVE, field_types, iter_keys
 from amltrain.config.files import BASE, VARIANTS, groups_of, read_config_files, read_flags
 from amltrain.config.schema import RunConfig, sectioned
 from amltrain.errors import UserError, unknown_name
@@ -59,7 +59,7 @@ def parse_config(argv: Sequence[str] | None = None, *, prog: str = "amltrain tra
     argv = list(sys.argv[1:] if argv is None else argv)
     check_sections()
     sections = {name: NoGroups for registry in SECTIONED for name in registry.names()}
-    layers = read_config_files(argv, {**sections, **groups_of(RunConfig)})
+    layers = read_config_files(argv, {**sections, **groups_of(RunConfig)}, field_types(RunConfig))
     flags, files = read_flags(argv), layers.values
     method = str(flags.get("method") or files.get("method") or RunConfig.method)
     if method not in METHODS:

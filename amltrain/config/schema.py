@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from amltrain.config.fields import FREE, LOCAL, POSITIVE, SAID, Partial, check_ranges, key, partial_of
+from amltrain.config.fields import FREE, LOCAL, POSITIVE, SAID, Partial, check_ranges, check_types, key, partial_of
 from amltrain.errors import UserError
 
 MaskParts = Literal["union", "exclusive"]
@@ -391,6 +391,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.hub.push != "never" and not self.hub.repo:
             raise UserError(f"hub.push={self.hub.push} needs --hub.repo user/name")
+        check_types(self)
         check_ranges(self)
         if self.output is None:
             self.output = f"runs/{self.model.name}-{self.method}-{'+'.join(self.data.datasets)}"

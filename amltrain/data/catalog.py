@@ -349,8 +349,13 @@ def spec_of(manifest: dict[str, Any], place: str) -> DatasetSpec:
     if kept is None or not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
         raise UserError(f"{place} does not state the splits of the data set; prepare it again")
     metrics = kept.get("metrics", [])
-    if not isinstance(metrics, list):
+    if not isinstance(metrics, list) or not all(isinstance(name, str) for name in metrics):
         raise UserError(f"{place} does not state the metrics of the data set; prepare it again")
+    if not isinstance(kept.get("split_by", ""), str):
+        raise UserError(f"{place}: spec.split_by is {kept['split_by']!r}, not a text; prepare it again")
+    for key in ("generalised", "shares_images", "box_only"):
+        if not isinstance(kept.get(key, False), bool):
+            raise UserError(f"{place}: spec.{key} is {kept[key]!r}, not true or false; prepare it again")
     return DatasetSpec(
         folder=str(manifest.get("dataset", "")),
         split_by=str(kept.get("split_by", "")),

@@ -188,7 +188,7 @@ def _checked_runs(rle: Any, height: int, width: int) -> NDArray[np.int64]:
         runs = _runs_of_text(counts)
     elif not isinstance(counts, list):
         raise BrokenSegmentationError("its run lengths have no counts")
-    elif len(counts) > height * width + 1 or not all(isinstance(r, int) and 0 <= r <= height * width for r in counts):
+    elif len(counts) > height * width + 1 or not all(type(r) is int and 0 <= r <= height * width for r in counts):
         raise unfit
     else:
         runs = np.array(counts, np.int64)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amltrain import __version__
-from amltrain.config.fields import check_number
+from amltrain.config.fields import check_number, check_ranges
 from amltrain.config.schema import Preprocess, Protocol
 from amltrain.errors import UserError, first_line, fits, type_name
 from amltrain.files import replacing
@@ -158,7 +158,6 @@ def load_pretrained(source: str | Path, *, revision: str | None = None, built_on
         ("max_tokens", preprocess.max_tokens, 1, MAX_TOKENS),
     ):
         check_number(f"{folder / PREPROCESS_FILE}: {key}", value, low, high)
-    check_number(f"{folder / CONFIG_FILE}: threshold", protocol.threshold, 0, 1)
     base, weights = read_base(folder), read_weights(folder)
     sources = {} if base is None else dict(base.sources)
     beginning = sources.pop("checkpoint", None)
@@ -280,4 +279,9 @@ def _from_dict(kind: type[Complete], values: dict[str, Any], path: Path) -> Comp
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
             raise UserError(f"{path} has no {field.name}; the model folder is incomplete")
-    return kind(**values)
+    built = kind(**values)
+    try:
+        check_ranges(built)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; correct it there") from error
+    return built

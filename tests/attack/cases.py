@@ -12,8 +12,8 @@ from amltrain.hub.model_folder import save_pretrained
 from amltrain.models.registry import create_model, model_info
 from tests.data.original import Original
 
-Expected = Literal["rejected", "used", "either"]
-"""rejected: a UserError of one line. used: no error. either: both are right, as long as nothing worse happens."""
+Expected = Literal["rejected", "used", "decided"]
+"""rejected: a UserError of one line. used: no error. decided: as decided.csv says, with the value that was read."""
 
 
 class Place(NamedTuple):

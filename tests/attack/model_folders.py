@@ -67,11 +67,11 @@ def cases() -> Iterator[Case]:
     kind = "model folders"
     for name in FILES:
         for damage, content in DAMAGED.items():
-            expected = "either" if name == "tokenizer_config.json" and damage == "null" else "rejected"
+            expected = "decided" if name == "tokenizer_config.json" and damage == "null" else "rejected"
             yield Case(kind, f"{name}: {damage}", expected, _replaced(name, content))
         ignored = "used" if name == "tokenizer_config.json" else "rejected"  # transformers sees no file
         yield Case(kind, f"{name}: a named pipe", ignored, _with(_pipe(name)))
-        without = "either" if name == "tokenizer_config.json" else "rejected"
+        without = "decided" if name == "tokenizer_config.json" else "rejected"
         yield Case(kind, f"{name}: missing", without, _with(lambda folder, name=name: (folder / name).unlink()))
     for field in fields(Preprocess):
         for name, value in odd(NUMBERS):
@@ -82,13 +82,13 @@ def cases() -> Iterator[Case]:
             )
     for field in fields(Protocol):
         for name, value in odd(NUMBERS):
-            expected = "either" if ("protocol", field.name, name) in HARMLESS else "rejected"
+            expected = "decided" if ("protocol", field.name, name) in HARMLESS else "rejected"
             if name == "null":
-                expected = "either"  # an older version's "unset"
+                expected = "decided"  # an older version's "unset"
             yield Case(
                 kind,
                 f"protocol.{field.name}: {name}",
-                "either" if field.name == "no_target_pixels" else expected,
+                "decided" if field.name == "no_target_pixels" else expected,
                 _changing("config.json", ["protocol", field.name], value),
             )
     for key in ("model", "kwargs", "protocol"):
@@ -103,15 +103,15 @@ def cases() -> Iterator[Case]:
         )
     for key in ("model_max_length", "tokenizer_class", "pad_token", "cls_token", "extra_special_tokens"):
         for name, value in odd(("null", "-1", "2^70", "text", "[[]]", "half a surrogate", "nested")):
-            yield Case(kind, f"{key}: {name}", "either", _changing("tokenizer_config.json", [key], value))
+            yield Case(kind, f"{key}: {name}", "decided", _changing("tokenizer_config.json", [key], value))
     yield Case(kind, "a normaliser that grows", "rejected", _changing("tokenizer.json", ["normalizer"], BOMB))
     yield Case(
-        kind, "a vocabulary of negative ids", "either", _changing("tokenizer.json", ["model", "vocab"], {"a": -1})
+        kind, "a vocabulary of negative ids", "decided", _changing("tokenizer.json", ["model", "vocab"], {"a": -1})
     )
     for keys in (["model"], ["model", "vocab"], ["normalizer"], ["added_tokens"], ["post_processor"]):
         for name, value in odd(("2^70", "text", "nested", "half a surrogate")):
             yield Case(
-                kind, f"tokenizer.json {'.'.join(keys)}: {name}", "either", _changing("tokenizer.json", keys, value)
+                kind, f"tokenizer.json {'.'.join(keys)}: {name}", "decided", _changing("tokenizer.json", keys, value)
             )
     for name in ("results.json", "training.json", "conversion.json"):
         for damage, content in DAMAGED.items():
@@ -132,5 +132,8 @@ def cases() -> Iterator[Case]:
 
             harmless = key in ("dataset", "split") and name == "text"
             yield Case(
-                "cards and results", f"results {key}: {name}", "either" if harmless else "rejected", _with(write, _card)
+                "cards and results",
+                f"results {key}: {name}",
+                "decided" if harmless else "rejected",
+                _with(write, _card),
             )

@@ -112,16 +112,16 @@ def _pipe(place: Place) -> Any:
 def cases() -> Iterator[Case]:
     harmless = ("a merge", "twice", "binary", "two documents")
     for name, text in YAML.items():
-        expected = "either" if name in harmless else "rejected"
+        expected = "decided" if name in harmless else "rejected"
         yield Case("configs", name, expected, _config(text))
     yield Case("configs", "a named pipe as base", "rejected", _pipe)
     for key in KEYS:
         for value in VALUES:
-            yield Case("flags", f"{key} {value[:12]!r}", "either", lambda _, k=key, v=value: read_run([f"--{k}", v]))
+            yield Case("flags", f"{key} {value[:12]!r}", "decided", lambda _, k=key, v=value: read_run([f"--{k}", v]))
             yield Case(
                 "flags",
                 f"{key}: {value[:12]!r} in a file",
-                "either",
+                "decided",
                 _config(
                     f"{key.replace('.', ': {')}: {value}{'}' * key.count('.')}".encode("utf-8", "replace").decode()
                 ),
@@ -138,12 +138,12 @@ def cases() -> Iterator[Case]:
         "\0",
         "x" * 10_000,
     ):
-        yield Case("flags", f"{flag[:20]!r} alone", "either", lambda _, f=flag: read_run([f]))
+        yield Case("flags", f"{flag[:20]!r} alone", "decided", lambda _, f=flag: read_run([f]))
     for name, sentence in SENTENCES.items():
         expected = (
             "rejected"
             if name in ("empty", "spaces", "no-break spaces")
-            else "either"
+            else "decided"
             if name == "half a surrogate"
             else "used"
         )

@@ -154,10 +154,10 @@ def _wrong_kind(name: str) -> Callable[[Place], Any]:
 def cases() -> Iterator[Case]:
     for key in ROW:
         for name, value in odd(VALUES):
-            yield Case("tables", f"{key}: {name}", "either", _table({**ROW, key: value}))
+            yield Case("tables", f"{key}: {name}", "decided", _table({**ROW, key: value}))
     for key in ("ref_id", "image_id", "category", "box", "no_target", "mask_value", "sentences"):
         for name, value in odd(("null", "true", "2^70", "NaN", "NUL", "[[]]", "nested")):
-            yield Case("tables", f"{key}: {name}", "either", _table({**ROW, key: value}))
+            yield Case("tables", f"{key}: {name}", "decided", _table({**ROW, key: value}))
     for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".xyz"):
         for name, content in DAMAGED.items():
             yield Case("tables", f"table{ending}: {name}", "rejected", _file(f"t/table{ending}", content, _read_table))
@@ -166,7 +166,7 @@ def cases() -> Iterator[Case]:
     huge = io.StringIO()
     csv.writer(huge).writerows([["image", "sentence", "mask"], ["x.jpg", "x" * 10**6, "m.png"]])
     yield Case(
-        "tables", "a cell of a million letters", "either", _file("t/table.csv", huge.getvalue().encode(), _read_table)
+        "tables", "a cell of a million letters", "decided", _file("t/table.csv", huge.getvalue().encode(), _read_table)
     )
     yield Case("tables", "a named pipe", "rejected", _piped("table.jsonl", _read_table))
     yield Case("tables", "a folder without files", "rejected", lambda place: read_folder(place.folder, "own"))
@@ -175,10 +175,10 @@ def cases() -> Iterator[Case]:
         for name, value in odd(("null", "2^70", "1e999", "text", "[[]]", "{}", "nested", "half a surrogate")):
             either = key == "ref_id" or (key, name) == ("sent_id", "2^70")
             yield Case(
-                "predictions", f"{key}: {name}", "either" if either else "rejected", _predicted({**lone, key: value})
+                "predictions", f"{key}: {name}", "decided" if either else "rejected", _predicted({**lone, key: value})
             )
     for name, content in DAMAGED.items():
-        expected = "either" if name in ("empty", "NUL") else "rejected"
+        expected = "decided" if name in ("empty", "NUL") else "rejected"
         yield Case(
             "predictions",
             f"file: {name}",
@@ -188,7 +188,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             "files of a run",
             f"log.jsonl: {name}",
-            "either",
+            "decided",
             _file("log.jsonl", content, lambda path: read_log(path.parent)),
         )
         yield Case(
@@ -226,4 +226,4 @@ def cases() -> Iterator[Case]:
             "files of a run", f"{name} empty", "used", _spoiled(lambda path, name=name: (path / name).write_bytes(b""))
         )
     for name in ("last", "step-000003"):
-        yield Case("files of a run", f"{name} is a folder", "either", _wrong_kind(name))
+        yield Case("files of a run", f"{name} is a folder", "decided", _wrong_kind(name))

@@ -139,10 +139,10 @@ def _path(name: str) -> Callable[[Place], Any]:
 def cases() -> Iterator[Case]:
     for reader, read in READERS.items():
         for name, content in REJECTED.items():
-            expected = "either" if name.startswith("PNG of 14,000") or (name, reader) in READ else "rejected"
+            expected = "decided" if name.startswith("PNG of 14,000") or (name, reader) in READ else "rejected"
             yield Case("images", f"{name}, {reader}", expected, _with(read, content))
         for name, content in ODD.items():
-            expected = "either" if reader == "mask" else "used"
+            expected = "decided" if reader == "mask" else "used"
             yield Case("images", f"{name}, {reader}", expected, _with(read, content))
     for name in PATHS:
         yield Case("paths", repr(name[:30]), "rejected", _path(name))

@@ -15,6 +15,7 @@ from amltrain.data.dataset import OpenSplit, ReferDataset
 from amltrain.data.rows import SHOWN_FEATURES, hash_file, open_rows
 from amltrain.data.text import SentenceTokenizer
 from amltrain.data.transforms import ImageTransform
+from amltrain.errors import UserError
 from tests.attack.cases import DAMAGED, Case, Place, odd
 from tests.data.original import HEIGHT, WIDTH
 
@@ -59,7 +60,7 @@ def _set(keys: tuple[Any, ...], value: Any) -> Callable[[list[dict[str, Any]]], 
 
 
 def _flipped(place: Place, number: int) -> Any:
-    """One bit of any byte: an error, or exactly the same samples."""
+    """One bit of any byte: an error, or exactly the same samples; which of them, is the format's."""
     whole = samples(place.prepared)
     prepared = place.copy(place.prepared)
     path = next((prepared / "refcoco").glob("val-*"))
@@ -67,7 +68,11 @@ def _flipped(place: Place, number: int) -> Any:
     place_of_bit = int.from_bytes(hashlib.sha256(str(number).encode()).digest()[:8], "big")
     content[place_of_bit // 8 % len(content)] ^= 1 << place_of_bit % 8
     path.write_bytes(content)
-    for one, other in zip(samples(prepared), whole, strict=True):
+    try:
+        found = samples(prepared)
+    except UserError:
+        return
+    for one, other in zip(found, whole, strict=True):
         for a, b in zip(one, other, strict=True):
             assert (a is None and b is None) or np.array_equal(a, b), "changed silently"
 
@@ -154,7 +159,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 kind,
                 f"{column} of type {name}",
-                "either" if harmless or column == "file_name" else "rejected",
+                "decided" if harmless or column == "file_name" else "rejected",
                 _rewritten(replace),
             )
     for column in ("image_id", "image", "referents"):
@@ -165,12 +170,12 @@ def cases() -> Iterator[Case]:
 
         yield Case(kind, f"no column {column}", "rejected", _rewritten(drop))
     for number in range(40):
-        yield Case(kind, f"flipped bit {number}", "either", lambda place, number=number: _flipped(place, number))
+        yield Case(kind, f"flipped bit {number}", "used", lambda place, number=number: _flipped(place, number))
     for name, content in DAMAGED.items():
         yield Case(kind, f"manifest: {name}", "rejected", _manifest(content))
     for key in ("splits", "split_by", "generalised", "metrics"):
         for name, value in odd(("null", "-1", "text", "[[]]", "nested")):
-            yield Case(kind, f"manifest spec.{key}: {name}", "either", _own_manifest(key, value))
+            yield Case(kind, f"manifest spec.{key}: {name}", "decided", _own_manifest(key, value))
     yield Case(
         kind, "manifest described", "used", lambda place: describe(read_manifest(place.prepared / "refcoco") or {})
     )

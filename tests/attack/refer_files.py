@@ -128,20 +128,20 @@ def cases() -> Iterator[Case]:
     kind = "annotations"
     for keys in REF:
         for name, value in odd(VALUES):
-            yield Case(kind, f"refs {'.'.join(map(str, keys))}: {name}", "either", _refs(keys, value))
+            yield Case(kind, f"refs {'.'.join(map(str, keys))}: {name}", "decided", _refs(keys, value))
     for keys in INSTANCES:
         for name, value in odd(VALUES):
-            yield Case(kind, f"instances {'.'.join(map(str, keys))}: {name}", "either", _instances(keys, value))
+            yield Case(kind, f"instances {'.'.join(map(str, keys))}: {name}", "decided", _instances(keys, value))
     for file in ("refs(unc).p", "instances.json"):
         for name, content in DAMAGED.items():
             yield Case(kind, f"{file}: {name}", "rejected", _file(file, content))
     yield Case("paths", "file_name of a picture outside", "rejected", _secret)
     for name, mask in MASKS.items():
         truth = name == "runs of truth"
-        alone = "either" if truth or name == "another size" else "rejected"  # of which image, it cannot know
+        alone = "decided" if truth or name == "another size" else "rejected"  # of which image, it cannot know
         yield Case("masks", f"prepared: {name}", alone, lambda _, m=mask: decode_mask(m))
-        yield Case("masks", f"annotation: {name}", "either" if truth else "rejected", _components(mask))
-        yield Case("masks", f"annotation list: {name}", "either" if truth else "rejected", _components([mask]))
+        yield Case("masks", f"annotation: {name}", "decided" if truth else "rejected", _components(mask))
+        yield Case("masks", f"annotation list: {name}", "decided" if truth else "rejected", _components([mask]))
     for name, polygons in POLYGONS.items():
         expected = "used" if name == "mixed" else "rejected"  # what is no polygon is dropped
         yield Case("masks", f"polygons: {name}", expected, _components(polygons))

@@ -1,5 +1,6 @@
 """Values that YAML reads as something else than people mean."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def test_a_flag_in_base_60_is_rejected(tmp_path: Path) -> None:
     for flags in (["--train.time_limit", "23:50"], ["--train.time_limit=23:50"]):
         with pytest.raises(UserError, match=r"--train.time_limit: 23:50 would be 1430, in base 60; .*23\.83"):
             read(tmp_path, "seed: 1", *flags)
+    for key in ("seed", "evaluation.protocol.threshold"):
+        with pytest.raises(UserError, match=f"--{key}: 2:30 would be 150, in base 60"):
+            read(tmp_path, "seed: 1", f"--{key}=2:30")
     assert read(tmp_path, "seed: 1", "--tracking.name", "12:30").tracking.name == "12:30"
 
 
@@ -62,3 +66,27 @@ def test_words_are_words_where_a_key_takes_them(tmp_path: Path) -> None:
     assert config.train.mixed_precision == "no"
     assert (config.train.compile, config.train.tf32, config.tracking.name) == (True, False, "on")
     assert read(tmp_path, "tracking: {name: '001'}").tracking.name == "001"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: null", "c.yaml, line 2: seed must be int, not null"),
+        ("optim: {lr: null}", "c.yaml, line 2: optim.lr must be float, not null"),
+        ("data: {workers: ~}", "data.workers must be int, not null"),
+        (f"train: {{max_steps: {'9' * 400}}}", "train.max_steps is an integer that no counter holds"),
+        (f"data: {{workers: {2**63 + 2**40}}}", "data.workers is an integer that no counter holds"),
+    ],
+)
+def test_no_value_is_left_out_and_none_is_beyond_all_counters(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_value_of_another_type_from_python_is_named() -> None:
+    config = read_run(["--model.name=caris_tiny"])
+    with pytest.raises(UserError, match="seed must be int, not '8'"):
+        replace(config, seed="8")
+    with pytest.raises(UserError, match="train.micro_batch_size must be int or null, not True"):
+        replace(config, train=replace(config.train, micro_batch_size=True))
+    assert replace(config, train=replace(config.train, micro_batch_size=None)).train.micro_batch_size is None

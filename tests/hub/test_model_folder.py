@@ -170,6 +170,9 @@ def test_values_of_another_type_are_named(tmp_path: Path):
     for change, message in (
         ({"protocol": whole["protocol"] | {"threshold": "x"}}, "threshold is 'x', not float"),
         ({"protocol": whole["protocol"] | {"ties": "lt"}}, "ties is 'lt', not ge or gt"),
+        ({"protocol": whole["protocol"] | {"no_target_pixels": -1}}, "config.json: no_target_pixels is -1 and must be"),
+        ({"protocol": whole["protocol"] | {"no_target_pixels": 2**70}}, "an integer that no counter holds"),
+        ({"protocol": whole["protocol"] | {"threshold": 1.5}}, "threshold is 1.5 and must lie between 0 and 1"),
         ({"protocol": []}, "has no 'protocol' object"),
         ({"model": ["two_linears"]}, "has no 'model' name"),
         ({"kwargs": {"width": "wide"}}, "argument width of model two_linears is 'wide', not int"),

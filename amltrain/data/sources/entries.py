@@ -36,7 +36,8 @@ def by_id(
     for number, entry in enumerate(entries):
         if used is not None and (not isinstance(entry, dict) or not _names_one_of(entry.get("id"), used)):
             continue
-        check_entry(entry, needed, f"{kind} number {number}", place)
+        stated = ("image_id",) if isinstance(entry, dict) and entry.get("image_id") is not None else ()
+        check_entry(entry, (*needed, *stated), f"{kind} number {number}", place)
         other = found.setdefault(entry["id"], entry)
         if other is not entry and any(other[key] != entry[key] for key in keys):
             raise UserError(
@@ -77,7 +78,10 @@ def check_refs(refs: Sequence[Any], spec: DatasetSpec, name: str, place: str) ->
         of_ref = f"a sentence of ref {ref['ref_id']}"
         for sentence in ref["sentences"]:
             check_entry(sentence, _OF_A_SENTENCE, of_ref, place)
+            _check_texts(sentence, of_ref, place)
             _check_meaning(sentence, foreign, of_ref, name, place)
+        if not (referred_ids(ref) or spec.generalised or spec.special_keys) and ref["ann_id"] != []:
+            raise UserError(f"{place}: {what} has ann_id -1, it refers to nothing, which {name} has no refs for")
         if ref["ann_id"] == [] and ref.get("source") != "zero":
             raise UserError(f"{place}: {what} has an empty ann_id; write [-1] where the sentence refers to nothing")
         if ref.get("no_target") is not None and bool(ref["no_target"]) != (not referred_ids(ref)):
@@ -96,6 +100,13 @@ def _check_meaning(entry: dict[str, Any], foreign: Sequence[str], what: str, nam
             )
     if entry.get("exist", True) not in (0, 1):
         raise UserError(f"{place}: {what} has 'exist' {reprlib.repr(entry['exist'])}, not true or false")
+
+
+def _check_texts(sentence: dict[str, Any], what: str, place: str) -> None:
+    for key in ("sent", "raw"):
+        if sentence.get(key) is not None and not isinstance(sentence[key], str):
+            given = reprlib.repr(sentence[key])
+            raise UserError(f"{place}: {what} has {key!r} {given}, not a text; correct the file")
 
 
 def check_entry(entry: Any, keys: Sequence[str], what: str, place: str) -> None:

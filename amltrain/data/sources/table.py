@@ -234,14 +234,23 @@ def _parse(row: dict[str, Any], place: str, reading: _Reading) -> tuple[TableRow
         image=_relative(image, reading.images),
         sentences=_texts(row, reading.names["sentence"], where),
         segmentation=segmentation,
-        split=None if is_absent(cell.get("split")) else str(cell["split"]),
+        split=_text(cell.get("split"), "the split", where),
         ref_id=_id(cell.get("ref_id"), "ref_id", where),
         image_id=_id(cell.get("image_id"), "image_id", where),
-        category=str(cell.get("category") or ""),
+        category=_text(cell.get("category"), "the category", where) or "",
         box=tuple(box) if len(box) == 4 else (),
         size=_size(cell, where),
     )
     return parsed, is_box
+
+
+def _text(cell: Any, what: str, where: str) -> str | None:
+    """A text, or a number as one; None for an empty cell. Raises UserError."""
+    if is_absent(cell):
+        return None
+    if isinstance(cell, bool) or not isinstance(cell, (str, int, float)):
+        raise UserError(f"{where}: {what} is {reprlib.repr(cell)}, not a text")
+    return str(cell)
 
 
 def _id(cell: Any, column: str, where: str) -> int | None:
