@@ -217,7 +217,7 @@ GOOD = {"image": "0.jpg", "sentence": "x", "mask": "masks/0.png"}
         ([GOOD | {"ref_id": 2**70}], (), "row 1: ref_id needs more than 64 bits"),
         ([GOOD | {"split": True}], (), "row 1: the split is True, not a text"),
         ([GOOD | {"category": [["cup"]]}], (), r"row 1: the category is \[\['cup'\]\], not a text"),
-        ([GOOD | {"mask": {"size": [HEIGHT, WIDTH], "counts": [True, HEIGHT * WIDTH - 1]}}], (), "do not add up to the"),
+        ([GOOD | {"mask": {"size": [HEIGHT, WIDTH], "counts": [True, HEIGHT * WIDTH - 1]}}], (), "do not add up"),
         ([GOOD | {"image": None}], (), "row 1: the image is None, not a path"),
         ([GOOD | {"split": "train"}, GOOD | {"image": "1.jpg"}], (), "row 2: no split, but other rows have one"),
         ([GOOD | {"split": "my split"}], (), "the split 'my split' should be letters, digits and _ only"),
