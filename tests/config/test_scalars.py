@@ -87,6 +87,6 @@ def test_a_value_of_another_type_from_python_is_named() -> None:
     config = read_run(["--model.name=caris_tiny"])
     with pytest.raises(UserError, match="seed must be int, not '8'"):
         replace(config, seed="8")
-    with pytest.raises(UserError, match="train.micro_batch_size must be int or null, not True"):
+    with pytest.raises(UserError, match=r"train\.micro_batch_size must be int or null, not True"):
         replace(config, train=replace(config.train, micro_batch_size=True))
     assert replace(config, train=replace(config.train, micro_batch_size=None)).train.micro_batch_size is None
