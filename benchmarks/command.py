@@ -6,6 +6,8 @@
     python launch/benchmark.py sentences --help           # sentences that share an image
     python launch/benchmark.py scale --help               # large data
     python launch/benchmark.py masking --help             # a planned comparison of masking methods
+    python launch/benchmark.py memory --help              # memory of every full-size model, without a card
+    python launch/benchmark.py leaks --help               # what a long process keeps
     python launch/benchmark.py --model caris_swin_base --size 448 --batch 1 --rounds 3          # CPU, see below
     python launch/benchmark.py --model caris_swin_base --size 448 --batch 16 --precision bf16   # GPU
 
@@ -56,6 +58,8 @@ OTHERS = {
     "scale": "benchmarks.scale",
     "suite": "benchmarks.suite.command",
     "masking": "benchmarks.masking",
+    "memory": "benchmarks.memory",
+    "leaks": "benchmarks.leaks",
 }
 """Benchmarks that the first argument chooses; without it, steps are measured."""
 SUITES = {"gpu": "cuda", "cpu": "cpu"}

@@ -1,12 +1,13 @@
 """What a training step of every full-size model takes, and the largest micro batch of each card, without a card.
 
-    python benchmarks/memory.py > table.md        # about 20 seconds a model
-    python benchmarks/memory.py sam3 gsva_7b --method aml
+    python launch/benchmark.py memory > table.md                     # about 20 seconds a model
+    python launch/benchmark.py memory sam3 gsva_7b --method aml
 
 Figures are those of `amltrain train --estimate`: bfloat16, AdamW, the model's own input size, one process.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from amltrain.config.parse import checked
 from amltrain.errors import one_line_errors
@@ -28,12 +29,16 @@ def row(name: str, method: str) -> str:
     return f"| {' | '.join((*cells, *fits))} |"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python launch/benchmark.py memory",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("models", nargs="*", help="default: every model that is not tiny")
     parser.add_argument("--method", default="supervised")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     names = args.models or [name for name in list_models() if not name.endswith(("_tiny", "_lite"))]
     cards = " | ".join(card.name for card in SHOWN)
     print(f"| model | GiB at {BATCH} | checkpointed | TFLOP | operations | {cards} |")
