@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,18 +45,22 @@ PROGRAMS = {
 }
 
 
+def write_programs(folder: Path, programs: dict[str, str]) -> None:
+    """Small programs in bash, and the tests' own Python."""
+    folder.mkdir(exist_ok=True)
+    for name, text in {**programs, "python": f'exec "{sys.executable}" "$@"'}.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}")
+        (folder / name).chmod(0o755)
+
+
 class Job:
     """`sbatch --nodes=NODES train.sbatch recipe.yaml ARGUMENTS`, running."""
 
     def __init__(self, repository: Path, folder: Path, *arguments: str, nodes: int = 1) -> None:
         self.folder, self.nodes, self.output = folder, nodes, folder / "run"
         self.output.mkdir(exist_ok=True)
-        (folder / "recipe.yaml").write_text(f"output: {self.output}\ndata:\n  output: none of this\n")
-        for name, text in PROGRAMS.items():
-            program = folder / "bin" / name
-            program.parent.mkdir(exist_ok=True)
-            program.write_text(f"#!/usr/bin/env bash\n{text}")
-            program.chmod(0o755)
+        (folder / "recipe.yaml").write_text(f"base: [models/caris_tiny]\noutput: {self.output}\n")
+        write_programs(folder / "bin", PROGRAMS)
         environment = {
             **os.environ,
             **{"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "LOG": str(folder), "OUTPUT": str(self.output)},
@@ -144,8 +149,17 @@ def test_a_job_that_failed_is_not(repository: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["--output {}", "--output={}"])
 def test_the_output_may_be_an_argument(form: str, repository: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "elsewhere.yaml"
-    recipe.write_text("output: somewhere/else\n")
+    recipe.write_text("base: [models/caris_tiny]\noutput: somewhere/else\n")
     job = Job(repository, tmp_path, str(recipe), *form.format(tmp_path / "run").split())
+    job.wait_until_it_trains()
+    job.signal_tasks(signal.SIGUSR1)
+    job.finish()
+    assert job.requeued
+
+
+def test_a_shipped_name_is_a_recipe(repository: Path, tmp_path: Path) -> None:
+    """As the page writes it: a variant has no file of its own."""
+    job = Job(repository, tmp_path, "recipes/paper/refcoco_aml", f"--output={tmp_path / 'run'}")
     job.wait_until_it_trains()
     job.signal_tasks(signal.SIGUSR1)
     job.finish()
@@ -155,6 +169,6 @@ def test_the_output_may_be_an_argument(form: str, repository: Path, tmp_path: Pa
 def test_what_is_missing_is_said(repository: Path, tmp_path: Path) -> None:
     code, said = Job(repository, tmp_path, "--seed").finish()
     assert code == 2 and said.startswith("usage: sbatch")
-    (tmp_path / "bare.yaml").write_text("seed: 1\n")
-    code, said = Job(repository, tmp_path, str(tmp_path / "bare.yaml")).finish()
-    assert code == 2 and "names no output folder; add --output" in said
+    code, said = Job(repository, tmp_path, "recipes/paper/refcocco").finish()
+    assert code == 2 and "did you mean recipes/paper/refcoco" in said
+    assert not (tmp_path / "accelerate").exists()
