@@ -1,17 +1,12 @@
-"""The CUDA kernel of deformable attention from the Hub, if `AMLTRAIN_HUB_KERNELS=1` asks for it.
-
-`kernels-community/deformable-detr` (Apache 2.0) holds Deformable DETR's own operators, compiled. They are compared with
-`sample_levels` on the first use on a device, gradients included; where they cannot be loaded or differ, the plain
-computation stays and one warning says why. They are off by default because this downloads and runs native code.
-The `kernels` package is needed.
-
-Multi-scale deformable attention: every query reads a few learned places around it on every level.
+"""Multi-scale deformable attention: every query reads a few learned places around it on every level.
 
 Paper: Zhu et al., Deformable DETR, ICLR 2021. transformers' module is not used because it waits for the device in
 training (a check for infinities) and because its arguments change between versions; its sampling function keeps the
 samples of all levels until the end, where summing level by level needs less memory and time.
 
 Dimensions: B batch, Q queries, N positions of all levels together, C width, P points.
+
+On a GPU, Deformable DETR's own operators can be used instead, compiled, from the Hub (Apache 2.0): see `hub_kernels`.
 
 Mask2Former's pixel decoder: a deformable encoder over strides 32, 16 and 8, and one pyramid step to stride 4.
 
@@ -22,8 +17,6 @@ Dimensions: B batch, C width, M width of the mask features, N positions of the t
 """
 
 import math
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -32,14 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amltrain.errors import first_line
 from amltrain.models.layers.basic import ModuleListOf, cell_centres, sine_position
+from amltrain.models.layers.hub_kernels import HubKernel, equal_or_none, is_asked, load
 
-ASKED = "AMLTRAIN_HUB_KERNELS"
-"""Environment variable that is 1 where the Hub's native code may be downloaded and run."""
-REPOSITORY = "kernels-community/deformable-detr"
-TOLERANCE = 1e-3
-"""Largest difference from the plain computation, relative to the largest value: another order of float32 sums."""
+KERNEL = HubKernel("kernels-community/deformable-detr", version=1)
 
 Sample = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
 """Arguments and result of `sample_levels`."""
@@ -48,21 +37,11 @@ Sample = Callable[[Tensor, list[tuple[int, int]], Tensor, Tensor], Tensor]
 @cache
 def find_kernel(device: torch.device, plain: Sample) -> Sample | None:
     """Return the kernel for a CUDA device; None where it is not asked for, cannot be loaded or is not equal."""
-    if device.type != "cuda" or os.environ.get(ASKED) != "1":
+    if not is_asked(device):
         return None
-    try:
-        from kernels import get_kernel
-
-        sample = sampler(get_kernel(REPOSITORY))
-        with torch.inference_mode(False), torch.enable_grad():  # the first use may be in an evaluation
-            difference = largest_difference(sample, plain, device)
-    except Exception as error:  # a download, a missing build or a launch: training must not depend on any of them
-        warnings.warn(f"{REPOSITORY} is not used: {first_line(error)}", stacklevel=2)
-        return None
-    if not difference <= TOLERANCE:
-        warnings.warn(f"{REPOSITORY} is not used: it differs by {difference:.1e}", stacklevel=2)
-        return None
-    return sample
+    return equal_or_none(
+        KERNEL.repository, lambda: sampler(load(KERNEL)), lambda sample: largest_difference(sample, plain, device)
+    )
 
 
 def sampler(operators: Any) -> Sample:

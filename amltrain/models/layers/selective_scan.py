@@ -1,4 +1,4 @@
-"""Selective scan of Mamba over maps and sequences, in plain PyTorch, with `mamba_ssm`'s CUDA kernel where installed.
+"""Selective scan of Mamba over maps and sequences, in plain PyTorch, with `mamba_ssm`'s CUDA kernel where there is one.
 
 Papers: Gu and Dao, Mamba (arXiv 2312.00752); Liu et al., VMamba (arXiv 2401.10166). For every channel with input s_t:
 
@@ -12,6 +12,7 @@ H W a map's size.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,22 +20,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amltrain.models.layers.hub_kernels import HubKernel, equal_or_none, is_asked, load
+
 DIRECTIONS = 4
 CHUNK = 16
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def cuda_kernel() -> Scan | None:
-    """Return `mamba_ssm`'s compiled scan, or None where the package is not installed."""
-    if find_spec("mamba_ssm") is None:
+KERNEL = HubKernel("kernels-community/mamba-ssm", version=5)
+
+
+@cache
+def find_kernel(device: torch.device) -> Scan | None:
+    """`mamba_ssm`'s compiled scan for a CUDA device: of the package where it is installed, of the Hub where that is
+    asked for. None where there is neither, or it is not equal to `selective_scan`.
+    """
+    if device.type != "cuda" or not (find_spec("mamba_ssm") or is_asked(device)):
         return None
+    return equal_or_none("mamba_ssm", compiled_scan, lambda scan: largest_difference(scan, selective_scan, device))
+
+
+def compiled_scan() -> Scan:
+    """The scan of the installed package, else of the Hub. Raises whatever their import raises."""
+    if find_spec("mamba_ssm") is None:
+        return scan_of(load(KERNEL).selective_scan_fn)
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
+    return scan_of(selective_scan_fn)
+
+
+def scan_of(function: Callable[..., Tensor]) -> Scan:
+    """Wrap `selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus)`."""
+
     def scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
-        return selective_scan_fn(u, delta, a, b, c, d, delta_bias=bias, delta_softplus=True)
+        return function(u, delta, a, b, c, d, delta_bias=bias, delta_softplus=True)
 
     return scan
+
+
+def largest_difference(one: Scan, other: Scan, device: torch.device) -> float:
+    """Largest relative difference of outputs and gradients on random inputs, for a state of 1 and of 8."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for states in (1, 8):
+        drawn = (
+            torch.randn(2, 12, 37, generator=generator),
+            torch.randn(2, 12, 37, generator=generator),
+            -torch.rand(12, states, generator=generator) - 0.1,
+            torch.randn(2, 4, states, 37, generator=generator),
+            torch.randn(2, 4, states, 37, generator=generator),
+            torch.randn(12, generator=generator),
+            torch.randn(12, generator=generator),
+        )
+        results = []
+        for scan in (one, other):
+            inputs = [part.to(device).requires_grad_() for part in drawn]
+            output = scan(*inputs)
+            results.append((output.detach(), *torch.autograd.grad(output.square().sum(), inputs)))
+        found += [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)]
+    return max(found)
+
+
+def choose_scan(device: torch.device) -> Scan:
+    """The CUDA kernel where there is one that is equal, except in a graph, which cannot hold it."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return selective_scan
+    return find_kernel(device) or selective_scan
 
 
 def selective_scan(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor) -> Tensor:
@@ -151,7 +203,6 @@ class SelectiveScan(nn.Module):
         self.Ds = nn.Parameter(torch.ones(DIRECTIONS * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
-        self.kernel = cuda_kernel()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -186,8 +237,7 @@ class SelectiveScan(nn.Module):
             parameters = torch.einsum("bkdt,kcd->bkct", read, self.x_proj_weight.to(exact))
             low_rank, b, c = parameters.split([self.rank, self.state, self.state], dim=2)
             delta = torch.einsum("bkrt,kdr->bkdt", low_rank, self.dt_projs_weight.to(exact))
-            run = self.kernel if self.kernel is not None and x.is_cuda else selective_scan
-            y = run(
+            y = choose_scan(x.device)(
                 read.flatten(1, 2),
                 delta.flatten(1, 2),
                 -self.A_logs.to(exact).exp(),

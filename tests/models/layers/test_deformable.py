@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
-from amltrain.models.layers import deformable as deformable_kernel
+from amltrain.models.layers import hub_kernels
 from amltrain.models.layers.deformable import choose_sampling, find_kernel, largest_difference, sample_levels, sampler
 
 
@@ -59,16 +59,16 @@ class Operators:
 def test_a_kernel_is_used_only_if_it_is_equal() -> None:
     cpu = torch.device("cpu")
     assert largest_difference(sampler(Operators()), sample_levels, cpu) < 1e-5
-    assert largest_difference(sampler(Operators(1.01)), sample_levels, cpu) > deformable_kernel.TOLERANCE
+    assert largest_difference(sampler(Operators(1.01)), sample_levels, cpu) > hub_kernels.TOLERANCE
 
 
 def test_without_a_kernel_the_plain_computation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_sampling(torch.device("cpu")) is sample_levels
     monkeypatch.setitem(sys.modules, "kernels", None)
-    monkeypatch.delenv(deformable_kernel.ASKED, raising=False)
+    monkeypatch.delenv(hub_kernels.ASKED, raising=False)
     with warnings.catch_warnings():  # nothing is tried where nobody asked
         warnings.simplefilter("error")
         assert find_kernel.__wrapped__(torch.device("cuda"), sample_levels) is None
-    monkeypatch.setenv(deformable_kernel.ASKED, "1")
+    monkeypatch.setenv(hub_kernels.ASKED, "1")
     with pytest.warns(UserWarning, match="deformable-detr is not used"):
         assert find_kernel.__wrapped__(torch.device("cuda"), sample_levels) is None

@@ -1,12 +1,15 @@
 """The selective scan against recorded tensors, a plain loop, and the choice of the compiled kernel."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from amltrain.models.layers import hub_kernels
 from amltrain.models.layers import selective_scan as scans
 from amltrain.models.layers.selective_scan import SelectiveScan, recur, selective_scan
 
@@ -54,12 +57,39 @@ def test_gradient_of_the_recurrence() -> None:
 
 
 def test_the_compiled_kernel_is_for_cuda_only() -> None:
-    """Without a GPU the kernel itself cannot run; a CPU tensor must not reach it."""
+    assert scans.choose_scan(torch.device("cpu")) is selective_scan
+    assert SelectiveScan(8, 8)(torch.randn(1, 3, 4, 8)).shape == (1, 3, 4, 8)
 
-    def kernel(*inputs: Tensor) -> Tensor:
-        raise AssertionError("a CPU tensor reached the CUDA kernel")
 
-    operator = SelectiveScan(8, 8)
-    assert operator.kernel is None
-    operator.kernel = kernel
-    assert operator(torch.randn(1, 3, 4, 8)).shape == (1, 3, 4, 8)
+def selective_scan_fn(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+) -> Tensor:  # fmt: skip
+    """mamba_ssm's function by its arguments' names, computed step by step."""
+    assert D is not None and delta_bias is not None and delta_softplus and z is None and not return_last_state
+    step = torch.nn.functional.softplus(delta + delta_bias[:, None])
+    b, c = (part.repeat_interleave(u.shape[1] // part.shape[1], dim=1) for part in (B, C))
+    state, out = torch.zeros(*u.shape[:2], A.shape[1]), []
+    for t in range(u.shape[-1]):
+        state = (step[..., t, None] * A).exp() * state + (step[..., t] * u[..., t])[..., None] * b[..., t]
+        out.append((state * c[..., t]).sum(-1) + D * u[..., t])
+    return torch.stack(out, dim=-1)
+
+
+def test_a_kernel_is_used_only_if_it_is_equal() -> None:
+    cpu = torch.device("cpu")
+    assert scans.largest_difference(scans.scan_of(selective_scan_fn), selective_scan, cpu) < 1e-4
+
+    def wrong(*args: Tensor, **kwargs: Any) -> Tensor:
+        return 1.01 * selective_scan_fn(*args, **kwargs)
+
+    assert scans.largest_difference(scans.scan_of(wrong), selective_scan, cpu) > hub_kernels.TOLERANCE
+
+
+def test_without_a_kernel_the_plain_computation_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(hub_kernels.ASKED, raising=False)
+    assert scans.find_kernel.__wrapped__(torch.device("cuda")) is None  # nothing is tried where nobody asked
+    monkeypatch.setenv(hub_kernels.ASKED, "1")
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.warns(UserWarning, match="mamba_ssm is not used"):
+        assert scans.find_kernel.__wrapped__(torch.device("cuda")) is None
