@@ -80,7 +80,7 @@ def split_optimizer(
     values: dict[str, dict[str, Any]] = {}
     groups = []
     for group in optimizer.param_groups:
-        groups.append({key: value for key, value in group.items() if key != "params"})
+        groups.append({key: _plain(value) for key, value in group.items() if key != "params"})
         groups[-1]["params"] = [names[id(parameter)] for parameter in group["params"]]
         for parameter in group["params"]:
             name = names[id(parameter)]
@@ -90,7 +90,20 @@ def split_optimizer(
                 else:
                     values.setdefault(name, {})[key] = value
     scaler_state = None if scaler is None else scaler.state_dict()
-    return tensors, json.loads(json.dumps({"groups": groups, "values": values, "scaler": scaler_state}))
+    numbers = {"groups": groups, "values": values, "scaler": scaler_state, "tensors": sorted(tensors)}
+    return tensors, json.loads(json.dumps(numbers))
+
+
+def _plain(value: Any) -> Any:
+    """A value of a parameter group for JSON; some of timm's optimizers keep a number there as a tensor."""
+    return {"tensor": value.tolist(), "dtype": str(value.dtype)} if isinstance(value, Tensor) else value
+
+
+def _restored(value: Any, device: torch.device) -> Any:
+    """What `_plain` wrote."""
+    if isinstance(value, dict) and value.keys() == {"tensor", "dtype"}:
+        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"].removeprefix("torch.")), device=device)
+    return value
 
 
 def write_state(folder: Path, snapshot: Snapshot) -> None:
@@ -269,18 +282,26 @@ def _load_optimizer(saved: SavedState, method: nn.Module, optimizer: Optimizer) 
         raise UserError(f"{saved.checkpoint / STATE} has other parameter groups than this run")
     state: dict[int, dict[str, Any]] = {}
     wanted: dict[str, list[str]] = {}
-    for key in saved.keys("optimizer/"):
+    there = saved.keys("optimizer/")
+    known = saved.numbers.get("tensors")  # older states: a group's parameters are compared with each other
+    for key in sorted({*(known or ())} - {*there}):
+        name, _, field = key.rpartition("/")
+        raise UserError(f"{saved.checkpoint / STATE} has no {field} of {name}; resume from another checkpoint")
+    for key in there:
         name, _, field = key.rpartition("/")
         wanted.setdefault(name, []).append(field)
     number, described = 0, []
     for group, stored in zip(optimizer.param_groups, groups, strict=True):
         kept = {key: group.get(key) for key in ("fused", "foreach")}  # how it computes belongs to this machine
-        values_now = {key: _like(value, group.get(key), key) for key, value in stored.items() if key != "params"}
+        where = group["params"][0].device if group["params"] else torch.device("cpu")
+        values_now = {
+            key: _restored(_like(value, group.get(key), key), where) for key, value in stored.items() if key != "params"
+        }
         described.append({**values_now, **kept, "params": list(range(number, number + len(group["params"])))})
         fields = {field for parameter in group["params"] for field in wanted.get(names[id(parameter)], [])}
         for parameter in group["params"]:
             name = names[id(parameter)]
-            if name in wanted and fields != set(wanted[name]):
+            if known is None and name in wanted and fields != set(wanted[name]):
                 gone = sorted(fields - set(wanted[name]))[0]
                 raise UserError(f"{saved.checkpoint / STATE} has no {gone} of {name}; resume from another checkpoint")
             found = {field: _state_of(saved, name, field, parameter) for field in wanted.get(name, [])}
@@ -290,12 +311,16 @@ def _load_optimizer(saved: SavedState, method: nn.Module, optimizer: Optimizer) 
     optimizer.load_state_dict({"state": state, "param_groups": described})
 
 
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+"""Tensors of a parameter's shape, in every optimizer that has them."""
+
+
 def _state_of(saved: SavedState, name: str, field: str, parameter: Tensor) -> Tensor:
     """One tensor of a parameter's state, sharded as the parameter where it has the parameter's shape."""
     key = f"optimizer/{name}/{field}"
     if not isinstance(parameter, DTensor) or field == "step":
         rows = saved.rows(key)
-        return rows if field == "step" or rows.ndim == 0 else _shaped(rows, parameter, key)
+        return _shaped(rows, parameter, key) if field in _MOMENTS else rows
     rows = (
         saved.rows(key, *owned_rows(parameter)) if parameter.to_local().numel() else parameter.to_local().detach().cpu()
     )

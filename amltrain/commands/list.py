@@ -5,7 +5,7 @@
     amltrain list models --markdown          # all of it as a Markdown table
     amltrain list methods aml                # a method's options: meaning, default, and the value in each preset
     amltrain list augmentations
-    amltrain list losses                     # also: metrics, datasets, callbacks
+    amltrain list losses                     # also: metrics, datasets, callbacks, optimizers
     amltrain list configs recipes/paper      # the shipped configs whose names start so
     amltrain list configs quickstart         # one file; --path prints only where it is
     amltrain list configs --schema > amltrain.schema.json      # for editors: keys are completed and checked
@@ -210,6 +210,17 @@ def config_lines(args: argparse.Namespace) -> Iterator[str]:
         yield f"{name:48} {found.title}"
 
 
+def optimizer_lines(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the values of optim.optimizer: torch's two, and timm's with its own description."""
+    from timm.optim import get_optimizer_info, list_optimizers
+
+    from amltrain.training.optim import ADAM, OPTIMIZERS
+
+    here = {*ADAM, *OPTIMIZERS} & {*ADAM, *list_optimizers()}
+    for name in _chosen(sorted(here), args.name, "optimizer"):
+        yield f"{name:14} {'torch' if name in ADAM else 'timm'}: {get_optimizer_info(name).description}"
+
+
 KINDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "models": model_lines,
     "methods": method_lines,
@@ -218,6 +229,7 @@ KINDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "metrics": metric_lines,
     "datasets": dataset_lines,
     "callbacks": callback_lines,
+    "optimizers": optimizer_lines,
     "configs": config_lines,
 }
 

@@ -57,10 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     arguments = with_config(arguments)
     with one_line_errors():
-        with same_on_every_process():
-            config = read_run(arguments)
-        with exit_on_signals(), no_garbage_collection():
-            from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes a while
+        with exit_on_signals():
+            with same_on_every_process():
+                config = read_run(arguments)
+            with no_garbage_collection():
+                from amltrain.training.trainer import train  # once the arguments are known to be good: torch takes time
 
         train(config)
 

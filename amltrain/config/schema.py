@@ -201,8 +201,10 @@ class LossConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """Optimizer."""
+    optimizer: str = "adamw"
+    """adamw or adam, or one of timm's: sgd, nadamw, lamb, lion, adafactor, muon, ...; `amltrain list optimizers`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, e.g. {momentum: 0.9, nesterov: true} of sgd, {betas: [0.9, 0.99]} of lion."""
     lr: float = key(1e-4, low=0, basic=True)
     """Base learning rate; a model's parameter groups scale it."""
     weight_decay: float = key(0.01, low=0, basic=True)

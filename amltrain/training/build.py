@@ -41,6 +41,7 @@ from amltrain.models.registry import model_builder
 from amltrain.records import Vocabulary
 from amltrain.registry import METHODS, check_options
 from amltrain.run_folder import MODEL, TRAINING_FILE
+from amltrain.training.optim import check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -226,6 +227,7 @@ def check_before_data(config: RunConfig) -> None:
     """Raise UserError for a value or combination that cannot work, before anything is prepared or built."""
     info = model_info(config.model.name)
     kind = METHODS.options(config.method)
+    check_optimizer(config.optim)
     check_options(config.method_options if config.method_options is not None else kind())
     build_loss(config, info)
     check_metric_name(config.evaluation)

@@ -44,7 +44,7 @@ from amltrain.models import create_model, model_info
 from amltrain.records import Batch, Conversation, Vocabulary
 from amltrain.registry import DATASETS, METHODS
 from amltrain.training.build import build_loss
-from amltrain.training.optim import build_optimizer
+from amltrain.training.optim import arguments, build_optimizer
 from amltrain.training.run import count_steps
 
 GIB = 2**30
@@ -223,9 +223,7 @@ def step_cost(config: RunConfig, rows: int, *, accumulated: bool = False) -> Ste
         options = config.method_options if config.method_options is not None else METHODS.options(config.method)()
         method = build_method(config.method, model, build_loss(config, info), options, WORDS).train()
         o = config.optim
-        optimizer = build_optimizer(
-            method.param_groups(o.lr, o.weight_decay), o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad
-        )
+        optimizer = build_optimizer(method.param_groups(o.lr, o.weight_decay), **arguments(o))
         batch = blank_batch(override(info.preprocess, config.preprocess), rows)
         return _measured_step(method, optimizer, batch, half, accumulated)
 

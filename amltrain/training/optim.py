@@ -8,21 +8,36 @@ tracing a window partition with unknown sizes costs more than tracing it again f
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Literal
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from amltrain.config.schema import OptimConfig
+from amltrain.errors import UserError, unknown_name
 from amltrain.models.base import eval_mode
 from amltrain.records import Batch
 
 FUSED_DEVICES = {"cuda"}
 """Devices whose fused Adam kernel is used: one kernel for all tensors, several times faster."""
+ADAM: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+OPTIMIZERS = (
+    "adabelief", "adadelta", "adafactor", "adagrad", "adamax", "adamc", "adamp", "adamuon", "adan", "adanw", "adopt",
+    "adoptc", "adoptw", "cadafactor", "cadamc", "cadamp", "cadamw", "cadan", "cadanw", "cadopt", "cadoptc", "cadoptw",
+    "clamb", "clambw", "claprop", "clion", "clionc", "cmars", "cnadamc", "cnadamw", "crmsproptf", "csgdc", "csgdp",
+    "csgdw", "lamb", "lambc", "lambcd", "lambcw", "lambw", "laprop", "lapropc", "larc", "lars", "lion", "lionc",
+    "madgrad", "madgradw", "mars", "momentum", "muon", "nadam", "nadamc", "nadamuon", "nadamw", "nesterov",
+    "nesterovw", "nlarc", "nlars", "nmuon", "radabelief", "radam", "radamw", "rmsprop", "rmsproptf", "rmsproptfc",
+    "rmsproptfw", "sgd", "sgdc", "sgdp", "sgdw",
+)  # fmt: skip
+"""timm's whose state is tensors and numbers, so that a run resumes exactly, and which need no second gradient and no
+further package."""
 Schedule = Literal["poly", "poly_caris", "multistep", "cosine", "constant", "warmup_decay"]
 
 
@@ -95,19 +110,55 @@ def epoch_factor(
 
 def build_optimizer(
     groups: list[dict[str, Any]],
-    name: Literal["adamw", "adam"],
+    name: str,
     *,
     lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    amsgrad: bool,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    amsgrad: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """groups: of `param_groups`, each with its own lr and weight_decay, which is kept as `base_lr` for the schedule."""
+    """groups: of `param_groups`, each with its own lr and weight_decay, which is kept as `base_lr` for the schedule.
+
+    name: adamw or adam, which are torch's, or one of timm's OPTIMIZERS. betas, eps, amsgrad: of the first two. options:
+    further arguments of the optimizer. Raises UserError for arguments that it does not take.
+    """
     groups = [{**group, "base_lr": group["lr"]} for group in groups]
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    fused = devices <= FUSED_DEVICES or None  # None: torch chooses; a CPU's fused kernel sums in another order
-    return kind(groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, fused=fused)
+    given = dict(options or {})
+    try:
+        if name in ADAM:
+            devices = {parameter.device.type for group in groups for parameter in group["params"]}
+            fused = devices <= FUSED_DEVICES or None  # None: torch chooses; a CPU's fused kernel sums in another order
+            return ADAM[name](groups, lr=lr, betas=betas, eps=eps, amsgrad=amsgrad, **{"fused": fused, **given})
+        return create_optimizer_v2(groups, name, lr=lr, **given)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"optim.optimizer {name} cannot be built with optim.options {given}: {error}") from error
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Raise UserError for an optimizer that cannot be built with these values, before anything else is."""
+    name = config.optimizer
+    if name not in (*ADAM, *OPTIMIZERS):
+        raise unknown_name("optim.optimizer", name, (*ADAM, *OPTIMIZERS))
+    if name not in ADAM:
+        for key in ("betas", "eps", "amsgrad"):
+            if getattr(config, key) != getattr(OptimConfig(), key):
+                raise UserError(f"optim.{key} belongs to adam and adamw; for {name} give optim.options.{key}")
+    for key in ("lr", "weight_decay", "params"):
+        if key in config.options:
+            raise UserError(f"optim.options.{key}: parameter groups have their own; give optim.{key}")
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    build_optimizer(
+        [{"params": [parameter], "lr": config.lr, "weight_decay": config.weight_decay}], **arguments(config)
+    )
+
+
+def arguments(config: OptimConfig) -> dict[str, Any]:
+    """What `build_optimizer` takes besides the groups."""
+    o = config
+    return {
+        "name": o.optimizer, "lr": o.lr, "betas": o.betas, "eps": o.eps, "amsgrad": o.amsgrad, "options": o.options,
+    }  # fmt: skip
 
 
 class WeightAverage(AveragedModel):

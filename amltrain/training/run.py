@@ -61,7 +61,14 @@ from amltrain.training.build import (
     evaluated_contents,
     write_model_folder,
 )
-from amltrain.training.optim import average_weights, blocks_called_whole, build_optimizer, compile_blocks
+from amltrain.training.optim import (
+    ADAM,
+    arguments,
+    average_weights,
+    blocks_called_whole,
+    build_optimizer,
+    compile_blocks,
+)
 from amltrain.training.stopping import Preemption, check_weights
 from amltrain.training.tracking import History, Meter, start_trackers
 
@@ -290,10 +297,9 @@ def build_run(
         log(f"compiling {compile_blocks(bare)} blocks as they are first used")
     if accelerator.distributed_type == DistributedType.FSDP:
         shard(accelerator, bare, blocks_called_whole(bare, _two_samples(components, accelerator)))
+    check_engine_takes(config.optim.optimizer, accelerator)
     o = config.optim
-    optimizer = build_optimizer(
-        bare.param_groups(o.lr, o.weight_decay), o.optimizer, lr=o.lr, betas=o.betas, eps=o.eps, amsgrad=o.amsgrad
-    )
+    optimizer = build_optimizer(bare.param_groups(o.lr, o.weight_decay), **arguments(o))
     wrapped, optimizer = prepare(accelerator, bare, optimizer)
     skip_bad_steps(accelerator, optimizer)
     wrapped.train()
@@ -333,6 +339,16 @@ def build_run(
         config, accelerator, plan, preemption, components, wrapped, optimizer, ema, whole_model, total, last, epoch,
         progress, saver, meter, history, callbacks, resume_from is not None,
     )  # fmt: skip
+
+
+def check_engine_takes(optimizer: str, accelerator: Accelerator) -> None:
+    """Raise UserError for an optimizer that reads whole parameters, under an engine that cuts them into pieces."""
+    engine = accelerator.distributed_type
+    if optimizer not in ADAM and engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"optim.optimizer {optimizer} has not been tried on the parts of parameters that {engine.value} keeps; use "
+            f"adamw, or DDP"
+        )
 
 
 def count_steps(train: TrainConfig, samples: int, plan: BatchPlan) -> tuple[int, int, int]:

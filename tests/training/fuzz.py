@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amltrain.errors import CTRL_C_EXIT_CODE, REQUEUE_EXIT_CODE
+from amltrain.errors import CTRL_C_EXIT_CODE, ENDING, REQUEUE_EXIT_CODE
 from tests.training import runs
 from tests.training.failing_calls import end_state, same
 
@@ -151,8 +151,8 @@ class Round:
             victim = self.random.choice(launched.processes)
             if victim.pid is not None and victim.is_alive():
                 os.kill(victim.pid, number)
-        # before a run listens, a signal ends it as it ends any program
-        allowed = {SIGNALS[number], REQUEUE_EXIT_CODE, -number}
+        # before a run listens, a signal ends it as it ends any program: in one line once Python runs our code
+        allowed = {SIGNALS[number], REQUEUE_EXIT_CODE, -number, *({128 + number} if number in ENDING else ())}
         if not everybody:
             allowed |= {2, *([-signal.SIGABRT] if number == signal.SIGKILL else [])}
             if number == signal.SIGKILL:  # what a launcher does
