@@ -179,6 +179,10 @@ class ModelConfig:
     """Pretrained vision encoder: a timm or Hub name, or an official .pth / .safetensors file. null = random."""
     text_weights: str | None = key(None, basic=True)
     """Pretrained text encoder: a Hub id or folder, or an official file. null = random."""
+    freeze: list[str] = field(default_factory=list)
+    """Modules that keep their weights, by name or pattern: [text], ["vision.layers.[01]"]."""
+    lora: dict[str, int] = field(default_factory=dict)
+    """Modules that learn by low-rank updates of their linear layers, by name or pattern, with the rank: {text: 16}."""
     checkpoint: str | None = key(None, basic=True)
     """Start from all weights of a model folder (…/step-N/model) or a Hub repository (user/name[@revision])."""
     allow_random_frozen: bool = key(False, scope=FREE)
@@ -205,6 +209,8 @@ class OptimConfig:
     """adamw or adam, or one of timm's: sgd, nadamw, lamb, lion, adafactor, muon, ...; `amltrain list optimizers`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {momentum: 0.9, nesterov: true} of sgd, {betas: [0.9, 0.99]} of lion."""
+    layer_decay: float | None = key(None, low=POSITIVE, high=1)
+    """Factor of the rate from block to block of the encoders, towards their input, e.g. 0.75; null = one rate."""
     lr: float = key(1e-4, low=0, basic=True)
     """Base learning rate; a model's parameter groups scale it."""
     weight_decay: float = key(0.01, low=0, basic=True)

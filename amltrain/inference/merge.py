@@ -68,4 +68,4 @@ def _without_updates(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A builder's arguments with `lora` as `frozen`, its defaults among them."""
     defaults = {key: entry.default for key, entry in inspect.signature(model_builder(name)).parameters.items()}
     tuned = {key for key, value in (defaults | kwargs).items() if value == "lora"}
-    return kwargs | dict.fromkeys(tuned, "frozen")
+    return {key: value for key, value in kwargs.items() if key != "lora"} | dict.fromkeys(tuned, "frozen")

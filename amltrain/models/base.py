@@ -52,6 +52,8 @@ class RISModel(nn.Module):
     encodes_image_alone   the image encoder, or its first part, does not read the sentence, so an evaluation may run it
                           once for all sentences of an image. Such a model overrides `encode_image` and
                           `encode_with_image`.
+    encoders              names of the submodules that are pretrained encoders, for `optim.layer_decay`
+    frozen_modules        names of the submodules that `model.freeze` matched
     """
 
     mask_channels: int | None = None
@@ -62,6 +64,15 @@ class RISModel(nn.Module):
     alignment_texts: tuple[str, ...] = ()
     alignment_visuals: tuple[str, ...] = ()
     encodes_image_alone: bool = False
+    encoders: tuple[str, ...] = ()
+    frozen_modules: tuple[str, ...] = ()
+
+    def train(self, mode: bool = True) -> "RISModel":
+        """Set the mode of everything but `frozen_modules`, which stay in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen_modules:
+            self.get_submodule(name).train(False)
+        return self
 
     def encode(self, batch: Batch) -> Features:
         """Run the encoders on image and tokens; return features before cross-modal fusion, if the model has any."""

@@ -263,6 +263,7 @@ class LightDecoder(nn.Module):
 class BEiT3(RISModel):
     """BEiT-3 and the light decoder; one-channel logits at a quarter of the patch."""
 
+    encoders = ("beit3",)
     mask_channels = 1
 
     def __init__(self, beit3: BEiT3Encoder, *, width: int = 256, encoder_lr_scale: float = 0.1) -> None:

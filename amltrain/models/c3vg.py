@@ -234,6 +234,7 @@ def _convolution(given: int, dim: int, kernel: int) -> nn.Conv2d:
 class C3VG(RISModel):
     """BEiT-3 and the coarse-to-fine head; one-channel logits at four times the grid of patches."""
 
+    encoders = ("beit3",)
     mask_channels = 1
 
     def __init__(

@@ -71,6 +71,7 @@ class ConditionalPrompts(nn.Module):
 class CARIS(RISModel):
     """Swin, BERT with image prompts, and the fusion decoder; two-channel logits at stride 4."""
 
+    encoders = ("vision", "text")
     mask_channels = 2
     supports_suppression = True
     alignment_texts = ("prompted", "plain")

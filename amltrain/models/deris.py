@@ -105,6 +105,7 @@ class BiasedPixelDecoder(PixelDecoder):
 class DeRIS(RISModel):
     """Swin and queries, BEiT-3, and an aligner; one-channel logits at the image's size and a no-target decision."""
 
+    encoders = ("beit3", "swin")
     mask_channels = 1
     encodes_image_alone = True
 

@@ -63,6 +63,7 @@ class PlainPyramid(nn.Module):
 class Dual(RISModel):
     """Two independent encoders and the fusion decoder; two-channel logits at stride 4 (a quarter of a ViT's patch)."""
 
+    encoders = ("vision", "text")
     mask_channels = 2
     supports_suppression = True
     encodes_image_alone = True

@@ -51,6 +51,7 @@ PROTOCOL = Protocol(
 class EVFSAM(RISModel):
     """BEiT-3, a projector and a SAM; one-channel logits at the image's size."""
 
+    encoders = ("beit3",)
     mask_channels = 1
     encodes_image_alone = True
     mean: Tensor

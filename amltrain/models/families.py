@@ -31,6 +31,7 @@ from amltrain.records import AlignmentFeatures, Batch, Features, ModelOutput
 class EarlyFusionModel(RISModel):
     """BERT and a backbone that reads it; a subclass adds `decode`. `Features.visual` are fused maps."""
 
+    encoders = ("backbone", "text_encoder")
     backbone: LanguageSwin | ResNet50
     text_encoder: BertModel
     encodes_image_alone = True
@@ -88,6 +89,7 @@ class EarlyFusionModel(RISModel):
 class PixelTextModel(RISModel):
     """`Features.extra["sentence"]` [B, E] gates the neck and makes the kernel of the head."""
 
+    encoders = ("vision", "text")
     mask_channels = 1
     supports_suppression = True
 

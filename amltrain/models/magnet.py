@@ -202,6 +202,7 @@ class FourLevelPixelDecoder(DeformableEncoder):
 class MagNet(RISModel):
     """Swin and BERT in lockstep, fused after each of four stages, and the head; one-channel logits at stride 4."""
 
+    encoders = ("swin", "text_encoder")
     mask_channels = 1
     supports_suppression = True
     alignment_visuals = ("unimodal", "conditioned")

@@ -68,6 +68,7 @@ UNSAID = 30.0
 class MLLMSegmenter(RISModel):
     """A vision-language model and a SAM; one-channel logits at SAM's input size."""
 
+    encoders = ("reader",)
     mask_channels = 1
     encodes_image_alone = True
     rescale: Tensor

@@ -7,7 +7,7 @@ def caris_swin_base(*, vision_weights: str | None = None, ...) -> CARIS: ...
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_type_hints
 
@@ -73,12 +73,23 @@ def model_builder(name: str) -> Callable[..., RISModel]:
     return MODELS[name].value
 
 
+TUNING = ("freeze", "lora")
+"""Arguments of `create_model` that no builder sees."""
+
+
+def without_tuning(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_model` without TUNING."""
+    return {key: value for key, value in kwargs.items() if key not in TUNING}
+
+
 def create_model(name: str, **kwargs: Any) -> RISModel:
     """Build a registered model; `kwargs` are the builder's own keyword arguments.
 
-    Raises UserError for an unknown name, and an argument that the builder does not take or that is of another type.
+    freeze, lora: for every model; see `amltrain.models.tuning.apply_tuning`. Raises UserError for an unknown name, and
+    an argument that the builder does not take or that is of another type.
     """
     builder = model_builder(name)
+    tuned, kwargs = {key: kwargs[key] for key in TUNING if key in kwargs}, without_tuning(kwargs)
     accepted = inspect.signature(builder).parameters
     for key in kwargs:
         if key not in accepted:
@@ -88,4 +99,9 @@ def create_model(name: str, **kwargs: Any) -> RISModel:
     for key, value in kwargs.items():
         if key in kinds and not fits(value, kinds[key]):
             raise UserError(f"argument {key} of model {name} is {value!r}, not {type_name(kinds[key])}")
-    return builder(**kwargs)
+    model = builder(**kwargs)
+    if any(tuned.values()):
+        from amltrain.models.tuning import apply_tuning
+
+        apply_tuning(model, tuned.get("freeze", []), tuned.get("lora", {}))
+    return model

@@ -123,6 +123,7 @@ class Twister(nn.Module):
 class ReMamber(RISModel):
     """VMamba, CLIP's text tower, a twister after every stage and a head; one-channel logits at the image's size."""
 
+    encoders = ("vision", "text_encoder")
     mask_channels = 1
     encodes_image_alone = True
 

@@ -55,6 +55,7 @@ FINEST, MIDDLE, COARSE = 0, 1, 2
 class SAM3(RISModel):
     """SAM 3 with one-channel logits at a quarter of a patch (stride 3.5 in the official code) and a no-target head."""
 
+    encoders = ("sam3.vision_encoder.backbone", "sam3.text_encoder")
     mask_channels = 1
     encodes_image_alone = True
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from amltrain.checkpoints.resume import describe_training, train_mask_parts
 from amltrain.config.fields import check_number, override
-from amltrain.config.schema import EvaluationConfig, Preprocess, Protocol, RunConfig
+from amltrain.config.schema import EvaluationConfig, ModelConfig, Preprocess, Protocol, RunConfig
 from amltrain.data.augment import build_augmentations
 from amltrain.data.conversations import answer_tokens
 from amltrain.data.dataset import ReferDataset
@@ -37,7 +37,8 @@ from amltrain.hub.model_folder import load_pretrained, load_weights, save_pretra
 from amltrain.losses import create_loss
 from amltrain.methods.base import Method, build_method, named_method
 from amltrain.models import ModelInfo, RISModel, create_model, model_info
-from amltrain.models.registry import model_builder
+from amltrain.models.registry import TUNING, model_builder, without_tuning
+from amltrain.models.tuning import apply_tuning
 from amltrain.records import Vocabulary
 from amltrain.registry import METHODS, check_options
 from amltrain.run_folder import MODEL, TRAINING_FILE
@@ -148,19 +149,29 @@ def choose_tokenizer(config: RunConfig, preprocess: Preprocess, resume_from: Pat
 def build_model(config: RunConfig, tokenizer: SentenceTokenizer) -> tuple[RISModel, dict[str, Any]]:
     """Build the model; also the arguments that build it again without pretrained encoders."""
     wanted = config.model
-    kwargs = {"vocab_size": tokenizer.vocab_size, **_answer_ids(config, tokenizer), **wanted.kwargs}
+    kwargs = {"vocab_size": tokenizer.vocab_size, **_answer_ids(config, tokenizer), **model_kwargs(wanted)}
     start = {
         key: value
         for key, value in (("vision_weights", wanted.vision_weights), ("text_weights", wanted.text_weights))
         if value is not None
     }
-    model = create_model(wanted.name, **kwargs, **start)
+    beginning = None if wanted.checkpoint is None else load_pretrained(wanted.checkpoint)
+    # weights of a model without updates are loaded before the updates are there
+    later = beginning is not None and wanted.lora != beginning.kwargs.get("lora", {})
+    model = create_model(wanted.name, **(without_tuning(kwargs) if later else kwargs), **start)
     check_vocabulary(model, tokenizer, pretrained=wanted.text_weights)
-    if wanted.checkpoint is not None:
-        load_weights(model, load_pretrained(wanted.checkpoint).model.state_dict(), wanted.checkpoint)
+    if beginning is not None:
+        load_weights(model, beginning.model.state_dict(), str(wanted.checkpoint))
+    if later:
+        apply_tuning(model, wanted.freeze, wanted.lora)
     if wanted.gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     return model, kwargs
+
+
+def model_kwargs(wanted: ModelConfig) -> dict[str, Any]:
+    """The arguments of `create_model` that a run's config names."""
+    return {**wanted.kwargs, **{key: value for key in TUNING if (value := getattr(wanted, key))}}
 
 
 def _answer_ids(config: RunConfig, tokenizer: SentenceTokenizer) -> dict[str, Any]:

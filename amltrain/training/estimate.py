@@ -43,8 +43,8 @@ from amltrain.methods.base import Method, build_method
 from amltrain.models import create_model, model_info
 from amltrain.records import Batch, Conversation, Vocabulary
 from amltrain.registry import DATASETS, METHODS
-from amltrain.training.build import build_loss
-from amltrain.training.optim import arguments, build_optimizer
+from amltrain.training.build import build_loss, model_kwargs
+from amltrain.training.optim import arguments, build_optimizer, optimizer_groups
 from amltrain.training.run import count_steps
 
 GIB = 2**30
@@ -215,7 +215,7 @@ def step_cost(config: RunConfig, rows: int, *, accumulated: bool = False) -> Ste
     info = model_info(config.model.name)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.mixed_precision or "no")
     with torch.device("meta"):
-        model = create_model(config.model.name, **config.model.kwargs)
+        model = create_model(config.model.name, **model_kwargs(config.model))
     if config.model.gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     with FakeTensorMode(allow_non_fake_inputs=True), _needs_no_values(config):
@@ -223,7 +223,7 @@ def step_cost(config: RunConfig, rows: int, *, accumulated: bool = False) -> Ste
         options = config.method_options if config.method_options is not None else METHODS.options(config.method)()
         method = build_method(config.method, model, build_loss(config, info), options, WORDS).train()
         o = config.optim
-        optimizer = build_optimizer(method.param_groups(o.lr, o.weight_decay), **arguments(o))
+        optimizer = build_optimizer(optimizer_groups(method, o), **arguments(o))
         batch = blank_batch(override(info.preprocess, config.preprocess), rows)
         return _measured_step(method, optimizer, batch, half, accumulated)
 
@@ -338,7 +338,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     """Measure a run's step without a card; takes a minute for a full-size model. Raises UserError."""
     plan = plan_batches(config.train, processes)
     accumulated, model = plan.accumulation > 1, config.model
-    other = 1 if plan.micro > 1 else 2
+    other = 2 * plan.micro if plan.micro < 4 else plan.micro // 2  # some losses need two samples
     lines, costs = [], []
     for checkpointed in (False, True):
         chosen = replace(config, model=replace(model, gradient_checkpointing=checkpointed))

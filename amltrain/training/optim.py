@@ -21,7 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from amltrain.config.schema import OptimConfig
 from amltrain.errors import UserError, unknown_name
-from amltrain.models.base import eval_mode
+from amltrain.methods.base import Method
+from amltrain.models.base import RISModel, eval_mode
+from amltrain.models.tuning import depths_of, repeated_blocks
 from amltrain.records import Batch
 
 FUSED_DEVICES = {"cuda"}
@@ -135,6 +137,39 @@ def build_optimizer(
         raise UserError(f"optim.optimizer {name} cannot be built with optim.options {given}: {error}") from error
 
 
+def optimizer_groups(method: Method, config: OptimConfig) -> list[dict[str, Any]]:
+    """The method's parameter groups without what is frozen, with rates that fall towards the encoders' inputs.
+
+    Raises UserError for `optim.layer_decay` of a model that names no encoder, or trains none.
+    """
+    groups = method.param_groups(config.lr, config.weight_decay)
+    groups = [{**g, "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    groups = [group for group in groups if group["params"]]
+    return groups if config.layer_decay is None else decayed(groups, method.model, config.layer_decay)
+
+
+def decayed(groups: list[dict[str, Any]], model: RISModel, decay: float) -> list[dict[str, Any]]:
+    """Groups split by depth: the rate of a parameter of depth d of n + 1 is multiplied by decay^(n + 1 - d)."""
+    factors: dict[int, float] = {}
+    for depths, last in depths_of(model):
+        factors |= {parameter: decay ** (last - depth) for parameter, depth in depths.items()}
+    if all(factor == 1 for factor in factors.values()):
+        raise UserError(
+            f"optim.layer_decay: {type(model).__name__} "
+            + ("trains no block of an encoder" if model.encoders else "names no encoders (its class sets `encoders`)")
+            + "; leave it out"
+        )
+    split = []
+    for group in groups:
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(factors.get(id(parameter), 1.0), []).append(parameter)
+        for factor, parameters in sorted(parts.items()):
+            name = group["name"] if len(parts) == 1 else f"{group['name']} x{factor:.4g}"
+            split.append({**group, "name": name, "params": parameters, "lr": group["lr"] * factor})
+    return split
+
+
 def check_optimizer(config: OptimConfig) -> None:
     """Raise UserError for an optimizer that cannot be built with these values, before anything else is."""
     name = config.optimizer
@@ -207,19 +242,8 @@ def set_lr(optimizer: Optimizer, factor: float, base_lr: float | None = None, mi
         group["lr"] = least + (base - least) * factor if least else base * factor
 
 
-LEAST_LAYERS = 4
-"""Layers with parameters that a block has; a smaller one has nothing to fuse."""
 VERSIONS = 64
 """Versions of one kind of block: stages of several widths, with and without a shift, at both sizes of AML."""
-
-
-def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the innermost blocks that stand in a list with another of their own class."""
-    kinds = [type(child) for child in module.children()]
-    for child in module.children():
-        inner = list(repeated_blocks(child))
-        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and kinds.count(type(child)) > 1
-        yield from inner or ([child] if repeated and _layers(child) >= LEAST_LAYERS else [])
 
 
 @torch.no_grad()
@@ -273,7 +297,3 @@ def uncompiled() -> Iterator[None]:
     """Run compiled blocks as they are: an evaluation has other modes and batches, which would be compiled as well."""
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-def _layers(module: nn.Module) -> int:
-    return sum(1 for part in module.modules() if next(part.parameters(recurse=False), None) is not None)

@@ -68,6 +68,7 @@ from amltrain.training.optim import (
     blocks_called_whole,
     build_optimizer,
     compile_blocks,
+    optimizer_groups,
 )
 from amltrain.training.stopping import Preemption, check_weights
 from amltrain.training.tracking import History, Meter, start_trackers
@@ -299,7 +300,7 @@ def build_run(
         shard(accelerator, bare, blocks_called_whole(bare, _two_samples(components, accelerator)))
     check_engine_takes(config.optim.optimizer, accelerator)
     o = config.optim
-    optimizer = build_optimizer(bare.param_groups(o.lr, o.weight_decay), **arguments(o))
+    optimizer = build_optimizer(optimizer_groups(bare, o), **arguments(o))
     wrapped, optimizer = prepare(accelerator, bare, optimizer)
     skip_bad_steps(accelerator, optimizer)
     wrapped.train()
