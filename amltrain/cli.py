@@ -57,14 +57,17 @@ methods, augmentations, losses, metrics, data sets and callbacks of your own; it
 """
 
 
+QUIET = ("TORCH_CPP_LOG_LEVEL", "FATAL")
+"""Environment variable without which torch prints up to 60 lines of C++ frames for a process that is gone, which a
+sentence of ours names. Set it to INFO to see them."""
+
+
 def main() -> None:
     """Entry point of the `amltrain` program."""
     if "_ARGCOMPLETE" in os.environ:
         from amltrain.completion import complete
 
         complete(COMMANDS)
-    # before torch is imported: 60 lines of c10d's C++ frames for a process that is gone, which we name in one sentence
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.stdout, sys.stderr = PlainStream(sys.stdout), PlainStream(sys.stderr)  # type: ignore[assignment]
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -83,6 +86,7 @@ def main() -> None:
 
 def run(command: str, arguments: Sequence[str]) -> None:
     """Run one command, after importing the plugins that its arguments name."""
+    os.environ.setdefault(*QUIET)  # before torch is imported
     with one_line_errors():
         rest = take_imports(arguments)
     sys.argv = [f"amltrain {command}", *rest]

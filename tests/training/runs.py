@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from amltrain.cli import QUIET
 from amltrain.commands.train import read_run
 from amltrain.config.schema import RunConfig
 from amltrain.training.tracking import MEASURED
 from amltrain.training.trainer import train
 
 SHORT_RUN = Path(__file__).with_name("short_run.yaml")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as amltrain.cli sets it, before the server imports torch
+os.environ.setdefault(*QUIET)  # as a command does, before the server imports torch
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["amltrain.training.trainer", "amltrain.commands.train", "torch._dynamo", "deepspeed"])
 
