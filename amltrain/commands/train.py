@@ -26,10 +26,10 @@ def build_parser() -> ArgumentParser:
 def read_run(argv: Sequence[str] | None = None) -> RunConfig:
     """Read a run from a command line, and check all its values. Raises UserError.
 
-    `--print_config` prints the run with its method's preset filled in, and exits.
+    `--print_config` prints the run with its method's preset filled in, and exits; `--estimate` is for `main`.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    arguments = [argument for argument in given if argument != PRINT]
+    arguments = [argument for argument in given if argument not in (PRINT, ESTIMATE)]
     config = checked(arguments)
     if PRINT in given:
         options = config.method_options
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if ESTIMATE in arguments:
-        print_estimate([argument for argument in arguments if argument != ESTIMATE])
+        print_estimate(arguments)
         return
     if any(argument.split("=")[0] in ("--processes", "--accelerate") for argument in arguments):
         from amltrain.training.launcher import launch_processes, take_launch_options
