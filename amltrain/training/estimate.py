@@ -12,9 +12,10 @@ left for them.
 
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -283,19 +284,46 @@ def _needs_no_values(config: RunConfig) -> Iterator[None]:
 
 
 class MemoryLine(NamedTuple):
-    """Bytes at the fullest moment of a step by samples of a forward pass: fixed + each * samples."""
+    """Bytes at the fullest moment of a step by samples of a forward pass: fixed + each * samples, and at least `least`.
+
+    least: where a small batch is fullest when all gradients are there, or in the optimizer.
+    """
 
     fixed: float
     each: float
+    least: float = 0.0
 
     def at(self, samples: int) -> float:
         """Bytes for so many samples."""
-        return self.fixed + self.each * samples
+        return max(self.least, self.fixed + self.each * samples)
 
     def most(self, gib: float) -> int:
         """The most samples that a card with so much memory holds; 0 = none."""
-        free = gib * GIB * (1 - RESERVE) - self.fixed
-        return max(0, int(free / self.each))
+        free = gib * GIB * (1 - RESERVE)
+        return 0 if self.least > free else max(0, int((free - self.fixed) / self.each))
+
+
+def _peak(measured: Callable[[int], StepCost], samples: int) -> int:
+    return measured(samples).peak
+
+
+LARGEST = 512
+"""Samples of the largest step that is measured for a line."""
+
+
+def memory_line(peaks: Callable[[int], int], samples: int) -> MemoryLine:
+    """The line through two steps that are large enough for their samples to fill most of the memory.
+
+    peaks: bytes by samples. samples: of the run, whose own step is measured too.
+    """
+    small = max(32, samples)
+    while small < LARGEST and peaks(2 * small) < 1.5 * peaks(small):
+        small *= 2
+    large = 2 * small  # `small` itself may be at the lower end
+    each = max(1.0, (peaks(2 * large) - peaks(large)) / large)
+    line = MemoryLine(peaks(large) - each * large, each)
+    measured = peaks(samples)
+    return line._replace(least=measured) if measured > 1.02 * line.at(samples) else line
 
 
 class Estimate(NamedTuple):
@@ -337,19 +365,15 @@ class Estimate(NamedTuple):
 def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     """Measure a run's step without a card; takes a minute for a full-size model. Raises UserError."""
     plan = plan_batches(config.train, processes)
-    accumulated, model = plan.accumulation > 1, config.model
-    other = 2 * plan.micro if plan.micro < 4 else plan.micro // 2  # some losses need two samples
-    lines, costs = [], []
+    model, lines, costs = config.model, [], []
     for checkpointed in (False, True):
         chosen = replace(config, model=replace(model, gradient_checkpointing=checkpointed))
-        cost = step_cost(chosen, plan.micro, accumulated=accumulated)
-        small = step_cost(chosen, other, accumulated=accumulated)
-        each = (cost.peak - small.peak) / (plan.micro - other)
-        lines.append(MemoryLine(cost.peak - each * plan.micro, max(each, 1.0)))
-        costs.append(cost)
+        measured = cache(partial(step_cost, chosen, accumulated=plan.accumulation > 1))
+        lines.append(memory_line(partial(_peak, measured), plan.micro))
+        costs.append(measured(plan.micro))
     step = costs[model.gradient_checkpointing]
     average = step.weights if config.train.ema_decay is not None else 0
-    lines = [line._replace(fixed=line.fixed + average) for line in lines]
+    lines = [line._replace(fixed=line.fixed + average, least=line.least and line.least + average) for line in lines]
     samples = training_samples(config)
     steps = (
         None if samples is None and config.train.max_steps is None else count_steps(config.train, samples or 0, plan)[1]

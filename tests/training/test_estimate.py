@@ -20,10 +20,12 @@ from amltrain.models import create_model, model_info
 from amltrain.training.estimate import (
     CARDS,
     GIB,
+    RESERVE,
     Meter,
     blank_batch,
     describe,
     estimate,
+    memory_line,
     step_cost,
     training_samples,
 )
@@ -101,8 +103,23 @@ def test_what_fits_is_where_the_line_crosses() -> None:
         most = found.memory.most(card.gib)
         assert found.memory.at(most) <= card.gib * GIB * 0.92 < found.memory.at(most + 1)
     assert found.memory.most(0.0) == 0
-    cost = step_cost(run("caris_tiny"), 7)  # a size that was not measured for the line
-    assert found.memory.at(7) == pytest.approx(cost.peak, rel=0.03)
+    cost = step_cost(run("caris_tiny"), 50)  # a size that was not measured for the line
+    assert found.memory.at(50) == pytest.approx(cost.peak, rel=0.03)
+
+
+def test_a_line_is_measured_where_samples_fill_the_memory() -> None:
+    """Bytes that are 1000 in the optimizer, whatever the batch, and 100 + 3 per sample before it."""
+    asked: list[int] = []
+
+    def peaks(samples: int) -> int:
+        asked.append(samples)
+        return max(1000, 100 + 3 * samples)
+
+    line = memory_line(peaks, 16)
+    assert (line.fixed, line.each, line.least) == (100, 3, 1000)
+    assert line.at(16) == 1000 and line.at(500) == 1600 and max(asked) <= 2048
+    assert line.most(1001 / GIB / (1 - RESERVE)) == 300 and line.most(999 / GIB / (1 - RESERVE)) == 0
+    assert memory_line(lambda samples: 100 + 3 * samples, 16).least == 0
 
 
 def test_samples_are_those_of_the_data_or_of_the_paper(tmp_path: Path) -> None:
