@@ -276,6 +276,7 @@ def build_run(
         if accelerator.is_main_process:
             tqdm.write(text)
 
+    check_engine_takes(config.optim.optimizer, accelerator)
     set_tf32(config.train.tf32)
     on_cuda = accelerator.device.type == "cuda"
     components = build_components(
@@ -287,23 +288,7 @@ def build_run(
         for line in bare.setup(_first_batches(accelerator, config, components, plan), accelerator.reduce):
             log(line)
     ema = _average(accelerator, config, bare.model)
-    # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
-    whole_model = copy.deepcopy(bare.model) if is_sharded(accelerator) else None
-    if bare.before_step_needs_weights and is_sharded(accelerator):
-        raise UserError(
-            f"method {bare.name} with these options needs whole weights between steps; "
-            "change them, or use DDP or ZeRO-1/2"
-        )
-    if config.train.compile:
-        log(f"compiling {compile_blocks(bare)} blocks as they are first used")
-    if accelerator.distributed_type == DistributedType.FSDP:
-        shard(accelerator, bare, blocks_called_whole(bare, _two_samples(components, accelerator)))
-    check_engine_takes(config.optim.optimizer, accelerator)
-    o = config.optim
-    optimizer = build_optimizer(optimizer_groups(bare, o), **arguments(o))
-    wrapped, optimizer = prepare(accelerator, bare, optimizer)
-    skip_bad_steps(accelerator, optimizer)
-    wrapped.train()
+    wrapped, optimizer, whole_model = _wrap(config, accelerator, components, bare, log)
     saver = Saver(
         accelerator,
         config.folder,
@@ -314,19 +299,9 @@ def build_run(
         write_model=_model_writer(config, components),
         base=components.base,
     )
-    progress = Progress(
-        spread=list(plan),
-        seed=config.seed,
-        samples=len(components.dataset),
-        data=components.dataset.fingerprint,
-        engine=accelerator.distributed_type.value.lower(),
-    )
-    agree(accelerator, {"training data": progress.data, **evaluated_contents(components), **library_versions()})
-    if resume_from is not None:
-        compare_surroundings(resume_from, evaluated_contents(components), log)
-        progress = resume_progress(saver, resume_from, progress, config.folder, log)
-        for callback in callbacks:
-            callback.load_state_dict(progress.callbacks.get(type(callback).__name__))
+    progress = _progress(config, accelerator, plan, components, saver, resume_from, log)
+    for callback in callbacks if resume_from is not None else ():
+        callback.load_state_dict(progress.callbacks.get(type(callback).__name__))
     total, last, epoch = count_steps(config.train, len(components.dataset), plan)
     if progress.step > last:
         raise UserError(
@@ -340,6 +315,53 @@ def build_run(
         config, accelerator, plan, preemption, components, wrapped, optimizer, ema, whole_model, total, last, epoch,
         progress, saver, meter, history, callbacks, resume_from is not None,
     )  # fmt: skip
+
+
+def _wrap(
+    config: RunConfig, accelerator: Accelerator, components: RunComponents, bare: Method, log: Callable[[str], None]
+) -> tuple[nn.Module, Optimizer, nn.Module | None]:
+    """Compile, shard and wrap the method; returns it with its optimizer, and `Run.whole_model`."""
+    # a sharded model runs only through its wrapper: evaluation gets a whole one to fill
+    whole_model = copy.deepcopy(bare.model) if is_sharded(accelerator) else None
+    if bare.before_step_needs_weights and is_sharded(accelerator):
+        raise UserError(
+            f"method {bare.name} with these options needs whole weights between steps; "
+            "change them, or use DDP or ZeRO-1/2"
+        )
+    if config.train.compile:
+        log(f"compiling {compile_blocks(bare)} blocks as they are first used")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        shard(accelerator, bare, blocks_called_whole(bare, _two_samples(components, accelerator)))
+    o = config.optim
+    optimizer = build_optimizer(optimizer_groups(bare, o), **arguments(o))
+    wrapped, optimizer = prepare(accelerator, bare, optimizer)
+    skip_bad_steps(accelerator, optimizer)
+    wrapped.train()
+    return wrapped, optimizer, whole_model
+
+
+def _progress(
+    config: RunConfig,
+    accelerator: Accelerator,
+    plan: BatchPlan,
+    components: RunComponents,
+    saver: Saver,
+    resume_from: Path | None,
+    log: Callable[[str], None],
+) -> Progress:
+    """Where the run stands, the checkpoint loaded if there is one. Every process checks that all have the same data."""
+    progress = Progress(
+        spread=list(plan),
+        seed=config.seed,
+        samples=len(components.dataset),
+        data=components.dataset.fingerprint,
+        engine=accelerator.distributed_type.value.lower(),
+    )
+    agree(accelerator, {"training data": progress.data, **evaluated_contents(components), **library_versions()})
+    if resume_from is not None:
+        compare_surroundings(resume_from, evaluated_contents(components), log)
+        progress = resume_progress(saver, resume_from, progress, config.folder, log)
+    return progress
 
 
 def check_engine_takes(optimizer: str, accelerator: Accelerator) -> None:

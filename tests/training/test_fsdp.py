@@ -119,3 +119,12 @@ def test_a_language_model_in_conversation_follows_one_process(tuning: str, shape
     sharded(shapes, tmp_path / "cut", *extra)
     assert runs.losses(tmp_path / "whole") == pytest.approx(runs.losses(tmp_path / "one"), rel=2e-4)
     assert runs.same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_an_optimizer_of_whole_parameters_is_rejected(shapes: Path, tmp_path: Path) -> None:
+    flags = (*SPREAD, "--optim.optimizer", "muon")
+    started = {"processes": 2, "environment": FSDP2, "before": AllowCPU(None), "expected": 2}
+    said = runs.finished(shapes, tmp_path / "run", *flags, **started)
+    assert (
+        "optim.optimizer muon has not been tried on the parts of parameters that FSDP keeps; use adamw, or DDP" in said
+    )
