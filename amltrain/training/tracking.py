@@ -74,6 +74,7 @@ def banner(
         "steps": f"{last_step:,} ({epochs:.1f} epochs){schedule}",
         "optimizer": f"{o.optimizer}, lr "
         + "; ".join(f"{rate:g} of {', '.join(names)}" for rate, names in rates.items())
+        + (f", {o.layer_decay:g} of it per block of the encoders" if o.layer_decay is not None else "")
         + f"; {o.schedule}, {o.warmup_steps:,} warm-up steps",
         "seed": str(config.seed),
         "precision": precision,

@@ -150,8 +150,11 @@ FLAGS = (
 )
 
 
-def test_a_run_stops_resumes_and_its_folder_is_whole(shapes: Path, tmp_path: Path) -> None:
+def test_a_run_stops_resumes_and_its_folder_is_whole(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs.run(shapes, tmp_path / "whole", *FLAGS)
+    assert "0.7 of it per block of the encoders" in capsys.readouterr().out
     runs.run(shapes, tmp_path / "parts", *FLAGS, "--train.stop_after", "2")
     runs.run(shapes, tmp_path / "parts", *FLAGS)
     whole, parts = (load_file(tmp_path / name / "last/model/model.safetensors") for name in ("whole", "parts"))
