@@ -110,8 +110,8 @@ def row(what: str, seen: Sequence[Held]) -> str:
     return f"| {what} | {memory} | {grown:+.1f} | {middle.files} -> {last.files} | {middle.threads} -> {last.threads} |"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python launch/benchmark.py leaks",
         description=__doc__,
@@ -120,7 +120,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--sentences", type=int, default=20_000)
     parser.add_argument("--pictures", type=int, default=2000)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = build_parser().parse_args(argv)
     with one_line_errors(), tempfile.TemporaryDirectory() as name:
         for flag, least in (("steps", 10), ("sentences", 1), ("pictures", 2)):
             if getattr(options, flag) < least:

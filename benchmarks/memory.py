@@ -29,8 +29,8 @@ def row(name: str, method: str) -> str:
     return f"| {' | '.join((*cells, *fits))} |"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python launch/benchmark.py memory",
         description=__doc__,
@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("models", nargs="*", help="default: every model that is not tiny")
     parser.add_argument("--method", default="supervised")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    args = build_parser().parse_args(argv)
     names = args.models or [name for name in list_models() if not name.endswith(("_tiny", "_lite"))]
     cards = " | ".join(card.name for card in SHOWN)
     print(f"| model | GiB at {BATCH} | checkpointed | TFLOP | operations | {cards} |")
