@@ -395,7 +395,8 @@ class CoarseToFine(nn.Module):
 
     def forward(self, output: ModelOutput, batch: Batch, boxes: Tensor | None = None) -> dict[str, Tensor]:
         """output.logits [B, 1, h, w]; aux coarse_logits [B, 1, h', w'], box and coarse_box [B, 4] shares;
-        batch.target [B, H, W] uint8; boxes [B, 4] corners in pixels of the network's input, None = around the target.
+        batch.target [B, H, W] uint8; boxes [B, 4] corners in pixels of the network's input, None = batch.box, or where
+        there is none the box around the target.
 
         Returns loss, and detached with their weights: {mask, box, consistency}_{coarse, fine}.
         """
@@ -403,6 +404,7 @@ class CoarseToFine(nn.Module):
             raise UserError("loss c3vg needs a model with a coarse stage and boxes (c3vg_*); name another loss.name")
         truth = batch.target >= 128
         size = (truth.shape[-2], truth.shape[-1])
+        boxes = batch.box if boxes is None else boxes
         wanted = shares_of(boxes_of_masks(truth) if boxes is None else boxes, size)
         some = truth.flatten(1).any(dim=1).float()
         stages = (

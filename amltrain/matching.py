@@ -51,13 +51,18 @@ def box_overlap(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
     Two boxes without any area have IoU and generalised IoU 0.
     """
-    low, high = torch.maximum(one[..., :2], other[..., :2]), torch.minimum(one[..., 2:], other[..., 2:])
-    both = _extent((high - low).clamp(min=0))
-    union = _area(one) + _area(other) - both
+    both, union = box_overlap_areas(one, other)
     around = torch.cat([torch.minimum(one, other)[..., :2], torch.maximum(one, other)[..., 2:]], dim=-1)
     hull = _area(around)
     iou = both / union.where(union > 0, union.new_ones(()))
     return iou, iou - (hull - union) / hull.where(hull > 0, hull.new_ones(()))
+
+
+def box_overlap_areas(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of corners [..., 4] of any dtype, pair by pair: [...] each."""
+    low, high = torch.maximum(one[..., :2], other[..., :2]), torch.minimum(one[..., 2:], other[..., 2:])
+    both = _extent((high - low).clamp(min=0))
+    return both, _area(one) + _area(other) - both
 
 
 def box_loss(predicted: Tensor, target: Tensor, l1_weight: float = 5.0, giou_weight: float = 2.0) -> Tensor:

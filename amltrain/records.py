@@ -40,6 +40,7 @@ class Sample(NamedTuple):
     view: Tensor | None = None
     sentence: str = ""
     picture: int = -1
+    box: Tensor | None = None
 
 
 class Vocabulary(NamedTuple):
@@ -108,6 +109,8 @@ class Batch(NamedTuple):
     loss_weight      [B, H, W] float32, 0..1: how much a pixel counts in the loss; None = all the same. A method sets it
     view             [B, 3, v, v] as `image`: the same picture as a second encoder wants it; None unless it asks
     conversation     what a language model reads; None = it makes its own of `input_ids`
+    box              [B, 4] float32, corners x1, y1, x2, y2 of the referent in pixels of the network's input, by
+                     `data.boxes`; zeros without a referent. None unless the model `needs_boxes`
     """
 
     image: Tensor
@@ -123,6 +126,7 @@ class Batch(NamedTuple):
     loss_weight: Tensor | None = None
     view: Tensor | None = None
     conversation: Conversation | None = None
+    box: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is, and
@@ -141,6 +145,7 @@ class Batch(NamedTuple):
             regions=None if self.regions is None else change(self.regions),
             loss_weight=None if self.loss_weight is None else change(self.loss_weight),
             view=None if self.view is None else change(self.view),
+            box=None if self.box is None else change(self.box),
         )
 
 
@@ -175,6 +180,7 @@ class ModelOutput(NamedTuple):
 
     logits  [B, 2, h, w] (background, referent; softmax) or [B, 1, h, w] (referent; sigmoid), at the model's own size
     aux     named extra outputs. Names with a meaning outside the model:
+            "box" [B, 4] the referent's box: centre x, centre y, width, height as shares of the network's input;
             "no_target" [B, 2] logits (target, no target); "fused_visual" [B, C, h, w] and "fused_text" [B, L, C] after
             cross-modal fusion (AML `features: late`)
     """

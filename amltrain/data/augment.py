@@ -37,6 +37,17 @@ class SampleIds(NamedTuple):
     sent_id: int
 
 
+Corners = tuple[float, float, float, float]
+"""A box x1, y1, x2, y2 in pixels of an image, continuous: a pixel's box is one pixel wide."""
+
+
+class RawBox(NamedTuple):
+    """An annotated box and the very mask that it belongs to: another array has no annotated box."""
+
+    corners: Corners
+    mask: NDArray[np.uint8]
+
+
 BACKGROUND, OTHER, REFERENT = 0, 1, 2
 """What a pixel of `RawSample.regions` shows: no referent of the picture, another one, the sample's own."""
 
@@ -50,6 +61,7 @@ class RawSample(NamedTuple):
     ids       where the sample comes from; an augmentation keeps them
     no_target the sentence means nothing in the image; the mask is then all 0
     regions   [h, w] uint8, BACKGROUND, OTHER or REFERENT, as annotated; None unless the method asks for it
+    box       the annotated box; None unless the model asks for it and the row has one. Read `corners` instead
     """
 
     image: Image.Image
@@ -58,11 +70,31 @@ class RawSample(NamedTuple):
     ids: SampleIds
     no_target: bool = False
     regions: NDArray[np.uint8] | None = None
+    box: RawBox | None = None
 
-    def moved(self, image: Image.Image, move: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> "RawSample":
-        """The sample with another image, and with `move` applied to every map of its pixels: [h, w] -> [h', w']."""
-        regions = None if self.regions is None else move(self.regions)
-        return self._replace(image=image, mask=move(self.mask), regions=regions)
+    @property
+    def corners(self) -> Corners | None:
+        """The annotated box; None where there is none, or where the mask was replaced by another."""
+        return self.box.corners if self.box is not None and self.box.mask is self.mask else None
+
+    def moved(
+        self,
+        image: Image.Image,
+        move: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+        place: Callable[[float, float], tuple[float, float]] | None = None,
+    ) -> "RawSample":
+        """The sample with another image, and with `move` applied to every map of its pixels: [h, w] -> [h', w'].
+
+        place: where a point (x, y) of the old image lies in the new one, pixels; without it the annotated box is lost
+        and a model that asks for one gets the box around the mask.
+        """
+        regions, mask = None if self.regions is None else move(self.regions), move(self.mask)
+        box = None
+        if place is not None and self.corners is not None:
+            x1, y1, x2, y2 = self.corners
+            (u1, v1), (u2, v2) = place(x1, y1), place(x2, y2)
+            box = RawBox((min(u1, u2), min(v1, v2), max(u1, u2), max(v1, v2)), mask)
+        return self._replace(image=image, mask=mask, regions=regions, box=box)
 
 
 class About(NamedTuple):

@@ -143,7 +143,10 @@ class Flip:
         if rng.random() >= self.options.probability or sentence is None:
             return sample
         image = sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return sample.moved(image, lambda pixels: np.ascontiguousarray(pixels[:, ::-1]))._replace(sentence=sentence)
+        mirror = sample.moved(
+            image, lambda pixels: np.ascontiguousarray(pixels[:, ::-1]), lambda x, y: (image.width - x, y)
+        )
+        return mirror._replace(sentence=sentence)
 
 
 def mirrored(sentence: str) -> str | None:
@@ -215,7 +218,8 @@ class ScaleJitter:
                 canvas = Image.new("RGB", (width, height), _mean_colour(sample.image))
                 canvas.paste(image, (left, top))
                 move = partial(_scaled, size=size, frame=(height, width), top=top, left=left)
-                return sample.moved(canvas, move)
+                by = (size[1] / width, size[0] / height)
+                return sample.moved(canvas, move, partial(_scaled_point, by=by, left=left, top=top))
         return sample
 
 
@@ -229,6 +233,10 @@ def _scaled(
     pixels: NDArray[np.uint8], size: tuple[int, int], frame: tuple[int, int], top: int, left: int
 ) -> NDArray[np.uint8]:
     return _framed(_resized(pixels, size), frame, top, left)
+
+
+def _scaled_point(x: float, y: float, by: tuple[float, float], left: int, top: int) -> tuple[float, float]:
+    return x * by[0] + left, y * by[1] + top
 
 
 def _framed(mask: NDArray[np.uint8], frame: tuple[int, int], top: int, left: int) -> NDArray[np.uint8]:
@@ -292,7 +300,10 @@ class ResizeCrop:
             spans.append(slice(start, start + length))
         rows, columns = spans
         image = sample.image.crop((columns.start, rows.start, columns.stop, rows.stop))
-        return sample.moved(image, lambda pixels: np.ascontiguousarray(pixels[rows, columns]))
+        cut = np.s_[rows, columns]
+        return sample.moved(
+            image, lambda pixels: np.ascontiguousarray(pixels[cut]), lambda x, y: (x - columns.start, y - rows.start)
+        )
 
 
 @register_augmentation(options=ResizeCropOptions)

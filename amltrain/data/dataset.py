@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, Augmentation, RawSample, SampleIds
+from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, Augmentation, RawBox, RawSample, SampleIds
+from amltrain.data.boxes import annotated_corners, network_box, without_box
 from amltrain.data.cache import PresizedImages
 from amltrain.data.conversations import ConversationWriter
 from amltrain.data.images import Decoder, decode_image
@@ -126,6 +127,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         augmentations: Sequence[Augmentation] = (),
         decoder: Decoder = "pil",
         regions: bool = False,
+        boxes: bool = False,
         view: View | None = None,
         talk: ConversationWriter | None = None,
     ) -> None:
@@ -138,7 +140,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         perturb: changes every image, given with its sample id, before the transform (a robustness test).
         augmentations: change the raw sample before transform and tokenizer (training), in order.
         decoder: see `decode_image`; with torchvision, square images are resized by torch: at most one grey level apart.
-        regions: add what every pixel shows, see `Batch.regions`.
+        regions: add what every pixel shows, see `Batch.regions`. boxes: add the referent's box, see `Batch.box`.
         view: add a second picture, see `Batch.view`. talk: writes the conversations of a batch.
 
         Presized images of a split are used unless the images are perturbed or augmented.
@@ -147,7 +149,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
         self.keep_original_target, self.perturb = keep_original_target, perturb
         self.augmentations, self.decoder, self.regions = list(augmentations), decoder, regions
-        self.view, self.talk = view, talk
+        self.view, self.talk, self.boxes = view, talk, boxes
         self._recent: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         indices = [_index_split(number, opened, excluded_images) for number, opened in enumerate(self.splits)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
@@ -223,6 +225,18 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             "shuffled_sentences": self.text_of is not None,
         }
 
+    def box_origin(self) -> str:
+        """Say where the boxes of `Batch.box` come from; "" where the model asks for none."""
+        if not self.boxes:
+            return ""
+        missing = sum(
+            without_box(pc.list_flatten(opened.rows.columns.column("referents").combine_chunks()))
+            for opened in self.splits
+        )
+        notes = [f"for {missing:,} refs without one"] * bool(missing)
+        notes += ["where an augmentation replaces the mask"] * bool(self.augmentations)
+        return "annotated" + (f"; around the mask {' and '.join(notes)}" if notes else "")
+
     def __getitem__(self, draw: Draw | int) -> Sample:
         draw = draw if isinstance(draw, Draw) else Draw(0, int(draw))
         index = draw.index
@@ -233,13 +247,14 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         if self.augmentations:
             mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
-            no_target, regions = raw.no_target, raw.regions
+            no_target, regions, corners = raw.no_target, raw.regions, raw.corners
             view = None if self.view is None else self.view(raw.image)
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
             mask = self._mask(index, referent) if self._needs_mask(index) else None
             image, target, geometry = self._network_input(index, mask)
             regions = self._regions(index) if self.regions else None
+            corners = annotated_corners(referent) if self.boxes else None
             view = None if self.view is None else self.view(self.picture(index))
         input_ids, text_mask = self.tokenizer(text)
         assert target is not None
@@ -258,6 +273,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             view,
             text,
             self._picture_number(index),
+            network_box(corners, target, geometry) if self.boxes else None,
         )
 
     def raw(self, draw: Draw | int) -> RawSample:
@@ -361,7 +377,9 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         ids = self._ids(index, referent, sentence)
         mask, text = self._mask(index, referent), sentence[self.sentence_field]
         regions = self._regions(index) if self.regions else None
-        return RawSample(self.picture(index), mask, text, ids, referent["no_target"], regions)
+        corners = annotated_corners(referent) if self.boxes else None
+        box = None if corners is None else RawBox(corners, mask)
+        return RawSample(self.picture(index), mask, text, ids, referent["no_target"], regions, box)
 
     def other_masks(self, sample_id: int) -> list[NDArray[np.uint8]]:
         """Masks [h, w] uint8 of the other referents of a sample's picture; those of its own objects are left out."""

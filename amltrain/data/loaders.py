@@ -39,6 +39,7 @@ def collate(samples: Sequence[Sample], talk: ConversationWriter | None = None) -
     """
     regions = [sample.regions for sample in samples if sample.regions is not None]
     views = [sample.view for sample in samples if sample.view is not None]
+    boxes = [sample.box for sample in samples if sample.box is not None]
     return Batch(
         image=torch.stack([sample.image for sample in samples]),
         input_ids=torch.stack([sample.input_ids for sample in samples]),
@@ -52,6 +53,7 @@ def collate(samples: Sequence[Sample], talk: ConversationWriter | None = None) -
         regions=torch.stack(regions) if regions else None,
         view=torch.stack(views) if views else None,
         conversation=None if talk is None else talk(samples),
+        box=torch.stack(boxes) if boxes else None,
     )
 
 
@@ -120,11 +122,13 @@ def build_train_dataset(
     max_samples: int | None = None,
     regions: bool = False,
     original: bool = False,
+    boxes: bool = False,
 ) -> ReferDataset:
     """Build the training samples of all data sets, without the images that any of them evaluates on (data.leak_filter).
 
     mask_parts: data.mask_parts, or its default for null. augmentations: of `build_augmentations`. regions: whether the
-    method reads `Batch.regions`. original: whether the loss reads masks at the pictures' own sizes.
+    method reads `Batch.regions`. original: whether the loss reads masks at the pictures' own sizes. boxes: whether the
+    model needs `Batch.box`.
     """
     assert preprocess.sentence_field
     _check_weights(data)
@@ -148,6 +152,7 @@ def build_train_dataset(
         max_samples=max_samples,
         regions=regions,
         keep_original_target=original,
+        boxes=boxes,
         view=view,
         talk=build_writer(preprocess, tokenizer, "train", data.sentences_per_image),
     )
@@ -229,11 +234,12 @@ def build_eval_loaders(
     *,
     seed: int = 0,
     perturb: Callable[[Image.Image, int], Image.Image] | None = None,
+    boxes: bool = False,
 ) -> dict[str, DataLoader[Any]]:
     """Build a loader for every split of `evaluation.splits`, by that name: `val`, or `refcoco+:val`.
 
     A split without a data set's name means that of every data set that has it; with several data sets the names are
-    then written out. preprocess, protocol: complete. perturb: see ReferDataset.
+    then written out. preprocess, protocol: complete. perturb, boxes: see ReferDataset.
     """
     loaders = {}
     for dataset_name, split, name in resolve_splits(evaluation.splits, data.datasets, data.prepared):
@@ -254,6 +260,7 @@ def build_eval_loaders(
             max_samples=evaluation.max_samples,
             perturb=perturb,
             decoder=data.decoder,
+            boxes=boxes,
             view=view,
             talk=build_writer(preprocess, tokenizer, protocol.answers, evaluation.batch_size),
         )

@@ -33,7 +33,15 @@ from amltrain.data.transforms import prepare_batch
 from amltrain.environment import hush_deepspeed
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import Masks, count_pixels, find_referents, network_size, output_masks, to_original
-from amltrain.evaluation.metrics import GSVA_METRICS, METRICS, Kind, metric_terms, number_refs, scored_columns
+from amltrain.evaluation.metrics import (
+    BOX_METRICS,
+    GSVA_METRICS,
+    METRICS,
+    Kind,
+    metric_terms,
+    number_refs,
+    scored_columns,
+)
 from amltrain.evaluation.prediction_files import FileMasks, PredictionWriter
 from amltrain.evaluation.results import SAMPLE_COLUMNS, Prediction, Results
 from amltrain.models.base import RISModel, eval_mode
@@ -178,7 +186,7 @@ def _score_split(
     wanted = _evenly_spread(pictures, expected)
     rows: list[Tensor] = []
     kept: list[Prediction] = []
-    head, size = False, (0, 0)
+    head, boxed, size = False, False, (0, 0)
     quiet = None if progress and accelerator.is_main_process else True  # None: no bar unless on a terminal
     about = dataset.info(0) if expected else None
     split = f" {about.dataset} {about.split}" if about is not None else ""
@@ -188,13 +196,13 @@ def _score_split(
             masks, output = predict(batch, host)
             rows.append(count_pixels(masks, batch, protocol))
             kept += _keep(masks, output, host, rows[-1], protocol, wanted)
-            head, size = masks.no_target is not None, network_size(host)
+            head, boxed, size = masks.no_target is not None, masks.boxes is not None, network_size(host)
             if writer is not None:
                 writer.add(host.sample_id.tolist(), masks, dataset)
     samples = _gather(accelerator, rows, expected)
     contents = getattr(dataset, "fingerprint", "")  # of the split's contents; "" where it is not known
     provenance = {"amltrain": __version__, **({"data_fingerprint": contents} if contents else {}), **notes}
-    return _results(samples, dataset, protocol, head, size, provenance, _unique(gather_object(kept)))
+    return _results(samples, dataset, protocol, (head, boxed), size, provenance, _unique(gather_object(kept)))
 
 
 def _keep(
@@ -236,14 +244,15 @@ def _results(
     samples: NDArray[np.int64],
     dataset: Any,
     protocol: Protocol,
-    head: bool,
+    gives: tuple[bool, bool],
     size: tuple[int, int],
     provenance: dict[str, Any],
     predictions: list[Prediction],
 ) -> Results:
+    """Metrics of gathered rows. gives: whether a no-target head, and whether the model's own boxes, were among them."""
     from amltrain.evaluation.hf_metric import ReferringSegmentation  # takes a second to import
 
-    columns = dict(zip(SAMPLE_COLUMNS, samples.T, strict=True))
+    columns, (head, boxed) = dict(zip(SAMPLE_COLUMNS, samples.T, strict=True)), gives
     from_files = "predictions" in provenance
     if from_files and not (columns["no_target"].any() or columns["predicted_no_target"].any()):
         head = False  # files of a classic data set may say "no_target": false in every line
@@ -257,7 +266,7 @@ def _results(
         generalized=generalized,
         ties=protocol.ties,
     )
-    paper = _paper_metrics(columns, dataset, "generalized" if generalized else "classic")
+    paper = _paper_metrics(columns, dataset, "generalized" if generalized else "classic", BOX_METRICS * boxed)
     held = dataset.counts()
     counts = {
         "samples": scores.pop("samples"),
@@ -278,6 +287,8 @@ def _results(
         "ties": "ge" if generalized else protocol.ties,  # ReLA's evaluator has only this one
         "no_target_by": source if head else by_pixels,
     }
+    if boxed:
+        facts["boxes"] = getattr(dataset, "box_origin", str)() or "around the mask"
     info = dataset.info(int(samples[0, 0]))
     described = asdict(protocol) | dataset.describe() | facts
     if getattr(dataset, "talk", None) is None:
@@ -288,9 +299,14 @@ def _results(
     )
 
 
-def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any, kind: Kind) -> dict[str, float]:
-    """Metrics of the data set's papers that belong to the kind, in percent, by name, where its entry names any."""
-    wanted = (*getattr(dataset, "paper_metrics", ()), *(GSVA_METRICS if getattr(dataset, "talk", None) else ()))
+def _paper_metrics(
+    columns: dict[str, NDArray[np.int64]], dataset: Any, kind: Kind, also: Sequence[str] = ()
+) -> dict[str, float]:
+    """Metrics of the data set's papers that belong to the kind, in percent, by name, where its entry names any.
+
+    also: of the model's.
+    """
+    wanted = (*getattr(dataset, "paper_metrics", ()), *(GSVA_METRICS if getattr(dataset, "talk", None) else ()), *also)
     names = [name for name in wanted if name in METRICS[kind]]
     if not names:
         return {}
@@ -303,6 +319,7 @@ def _paper_metrics(columns: dict[str, NDArray[np.int64]], dataset: Any, kind: Ki
         columns["area"],
         refs=number_refs([i.image_id for i in infos], [i.ref_id for i in infos]),
         boxes=(columns["box_intersection"], columns["box_union"]),
+        detected=(columns["detected_intersection"], columns["detected_union"]),
     )
     return {name: metric_terms(name, samples, kind).percent() for name in names}
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from amltrain.config.schema import Protocol
 from amltrain.errors import UserError
 from amltrain.frames import from_longest
+from amltrain.matching import box_overlap_areas, boxes_of_masks, corners_of, sides
 from amltrain.records import Batch, ModelOutput
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "cropped"]
@@ -144,11 +145,13 @@ class Masks(NamedTuple):
     masks      B bool tensors in the protocol's frame: [H, W] at network size, or [h0, w0] at each image's own size
     no_target  [B] bool, "the sentence refers to nothing here"; None where neither a head nor a file gives it
     finite     [B] bool, the logits were finite
+    boxes      [B, 4] predicted corners x1, y1, x2, y2 in pixels of each original image; None for a model without boxes
     """
 
     masks: Sequence[Tensor]
     no_target: Tensor | None
     finite: Tensor
+    boxes: Tensor | None = None
 
 
 def network_size(batch: Batch) -> tuple[int, int]:
@@ -168,7 +171,37 @@ def output_masks(output: ModelOutput, batch: Batch, geometry: Sequence[Sequence[
         maps = original_probability(output.logits, size, geometry, protocol.interpolation)
         masks = [probability > protocol.threshold for probability in maps]
     head = output.aux.get("no_target")
-    return Masks(masks, None if head is None else head.argmax(1) == 1, output.logits.isfinite().flatten(1).all(1))
+    boxes = None
+    if "box" in output.aux:
+        shares = output.aux["box"].float()
+        boxes = original_boxes(corners_of(shares) * sides(shares, size[1], size[0]), batch.geometry)
+    finite = output.logits.isfinite().flatten(1).all(1)
+    return Masks(masks, None if head is None else head.argmax(1) == 1, finite, boxes)
+
+
+def original_boxes(corners: Tensor, geometry: Tensor) -> Tensor:
+    """Corners [B, 4] in pixels of the network's input -> of each original image, cut at its borders.
+
+    geometry: [B, 6] as in `records.Batch`. Returns [B, 4] in the dtype of `geometry`.
+    """
+    size, scale, offset = (geometry[:, i : i + 2].flip(1).repeat(1, 2) for i in (0, 2, 4))  # y, x -> x, y, x, y
+    return torch.minimum(((corners - offset) / scale).clamp(min=0), size)
+
+
+GRID = 64
+"""Boxes are compared on a grid of 1/64 pixel, so that areas are whole numbers and a tie is the same everywhere."""
+
+
+def _detected(predicted: Masks, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Intersection and union of predicted and true boxes in 1/4096 of an original pixel, [B] int64; 0 without boxes."""
+    if predicted.boxes is None:
+        none = torch.zeros_like(batch.sample_id)
+        return none, none
+    true = boxes_of_masks(batch.target > 127) if batch.box is None else batch.box
+    one, other = (
+        (boxes.nan_to_num() * GRID).round().long() for boxes in (predicted.boxes, original_boxes(true, batch.geometry))
+    )
+    return box_overlap_areas(one, other)
 
 
 def says_nothing(head: Tensor | None, area: Tensor, protocol: Protocol) -> Tensor:
@@ -215,7 +248,7 @@ def find_referents(
 
 
 def count_pixels(predicted: Masks, batch: Batch, protocol: Protocol) -> Tensor:
-    """Return a row of `SAMPLE_COLUMNS` per sample, [B, 9] int64 on the device of the masks."""
+    """Return a row of `SAMPLE_COLUMNS` per sample, [B, 11] int64 on the device of the masks."""
     if protocol.frame == "network":
         pairs = zip(predicted.masks, batch.target > 127, strict=True)
     elif len(batch.original_target) == len(predicted.masks):
@@ -226,7 +259,7 @@ def count_pixels(predicted: Masks, batch: Batch, protocol: Protocol) -> Tensor:
     area = pixels[:, 2]
     no_target = says_nothing(predicted.no_target, area, protocol)
     counted = (batch.sample_id, pixels[:, 0], pixels[:, 1], batch.no_target, no_target, predicted.finite, area)
-    columns = (*counted, pixels[:, 3], pixels[:, 4])
+    columns = (*counted, pixels[:, 3], pixels[:, 4], *_detected(predicted, batch))
     return torch.stack([c.to(pixels.device, torch.int64) for c in columns], dim=1)
 
 

@@ -18,6 +18,10 @@ names them:
     target oIoU, mIoU     both papers' oIoU and mIoU: over target samples, without the no-target rule
     Acc@t                 Ref-Adv (arXiv 2602.23898), GSEval (arXiv 2503.10596): share of target samples where the box
                           around the predicted mask and the box around the truth have an IoU of at least t
+    DetAcc@0.5            models that give a box of their own (C3VG): share of target samples where it and the true box
+                          have an IoU of at least 0.5, in the original image. The true box is the annotated one, or the
+                          one around the mask where there is none. The official code of C3VG gives the mean over batches
+                          of each batch's share, so that a smaller last batch counts more; here every sample counts 1
 
 Every metric is a ratio of two sums over samples. That makes it exact at any number of processes and gives it bootstrap
 intervals. All are in percent (ReLA prints N-acc and T-acc as fractions).
@@ -60,6 +64,8 @@ class Scored:
                          need it
     box_intersection, box_union  pixels of the boxes around the two masks, int64; None where they are unknown. Acc@t
                                  needs them
+    detected_intersection, detected_union  areas of the model's own box and the true one, int64; None where they are
+                                           unknown. DetAcc needs them
     """
 
     intersection: NDArray[np.int64]
@@ -71,6 +77,8 @@ class Scored:
     ref: NDArray[np.int64] | None = None
     box_intersection: NDArray[np.int64] | None = None
     box_union: NDArray[np.int64] | None = None
+    detected_intersection: NDArray[np.int64] | None = None
+    detected_union: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.union)
@@ -327,6 +335,19 @@ for _threshold in BOX_THRESHOLDS:
     _register_box_accuracy(_threshold)
 
 
+BOX_METRICS = ("DetAcc@0.5",)
+"""Of models with a box of their own, reported wherever there is one."""
+
+
+@register_metric(BOX_METRICS[0], "classic", "generalized", on_request=True)
+def detection_accuracy(samples: Scored) -> Ratio:
+    """Share of target samples whose predicted box has an IoU of at least 0.5 with the true one."""
+    if samples.detected_intersection is None or samples.detected_union is None:
+        raise UserError("DetAcc@0.5 needs the model's boxes of every sample; evaluate again with this version")
+    found = sample_iou(samples.detected_intersection, samples.detected_union) * ~samples.predicted_no_target
+    return Ratio((found >= 0.5) & ~samples.no_target, ~samples.no_target)
+
+
 def _per_ref(samples: Scored, values: NDArray[Any]) -> NDArray[np.float64]:
     """Sum of `values` [N] over the ref of each sample, [N]."""
     if samples.ref is None:
@@ -364,18 +385,19 @@ def scored_columns(
     ties: Ties = "ge",
     refs: ArrayLike | None = None,
     boxes: tuple[ArrayLike, ArrayLike] | None = None,
+    detected: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Scored:
     """Build a `Scored` from anything array-like, [N] each; flags default to false, areas to the intersections.
 
-    boxes: intersections and unions of the boxes.
+    boxes: intersections and unions of the boxes around the masks. detected: the same of the model's own boxes.
     """
     i, u = np.asarray(intersections, np.int64), np.asarray(unions, np.int64)
     none = np.zeros(len(u), bool)
     truth, predicted = (none if flag is None else np.asarray(flag, bool) for flag in (no_target, predicted_no_target))
     ref = None if refs is None else np.asarray(refs, np.int64)
     area = i if areas is None else np.asarray(areas, np.int64)
-    box_i, box_u = (None, None) if boxes is None else (np.asarray(column, np.int64) for column in boxes)
-    return Scored(i, u, area, truth, predicted, ties, ref, box_i, box_u)
+    areas_of = [(None, None) if pair is None else [np.asarray(c, np.int64) for c in pair] for pair in (boxes, detected)]
+    return Scored(i, u, area, truth, predicted, ties, ref, *areas_of[0], *areas_of[1])
 
 
 def number_refs(image_ids: ArrayLike, ref_ids: ArrayLike) -> NDArray[np.int64]:

@@ -65,6 +65,8 @@ def run_protocol(own: Protocol, data: DataConfig, run: ProtocolOverrides) -> Pro
 
 BOX_COLUMNS = ("box_intersection", "box_union")
 """Pixels of the boxes around prediction and truth."""
+DETECTED_COLUMNS = ("detected_intersection", "detected_union")
+"""Areas of the model's own box against the true one, in 1/4096 of an original pixel; 0 for a model without boxes."""
 SAMPLE_COLUMNS = (
     "sample_id",
     "intersection",
@@ -74,6 +76,7 @@ SAMPLE_COLUMNS = (
     "finite",
     "area",
     *BOX_COLUMNS,
+    *DETECTED_COLUMNS,
 )
 SAME_FORM = {"oIoU": "cIoU", "mIoU": "gIoU", "cIoU": "oIoU", "gIoU": "mIoU"}
 """Classic and generalized metrics of one form: cumulative (oIoU, cIoU) and mean (mIoU, gIoU)."""
@@ -99,7 +102,7 @@ class Results:
     protocol     everything that decides a score: frame, size, threshold, interpolation, ties, mask parts, ...
     provenance   subject and settings of the evaluation: checkpoint, seed, precision, perturbation, ...
     files        other files of the evaluation, by kind: samples, picture, predictions; relative paths
-    samples      [N, 9] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
+    samples      [N, 11] int64, one row per sample in the order of sample ids, columns as in `SAMPLE_COLUMNS`
     predictions  samples kept for pictures
     """
 
@@ -182,7 +185,7 @@ class Results:
             columns["predicted_no_target"].astype(bool),
             self.protocol["ties"],
             None,
-            *(columns[name] for name in BOX_COLUMNS),
+            *(columns[name] for name in (*BOX_COLUMNS, *DETECTED_COLUMNS)),
         )
 
     def to_dict(self) -> dict[str, Any]:

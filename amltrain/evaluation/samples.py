@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.metrics import Scored, Ties, number_refs
-from amltrain.evaluation.results import BOX_COLUMNS, SAMPLE_COLUMNS, Results
+from amltrain.evaluation.results import BOX_COLUMNS, DETECTED_COLUMNS, SAMPLE_COLUMNS, Results
 from amltrain.files import is_sealed, new_file, seal, unseal
 
 FOLDER = "samples"
@@ -30,6 +30,8 @@ COLUMNS = {
     "area": "pixels of the predicted mask, int64",
     "box_intersection": "pixels that the boxes around prediction and truth share, int64",
     "box_union": "pixels of either box, int64",
+    "detected_intersection": "1/4096 pixels that the model's own box and the true one share, int64; 0 without boxes",
+    "detected_union": "1/4096 pixels of either, int64; 0 without boxes",
     "truth_area": "pixels of the ground truth, int64",
     "truth_share": "share of the frame that the ground truth covers, 0..1, float64; NaN if the frame is unknown",
     "no_target": "bool, the sentence refers to nothing",
@@ -64,7 +66,7 @@ def sample_table(results: Results, dataset: Any) -> pa.Table:
         "union": scored.union,
         "iou": results.sample_iou(),
         "area": scored.area,
-        **{name: results.samples[:, SAMPLE_COLUMNS.index(name)] for name in BOX_COLUMNS},
+        **{name: results.samples[:, SAMPLE_COLUMNS.index(name)] for name in (*BOX_COLUMNS, *DETECTED_COLUMNS)},
         "truth_area": scored.truth_area,
         "truth_share": scored.truth_area / pixels,
         "no_target": scored.no_target,
@@ -98,7 +100,7 @@ def read_samples(path: str | Path) -> pa.Table:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} is not a table of samples ({first_line(error)}); evaluate again") from error
     missing = [name for name in COLUMNS if name not in named]
-    if missing and missing != list(BOX_COLUMNS):
+    if missing not in ([], list(DETECTED_COLUMNS), [*BOX_COLUMNS, *DETECTED_COLUMNS]):
         raise UserError(f"{path} has no column {missing[0]!r}; evaluate again with this version")
     if is_sealed(table):
         unseal(table, path)
@@ -126,5 +128,5 @@ def scored_samples(table: pa.Table, ties: Ties) -> Scored:
         predicted_no_target=table.column("predicted_no_target").to_numpy(),
         ties=ties,
         ref=number_refs(table.column("image_id").to_numpy(), table.column("ref_id").to_numpy()),
-        **{name: table.column(name).to_numpy() for name in BOX_COLUMNS},
+        **{name: table.column(name).to_numpy() for name in (*BOX_COLUMNS, *DETECTED_COLUMNS)},
     )

@@ -32,7 +32,17 @@ _ONE_TABLE = {
     "cumulative IoU": ("oIoU", "cIoU"),
     **{
         name: (name,)
-        for name in ("Pr@0.7", "Pr@0.9", "N-acc", "T-acc", "zero-target accuracy", "Acc@0.5", "Acc@0.75", "Acc@0.9")
+        for name in (
+            "Pr@0.7",
+            "Pr@0.9",
+            "N-acc",
+            "T-acc",
+            "zero-target accuracy",
+            "Acc@0.5",
+            "Acc@0.75",
+            "Acc@0.9",
+            "DetAcc@0.5",
+        )
     },
 }
 """Columns of the table of a suite, and the metrics that each may show."""
@@ -153,6 +163,8 @@ def describe(result: Results) -> str:
     if p.get("answers"):
         by = "given by the ground truth" if p["answers"] == "given" else "written by the model"
         text += f", answers {by}"
+    if p.get("boxes"):
+        text += f", DetAcc: every sample counts 1, in the original image, true boxes {p['boxes']}"
     if p["metrics"] == "generalized":
         text += f", no target by {p['no_target_by']}"
     return plain(text)

@@ -252,7 +252,14 @@ def _loaders(
         shuffle_sentences=options.shuffle_sentences,
     )
     return build_eval_loaders(
-        options.data, source.preprocess, evaluation, protocol, source.tokenizer, seed=options.seed, perturb=perturbation
+        options.data,
+        source.preprocess,
+        evaluation,
+        protocol,
+        source.tokenizer,
+        seed=options.seed,
+        perturb=perturbation,
+        boxes=getattr(source.model, "needs_boxes", False),
     )
 
 

@@ -52,6 +52,7 @@ class RISModel(nn.Module):
     encodes_image_alone   the image encoder, or its first part, does not read the sentence, so an evaluation may run it
                           once for all sentences of an image. Such a model overrides `encode_image` and
                           `encode_with_image`.
+    needs_boxes           its loss reads `Batch.box`, which data give to such a model alone
     encoders              names of the submodules that are pretrained encoders, for `optim.layer_decay`
     frozen_modules        names of the submodules that `model.freeze` matched
     """
@@ -64,6 +65,7 @@ class RISModel(nn.Module):
     alignment_texts: tuple[str, ...] = ()
     alignment_visuals: tuple[str, ...] = ()
     encodes_image_alone: bool = False
+    needs_boxes: bool = False
     encoders: tuple[str, ...] = ()
     frozen_modules: tuple[str, ...] = ()
 

@@ -17,8 +17,7 @@ Not kept: two decoders that are never called, one whose result is overwritten, t
 embeddings without effect (140 tensors, 7.5 M parameters, that never get a gradient); the box divided by (height, width,
 height, width), which is the same on square images only.
 
-The official boxes are the annotation's; a batch has none yet, so the loss takes them as an argument and falls back to
-the box around the target mask.
+Its boxes are the annotation's, as in the official code; around the target mask where a row has none (`data.boxes`).
 
 What AML scores: the image alone x the words alone through BEiT-3, one more pass; 71 % of a forward.
 
@@ -236,6 +235,7 @@ class C3VG(RISModel):
 
     encoders = ("beit3",)
     mask_channels = 1
+    needs_boxes = True
 
     def __init__(
         self,

@@ -227,7 +227,8 @@ def _loaders(
         raise UserError(f"{pretrained.folder} has no tokenizer files; save or convert it again with a tokenizer")
     evaluation = EvaluationConfig(splits=list(splits), batch_size=options.batch_size, max_samples=options.max_samples)
     protocol = replace(pretrained.protocol, frame=frame)
-    return build_eval_loaders(data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer)
+    boxes = pretrained.model.needs_boxes
+    return build_eval_loaders(data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer, boxes=boxes)
 
 
 def _split_part(

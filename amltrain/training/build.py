@@ -29,7 +29,7 @@ from amltrain.data.prepare import check_scenes
 from amltrain.data.text import SentenceTokenizer
 from amltrain.distributed import BatchPlan, check_trackers
 from amltrain.errors import UserError, unknown_name
-from amltrain.evaluation.metrics import list_metrics
+from amltrain.evaluation.metrics import BOX_METRICS, list_metrics
 from amltrain.evaluation.results import run_protocol
 from amltrain.files import write_text
 from amltrain.hub.base_weights import SOURCES, Base, find_base
@@ -113,8 +113,11 @@ def build_components(
         max_samples=config.train.limit_samples,
         regions=built.needs_regions,
         original=getattr(loss, "reads_original", False) and bool(preprocess.conversation),
+        boxes=given.needs_boxes,
     )
-    loaders = build_eval_loaders(config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed)
+    loaders = build_eval_loaders(
+        config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed, boxes=given.needs_boxes
+    )
     base = None
     if config.checkpoint.frozen == "left_out":
         base = find_base(given, {key: getattr(config.model, key) for key in SOURCES})
@@ -271,6 +274,9 @@ def check_before_data(config: RunConfig) -> None:
 def check_components(config: RunConfig, components: RunComponents, plan: BatchPlan, log: Callable[[str], None]) -> None:
     """Raise UserError, or log a warning, for what only the built components show."""
     check_best_metric(config.evaluation, list(components.eval_loaders))
+    metric = config.evaluation.best_metric.rpartition("/")[2]
+    if metric in BOX_METRICS and not components.method.model.needs_boxes:
+        raise UserError(f"evaluation.best_metric is {metric}, and {config.model.name} gives no box; name oIoU or mIoU")
     samples = len(components.dataset)
     if plan.samples > samples:
         log(

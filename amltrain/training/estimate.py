@@ -205,6 +205,7 @@ def blank_batch(preprocess: Preprocess, rows: int, *, tokens: int | None = None)
         regions=target.clone(),
         view=torch.zeros(rows, 3, view, view) if view else None,
         conversation=talk,
+        box=torch.tensor([0.0, 0.0, size, size]).repeat(rows, 1),
     )
 
 

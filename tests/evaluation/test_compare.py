@@ -14,7 +14,7 @@ from amltrain.errors import UserError
 from amltrain.evaluation.compare import compare, comparison_latex, comparison_markdown
 from amltrain.evaluation.evaluator import evaluate_model
 from amltrain.evaluation.metrics import scored_columns
-from amltrain.evaluation.results import Results, merge_results, named_protocol
+from amltrain.evaluation.results import BOX_COLUMNS, DETECTED_COLUMNS, Results, merge_results, named_protocol
 from amltrain.evaluation.samples import read_samples, sample_table, write_samples
 from amltrain.evaluation.statistics import image_draws
 from amltrain.evaluation.tables import markdown
@@ -123,7 +123,7 @@ def test_samples_of_a_version_without_checksums_are_read_and_named(scored: Resul
     one, two = write(tmp_path / "a", scored), write(tmp_path / "b", scored)
     with_checksums = compare({"a": [one], "b": [two]})
     [file] = (two / "samples").glob("*.parquet")
-    older = pq.read_table(file).replace_schema_metadata(None).drop_columns(["box_intersection", "box_union"])
+    older = pq.read_table(file).replace_schema_metadata(None).drop_columns([*BOX_COLUMNS, *DETECTED_COLUMNS])
     pq.write_table(older, file)
     compared = compare({"a": [one], "b": [two]})
     assert compared.differences == with_checksums.differences

@@ -15,11 +15,13 @@ from amltrain.evaluation.masks import (
     count_pixels,
     network_probability,
     original_probability,
+    output_masks,
     referent_margin,
     to_original,
 )
+from amltrain.evaluation.metrics import metric_terms, scored_columns
 from amltrain.evaluation.results import SAMPLE_COLUMNS, named_protocol
-from amltrain.records import Batch
+from amltrain.records import Batch, ModelOutput
 
 
 def logit(p: torch.Tensor) -> torch.Tensor:
@@ -135,3 +137,86 @@ def drawn(*points: tuple[int, int]) -> Tensor:
 )
 def test_boxes_around_the_masks(predicted: Tensor, truth: Tensor, wanted: tuple[int, int]) -> None:
     assert boxes(predicted, truth) == wanted
+
+
+def detection_batch(geometry: Tensor, target: Tensor, box: Tensor | None) -> Batch:
+    """A batch at 100 x 100 pixels."""
+    count = len(geometry)
+    each = torch.arange(count)
+    return Batch(
+        image=torch.zeros(count, 3, 100, 100),
+        input_ids=each[:, None],
+        text_mask=torch.ones(count, 1, dtype=torch.bool),
+        target=target,
+        no_target=torch.zeros(count, dtype=torch.bool),
+        sample_id=each,
+        random_key=each,
+        geometry=geometry,
+        box=box,
+    )
+
+
+def detected(shares: Tensor, batch: Batch) -> list[tuple[int, int]]:
+    """The model's own boxes against the true ones: intersection and union as `count_pixels` gives them."""
+    count, protocol = len(shares), named_protocol("lavt")
+    output = ModelOutput(torch.zeros(count, 1, 25, 25), {"box": shares})
+    counted = count_pixels(output_masks(output, batch, batch.geometry.tolist(), protocol), batch, protocol)
+    rows = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in counted.tolist()]
+    return [(row["detected_intersection"], row["detected_union"]) for row in rows]
+
+
+@pytest.mark.parametrize("resize", ["square", "letterbox", "longest"])
+def test_boxes_are_compared_in_the_original_image(resize: str) -> None:
+    """By hand: a true box 40 x 20 of a 200 x 50 image, and predictions moved by a quarter, or into the padding."""
+    geometry = ImageTransform(100, resize).geometry(50, 200).repeat(3, 1)
+    scale_y, scale_x, offset_y, offset_x = geometry[0, 2:].tolist()
+
+    def network(x1: float, y1: float, x2: float, y2: float) -> list[float]:
+        return [x1 * scale_x + offset_x, y1 * scale_y + offset_y, x2 * scale_x + offset_x, y2 * scale_y + offset_y]
+
+    true = torch.tensor([network(100, 10, 140, 30), network(100, 10, 140, 30), network(0, 30, 200, 50)])
+    predicted = torch.tensor([network(110, 10, 150, 30), network(100, 10, 140, 30), network(-30, 30, 230, 90)])
+    centre, extent = (predicted[:, :2] + predicted[:, 2:]) / 2, predicted[:, 2:] - predicted[:, :2]
+    batch = detection_batch(geometry, torch.zeros(3, 100, 100, dtype=torch.uint8), true)
+    found = detected(torch.cat([centre, extent], dim=1) / 100, batch)
+    pixels = [(600, 1000), (800, 800), (4000, 4000)]  # the last one is cut at the picture's borders
+    assert [(round(i / 4096), round(u / 4096)) for i, u in found] == pixels
+    for (i, u), (both, either) in zip(found, pixels, strict=True):
+        assert i / u == pytest.approx(both / either, abs=2e-3)
+
+
+def test_detections_agree_with_counted_pixels() -> None:
+    """The other way to compute it: boxes of whole pixels painted as masks and counted, without any geometry."""
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 50, (64, 4), generator=generator)
+    first[:, 2:] = first[:, :2] + 20
+    moved = first + torch.randint(0, 15, (64, 4), generator=generator)
+    corners = torch.stack([first, moved], dim=1)  # [64, 2, 4]
+    grid = torch.arange(100)
+
+    def painted(box: Tensor) -> Tensor:
+        rows, columns = ((grid >= box[i]) & (grid < box[i + 2]) for i in (1, 0))
+        return rows[:, None] & columns
+
+    masks = torch.stack([torch.stack([painted(box) for box in pair]) for pair in corners])
+    counts = [(int((a & b).sum()), int((a | b).sum())) for a, b in masks]
+    geometry = torch.tensor([[100.0, 100.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64).repeat(64, 1)
+    shares = torch.cat([corners[:, 0, :2] + corners[:, 0, 2:], 2 * (corners[:, 0, 2:] - corners[:, 0, :2])], 1) / 200
+    for box in (corners[:, 1].float(), None):  # given, or around the target's mask
+        batch = detection_batch(geometry, masks[:, 1].to(torch.uint8) * 255, box)
+        found = detected(shares, batch)
+        assert [(i / 4096, u / 4096) for i, u in found] == counts
+    i, u = (list(column) for column in zip(*found, strict=True))
+    scored = scored_columns(i, u, detected=(i, u))
+    share = sum(both / either >= 0.5 for both, either in counts) / 64
+    assert 0 < share < 1
+    assert metric_terms("DetAcc@0.5", scored, "classic").percent() == pytest.approx(100 * share)
+
+
+def test_a_model_without_boxes_has_none_to_compare() -> None:
+    geometry = torch.tensor([[100.0, 100.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    batch = detection_batch(geometry, torch.full((1, 100, 100), 255, dtype=torch.uint8), None)
+    output, protocol = ModelOutput(torch.zeros(1, 1, 25, 25)), named_protocol("lavt")
+    masks = output_masks(output, batch, geometry.tolist(), protocol)
+    assert masks.boxes is None
+    assert count_pixels(masks, batch, protocol)[0, -2:].tolist() == [0, 0]

@@ -237,3 +237,23 @@ def test_box_accuracy_counts_targets_that_were_not_rejected() -> None:
     assert "Acc@0.5" not in compute_scores(samples, "generalized")
     with pytest.raises(UserError, match=r"Acc@0.9 needs the boxes of every sample"):
         metric_terms("Acc@0.9", scored_columns([0], [9]), "classic")
+
+
+def test_detection_accuracy_counts_every_sample_once() -> None:
+    """Three full batches of 2 and a last one of 1, as in the golden of C3VG: mean of batches 87.5, per sample 85.71."""
+    hits = np.array([1, 1, 1, 1, 0, 1, 1])
+    detected = (np.where(hits, 50, 49), np.full(7, 100))
+    scored = scored_columns(np.ones(7), np.ones(7), detected=detected)
+    per_batch = np.mean([hits[i : i + 2].mean() for i in range(0, 7, 2)])
+    assert 100 * per_batch == 87.5
+    assert metric_terms("DetAcc@0.5", scored, "classic").percent() == pytest.approx(600 / 7)
+    with pytest.raises(UserError, match="evaluate again"):
+        metric_terms("DetAcc@0.5", scored_columns([1], [1]), "classic")
+
+
+def test_detection_accuracy_is_of_sentences_with_a_target() -> None:
+    scored = scored_columns(
+        [0, 5, 5], [0, 9, 9], [True, False, False], [True, True, False], detected=([0, 90, 90], [0, 100, 100])
+    )
+    assert metric_terms("DetAcc@0.5", scored, "generalized").percent() == 50
+    assert "DetAcc@0.5" not in compute_scores(scored, "generalized")

@@ -162,3 +162,13 @@ def test_weights_that_cannot_be_and_a_table_of_another_size(tiny, tmp_path):
     own = loaded.beit3.encoder.embed_positions.A.weight
     torch.testing.assert_close(own[:3], state[table][:3])
     assert own.shape == (3 + 144, 96)
+
+
+def test_the_loss_reads_the_boxes_of_the_batch(tiny):
+    assert tiny.needs_boxes
+    batch = make_batch("c3vg_tiny", 96, 96)
+    with torch.no_grad():
+        output = tiny(batch)
+    loss, boxes = create_loss("c3vg"), torch.tensor([[30.0, 20.0, 50.0, 49.0]]).repeat(2, 1)
+    assert loss(output, batch._replace(box=boxes))["loss"] == loss(output, batch, boxes)["loss"]
+    assert loss(output, batch._replace(box=boxes))["box_fine"] != loss(output, batch)["box_fine"]
