@@ -145,6 +145,7 @@ MODELS: Registry[Callable[..., Any]] = Registry(
             "dual_dinov3_base",
             "dual_siglip2_base",
             "dual_eva02_base",
+            "dual_tipsv2_base",
             "caris_lite",
             "dual_tiny",
         ),

@@ -130,7 +130,7 @@ LAYERS = {
     **dict.fromkeys(["rela_swin_base", "rela_swin_tiny", "rela_r50"], RELA),
 }
 NO_OFFICIAL_RECIPE = {
-    *("dual_dinov3_base", "dual_siglip2_base", "dual_eva02_base", "caris_lite"),
+    *("dual_dinov3_base", "dual_siglip2_base", "dual_eva02_base", "dual_tipsv2_base", "caris_lite"),
     *("beit3_base", "beit3_large", "sam3", "evfsam_beit3_large", "evfsam2_beit3_large"),
     *("gsva_7b", "lisa_7b"),
 }

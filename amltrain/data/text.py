@@ -2,7 +2,8 @@
 
 BERT style: [CLS] words [SEP], cut by plain slicing after the special tokens are added, so a long sentence loses [SEP].
 CLIP style: `clean` first, as CLIP's own tokenizer does and transformers' does not; then start, pieces, end; a long
-sentence keeps the end token in the last place. Both are padded with id 0.
+sentence keeps the end token in the last place. A tokenizer without special tokens (TIPSv2) is cut by plain slicing. All
+are padded with id 0.
 """
 
 import html
@@ -76,7 +77,7 @@ class SentenceTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         """max_tokens: L, special tokens included."""
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
-        self.keeps_end = tokenizer.cls_token is None
+        self.keeps_end = tokenizer.cls_token is None and tokenizer.eos_token is not None
 
     def __call__(self, sentence: str) -> tuple[Tensor, Tensor]:
         """input_ids [L] int64 padded with 0, text_mask [L] bool (True = a real token)."""
@@ -102,7 +103,7 @@ class SentenceTokenizer:
     def cut(self, sentence: str) -> str:
         """Return the words from the first truncated one on; empty if all are read."""
         words = sentence.split()
-        limit = self.max_tokens if self.keeps_end else self.max_tokens + 1  # BERT's end token may be cut
+        limit = self.max_tokens + (self.tokenizer.cls_token is not None)  # BERT's end token may be cut
         read, more = 0, len(words)  # of the first words, so many fit for certain, and at most so many
         while read < more:
             middle = (read + more + 1) // 2

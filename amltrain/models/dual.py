@@ -7,8 +7,8 @@ brings to 4x, 2x, 1x and half their resolution, as in ViTDet (Li et al., ECCV 20
 
 What AML scores: `alignment="features"`: the last map and the last token features, neither of which has seen the other
 modality; `alignment="shared"`: both after the encoders' own pretrained heads, each patch and each token alone, for
-encoders trained together (CLIP, SigLIP 2, EVA-02-CLIP). Their widths are equal, so `aml.projection: identity` compares
-them as pretraining did, by cosine.
+encoders trained together (CLIP, SigLIP 2, EVA-02-CLIP, TIPSv2). Their widths are equal, so `aml.projection: identity`
+compares them as pretraining did, by cosine. TIPSv2 has no heads: its patches and tokens lie in the space as they are.
 
 Dimensions: B batch, L text tokens, C width of a map, S width of the shared space.
 """
@@ -328,6 +328,39 @@ def dual_eva02_base(
     """EVA-02-CLIP B/16 with both of its encoders, whose heads AML compares; arguments as in `dual_dinov3_base`.
 
     text_weights: the official file with both encoders (EVA02_CLIP_B_psz16_s8B.pt), of which the text model is taken.
+    """
+    return _build(**locals())
+
+
+@register_model(
+    _info(
+        448,
+        "google/tipsv2-b14",
+        64,
+        "half",
+        official_code="no official code; encoders: TIPSv2 (timm and transformers)",
+        licence="ours Apache-2.0; TIPSv2's weights Apache-2.0",
+        shared=True,
+    )
+)
+def dual_tipsv2_base(
+    *,
+    vision: str = "vit_base_patch14_reg1_tipsv2.webli",
+    text: str = "google/tipsv2-b14",
+    vision_weights: str | None = None,
+    text_weights: str | None = None,
+    vision_options: dict[str, Any] | None = None,
+    text_options: dict[str, Any] | None = None,
+    vocab_size: int = 32000,
+    normalization: Normalization = "half",
+    alignment: Alignment = "shared",
+    vision_tuning: Tuning = "full",
+    text_tuning: Tuning = "full",
+    lora_rank: int = 16,
+) -> Dual:
+    """TIPSv2 B/14 with both of its encoders, which AML compares as they are; arguments as in `dual_dinov3_base`.
+
+    At most 64 tokens, the length of its training. Its image model reads pixels 0..1, to which it changes its input.
     """
     return _build(**locals())
 

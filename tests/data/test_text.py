@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Tipsv2Tokenizer
 
 from amltrain.data.text import SentenceTokenizer, clean
 from amltrain.errors import UserError
@@ -99,6 +100,21 @@ def test_words_that_are_cut(bert_folder: Path, clip_folder: Path) -> None:
     assert SentenceTokenizer.load(bert_folder, 4).cut("the left woman in red") == "woman in red"
     assert SentenceTokenizer.load(clip_folder, 5).cut("a man a") == ""
     assert SentenceTokenizer.load(clip_folder, 5).cut("a man a b") == "b"
+
+
+def test_a_tokenizer_without_an_end_is_cut_plainly(tmp_path: Path) -> None:
+    """TIPSv2's: neither a start nor an end token, so the last word of a long sentence takes no place of its own."""
+    pieces = ["<pad>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdef"]
+    merges = [("\u2581", letter) for letter in "abcdef"]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, *("".join(pair) for pair in merges)])}
+    Tipsv2Tokenizer(vocab=vocabulary, merges=merges).save_pretrained(tmp_path)
+    tokenizer = SentenceTokenizer.load(tmp_path, 4)
+    ids, mask = tokenizer("a B c d e f")
+    assert ids.tolist() == [vocabulary["\u2581" + letter] for letter in "abcd"] and mask.all()
+    assert tokenizer.cut("a b c d e f") == "e f"
+    assert tokenizer("&amp; a")[0].tolist() != tokenizer("& a")[0].tolist()  # CLIP's cleaning is not its own
+    ids, mask = tokenizer("a b")
+    assert ids[2:].tolist() == [0, 0] and mask.tolist() == [True, True, False, False]
 
 
 def test_words_that_are_unknown(bert_folder: Path, clip_folder: Path) -> None:

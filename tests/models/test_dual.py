@@ -9,7 +9,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, CLIPTextModelWithProjection, SiglipTextModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPTextModelWithProjection,
+    SiglipTextModel,
+    Tipsv2Config,
+    Tipsv2Model,
+)
 
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
@@ -26,9 +33,10 @@ VISION: dict[str, dict[str, Any]] = {
     "eva02_base_patch16_clip_224.merged2b": SMALL,
     "vit_base_patch16_clip_224.openai": SMALL,
     "swin_tiny_patch4_window7_224": {"depths": (1, 1, 1, 1)},
+    "vit_base_patch14_reg1_tipsv2": {**SMALL, "img_size": 224},
     "tf_efficientnet_lite0": {},
 }
-SHARED = [name for name in VISION if "clip" in name or "siglip" in name]
+SHARED = [name for name in VISION if "clip" in name or "siglip" in name or "tipsv2" in name]
 TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 90}
 CLIP_TEXT = {**TEXT, "projection_dim": 48, "bos_token_id": 88, "eos_token_id": 89}
 SIGLIP_TEXT = {**TEXT, "projection_size": 48, "bos_token_id": 1, "eos_token_id": 2}
@@ -39,6 +47,7 @@ PAIRS = [
     ("eva02_base_patch16_clip_224.merged2b", "QuanSun/EVA-CLIP-B-16"),
     ("eva02_large_patch14_448", "openai/clip-vit-large-patch14"),
     ("vit_base_patch16_clip_224.openai", "openai/clip-vit-base-patch16"),
+    ("vit_base_patch14_reg1_tipsv2.webli", "google/tipsv2-b14"),
     ("vit_base_patch14_reg4_dinov2", "distilbert-base-uncased"),
     ("swin_base_patch4_window7_224", "bert-large-uncased"),
     ("swinv2_tiny_window8_256", "answerdotai/ModernBERT-base"),
@@ -140,6 +149,22 @@ def test_clip_and_siglip_text_equal_transformers_with_their_heads(tmp_path: Path
     torch.testing.assert_close(
         text.project(text(ids, mask))[:, -1], siglip(input_ids=padded).pooler_output, rtol=1e-4, atol=1e-5
     )
+
+
+@torch.no_grad()
+def test_tipsv2_text_shares_its_space_without_a_head(tmp_path: Path) -> None:
+    """Its sentence vector is the mean of its real tokens, so a token alone lies in the same space as it is."""
+    both = Tipsv2Model(Tipsv2Config(text_config=TEXT, vision_config={"hidden_size": 64, "num_attention_heads": 4}))
+    both.eval().save_pretrained(tmp_path)
+    ids, mask = torch.randint(5, 90, (2, 9)), torch.arange(9) < torch.tensor([[9], [5]])
+    text = build_text_model("tipsv2_text_model", TEXT).eval()
+    load_text_model(text, str(tmp_path))
+    given = text.project(text(ids, mask))
+    sentence = (given * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    expected = both.text_model(input_ids=ids * mask, attention_mask=mask.long()).pooler_output
+    torch.testing.assert_close(sentence, expected, rtol=1e-4, atol=1e-5)
+    assert text.shared_dim == given.shape[-1] == 64
+    assert not any(parameter.requires_grad is False for parameter in text.parameters())
 
 
 @torch.no_grad()

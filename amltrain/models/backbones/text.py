@@ -132,6 +132,7 @@ KNOWN: dict[str, dict[str, Any]] = {
         "vocab_size": 256000,
         "projection_size": 768,
     },
+    "google/tipsv2-b14": {"model_type": "tipsv2_text_model"},
     "google-t5/t5-base": {
         "model_type": "t5",
         "vocab_size": 32128,
@@ -149,6 +150,8 @@ FOUR_DIMENSIONS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "c
 """Model types that take a mask [B, 1, L, L] as it is. Others get [B, L], from which transformers may read on the host
 whether anything is padded, which waits for the device once per step."""
 SHARED_HEADS = ("text_projection", "head")
+SHARED_AS_THEY_ARE = ("tipsv2_text_model",)
+"""Model types trained without a head: the mean of their token states meets the image encoder's."""
 OPEN_CLIP_NAMES = [
     (r"^(module\.|text\.)+", ""),
     (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
@@ -177,8 +180,9 @@ class TextModel(nn.Module):
         self.reads_padding = self.model_type.startswith("siglip")
         self.causal = self.model_type == "clip_text_model"
         self.head = next((name for name in SHARED_HEADS if isinstance(getattr(model, name, None), nn.Linear)), None)
-        self.shared_dim = None if self.head is None else int(getattr(model, self.head).out_features)
+        self.shared_dim: int | None = self.hidden_size if self.model_type in SHARED_AS_THEY_ARE else None
         if self.head is not None:  # its answers enter no loss, so no gradient ever reaches it
+            self.shared_dim = int(getattr(model, self.head).out_features)
             getattr(model, self.head).requires_grad_(False)
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -191,12 +195,12 @@ class TextModel(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Token features [B, L, C] in the space that the model shares with its image encoder, [B, L, S]."""
-        if self.head is None:
+        if self.shared_dim is None:
             raise UserError(
-                f"{self.model_type} has no projection into a shared space; leave alignment at features, or name a CLIP "
-                f"or SigLIP text model (model.kwargs.text)"
+                f"{self.model_type} has no space that it shares with an image encoder; leave alignment at features, or "
+                f"name a CLIP, SigLIP or TIPSv2 text model (model.kwargs.text)"
             )
-        return getattr(self.model, self.head)(hidden)
+        return hidden if self.head is None else getattr(self.model, self.head)(hidden)
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute layers in the backward pass (the non-reentrant kind, which DDP and compile need)."""
