@@ -1,10 +1,11 @@
 """Frames of pictures that data, models and losses share: how a network input is normalised, and the resize `longest`.
 
 `longest` keeps the aspect ratio: the longest side becomes the side S of the network's input, the picture lies in the
-upper left corner, and the rest is padding (SAM, GSVA). A second encoder reads a square from its middle, `Batch.view`.
+upper left corner, and the rest is padding (SAM, GSVA). A second encoder may read another frame, `Batch.view`.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,20 @@ MEAN_STD: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]
 """Mean and standard deviation of the channels, of pixels in 0..1, by the name of the normalization."""
 
 
-def longest_side(height: int, width: int, size: int) -> tuple[int, int]:
+Normalization = Literal["imagenet", "clip", "half"]
+
+VIEW_NORMALIZATION: Normalization = "clip"
+"""Of `Batch.view`, whatever the model; one whose second encoder was trained with another changes it."""
+
+
+def renormalised(image: Tensor, own: Normalization, wanted: Normalization) -> Tensor:
+    """An image [B, 3, H, W] normalised by the statistics of one name, normalised by those of another."""
+    changes = zip(*MEAN_STD[own], *MEAN_STD[wanted], strict=True)
+    scaled = [image[:, i] * (std / to) + (mean - centre) / to for i, (mean, std, centre, to) in enumerate(changes)]
+    return torch.stack(scaled, dim=1)
+
+
+def longest_side(height: int, width: int, size: float) -> tuple[int, int]:
     """Height and width of an image whose longest side becomes `size` pixels, rounded half up as SAM does."""
     scale = size / max(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)
@@ -45,18 +59,14 @@ def from_longest(values: Tensor, size: Sequence[int]) -> Tensor:
     return resized.reshape(*values.shape[:-2], *size)
 
 
-def at_view(values: Tensor, geometry: Tensor, size: int) -> Tensor:
+def at_view(values: Tensor, geometry: Tensor, view_geometry: Tensor, size: int) -> Tensor:
     """What a map of the network input says at every pixel of `Batch.view`, by nearest neighbour.
 
-    values: [B, H, W]; geometry: [B, 6]. Returns [B, size, size]. The view is the picture with its shortest side made
-    `size`, cut to a square in the middle (see `data.transforms.View`); nothing waits for the device.
+    values: [B, H, W]; geometry, view_geometry: [B, 6] of the network input and of the view. Returns [B, size, size];
+    nothing waits for the device.
     """
-    sides = geometry[:, :2]
-    shortest = sides.amin(dim=1, keepdim=True)
-    resized = torch.where(sides == shortest, size, (size * sides / shortest).floor())
-    first = ((resized - size) / 2).floor()
     centres = torch.arange(size, device=values.device, dtype=geometry.dtype) + 0.5
-    place = (first[..., None] + centres) * (sides / resized)[..., None]  # [B, 2, size] in the original picture
+    place = (centres - view_geometry[:, 4:6, None]) / view_geometry[:, 2:4, None]  # [B, 2, size] in the picture
     place = place * geometry[:, 2:4, None] + geometry[:, 4:6, None]
     limits = (values.shape[-2] - 1, values.shape[-1] - 1)
     rows, columns = (place[:, axis].floor().clamp(0, limits[axis]).long() for axis in (0, 1))

@@ -41,6 +41,7 @@ class Sample(NamedTuple):
     sentence: str = ""
     picture: int = -1
     box: Tensor | None = None
+    view_geometry: Tensor | None = None
 
 
 class Vocabulary(NamedTuple):
@@ -107,7 +108,9 @@ class Batch(NamedTuple):
     regions          [B, H, W] uint8, what the annotations say of every pixel before any label noise: BACKGROUND,
                      OTHER (another referent of the picture) or REFERENT of `data.augment`; None unless the method asks
     loss_weight      [B, H, W] float32, 0..1: how much a pixel counts in the loss; None = all the same. A method sets it
-    view             [B, 3, v, v] as `image`: the same picture as a second encoder wants it; None unless it asks
+    view             [B, 3, v, v] as `image`, but normalised as CLIP's: the same picture in the frame of a second
+                     encoder; None unless the model asks (`preprocess.view_size`)
+    view_geometry    [B, 6] float64, `geometry` of the view
     conversation     what a language model reads; None = it makes its own of `input_ids`
     box              [B, 4] float32, corners x1, y1, x2, y2 of the referent in pixels of the network's input, by
                      `data.boxes`; zeros without a referent. None unless the model `needs_boxes`
@@ -127,6 +130,7 @@ class Batch(NamedTuple):
     view: Tensor | None = None
     conversation: Conversation | None = None
     box: Tensor | None = None
+    view_geometry: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is, and
@@ -146,6 +150,7 @@ class Batch(NamedTuple):
             loss_weight=None if self.loss_weight is None else change(self.loss_weight),
             view=None if self.view is None else change(self.view),
             box=None if self.box is None else change(self.box),
+            view_geometry=None if self.view_geometry is None else change(self.view_geometry),
         )
 
 

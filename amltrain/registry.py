@@ -185,6 +185,7 @@ AUGMENTATIONS: Registry[Callable[..., Any]] = Registry(
             "colour_jitter",
             "label_noise",
         ),
+        "amltrain.data.official_augmentations": ("zoom", "other_sentence"),
     },
 )
 LOSSES: Registry[Callable[..., Any]] = Registry(

@@ -111,9 +111,17 @@ OFFICIAL = {
     **{f"detris/{name}": DETRIS._replace(tokens=22 if name == "refcocog" else 17) for name in CLASSIC},
     "detris/refcocog-google": SHORT,
     "detris/mixed": SHORT,
+    "c3vg/combined": C3VG,
+    **dict.fromkeys(["deris/grefcoco", "deris/grefcoco_l"], DERIS),
+    **dict.fromkeys(
+        ["deris/combined", "deris/combined_l"],
+        DERIS._replace(milestones=(14, 18), length=20, tokens=20, train_unit="referent", best_metric="mIoU"),
+    ),
     "rela/grefcoco": RELA,
     "rela/grefcoco_5k": RELA._replace(schedule="constant", milestones=(), length=5_000),  # the AML paper's row
 }
+OURS = ["evfsam/combined", "beit3/refcoco", "sam3/refcoco", "dual/refcoco"]
+"""Nobody published how these are trained."""
 LAYERS = {
     "c3vg_beit3_base": C3VG,
     **dict.fromkeys(["deris_b", "deris_l"], DERIS),
@@ -223,7 +231,13 @@ def test_the_header_says_how_to_run_it(name: str) -> None:
 
 def test_every_recipe_is_compared() -> None:
     plain = {name for name in NAMES if not re.search("_(aml|released|mask_grounding)|magnet/.*_10_epochs", name)}
-    assert plain == set(OFFICIAL)
+    assert plain == {*OFFICIAL, *OURS}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_recipe_of_ours_says_so(name: str) -> None:
+    header = shipped_configs()[f"recipes/{name}"].path.read_text().split("\n\n")[0]
+    assert "ours" in header.split("# Published")[0]
 
 
 def test_every_full_size_model_is_compared() -> None:

@@ -11,7 +11,9 @@ at 448 px. The originals stay: they are needed to predict at other sizes, to aug
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+from amltrain.config.schema import Preprocess
 from amltrain.data.catalog import find_spec
 from amltrain.errors import UserError, one_line_errors
 
@@ -59,6 +61,7 @@ def presize(options: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the command line's parser."""
+    kinds = get_type_hints(Preprocess)
     parser = argparse.ArgumentParser(
         prog="amltrain data presize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,10 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", nargs="+", help="splits to resize (default: all)")
     parser.add_argument("--model", help="take size, resize, normalization and masks from this registered model")
     parser.add_argument("--size", type=int, help="side of the network input, pixels (default: the model's)")
-    parser.add_argument("--resize", choices=["square", "letterbox"], help="default: the model's, or square")
+    parser.add_argument("--resize", choices=get_args(kinds["resize"]), help="default: the model's, or square")
     parser.add_argument(
         "--normalization",
-        choices=["imagenet", "clip", "half"],
+        choices=get_args(kinds["normalization"]),
         help="its mean is the letterbox border (default: the model's, or imagenet)",
     )
     parser.add_argument(

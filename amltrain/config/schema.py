@@ -108,9 +108,9 @@ class Preprocess:
 
     size: int = key(low=1, basic=True)
     """Side of the square network input, pixels."""
-    resize: Literal["square", "letterbox", "longest"]
-    """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); letterbox: keep it and pad around (CRIS, DETRIS);
-    longest: keep it and pad below or on the right (SAM, GSVA)."""
+    resize: Literal["square", "square_aliased", "letterbox", "longest"]
+    """square: stretch, aspect ratio not kept (CARIS, LAVT, ReLA); square_aliased: the same without antialiasing (C3VG,
+    DeRIS); letterbox: keep it and pad around (CRIS, DETRIS); longest: keep it and pad below or on the right (SAM)."""
     normalization: Literal["imagenet", "clip", "half"]
     """Mean and standard deviation subtracted from and divided out of the image (0..1)."""
     tokenizer: str
@@ -127,7 +127,10 @@ class Preprocess:
     image_tokens: int = key(256, low=1)
     """Tokens that a picture takes in a conversation: patches of `view_size`."""
     view_size: int = key(0, low=0)
-    """Side in pixels of a second picture for the language model's own image encoder; 0 = it makes one of the first."""
+    """Side in pixels of a second picture for the model's other image encoder; 0 = it makes one of the first."""
+    view: Literal["centre", "bilinear", "bicubic"] = "centre"
+    """centre: the square in its middle (CLIP in GSVA and LISA); bilinear, bicubic: all of it, stretched without
+    antialiasing (BEiT-3 in DeRIS and EVF-SAM)."""
 
 
 @partial_of(Preprocess)

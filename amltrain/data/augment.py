@@ -137,6 +137,9 @@ class RawDataset(Protocol):
     def other_masks(self, sample_id: int) -> list[NDArray[np.uint8]]:
         """Masks [h, w] uint8 of the other referents of a sample's picture."""
 
+    def picture_sentences(self, referent: int) -> list[str]:
+        """Sentences of all referents of one referent's picture."""
+
     def referent_picture(self, referent: int) -> Image.Image:
         """Decode the image of one referent (an index into `referent_images`), RGB."""
 
@@ -145,7 +148,10 @@ class RawDataset(Protocol):
 
 
 class Augmentation(Protocol):
-    """Maps a raw sample to a raw sample; built once per process, used by all loader workers."""
+    """Maps a raw sample to a raw sample; built once per process, used by all loader workers.
+
+    One that makes samples without a target says so by an attribute `makes_no_target = True`.
+    """
 
     def __call__(self, sample: RawSample, draw: "Draw", dataset: RawDataset) -> RawSample: ...
 
@@ -183,6 +189,18 @@ def build_augmentations(names: Sequence[str], options: Mapping[str, Any] | None 
         options_of_name = given[name] if name in given else AUGMENTATIONS.options(name)()
         built.append(AUGMENTATIONS[name].value(options_of_name))
     return built
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise UserError unless an option lies between 0 and 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} is {value} and must lie between 0 and 1")
+
+
+def check_range(name: str, low: float, high: float, least: float, most: float) -> None:
+    """Raise UserError unless two options rise and lie in a range."""
+    if not least <= low <= high <= most:
+        raise UserError(f"{name} is from {low} to {high}; it must rise and lie between {least:g} and {most:g}")
 
 
 def random_generator(name: str, seed: int, draw: "Draw") -> np.random.Generator:

@@ -24,6 +24,8 @@ from amltrain.data.augment import (
     Augmentation,
     RawDataset,
     RawSample,
+    check_range,
+    check_share,
     random_generator,
     register_augmentation,
 )
@@ -51,16 +53,6 @@ _NOT_A_SIDE = re.compile(
 )
 
 
-def _share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{name} is {value} and must lie between 0 and 1")
-
-
-def _range(name: str, low: float, high: float, least: float, most: float) -> None:
-    if not least <= low <= high <= most:
-        raise UserError(f"{name} is from {low} to {high}; it must rise and lie between {least:g} and {most:g}")
-
-
 @dataclass
 class NegativesOptions:
     """Sentences of other pictures, for which nothing is to be found."""
@@ -70,7 +62,7 @@ class NegativesOptions:
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        _share("negatives.rate", self.rate)
+        check_share("negatives.rate", self.rate)
 
 
 class Negatives:
@@ -80,6 +72,8 @@ class Negatives:
     this picture's referents, or where it shares a content word with a sentence about this picture. Where ten sentences
     are no good, the sample stays as it is.
     """
+
+    makes_no_target = True
 
     def __init__(self, options: NegativesOptions) -> None:
         """Raises UserError for options out of range."""
@@ -126,7 +120,7 @@ class FlipOptions:
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        _share("flip.probability", self.probability)
+        check_share("flip.probability", self.probability)
 
 
 class Flip:
@@ -189,9 +183,9 @@ class ScaleJitterOptions:
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        _share("scale_jitter.probability", self.probability)
-        _share("scale_jitter.keep", self.keep)
-        _range("scale_jitter.smallest and largest", self.smallest, self.largest, 0.05, 10)
+        check_share("scale_jitter.probability", self.probability)
+        check_share("scale_jitter.keep", self.keep)
+        check_range("scale_jitter.smallest and largest", self.smallest, self.largest, 0.05, 10)
 
 
 class ScaleJitter:
@@ -275,8 +269,8 @@ class ResizeCropOptions:
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        _share("resize_crop.probability", self.probability)
-        _range("resize_crop.smallest", self.smallest, 1.0, 0.05, 1)
+        check_share("resize_crop.probability", self.probability)
+        check_range("resize_crop.smallest", self.smallest, 1.0, 0.05, 1)
 
 
 class ResizeCrop:
@@ -328,8 +322,8 @@ class ColourJitterOptions:
     def check(self) -> None:
         """Raise UserError for a value out of range."""
         for name in ("probability", "brightness", "contrast", "saturation"):
-            _share(f"colour_jitter.{name}", getattr(self, name))
-        _range("colour_jitter.hue", self.hue, 0.5, 0, 0.5)
+            check_share(f"colour_jitter.{name}", getattr(self, name))
+        check_range("colour_jitter.hue", self.hue, 0.5, 0, 0.5)
 
 
 class ColourJitter:
@@ -384,8 +378,8 @@ class LabelNoiseOptions:
 
     def check(self) -> None:
         """Raise UserError for a value out of range."""
-        _share("label_noise.share", self.share)
-        _range("label_noise.smallest", self.smallest, 0.5, 0, 0.5)
+        check_share("label_noise.share", self.share)
+        check_range("label_noise.smallest", self.smallest, 0.5, 0, 0.5)
         if self.kind not in ("swap", "shift"):
             raise UserError(f"label_noise.kind is {self.kind!r}; it is swap or shift")
 

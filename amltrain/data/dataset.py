@@ -248,14 +248,14 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
             no_target, regions, corners = raw.no_target, raw.regions, raw.corners
-            view = None if self.view is None else self.view(raw.image)
+            view, frame = (None, None) if self.view is None else self.view(raw.image)
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
             mask = self._mask(index, referent) if self._needs_mask(index) else None
             image, target, geometry = self._network_input(index, mask)
             regions = self._regions(index) if self.regions else None
             corners = annotated_corners(referent) if self.boxes else None
-            view = None if self.view is None else self.view(self.picture(index))
+            view, frame = (None, None) if self.view is None else self.view(self.picture(index))
         input_ids, text_mask = self.tokenizer(text)
         assert target is not None
         original = torch.from_numpy(mask * np.uint8(255)) if self.keep_original_target and mask is not None else None
@@ -274,6 +274,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             text,
             self._picture_number(index),
             network_box(corners, target, geometry) if self.boxes else None,
+            frame,
         )
 
     def raw(self, draw: Draw | int) -> RawSample:
@@ -346,6 +347,12 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         ids = [np.asarray(opened.rows.columns.column("image_id"), np.int64) for opened in self.splits]
         first = np.cumsum([0, *(len(column) for column in ids)])
         return np.concatenate(ids)[first[self.index.split] + self.index.row]
+
+    def picture_sentences(self, referent: int) -> list[str]:
+        """Sentences of all referents of one referent's picture."""
+        rows = self.splits[int(self.index.split[referent])].rows
+        referents = rows.columns.column("referents")[int(self.index.row[referent])].as_py()
+        return [sentence[self.sentence_field] for one in referents for sentence in one["sentences"]]
 
     def referent_picture(self, referent: int) -> Image.Image:
         """Decode the image of one referent, RGB."""

@@ -39,6 +39,7 @@ def collate(samples: Sequence[Sample], talk: ConversationWriter | None = None) -
     """
     regions = [sample.regions for sample in samples if sample.regions is not None]
     views = [sample.view for sample in samples if sample.view is not None]
+    frames = [sample.view_geometry for sample in samples if sample.view_geometry is not None]
     boxes = [sample.box for sample in samples if sample.box is not None]
     return Batch(
         image=torch.stack([sample.image for sample in samples]),
@@ -54,6 +55,7 @@ def collate(samples: Sequence[Sample], talk: ConversationWriter | None = None) -
         view=torch.stack(views) if views else None,
         conversation=None if talk is None else talk(samples),
         box=torch.stack(boxes) if boxes else None,
+        view_geometry=torch.stack(frames) if frames else None,
     )
 
 
@@ -65,7 +67,7 @@ def build_transform(preprocess: Preprocess) -> ImageTransform:
 
 def build_view(preprocess: Preprocess) -> View | None:
     """Build what makes the second picture of a complete preprocess; None where the model makes its own."""
-    return View(preprocess.view_size) if preprocess.view_size else None
+    return View(preprocess.view_size, preprocess.view) if preprocess.view_size else None
 
 
 def build_writer(

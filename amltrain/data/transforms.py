@@ -11,6 +11,8 @@ processor's cache.
 Turn a decoded image and its mask into network pixels, and keep the geometry that leads back.
 
 square     stretch to S x S: image bilinear with antialiasing, mask nearest (CARIS, LAVT, ReLA, CGFormer)
+square_aliased  the same without antialiasing, mask nearest as OpenCV chooses it (C3VG, DeRIS): images within one grey
+           level of OpenCV's, masks equal
 letterbox  keep the aspect ratio, centre, pad with the mean colour: image cubic without antialiasing, mask linear
            (CRIS, ETRIS, DETRIS)
 longest    keep the aspect ratio, top left, pad below or on the right with the mean colour: image bilinear with
@@ -32,7 +34,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from amltrain.data.images import to_rgb
-from amltrain.frames import MEAN_STD, longest_side
+from amltrain.frames import MEAN_STD, VIEW_NORMALIZATION, Normalization, longest_side
 from amltrain.records import Batch
 
 Axis = Literal["x", "y"]
@@ -214,11 +216,7 @@ def _cubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(d <= 1, near, far)
 
 
-Resize = Literal["square", "letterbox", "longest"]
-Normalization = Literal["imagenet", "clip", "half"]
-
-VIEW_NORMALIZATION: Normalization = "clip"
-"""Of `Batch.view`: every second encoder so far is CLIP's."""
+Resize = Literal["square", "square_aliased", "letterbox", "longest"]
 
 
 class Transformed(NamedTuple):
@@ -251,6 +249,8 @@ class ImageTransform:
 
     def pixels(self, image: Image.Image | Tensor) -> Tensor:
         """Resize an image to [3, S, S] uint8. A tensor is resized by torch, a PIL image by Pillow."""
+        if self.resize == "square_aliased":
+            return stretched(image, (self.size, self.size), "bilinear")
         if isinstance(image, Tensor):
             if self.resize == "square":
                 side = (self.size, self.size)
@@ -280,15 +280,16 @@ class ImageTransform:
         if self.resize == "letterbox":
             return warp_mask(mask, self.size)
         height, width = mask.shape
-        sides = (self.size, self.size) if self.resize == "square" else longest_side(height, width, self.size)
-        rows, columns = (_nearest(count, side) for count, side in zip(mask.shape, sides, strict=True))
+        sides = longest_side(height, width, self.size) if self.resize == "longest" else (self.size, self.size)
+        nearest = _first_of if self.resize == "square_aliased" else _nearest
+        rows, columns = (nearest(count, side) for count, side in zip(mask.shape, sides, strict=True))
         chosen = np.ascontiguousarray(mask.T[columns].T)[rows]  # masks are stored by columns
         resized = torch.from_numpy(chosen * np.uint8(255))
         return F.pad(resized, (0, self.size - sides[1], 0, self.size - sides[0]))
 
     def geometry(self, height: int, width: int) -> Tensor:
         """Geometry of an image of height x width pixels, [6] float64 as in `records.Batch`."""
-        if self.resize == "square":
+        if self.resize in ("square", "square_aliased"):
             values = (height, width, self.size / height, self.size / width, 0.0, 0.0)
         elif self.resize == "longest":
             rows, columns = longest_side(height, width, self.size)
@@ -307,24 +308,48 @@ class ImageTransform:
         return image.permute(1, 2, 0).cpu().numpy()
 
 
-class View:
-    """A picture as a second encoder reads it: shortest side to `size` pixels, bicubic, cut to a square in the middle.
+def stretched(image: Image.Image | Tensor, sides: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
+    """Stretch an image, PIL or [3, h, w] uint8, to [3, *sides] uint8 without antialiasing, as OpenCV does.
 
-    What CLIP's own preprocessing does; what lies outside the square is not seen.
+    Pixels are interpolated as floating point and rounded: one grey level from OpenCV, and the same on every machine.
+    """
+    if not isinstance(image, Tensor):
+        image = torch.from_numpy(np.array(image if image.mode == "RGB" else to_rgb(image))).permute(2, 0, 1)
+    resized = F.interpolate(image[None].float(), sides, mode=mode, align_corners=False)[0]
+    return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+
+class View:
+    """A picture as a second encoder reads it.
+
+    centre     shortest side to `size` pixels, bicubic, cut to a square in the middle; what lies outside is not seen.
+               CLIP's own preprocessing
+    bilinear, bicubic  all of it, stretched to a square without antialiasing
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, kind: Literal["centre", "bilinear", "bicubic"] = "centre") -> None:
+        self.size, self.kind = size, kind
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """[3, size, size] uint8."""
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """The picture, [3, size, size] uint8, and its geometry, [6] float64 as in `records.Batch`."""
+        if self.kind != "centre":
+            height, width = image.height, image.width
+            values = (height, width, self.size / height, self.size / width, 0.0, 0.0)
+            return stretched(image, (self.size, self.size), self.kind), torch.tensor(values, dtype=torch.float64)
         image = image if image.mode == "RGB" else to_rgb(image)
         short = min(image.size)
         width, height = (self.size if side == short else int(self.size * side / short) for side in image.size)
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         cut = resized.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+        values = (image.height, image.width, height / image.height, width / image.width, -top, -left)
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1), torch.tensor(values, dtype=torch.float64)
+
+
+@lru_cache(maxsize=1024)
+def _first_of(count: int, size: int) -> NDArray[np.int64]:
+    """Which of `count` pixels each of `size` pixels takes, [size]: the one under its upper left corner, as OpenCV."""
+    return np.arange(size, dtype=np.int64) * count // size
 
 
 @lru_cache(maxsize=1024)

@@ -45,24 +45,29 @@ def run_onnx_path() -> Path:
     return Path(__file__).with_name("run_onnx.py")
 
 
-INPUTS = ("image", "input_ids", "text_mask")
+INPUTS = ("image", "input_ids", "text_mask", "view")
+"""In this order; `view` is there for models that read a second picture."""
 LARGEST_BATCH = 1024
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
+"""Of one call, in the order of INPUTS."""
 
 
 class Exportable(nn.Module):
     """A model that takes and returns plain tensors.
 
-    image [B, 3, S, S] float32 normalised, input_ids [B, L] int64, text_mask [B, L] bool -> logits [B, K, h, w], and
-    no_target [B, 2] logits where the model has a head for it.
+    image [B, 3, S, S] float32 normalised, input_ids [B, L] int64, text_mask [B, L] bool, view [B, 3, v, v] as in
+    `records.Batch` for a model that reads one -> logits [B, K, h, w], and no_target [B, 2] logits where the model has a
+    head for it.
     """
 
     def __init__(self, model: RISModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, input_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, image: Tensor, input_ids: Tensor, text_mask: Tensor, view: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         count = image.shape[0]
         none = torch.zeros(count, dtype=torch.int64, device=image.device)
         batch = Batch(
@@ -74,6 +79,7 @@ class Exportable(nn.Module):
             sample_id=none,
             random_key=none,
             geometry=torch.zeros(count, 6, dtype=torch.float64, device=image.device),
+            view=view,
         )
         output = self.model(batch)
         return (output.logits, output.aux["no_target"]) if "no_target" in output.aux else (output.logits,)
@@ -95,7 +101,16 @@ def example_inputs(preprocess: Preprocess, count: int, seed: int = 0, vocabulary
     image = torch.randn(count, 3, size, size, generator=generator)
     input_ids = torch.randint(4, vocabulary, (count, length), generator=generator)
     read = torch.arange(length) < torch.randint(3, length + 1, (count, 1), generator=generator)
-    return image, input_ids * read, read
+    given = (image, input_ids * read, read)
+    if not reads_view(preprocess):
+        return given
+    side = preprocess.view_size
+    return (*given, torch.randn(count, 3, side, side, generator=generator))
+
+
+def reads_view(preprocess: Preprocess) -> bool:
+    """Whether an exported model takes a second picture; a language model's makes it of the first."""
+    return preprocess.view_size > 0 and not preprocess.conversation
 
 
 def export_program(model: RISModel, inputs: Inputs) -> Program:
@@ -160,11 +175,12 @@ def export_onnx(program: Program, path: Path) -> None:
     """Convert a program to an ONNX file with its weights inside. Raises UserError with the reason if that fails."""
     for package in ("onnx", "onnxscript"):
         _require(package)
+    inputs = list(INPUTS[: len(program.program.graph_signature.user_inputs)])
     names = ["logits", "no_target"][: len(program.program.graph_signature.user_outputs)]
     try:
         with _quiet():
             converted = torch.onnx.export(
-                program.program, (), dynamo=True, input_names=list(INPUTS), output_names=names, verbose=False
+                program.program, (), dynamo=True, input_names=inputs, output_names=names, verbose=False
             )
             assert converted is not None
             converted.save(path)
@@ -191,7 +207,7 @@ class OnnxModel:
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[NDArray[np.float32]]:
         """Run on inputs in the order of `INPUTS`; a model that does not read one of them has no such input."""
-        given = {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=True) if name in self.names}
+        given = {name: tensor.numpy() for name, tensor in zip(INPUTS, inputs, strict=False) if name in self.names}
         return self.session.run(None, given)
 
 
@@ -202,8 +218,7 @@ def largest_difference(expected: Sequence[Tensor], found: Sequence[Any]) -> floa
 
 
 def _first(inputs: Inputs) -> Inputs:
-    image, ids, mask = (tensor[:1] for tensor in inputs)
-    return image, ids, mask
+    return tuple(tensor[:1] for tensor in inputs)
 
 
 def _require(package: str) -> Any:
@@ -340,9 +355,10 @@ def _write_files(pretrained: Pretrained, folder: Path, rows: Sequence[Exported],
     settings = {
         "amltrain": __version__,
         "model": pretrained.name,
-        "inputs": list(INPUTS),
+        "inputs": list(INPUTS if reads_view(preprocess) else INPUTS[:3]),
         "size": preprocess.size,
         "resize": preprocess.resize,
+        "view": [preprocess.view, preprocess.view_size] if reads_view(preprocess) else None,
         "mean": [255 * value for value in mean],
         "std": [255 * value for value in std],
         "max_tokens": preprocess.max_tokens,

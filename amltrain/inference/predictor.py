@@ -156,18 +156,21 @@ class Predictor:
         with torch.autocast(self.device.type, kind, enabled=self.precision != "no"):
             return self.model(batch)
 
-    def batch(self, pixels: Tensor, geometry: Tensor, sentences: Sequence[str], view: Tensor | None = None) -> Batch:
+    def batch(
+        self, pixels: Tensor, geometry: Tensor, sentences: Sequence[str], view: tuple[Tensor, Tensor] | None = None
+    ) -> Batch:
         """Pair one transformed image with sentences.
 
-        pixels: [3, S, S] uint8, or float32 normalised; geometry: [6] float64; view: [3, v, v] uint8, for a model that
-        reads a second picture.
+        pixels: [3, S, S] uint8, or float32 normalised; geometry: [6] float64; view: [3, v, v] uint8 and its geometry,
+        for a model that reads a second picture.
         """
         blank = torch.zeros(pixels.shape[-2:], dtype=torch.uint8)
         nothing, number = torch.tensor(False), torch.tensor(0)
+        second, frame = (None, None) if view is None else view
         samples = [
             Sample(
                 pixels, *self.tokenizer(sentence), blank, nothing, torch.tensor(i), number, geometry,
-                view=view, sentence=sentence, picture=0,
+                view=second, sentence=sentence, picture=0, view_geometry=frame,
             )
             for i, sentence in enumerate(sentences)
         ]  # fmt: skip

@@ -34,8 +34,10 @@ def centres(count, outputs):
 def prepare(image, settings):
     """[h, w, 3] uint8 -> [1, 3, S, S] float32, and matrices along y and x that lead back to the image's pixels."""
     size, cubic, sides = settings["size"], settings["interpolation"] == "bicubic", image.shape[:2]
-    if settings["resize"] == "square":
+    if settings["resize"] in ("square", "square_aliased"):
         pixels = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        if settings["resize"] == "square_aliased":
+            pixels = stretched(image, size, cubic=False)
         back = [np.linspace(0, size - 1, n) for n in sides]
         if settings["interpolation"] == "nearest":
             back = [np.arange(n) * size // n for n in sides]
@@ -58,6 +60,19 @@ def prepare(image, settings):
     return normalised(np.floor(warped + 0.5).clip(0, 255), settings), [
         taps(p, size, cubic=cubic, clamp=not cubic) for p in back
     ]
+
+
+def stretched(image, size, *, cubic):
+    """[h, w, 3] uint8 -> [3, size, size], all of the image without antialiasing."""
+    along = [taps(centres(n, size), n, cubic=cubic, clamp=True) for n in image.shape[:2]]
+    return np.rint(along[0] @ image.transpose(2, 0, 1) @ along[1].T).clip(0, 255)
+
+
+def second(image, settings):
+    """What a model with another image encoder reads besides, [1, 3, v, v] float32."""
+    kind, size = settings["view"]
+    clip = {"mean": [122.7709383, 116.7460125, 104.09373615], "std": [68.5005327, 66.6321579, 70.32316305]}
+    return normalised(stretched(image, size, cubic=kind == "bicubic"), clip)
 
 
 def normalised(pixels, settings):
@@ -110,6 +125,8 @@ def main():
     pixels, back = prepare(image, settings)
     ids, text_mask = tokens(sentence, settings, folder)
     given = {"image": pixels, "input_ids": ids, "text_mask": text_mask}
+    if settings.get("view"):
+        given["view"] = second(image, settings)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_outputs()]
     values = session.run(names, {entry.name: given[entry.name] for entry in session.get_inputs()})

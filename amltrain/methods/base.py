@@ -191,8 +191,9 @@ def with_image(batch: Batch, image: Tensor, blocks: Tensor, block: int) -> Batch
     """
     view, talk = batch.view, batch.conversation
     if view is not None:
+        assert batch.view_geometry is not None
         pixels = spread_blocks(blocks, (image.shape[-2], image.shape[-1]), block)
-        view = view.masked_fill(at_view(pixels, batch.geometry, view.shape[-1])[:, None], 0.0)
+        view = view.masked_fill(at_view(pixels, batch.geometry, batch.view_geometry, view.shape[-1])[:, None], 0.0)
     if talk is not None:
         each = torch.arange(len(image), device=image.device)
         talk = talk._replace(owner=talk.row.argsort(), pictures=each)

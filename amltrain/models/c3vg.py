@@ -368,7 +368,7 @@ def _info(size: int, tokenizer: str) -> ModelInfo:
         aml_scores="the image alone x the words alone through the shared encoder",
         preprocess=Preprocess(
             size=size,
-            resize="square",
+            resize="square_aliased",
             normalization="imagenet",
             tokenizer=tokenizer,
             max_tokens=20,

@@ -14,10 +14,10 @@ Kept, because the released weights were trained with it:
   Mask2Former's has not; Swin is frozen, but its drop path is active in training (`swin_drop_path_rate: 0` ends that).
 - Both images are normalised with ImageNet's statistics.
 
-Not kept: the box head, whose loss has weight 0, and heads without effect. A batch has one picture, so BEiT-3's is made
-from the network's input, bilinearly, not from the original; `small_picture` is where another one can be given.
-Points of the loss are functions of the sample's key, not of a global generator. Sentences of other images as "no
-target" are not drawn here. The perception branch starts from Mask2Former, as the official one, or from a Swin file.
+Not kept: the box head, whose loss has weight 0, and heads without effect. BEiT-3's picture is `Batch.view`, made from
+the original; a batch without one makes it from the network's input. Points of the loss are functions of the sample's
+key, not of a global generator. Sentences of other images as "no target" are the augmentation `other_sentence`. The
+perception branch starts from Mask2Former, as the official one, or from a Swin file.
 
 Referents one by one (gRefCOCO) are an argument of the loss; without them the target mask is the only referent.
 
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess
+from amltrain.frames import VIEW_NORMALIZATION, renormalised
 from amltrain.matching import enlarge_masks
 from amltrain.models.backbones.mask2former import load_mask2former
 from amltrain.models.backbones.swin import Swin
@@ -134,27 +135,25 @@ class DeRIS(RISModel):
         self.score_threshold, self.encoder_lr_scale = score_threshold, encoder_lr_scale
         self.alignment_dims, self.fused_dims = (beit3.dim, beit3.dim), (dim, dim)
 
-    def small_picture(self, image: Tensor) -> Tensor:
-        """BEiT-3's picture [B, 3, s, s] from the network's input [B, 3, H, W]: bilinear without antialiasing."""
+    def small_picture(self, batch: Batch) -> Tensor:
+        """BEiT-3's picture [B, 3, s, s]: the batch's, or one from the network's input, bilinear, not antialiased."""
+        if batch.view is not None:
+            return renormalised(batch.view, VIEW_NORMALIZATION, "imagenet")
         side = self.beit3.table_size * self.beit3.patch
-        return F.interpolate(image, (side, side), mode="bilinear", align_corners=False)
+        return F.interpolate(_padded(batch.image), (side, side), mode="bilinear", align_corners=False)
 
     def encode(self, batch: Batch) -> Features:
         return self.encode_with_image(batch, self.encode_image(batch.image))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Image [B, 3, H, W], padded to multiples of 32 -> mask features at stride 4, maps at strides 8, 16 and 32, and
-        BEiT-3's picture, which is not encoded yet.
-        """
-        image = _padded(image)
-        return (*self._perceive(image), self.small_picture(image))
+        """Image [B, 3, H, W], padded to multiples of 32 -> mask features at stride 4, maps at strides 8, 16 and 32."""
+        return self._perceive(_padded(image))
 
     def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         """The perception branch's maps as `visual`; BEiT-3's words [B, L, C] as `text`, its map in extra["image"]."""
-        *maps, small = image
-        visual, words, _ = self.beit3.encode_together(small, batch.input_ids, batch.text_mask)[-1]
+        visual, words, _ = self.beit3.encode_together(self.small_picture(batch), batch.input_ids, batch.text_mask)[-1]
         understood = self.image(visual.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return Features(tuple(maps), self.words(words), batch.text_mask, {"image": understood})
+        return Features(image, self.words(words), batch.text_mask, {"image": understood})
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 1, H, W]; aux: masks0.. [B, Q, h, w] at stride 4 and refer0.. [B, Q, 2] of every step, existence
@@ -194,7 +193,7 @@ class DeRIS(RISModel):
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
     ) -> AlignmentFeatures:
         """The image alone [B, D, h', w'] and the words alone [B, L, D] through BEiT-3."""
-        return self.beit3.encode_alone(self.small_picture(batch.image), batch.input_ids, batch.text_mask)
+        return self.beit3.encode_alone(self.small_picture(batch), batch.input_ids, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """BEiT-3 at half the rate, Swin, if it trains, at a tenth; the official recipe has no weight decay."""
@@ -249,7 +248,7 @@ def _build(
     return built
 
 
-def _info(size: int, tokenizer: str, max_tokens: int, points: int = 12544) -> ModelInfo:
+def _info(size: int, tokenizer: str, max_tokens: int, points: int = 12544, *, view: int = 224) -> ModelInfo:
     return ModelInfo(
         paper="DeRIS: Decoupling Perception and Cognition through Loopback Synergy (ICCV 2025)",
         official_code="github.com/Dmmm1997/DeRIS, commit 2406687",
@@ -257,7 +256,9 @@ def _info(size: int, tokenizer: str, max_tokens: int, points: int = 12544) -> Mo
         aml_scores="the image alone x the words alone through BEiT-3",
         preprocess=Preprocess(
             size=size,
-            resize="square",
+            resize="square_aliased",
+            view_size=view,
+            view="bilinear",
             normalization="imagenet",
             tokenizer=tokenizer,
             max_tokens=max_tokens,
@@ -343,7 +344,7 @@ def deris_l(
     )
 
 
-@register_model(_info(96, "wordpiece", 24, points=1024))
+@register_model(_info(96, "wordpiece", 24, points=1024, view=96))
 def deris_tiny(
     *,
     vision_weights: str | None = None,

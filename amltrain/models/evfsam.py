@@ -8,9 +8,11 @@ Kept: the epsilons of SAM's decoder (1e-5, transformers has 1e-6); the image's f
 after it as prompt; SAM's mask token 0; SAM 2's choice among tokens 1 to 3 by predicted IoU, in training too; SAM's
 image encoder frozen, SAM 2 wholly; BEiT-3's image resized without antialiasing.
 
-Not kept: a batch has one picture, so BEiT-3's is made from the network's input, not from the original (values differ by
-0.01 to 0.03 on average); `small_picture` is the place where another one can be given. SAM's picture is stretched to a
-square, as EVF-SAM2's is; EVF-SAM pads the shorter side instead. The loss is taken at the network's size, not at every
+BEiT-3's picture is `Batch.view`, made from the original; a batch without one makes it from the network's input (values
+differ by 0.01 to 0.03 on average). Its overshoots are cut, as it travels in 8 bits. EVF-SAM pads the shorter side of
+SAM's picture and cuts that off its masks, EVF-SAM2 stretches it; so do the tiny ones.
+
+Not kept: the loss is taken at the network's size, not at every
 original's (on pictures of network size the two are the same). The parts of SAM that no mask is read from stay frozen.
 
 Ours, because it was not published: the recipe (configs/models/evfsam_beit3_large.yaml).
@@ -22,6 +24,7 @@ Dimensions: B batch, L text tokens, C encoder width, h w BEiT-3's grid, S side o
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amltrain.config.schema import Preprocess, Protocol
+from amltrain.frames import VIEW_NORMALIZATION, renormalised
 from amltrain.models.base import Conversion, RISModel, convert
 from amltrain.models.beit3 import BEiT3Encoder, load_beit3
 from amltrain.models.layers.basic import Tuning
@@ -41,8 +45,6 @@ RENAMES = [
     (r"^(module\.)?text_hidden_fcs\.0\.", "projector."),
 ]
 DROPS = [(r"(module\.)?mm_extractor\.beit3\.vision_embed\.mask_token", "pretraining's stand-in for hidden patches")]
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of SAM's pictures."""
 PROTOCOL = Protocol(
     frame="original", threshold=0.5, interpolation="bilinear", sentences="all", ties="ge", mask_parts="exclusive"
 )
@@ -72,9 +74,6 @@ class EVFSAM(RISModel):
         self.projector = nn.Sequential(nn.Linear(beit3.dim, beit3.dim), nn.ReLU(), nn.Linear(beit3.dim, sam.width))
         self.vision_tuning = vision_tuning
         sam.tune(vision_tuning, train_decoder, lora_rank)
-        mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
         self.alignment_dims = self.fused_dims = (beit3.dim, beit3.dim)
 
     def train(self, mode: bool = True) -> "EVFSAM":
@@ -83,24 +82,27 @@ class EVFSAM(RISModel):
             self.sam.vision_encoder.train(False)
         return self
 
-    def small_picture(self, image: Tensor) -> Tensor:
-        """BEiT-3's picture [B, 3, s, s] from the network's input [B, 3, H, W]: bicubic without antialiasing."""
+    def small_picture(self, batch: Batch) -> Tensor:
+        """BEiT-3's picture [B, 3, s, s]: the batch's, or one from the network's input, bicubic, not antialiased."""
+        if batch.view is not None:
+            return renormalised(batch.view, VIEW_NORMALIZATION, "half")
         side = self.beit3.table_size * self.beit3.patch
-        small = F.interpolate(image, (side, side), mode="bicubic", align_corners=False)
-        return (small * self.std + self.mean - 0.5) / 0.5
+        small = F.interpolate(batch.image, (side, side), mode="bicubic", align_corners=False)
+        return renormalised(small, "imagenet", "half")
 
     def encode(self, batch: Batch) -> Features:
         return self.encode_with_image(batch, self.encode_image(batch.image))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Image [B, 3, H, W] -> SAM's maps, from fine to coarse, and BEiT-3's picture, which is not encoded yet."""
-        return (*self._encode_sam(image), self.small_picture(image))
+        """Image [B, 3, H, W] -> SAM's maps, from fine to coarse."""
+        return self._encode_sam(image)
 
     def encode_with_image(self, batch: Batch, image: tuple[Tensor, ...]) -> Features:
         """SAM's maps as `visual`, BEiT-3's words as `text`; extra: the prompt [B, D] and BEiT-3's map [B, C, h, w]."""
-        *maps, small = image
-        visual, words, first = self.beit3.encode_together(small, batch.input_ids, batch.text_mask)[-1]
-        return Features(tuple(maps), words, batch.text_mask, {"prompt": self.projector(first), "fused": visual})
+        visual, words, first = self.beit3.encode_together(self.small_picture(batch), batch.input_ids, batch.text_mask)[
+            -1
+        ]
+        return Features(image, words, batch.text_mask, {"prompt": self.projector(first), "fused": visual})
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
         """Logits [B, 1, H, W]; aux: low_resolution [B, 1, S/4, S/4], and BEiT-3's map and words."""
@@ -118,7 +120,7 @@ class EVFSAM(RISModel):
         self, batch: Batch, features: Features | None = None, *, text: str | None = None, visual: str | None = None
     ) -> AlignmentFeatures:
         """The image alone [B, C, h, w] and the words alone [B, L, C]; `features` have seen each other."""
-        return self.beit3.encode_alone(self.small_picture(batch.image), batch.input_ids, batch.text_mask)
+        return self.beit3.encode_alone(self.small_picture(batch), batch.input_ids, batch.text_mask)
 
     def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """One group, as far as it was published; the recipe has no weight decay."""
@@ -152,7 +154,7 @@ def _build(
     return EVFSAM(encoder, sam, **model)
 
 
-def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
+def _info(size: int, tokenizer: str, max_tokens: int, *, padded: bool = False, view: int = 224) -> ModelInfo:
     return ModelInfo(
         paper="EVF-SAM: Early Vision-Language Fusion for Text-Prompted Segment Anything Model (2024)",
         official_code="github.com/hustvl/EVF-SAM, commit 9935dc5",
@@ -160,13 +162,15 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
         aml_scores="the image alone x the words alone through BEiT-3",
         preprocess=Preprocess(
             size=size,
-            resize="square",
+            resize="longest" if padded else "square",
+            view_size=view,
+            view="bicubic",
             normalization="imagenet",
             tokenizer=tokenizer,
             max_tokens=max_tokens,
             sentence_field="sent",
         ),
-        protocol=PROTOCOL,
+        protocol=replace(PROTOCOL, interpolation="cropped") if padded else PROTOCOL,
         loss="cross_entropy_dice",
         loss_kwargs={"smoothing": 1e-3},
     )
@@ -176,7 +180,7 @@ def _beit3_large(vocab_size: int) -> BEiT3Encoder:
     return BEiT3Encoder(dim=1024, depth=24, heads=16, vocab_size=max(vocab_size, 64010))
 
 
-@register_model(_info(1024, "YxZhang/evf-sam", 64))
+@register_model(_info(1024, "YxZhang/evf-sam", 64, padded=True))
 def evfsam_beit3_large(
     *,
     vision_weights: str | None = None,
@@ -277,7 +281,7 @@ def _beit3_tiny(vocab_size: int, drop_path_rate: float) -> BEiT3Encoder:
     )
 
 
-@register_model(_info(96, "wordpiece", 24))
+@register_model(_info(96, "wordpiece", 24, view=96))
 def evfsam_tiny(
     *,
     vision_weights: str | None = None,
@@ -290,7 +294,7 @@ def evfsam_tiny(
     return _build(encoder, sam_tiny(), vision_weights, text_weights, vision_tuning="full")
 
 
-@register_model(_info(96, "wordpiece", 24))
+@register_model(_info(96, "wordpiece", 24, view=96))
 def evfsam2_tiny(
     *,
     vision_weights: str | None = None,

@@ -87,10 +87,17 @@ def build_components(
     torch.manual_seed(config.seed)
     given, kwargs = build_model(config, tokenizer) if model is None else (model, config.model.kwargs)
     loss = build_loss(config, info)
-    if "negatives" in config.data.augment and not getattr(loss, "needs_heads", False):
+    augmentations = build_augmentations(config.data.augment, config.augment_options)
+    emptying = [
+        name
+        for name, augmentation in zip(config.data.augment, augmentations, strict=True)
+        if getattr(augmentation, "makes_no_target", False)
+    ]
+    if emptying and not getattr(loss, "needs_heads", False):
         logger.warning(
-            "data.augment has negatives, and the loss of %s reads no no-target head: the model learns empty masks from "
+            "data.augment has %s, and the loss of %s reads no no-target head: the model learns empty masks from "
             "them, not to say that there is nothing",
+            " and ".join(emptying),
             config.model.name,
         )
     if method is None:
@@ -109,7 +116,7 @@ def build_components(
         tokenizer,
         mask_parts=mask_parts,
         seed=config.seed,
-        augmentations=build_augmentations(config.data.augment, config.augment_options),
+        augmentations=augmentations,
         max_samples=config.train.limit_samples,
         regions=built.needs_regions,
         original=getattr(loss, "reads_original", False) and bool(preprocess.conversation),

@@ -206,6 +206,7 @@ def blank_batch(preprocess: Preprocess, rows: int, *, tokens: int | None = None)
         view=torch.zeros(rows, 3, view, view) if view else None,
         conversation=talk,
         box=torch.tensor([0.0, 0.0, size, size]).repeat(rows, 1),
+        view_geometry=torch.ones(rows, 6, dtype=torch.float64) if view else None,
     )
 
 

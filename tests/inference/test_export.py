@@ -13,7 +13,7 @@ from torch import nn
 
 from amltrain.config.schema import Preprocess
 from amltrain.data.text import SentenceTokenizer
-from amltrain.data.transforms import MEAN_STD, ImageTransform, normalise
+from amltrain.data.transforms import MEAN_STD, ImageTransform, View, normalise
 from amltrain.errors import UserError
 from amltrain.evaluation.masks import original_probability
 from amltrain.evaluation.results import named_protocol
@@ -112,6 +112,7 @@ def test_onnx_runs_with_onnxruntime_alone(tmp_path: Path, resize: str) -> None:
         ("square", "bilinear"),
         ("square", "nearest"),
         ("square", "bicubic"),
+        ("square_aliased", "bilinear"),
         ("letterbox", "bicubic"),
         ("longest", "cropped"),
     ],
@@ -133,6 +134,15 @@ def test_the_script_prepares_images_and_brings_maps_back_as_the_package_does(
     (expected,) = original_probability(logits[None], (48, 48), [wanted.geometry.tolist()], interpolation)
     found = run_onnx.probability(logits.numpy(), back, settings)
     assert np.abs(found - expected.numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+def test_the_script_makes_the_second_picture_as_the_package_does(kind: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (97, 61, 3), dtype=np.uint8)
+    found = run_onnx.second(image, {"view": [kind, 32]})
+    expected = normalise(View(32, kind)(Image.fromarray(image))[0], "clip")
+    levels = np.abs(found[0] - expected.numpy()) * 68.5
+    assert (levels > 0.5).mean() < 0.002 and levels.max() < 1.5
 
 
 @pytest.mark.slow

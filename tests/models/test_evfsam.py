@@ -16,6 +16,7 @@ from transformers import (
     SamVisionConfig,
 )
 
+from amltrain.data.transforms import normalise
 from amltrain.errors import UserError
 from amltrain.losses import create_loss
 from amltrain.models import create_model
@@ -78,11 +79,13 @@ def test_what_is_frozen_stays_in_evaluation_mode():
 
 @torch.no_grad()
 def test_small_picture_shows_the_same_in_its_own_statistics(model):
-    grey = torch.full((1, 3, 96, 96), 0.25)
-    mean, std = model.mean, model.std
-    small = model.small_picture((grey - mean) / std)
-    assert small.shape == (1, 3, 96, 96)
-    torch.testing.assert_close(small, torch.full_like(small, -0.5))
+    """From the network's input or from the batch's own second picture: a quarter of white is -0.5."""
+    grey, batch = torch.full((1, 3, 96, 96), 64, dtype=torch.uint8), make_batch("evfsam_tiny", 96, 96, count=1)
+    batch = batch._replace(image=normalise(grey, "imagenet"), view=None)
+    for given in (batch, batch._replace(image=batch.image * 0, view=normalise(grey, "clip"))):
+        small = model.small_picture(given)
+        assert small.shape == (1, 3, 96, 96)
+        torch.testing.assert_close(small, torch.full_like(small, 2 * 64 / 255 - 1))
 
 
 def sam_config():

@@ -56,7 +56,7 @@ def build(config: Mapping[str, Any]) -> DeRIS:
         aligner_feedforward=config["aligner"]["feedforward"],
         aligner_dropout=0.0,
     )
-    model.small_picture = lambda image: CASE["image_small"].to(image.dtype)
+    model.small_picture = lambda batch: CASE["image_small"].to(batch.image.dtype)
     return model
 
 

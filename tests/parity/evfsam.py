@@ -36,7 +36,7 @@ def build(config: Mapping[str, Any]) -> EVFSAM:
     model = EVFSAM(encoder, build_sam2(config["sam2"]) if "sam2" in config else build_sam(config["sam"]))
     if "sam2" in config:
         model.sam.requires_grad_(False)
-    model.small_picture = lambda image: CASE["image_beit3"].to(image.dtype)
+    model.small_picture = lambda batch: CASE["image_beit3"].to(batch.image.dtype)
     return model
 
 
