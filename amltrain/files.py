@@ -95,6 +95,14 @@ def new_file(path: Path | str, otherwise: str = "choose another --output") -> It
             yield temporary
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A second name of a file, which costs no space; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def flush(path: Path) -> None:
     """Write a file's content, or a folder's entries, through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

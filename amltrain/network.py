@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from amltrain.errors import UserError, first_line
 from amltrain.files import hash_once
@@ -107,11 +112,33 @@ def download_model(source: str, revision: str | None, patterns: Sequence[str]) -
 
     patterns: of the files' names. Raises UserError.
     """
+    folder = _snapshot(source, revision, patterns)
+    check_download(folder)
+    return folder
+
+
+class AbsentError(UserError):
+    """A repository that is not there, or does not have what was asked for."""
+
+
+def download(source: str, patterns: Sequence[str], wanted: str, absent: str, folder: Path | None = None) -> Path:
+    """Download files of a repository "user/name" or "user/name@REVISION", whose contents the caller checks.
+
+    wanted: the file or folder of it to return, absent: what is said where the repository has none. folder: to download
+    to; None = the cache. Raises UserError, AbsentError where there is nothing to download.
+    """
+    path = _snapshot(source, None, patterns, folder) / wanted
+    if not path.exists():
+        raise AbsentError(absent)
+    return path
+
+
+def _snapshot(source: str, revision: str | None, patterns: Sequence[str], folder: Path | None = None) -> Path:
     limit_waiting()
     repo, _, named = source.partition("@")
-    wanted = revision or named or None
+    wanted, kept = revision or named or None, list(patterns)
     try:
-        folder = huggingface_hub.snapshot_download(repo, revision=wanted, allow_patterns=list(patterns))
+        return Path(huggingface_hub.snapshot_download(repo, revision=wanted, allow_patterns=kept, local_dir=folder))
     except HFValidationError as error:
         raise UserError(f"{source} is neither a folder here nor a Hub repository (user/name)") from error
     except LocalEntryNotFoundError as error:
@@ -121,12 +148,11 @@ def download_model(source: str, revision: str | None, patterns: Sequence[str]) -
             f"{why}; check the name, the network and HF_HUB_OFFLINE"
         ) from error
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
-        raise UserError(
+        absent = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+        raise (AbsentError if absent else UserError)(
             f"no folder {source} here, and the Hub repository of that name could not be read: "
             f"{failure_reason(error, repo)}"
         ) from error
-    check_download(Path(folder))
-    return Path(folder)
 
 
 def _offline() -> bool:

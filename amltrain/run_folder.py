@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 
 from amltrain import __version__
 from amltrain.errors import UserError, first_line
-from amltrain.files import flush, flush_tree, hash_once, replacing, sha256, way_out, write_text
+from amltrain.files import flush, flush_tree, hash_once, link_or_copy, replacing, sha256, way_out, write_text
 
 _NAME = re.compile(r"step-(\d+)$")
 MANIFEST = "manifest.json"
@@ -329,15 +329,7 @@ def point(output: Path, name: str, checkpoint: Path) -> None:
         try:
             temporary.symlink_to(checkpoint.name, target_is_directory=True)
         except OSError:  # Windows without the right to make links, some network file systems
-            shutil.copytree(checkpoint, temporary, copy_function=_same_file)
-
-
-def _same_file(source: str, target: str) -> None:
-    """A second name of a file, which costs no space; a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+            shutil.copytree(checkpoint, temporary, copy_function=link_or_copy)
 
 
 def prune(output: Path, keep: int | Literal["all"]) -> None:
@@ -431,6 +423,11 @@ def find_model_folder(source: str | Path, revision: str | None = None) -> Path:
     from amltrain.network import download_model  # imports the Hub's client, only where a name is not a folder
 
     return download_model(str(source), revision, MODEL_FILES)
+
+
+def is_repository(resume: str) -> bool:
+    """Whether a `--resume` names a repository: user/name or user/name@REVISION, where no such folder is."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", resume)) and not Path(resume).exists()
 
 
 def public_name(source: str) -> str:

@@ -52,6 +52,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.jobs: list[dict[str, Any]] = []
         self.failing: Callable[[str], bool | int | str] = lambda request: False
         self.ended = threading.Event()
         self.port = 0
@@ -133,6 +134,16 @@ class Handler(BaseHTTPRequestHandler):
             private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
             self.hub.repos[repo] = Repo(private)
             self.answer(200, {"url": f"{self.hub.url}/{repo}", "name": repo})
+
+    def whoami(self) -> None:
+        if self.user is None:
+            return self.answer(401, {"error": "Invalid username or password."})
+        self.answer(200, {"type": "user", "name": self.user, "orgs": []})
+
+    def start_job(self, owner: str) -> None:
+        self.hub.jobs.append(json.loads(self.body))
+        facts = {"id": f"job{len(self.hub.jobs)}", "owner": {"id": "1", "name": owner, "type": "user"}}
+        self.answer(200, {**facts, "status": {"stage": "SCHEDULING", "message": None}, **self.hub.jobs[-1]})
 
     def validate_yaml(self) -> None:
         block = re.match(r"---\n(.*?)\n---\n", json.loads(self.body)["content"], re.DOTALL)
@@ -230,7 +241,9 @@ class Handler(BaseHTTPRequestHandler):
         found = self.readable(repo, revision)
         if found:
             siblings = [{"rfilename": name} for name in found[2]]
-            self.answer(200, {"id": repo, "modelId": repo, "sha": found[0], "tags": [], "siblings": siblings})
+            private = self.hub.repos[repo].private
+            facts = {"id": repo, "modelId": repo, "sha": found[0], "private": private, "tags": [], "siblings": siblings}
+            self.answer(200, facts)
 
     def tree(self, repo: str, revision: str, under: str | None = None) -> None:
         found = self.readable(repo, revision)
@@ -307,6 +320,8 @@ REPO, REVISION = r"(?P<repo>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", "/api/repos/create", Handler.create_repo),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
+    ("GET", "/api/whoami-v2", Handler.whoami),
+    ("POST", "/api/jobs/(?P<owner>[^/]+)", Handler.start_job),
     ("POST", f"/api/{KIND}/{REPO}/branch/{REVISION}", Handler.create_branch),
     ("POST", f"/api/{KIND}/{REPO}/preupload/{REVISION}", Handler.preupload),
     ("POST", f"/api/{KIND}/{REPO}/commit/{REVISION}", Handler.commit),

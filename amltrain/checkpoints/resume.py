@@ -24,9 +24,20 @@ from amltrain.data.text import SentenceTokenizer
 from amltrain.environment import code_commit, hardware, library_versions
 from amltrain.errors import UserError, fits
 from amltrain.hub.model_folder import read_training
+from amltrain.hub.run_state import fetch_run
 from amltrain.models import model_info
 from amltrain.registry import METHODS
-from amltrain.run_folder import BEST, FINISHED_FILE, MODEL, RUN_CONFIG, SEEN_FILE, mark_requeue, public_name
+from amltrain.run_folder import (
+    BEST,
+    FINISHED_FILE,
+    MODEL,
+    RUN_CONFIG,
+    SEEN_FILE,
+    STATE,
+    is_repository,
+    mark_requeue,
+    public_name,
+)
 
 
 def describe_training(config: RunConfig) -> dict[str, Any]:
@@ -315,7 +326,13 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
         output.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         (output / SEEN_FILE).touch()
-        resume_from = checkpoints.find_resumable(output, config.resume, log)
+        resume = config.resume
+        if is_repository(resume):
+            fetch_run(resume, output, log)
+            resume = "auto"
+        elif resume == "auto" and config.hub.push == STATE:
+            fetch_run(str(config.hub.repo), output, log, may_be_new=True)
+        resume_from = checkpoints.find_resumable(output, resume, log)
         if resume_from is not None:
             check_recipe(resume_from, config, log)
         checkpoints.remove_leftovers(output)

@@ -8,6 +8,10 @@ The card has model, data, protocol and scores (also as the Hub's model-index), r
 as far as the folder knows them, and one prediction that the run drew of its held-out data: --no_picture leaves it out
 where photographs must not leave the machine. Scores are those of the run's own evaluation, or of --results. Pushing
 again makes a new commit; nothing is uploaded twice. A run pushes by itself with --hub.push best --hub.repo user/name.
+A run's whole state, to go on with it on another machine (private; also --hub.push state while it trains):
+
+    amltrain push runs/mine user/mine --state
+    amltrain train --resume user/mine
 """
 
 import argparse
@@ -26,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("repo", metavar="REPO", help="repository, user/name; made when it is not there")
     add_visibility(parser)
     parser.add_argument("--no_picture", action="store_true", help="without a picture of a prediction on the card")
+    parser.add_argument("--state", action="store_true", help="FOLDER is a run: push all that resuming it needs, too")
     parser.add_argument("--revision", help="branch to push to; made when it is not there (default: main)")
     parser.add_argument("--dry_run", action="store_true", help="check everything, push nothing, print files and card")
     parser.add_argument("--results", type=Path, help="results.json of amltrain evaluate for the card")
@@ -59,5 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             dry_run=args.dry_run,
             benchmark=args.benchmark,
             picture=not args.no_picture,
+            state=args.state,
         )
         print(address if args.dry_run else f"pushed to {address}")

@@ -1,5 +1,6 @@
 """Train a model: one run."""
 
+import argparse
 import gc
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,12 @@ from amltrain.config.parse import as_yaml, build_run_parser, checked
 from amltrain.config.schema import RunConfig
 from amltrain.errors import exit_on_signals, one_line_errors, same_on_every_process
 from amltrain.registry import import_flags
+from amltrain.run_folder import is_repository
 
 QUICKSTART = "quickstart"
 PRINT = "--print_config"
 ESTIMATE = "--estimate"
+JOB = "--job"
 
 
 def build_parser() -> ArgumentParser:
@@ -43,9 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run with these arguments (default: the command line's); without a --config they change the quickstart.
 
     `--processes N` starts N processes, `--accelerate FILE` uses a file of `accelerate config`; neither is for use under
-    `accelerate launch`.
+    `accelerate launch`. `--job FLAVOR` starts the run on Hugging Face Jobs instead.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(argument.split("=")[0] == JOB for argument in arguments):
+        print_job(arguments)
+        return
     if ESTIMATE in arguments:
         print_estimate(arguments)
         return
@@ -67,9 +73,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def with_config(arguments: list[str]) -> list[str]:
-    """The arguments, behind the quickstart's config where they name none."""
-    named = any(argument.split("=")[0] == "--config" for argument in arguments)
-    return arguments if named else ["--config", QUICKSTART, *arguments]
+    """The arguments behind a config, if they name none: of the run on the Hub that they resume, or the quickstart's."""
+    if any(argument.split("=")[0] == "--config" for argument in arguments):
+        return arguments
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--resume", default="auto")
+    resume = named.parse_known_args(arguments)[0].resume
+    if is_repository(resume):
+        from amltrain.hub.run_state import fetch_config  # takes a while to import
+
+        return ["--config", str(fetch_config(resume)), *arguments]
+    return ["--config", QUICKSTART, *arguments]
 
 
 def print_estimate(arguments: list[str]) -> None:
@@ -83,6 +97,23 @@ def print_estimate(arguments: list[str]) -> None:
             from amltrain.training.estimate import describe, estimate
 
         print(describe(config, estimate(config, processes or 1)))
+
+
+def print_job(arguments: list[str]) -> None:
+    """Start the run on Hugging Face Jobs, and print where; nothing is trained here."""
+    parser = argparse.ArgumentParser(prog="amltrain train", add_help=False, allow_abbrev=False)
+    for name in (JOB, "--job_timeout", "--job_image"):
+        parser.add_argument(name)
+    known, rest = parser.parse_known_args(arguments)
+    with one_line_errors():
+        config = read_run(with_config(rest))
+        with no_garbage_collection():
+            from amltrain.hub.jobs import IMAGE, TIMEOUT, start_job
+
+        number, address = start_job(
+            config, known.job, timeout=known.job_timeout or TIMEOUT, image=known.job_image or IMAGE
+        )
+        print(f"started: {address}\nlog:     hf jobs logs {number}\nend it:  hf jobs cancel {number}")
 
 
 @contextmanager

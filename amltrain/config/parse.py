@@ -168,8 +168,9 @@ def build_run_parser(prog: str, options: dict[str, type]) -> ArgumentParser:
         "--train.global_batch_size 16. The options of a training method are the section of its name: add --method NAME "
         "to this --help to see them. Without a --config, flags change the quickstart; with one, the defaults here. "
         "--processes N starts N processes, --accelerate FILE uses a file of `accelerate config`, --estimate tells what "
-        "the run will cost (memory, hours) and ends. The keys that people change are listed; `--help all` lists every "
-        "key.",
+        "the run will cost (memory, hours) and ends, --job FLAVOR starts it on Hugging Face Jobs (--hub.repo user/name "
+        "keeps it; --job_timeout 24h, --job_image IMAGE). The keys that people change are listed; `--help all` lists "
+        "every key.",
     )
     parser.add_argument("--config", action="config", help="YAML file or shipped config; several are layered.")
     parser.add_class_arguments(RunConfig, skip=set(DERIVED))

@@ -340,9 +340,10 @@ class CheckpointConfig:
 class HubConfig:
     """Publishing on the HuggingFace Hub."""
 
-    push: Literal["never", "best", "last"] = key("never", basic=True)
-    """Push every new best, or every new last checkpoint's model, with a model card. This happens in the background: no
-    failure of it stops training, and what failed is tried again when the run ends."""
+    push: Literal["never", "best", "last", "state"] = key("never", basic=True)
+    """Push every new best, or every new last checkpoint's model, with a model card; state: the last one's model and all
+    that `--resume user/name` needs to go on elsewhere. This happens in the background: no failure of it stops training,
+    and what failed is tried again when the run ends."""
     repo: str | None = None
     """Repository, user/name; made when it is not there."""
     private: bool = True
@@ -376,8 +377,9 @@ class RunConfig:
     seed: int = key(0, low=0, high=2**32 - 1, basic=True)
     """Seed of everything random."""
     resume: str = key("auto", scope=LOCAL, basic=True)
-    """auto: resume from output/last if it exists; never: start a new run (rejects a folder that has checkpoints); or a
-    checkpoint folder."""
+    """auto: resume from output/last if it exists, or with `hub.push state` from the Hub; never: start a new run (a
+    folder that has checkpoints is rejected); or a checkpoint folder; or user/name: go on with the run that the Hub has,
+    in `output`."""
     method: str = key("aml", basic=True)
     """Training method; `amltrain list methods` lists them. Its options are in the section of its name, e.g. aml.tau."""
     method_options: Any = None
@@ -402,6 +404,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.hub.push != "never" and not self.hub.repo:
             raise UserError(f"hub.push={self.hub.push} needs --hub.repo user/name")
+        if self.hub.push == "state" and not self.hub.private:
+            raise UserError(
+                "hub.push=state needs a private repository: a run's state names your folders; leave hub.private"
+            )
         check_types(self)
         check_ranges(self)
         if self.output is None:

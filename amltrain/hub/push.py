@@ -29,9 +29,11 @@ from safetensors import SafetensorError, safe_open
 from amltrain.config.schema import HubConfig
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.results import Results, read_results, results_json
+from amltrain.files import link_or_copy
 from amltrain.hub.base_weights import read_base
 from amltrain.hub.benchmark import result_files
 from amltrain.hub.model_card import build_model_card
+from amltrain.hub.run_state import added_files, check_private, copy_run, operations
 from amltrain.network import failure_reason, limit_waiting
 from amltrain.registry import import_flags
 from amltrain.run_folder import (
@@ -39,12 +41,14 @@ from amltrain.run_folder import (
     EVALUATION,
     EXAMPLE_FILE,
     EXAMPLES,
+    LAST,
     LOG_FILE,
     MANIFEST,
     MODEL,
     MODEL_FILES,
     PREPROCESS_FILE,
     RESULTS_FILE,
+    STATE,
     TRAINING_FILE,
     WEIGHTS_FILE,
     check_model,
@@ -73,6 +77,7 @@ def push_model(
     dry_run: bool = False,
     benchmark: str | None = None,
     picture: bool = True,
+    state: bool = False,
 ) -> str:
     """Push a model folder, or a checkpoint folder that has one in `model/`, and return the commit's address.
 
@@ -80,11 +85,13 @@ def push_model(
     results_file: scores for the card instead of the folder's own. dry_run: check everything without contacting the Hub,
     and return the card and the list of files. benchmark: data set repository for which the scores are also pushed, see
     `amltrain.hub.benchmark`. picture: with one prediction that the run drew when it was scored, where there is one.
+    state: source is a run's folder; its last checkpoint is pushed, with all that resuming needs (`hub.run_state`).
     Raises UserError, in one line, for a folder that is absent or not whole, a repository name that cannot be, a missing
     or rejected token, and a Hub out of reach.
     """
     check_access(repo, online=not dry_run)
-    folder = _whole_model_folder(Path(source))
+    run = Path(source)
+    folder = _whole_model_folder(run / LAST if state else run)
     scores = Path(results_file) if results_file is not None else folder / RESULTS_FILE
     found = read_results(scores) if results_file is not None or scores.is_file() else []
     if results_file is None and not any(row.is_score for row in found):
@@ -110,11 +117,14 @@ def push_model(
         files[EXAMPLE_FILE] = example
     adds += [CommitOperationAdd(name, text.encode()) for name, text in evaluated.items()]
     if dry_run:
-        return _would_push(repo, files, evaluated, card)
+        kept = {name: path for name, path in added_files(run).items() if isinstance(path, Path)} if state else {}
+        return _would_push(repo, {**files, **kept}, evaluated, card)
     limit_waiting()
     api = HfApi(library_name="amltrain")
     try:
         api.create_repo(repo, private=private, exist_ok=True)
+        if state:
+            check_private(api, repo)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(repo, revision=revision))
@@ -123,7 +133,12 @@ def push_model(
         old = [
             CommitOperationDelete(name) for name in (RESULTS_FILE, TRAINING_FILE, EXAMPLE_FILE) if name in there - added
         ]
-        return api.create_commit(repo, [*adds, *old], commit_message=_message(results), revision=revision).commit_url
+        rest = operations(run, there) if state else []
+        return api.create_commit(
+            repo, [*adds, *old, *rest], commit_message=_message(results), revision=revision
+        ).commit_url
+    except UserError:
+        raise
     except Exception as error:  # of requests or httpx, depending on huggingface_hub's version
         raise UserError(f"could not push to {repo}: {failure_reason(error, repo, writing=True)}") from error
 
@@ -250,8 +265,9 @@ class PushProcess:
     The process has no GPU and is over after `LONGEST_PUSH` seconds at the latest.
     """
 
-    def __init__(self, repo: str, *, private: bool, picture: bool = True) -> None:
+    def __init__(self, repo: str, *, private: bool, picture: bool = True, state: bool = False) -> None:
         flags = ["--private" if private else "--public", *([] if picture else ["--no_picture"])]
+        flags += ["--state"] if state else []
         self.command = [repo, *flags, *import_flags()]
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -316,10 +332,17 @@ class Publisher:
     """
 
     def __init__(
-        self, push: Callable[[Path], str], log: Callable[[str], None], stop: Callable[[], None] = lambda: None
+        self,
+        push: Callable[[Path], str],
+        log: Callable[[str], None],
+        stop: Callable[[], None] = lambda: None,
+        *,
+        state: bool = False,
     ) -> None:
-        """push: pushes a model folder and returns its address. log: called from another thread. stop: ends a push."""
-        self.push, self.log, self.stop = push, log, stop
+        """push: pushes a folder and returns its address. log: called from another thread. stop: ends a push. state:
+        what is pushed is the run up to a checkpoint, not the model in it alone.
+        """
+        self.push, self.log, self.stop, self.state = push, log, stop, state
         self._pushed: Version | None = None
         self._lock = threading.Lock()
         self._waiting: tuple[Version, Path] | None = None
@@ -331,7 +354,10 @@ class Publisher:
         try:
             version = _version(checkpoint)
             copy = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", suffix=".pushing", dir=checkpoint.parent))
-            shutil.copytree(checkpoint / MODEL, copy, copy_function=_link, dirs_exist_ok=True)
+            if self.state:
+                copy_run(checkpoint.parent, checkpoint, copy)
+            else:
+                shutil.copytree(checkpoint / MODEL, copy, copy_function=link_or_copy, dirs_exist_ok=True)
         except OSError as error:
             self.log(f"WARNING: {checkpoint.name} was not pushed to the Hub: {first_line(error)}; training continues")
             return
@@ -400,13 +426,6 @@ def build_publisher(hub: HubConfig, log: Callable[[str], None]) -> Publisher | N
     check_access(repo)
     disable_progress_bars()  # the run's own bar is on the screen
     hub_logging.set_verbosity_error()  # we log each failure once
-    process = PushProcess(repo, private=hub.private, picture=hub.picture)
-    return Publisher(process, log, process.stop)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for a file; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    state = hub.push == STATE
+    process = PushProcess(repo, private=hub.private, picture=hub.picture, state=state)
+    return Publisher(process, log, process.stop, state=state)

@@ -18,7 +18,7 @@ from amltrain.evaluation.results import Results
 from amltrain.hub.push import Publisher, build_publisher
 from amltrain.methods.base import Recorder
 from amltrain.registry import CALLBACKS, NoOptions
-from amltrain.run_folder import EXAMPLES, LAST, PICTURES, PROFILE, checkpoint_name, step_of
+from amltrain.run_folder import BEST, EXAMPLES, LAST, PICTURES, PROFILE, STATE, checkpoint_name, step_of
 from amltrain.training.run import Callback, Run, Step
 from amltrain.training.tracking import banner, log_line, track_evaluation
 
@@ -175,7 +175,7 @@ class Trackers(Callback):
 
 
 class Publish(Callback):
-    """Pushes every new best, or every new last checkpoint's model, to the Hub in the background (hub.push)."""
+    """Pushes every new best, or every new last checkpoint's model or all of it, to the Hub in the background."""
 
     publisher: Publisher | None = None
 
@@ -185,17 +185,19 @@ class Publish(Callback):
 
     def on_save(self, run: Run, checkpoint: Path) -> None:
         scores_follow = bool(run.components.eval_loaders) and run.falls_on(run.evaluation_interval, step_of(checkpoint))
-        if self.publisher is not None and run.config.hub.push == LAST and not scores_follow:
+        if self.publisher is not None and run.config.hub.push != BEST and not scores_follow:
             self.publisher.submit(checkpoint)
 
     def on_scores(self, run: Run, checkpoint: Path, *, best: bool) -> None:
-        if self.publisher is not None and (best or run.config.hub.push == LAST):
+        if self.publisher is not None and (best or run.config.hub.push != BEST):
             self.publisher.submit(checkpoint)
 
     def on_finish(self, run: Run) -> None:
         if self.publisher is not None:
-            final = run.output / run.config.hub.push
-            self.publisher.finish(final, f"push it later: amltrain push {final} {run.config.hub.repo}")
+            kind, repo = run.config.hub.push, run.config.hub.repo
+            final = run.output / (BEST if kind == BEST else LAST)
+            later = f"amltrain push {run.output} {repo} --state" if kind == STATE else f"amltrain push {final} {repo}"
+            self.publisher.finish(final, f"push it later: {later}")
 
     def on_stop(self, run: Run) -> None:
         if self.publisher is not None:
