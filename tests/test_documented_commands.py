@@ -12,7 +12,7 @@ import yaml
 
 from amltrain.cli import COMMANDS, RENAMED, split_command
 from amltrain.commands.finetune import read as read_finetune
-from amltrain.commands.train import read_run
+from amltrain.commands.train import read_run, take_job_options
 from amltrain.config.schema import RunConfig
 from amltrain.distributed import plan_batches
 from amltrain.training.launcher import take_launch_options
@@ -73,7 +73,7 @@ def test_is_taken(page: str, command: str, monkeypatch: pytest.MonkeyPatch) -> N
         parse = importlib.import_module(module).build_parser().parse_args
     processes = None
     if name == "train":
-        arguments, processes, _ = take_launch_options(arguments)
+        arguments, processes, _ = take_launch_options(take_job_options(arguments)[0])
     parsed = parse(arguments)
     if isinstance(parsed, RunConfig):
         can_be_launched(parsed, " ".join(words[:program]), processes)

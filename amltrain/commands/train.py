@@ -99,12 +99,18 @@ def print_estimate(arguments: list[str]) -> None:
         print(describe(config, estimate(config, processes or 1)))
 
 
-def print_job(arguments: list[str]) -> None:
-    """Start the run on Hugging Face Jobs, and print where; nothing is trained here."""
+def take_job_options(arguments: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
+    """Split off what describes a job; returns the other arguments, and `job`, `job_timeout` and `job_image`."""
     parser = argparse.ArgumentParser(prog="amltrain train", add_help=False, allow_abbrev=False)
     for name in (JOB, "--job_timeout", "--job_image"):
         parser.add_argument(name)
     known, rest = parser.parse_known_args(arguments)
+    return rest, known
+
+
+def print_job(arguments: list[str]) -> None:
+    """Start the run on Hugging Face Jobs, and print where; nothing is trained here."""
+    rest, known = take_job_options(arguments)
     with one_line_errors():
         config = read_run(with_config(rest))
         with no_garbage_collection():
