@@ -235,12 +235,16 @@ class QueryMasks(nn.Module):
         self, output: ModelOutput, batch: Batch, instances: Sequence[Tensor] | None = None
     ) -> dict[str, Tensor]:
         """output.aux masks0.. [B, Q, h, w] and refer0.. [B, Q, 2] logits, existence [B, 1] logits; batch.target
-        [B, H, W] uint8; instances: B tensors [N, H, W] (0 or 1), the referents one by one, None = the target as one.
+        [B, H, W] uint8; instances: B tensors [N, H, W] (0 or 1), the referents one by one; None = batch.instances, or
+        where there are none the target as one.
 
         Returns loss, and detached, weighted and summed over steps: class, mask, dice, existence.
         """
         if "existence" not in output.aux:
             raise UserError("loss deris needs a model with queries of several steps (deris_*); name another loss.name")
+        if instances is None and batch.instances is not None:
+            counts = batch.instances.flatten(2).any(dim=2).sum(dim=1).tolist()  # `assign` waits for the device anyway
+            instances = [(each[:n] >= 128).float() for each, n in zip(batch.instances, counts, strict=True)]
         steps = sum(name.startswith("masks") for name in output.aux)
         targets = [*(batch.target >= 128)[:, None].float()] if instances is None else instances
         totals: dict[str, Tensor] = {}

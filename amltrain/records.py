@@ -42,6 +42,7 @@ class Sample(NamedTuple):
     picture: int = -1
     box: Tensor | None = None
     view_geometry: Tensor | None = None
+    instances: tuple[Tensor, ...] = ()
 
 
 class Vocabulary(NamedTuple):
@@ -111,6 +112,9 @@ class Batch(NamedTuple):
     view             [B, 3, v, v] as `image`, but normalised as CLIP's: the same picture in the frame of a second
                      encoder; None unless the model asks (`preprocess.view_size`)
     view_geometry    [B, 6] float64, `geometry` of the view
+    instances        [B, N, H, W] uint8 as `target`: what a sentence means, one by one, in samples that mean several
+                     objects; the rest of the N is empty. None = every target is one, or the model does not ask
+                     (`needs_instances`)
     conversation     what a language model reads; None = it makes its own of `input_ids`
     box              [B, 4] float32, corners x1, y1, x2, y2 of the referent in pixels of the network's input, by
                      `data.boxes`; zeros without a referent. None unless the model `needs_boxes`
@@ -131,6 +135,7 @@ class Batch(NamedTuple):
     conversation: Conversation | None = None
     box: Tensor | None = None
     view_geometry: Tensor | None = None
+    instances: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with `change` applied to every tensor with a row per sample; `original_target` stays as it is, and
@@ -151,6 +156,7 @@ class Batch(NamedTuple):
             view=None if self.view is None else change(self.view),
             box=None if self.box is None else change(self.box),
             view_geometry=None if self.view_geometry is None else change(self.view_geometry),
+            instances=None if self.instances is None else change(self.instances),
         )
 
 

@@ -157,6 +157,7 @@ MODELS: Registry[Callable[..., Any]] = Registry(
         "amltrain.models.rela": ("rela_swin_base", "rela_swin_tiny", "rela_r50", "rela_tiny"),
         "amltrain.models.remamber": ("remamber_conv", "remamber_mamba", "remamber_tiny"),
         "amltrain.models.sam3": ("sam3", "sam3_tiny"),
+        "amltrain.models.sam3_instances": ("sam3_instances", "sam3_instances_tiny"),
     },
 )
 METHODS: Registry[Callable[..., Any]] = Registry(
@@ -202,6 +203,7 @@ LOSSES: Registry[Callable[..., Any]] = Registry(
             "c3vg",
         ),
         "amltrain.matching": ("deris",),
+        "amltrain.instance_loss": ("instances",),
     },
 )
 METRICS: dict[Literal["classic", "generalized"], Registry[Any]] = {

@@ -139,7 +139,7 @@ LAYERS = {
 }
 NO_OFFICIAL_RECIPE = {
     *("dual_dinov3_base", "dual_siglip2_base", "dual_eva02_base", "dual_tipsv2_base", "caris_lite"),
-    *("beit3_base", "beit3_large", "sam3", "evfsam_beit3_large", "evfsam2_beit3_large"),
+    *("beit3_base", "beit3_large", "sam3", "sam3_instances", "evfsam_beit3_large", "evfsam2_beit3_large"),
     *("gsva_7b", "lisa_7b"),
 }
 """Our own combinations, models that were published for other tasks, those whose training was not published, and those

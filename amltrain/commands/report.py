@@ -3,6 +3,7 @@
     amltrain report runs/quickstart
     amltrain report runs/caris --splits val testA --pictures 90 --samples 17 42
     amltrain report runs/caris --results evaluation/caris-best
+    amltrain report runs/mine --before sam3-folder --datasets mine phrases      # what was gained, what was forgotten
 
 Scores the checkpoint on the splits, then shows the best, worst and random predictions: sentence, truth, prediction,
 errors, alignment scores, and the blocks that AML masks. The file needs no network and no server.
@@ -29,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", nargs="+", help="splits to score (default: the run's evaluation.splits)")
     parser.add_argument("--datasets", nargs="+", help="data sets to score on (default: those of the training)")
     parser.add_argument("--prepared", help="folder with the prepared data (default: the run's data.prepared)")
+    parser.add_argument(
+        "--before", metavar="MODEL", help="a run or model from before the training, shown and scored beside"
+    )
     parser.add_argument("--results", help="folder of an evaluation of this model: show its scores, score nothing again")
     parser.add_argument("--output", help="HTML file to write (default: RUN/report.html)")
     parser.add_argument("--pictures", type=int, default=60, help="predictions shown per split (default: 60)")

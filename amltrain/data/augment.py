@@ -41,11 +41,16 @@ Corners = tuple[float, float, float, float]
 """A box x1, y1, x2, y2 in pixels of an image, continuous: a pixel's box is one pixel wide."""
 
 
-class RawBox(NamedTuple):
-    """An annotated box and the very mask that it belongs to: another array has no annotated box."""
+class RawObjects(NamedTuple):
+    """What is annotated of a mask besides, and the very mask that it belongs to: another array has neither.
 
-    corners: Corners
+    corners    the box; None without one
+    instances  masks [h, w] of the objects one by one, where there are several; () = it is one
+    """
+
     mask: NDArray[np.uint8]
+    corners: Corners | None = None
+    instances: tuple[NDArray[np.uint8], ...] = ()
 
 
 BACKGROUND, OTHER, REFERENT = 0, 1, 2
@@ -61,7 +66,7 @@ class RawSample(NamedTuple):
     ids       where the sample comes from; an augmentation keeps them
     no_target the sentence means nothing in the image; the mask is then all 0
     regions   [h, w] uint8, BACKGROUND, OTHER or REFERENT, as annotated; None unless the method asks for it
-    box       the annotated box; None unless the model asks for it and the row has one. Read `corners` instead
+    objects   what is annotated of the mask besides; None unless the model asks for it. Read `corners` and `instances`
     """
 
     image: Image.Image
@@ -70,12 +75,17 @@ class RawSample(NamedTuple):
     ids: SampleIds
     no_target: bool = False
     regions: NDArray[np.uint8] | None = None
-    box: RawBox | None = None
+    objects: RawObjects | None = None
 
     @property
     def corners(self) -> Corners | None:
         """The annotated box; None where there is none, or where the mask was replaced by another."""
-        return self.box.corners if self.box is not None and self.box.mask is self.mask else None
+        return self.objects.corners if self.objects is not None and self.objects.mask is self.mask else None
+
+    @property
+    def instances(self) -> tuple[NDArray[np.uint8], ...]:
+        """Masks of the objects one by one; () where there is one, or where the mask was replaced by another."""
+        return self.objects.instances if self.objects is not None and self.objects.mask is self.mask else ()
 
     def moved(
         self,
@@ -89,12 +99,14 @@ class RawSample(NamedTuple):
         and a model that asks for one gets the box around the mask.
         """
         regions, mask = None if self.regions is None else move(self.regions), move(self.mask)
-        box = None
+        corners, objects = None, None
         if place is not None and self.corners is not None:
             x1, y1, x2, y2 = self.corners
             (u1, v1), (u2, v2) = place(x1, y1), place(x2, y2)
-            box = RawBox((min(u1, u2), min(v1, v2), max(u1, u2), max(v1, v2)), mask)
-        return self._replace(image=image, mask=mask, regions=regions, box=box)
+            corners = (min(u1, u2), min(v1, v2), max(u1, u2), max(v1, v2))
+        if self.objects is not None:
+            objects = RawObjects(mask, corners, tuple(map(move, self.instances)))
+        return self._replace(image=image, mask=mask, regions=regions, objects=objects)
 
 
 class About(NamedTuple):

@@ -1,9 +1,12 @@
-"""The box of a sample's referent at the network's size: the annotated one, or the one around its mask.
+"""What is annotated of a referent besides its mask: its box, and its objects one by one.
+
+The box of a sample's referent at the network's size: the annotated one, or the one around its mask.
 
 This file decides which. The annotated box counts where a row has one and the mask is the annotated one: scaled, cut or
 mirrored, but not replaced. Everywhere else the box is the one around the mask, and a run says so at its start.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +25,17 @@ def annotated_corners(referent: dict[str, Any]) -> Corners | None:
         return None
     x, y, width, height = box
     return (x, y, x + width, y + height)
+
+
+def parts_of(referent: dict[str, Any], referents: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The referents of a picture that are a referent's objects one by one; [] where one of them is not there.
+
+    Prepared rows hold a mask for each referent. A sentence of gRefCOCO that means several objects has their union; the
+    objects are those that other sentences of the picture mean alone.
+    """
+    alone = {one["ann_ids"][0]: one for one in referents if len(one["ann_ids"]) == 1 and not one["no_target"]}
+    parts = [alone.get(number) for number in referent["ann_ids"]]
+    return [part for part in parts if part is not None] if len(parts) > 1 and None not in parts else []
 
 
 def network_box(corners: Corners | None, target: Tensor, geometry: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, Augmentation, RawBox, RawSample, SampleIds
-from amltrain.data.boxes import annotated_corners, network_box, without_box
+from amltrain.data.augment import BACKGROUND, OTHER, REFERENT, About, Augmentation, RawObjects, RawSample, SampleIds
+from amltrain.data.boxes import annotated_corners, network_box, parts_of, without_box
 from amltrain.data.cache import PresizedImages
 from amltrain.data.conversations import ConversationWriter
 from amltrain.data.images import Decoder, decode_image
@@ -128,6 +128,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         decoder: Decoder = "pil",
         regions: bool = False,
         boxes: bool = False,
+        instances: bool = False,
         view: View | None = None,
         talk: ConversationWriter | None = None,
     ) -> None:
@@ -141,6 +142,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         augmentations: change the raw sample before transform and tokenizer (training), in order.
         decoder: see `decode_image`; with torchvision, square images are resized by torch: at most one grey level apart.
         regions: add what every pixel shows, see `Batch.regions`. boxes: add the referent's box, see `Batch.box`.
+        instances: add the objects of a sentence that means several, see `Batch.instances`.
         view: add a second picture, see `Batch.view`. talk: writes the conversations of a batch.
 
         Presized images of a split are used unless the images are perturbed or augmented.
@@ -149,7 +151,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         self.unit, self.sentence_field, self.mask_parts, self.seed = unit, sentence_field, mask_parts, seed
         self.keep_original_target, self.perturb = keep_original_target, perturb
         self.augmentations, self.decoder, self.regions = list(augmentations), decoder, regions
-        self.view, self.talk, self.boxes = view, talk, boxes
+        self.view, self.talk, self.boxes, self.instances = view, talk, boxes, instances
         self._recent: OrderedDict[tuple[int, int], tuple[Tensor, Tensor]] = OrderedDict()
         indices = [_index_split(number, opened, excluded_images) for number, opened in enumerate(self.splits)]
         self.index = _Index(*(np.concatenate(columns) for columns in zip(*indices, strict=True)))
@@ -237,6 +239,21 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         notes += ["where an augmentation replaces the mask"] * bool(self.augmentations)
         return "annotated" + (f"; around the mask {' and '.join(notes)}" if notes else "")
 
+    def instance_origin(self) -> str:
+        """Say how many sentences that mean several objects have them one by one; "" where the model does not ask."""
+        if not self.instances:
+            return ""
+        several = apart = 0
+        for opened in self.splits:
+            for referents in opened.rows.columns.column("referents").to_pylist():
+                for referent in referents:
+                    if len(referent["ann_ids"]) > 1:
+                        several, apart = several + 1, apart + bool(parts_of(referent, referents))
+        if not several:
+            return "every referent is one object"
+        whole = f"; {several - apart:,} are taken as one, their objects are not annotated alone" * (apart < several)
+        return f"one by one for {apart:,} of {several:,} referents with several objects{whole}"
+
     def __getitem__(self, draw: Draw | int) -> Sample:
         draw = draw if isinstance(draw, Draw) else Draw(0, int(draw))
         index = draw.index
@@ -247,7 +264,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         if self.augmentations:
             mask: NDArray[np.uint8] | None
             raw = self._augmented(draw, referent, key)
-            no_target, regions, corners = raw.no_target, raw.regions, raw.corners
+            no_target, regions, corners, parts = raw.no_target, raw.regions, raw.corners, raw.instances
             view, frame = (None, None) if self.view is None else self.view(raw.image)
             (image, target, geometry), mask, text = self.transform(raw.image, raw.mask), raw.mask, raw.sentence
         else:
@@ -255,6 +272,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             image, target, geometry = self._network_input(index, mask)
             regions = self._regions(index) if self.regions else None
             corners = annotated_corners(referent) if self.boxes else None
+            parts = self._instances(index, referent)
             view, frame = (None, None) if self.view is None else self.view(self.picture(index))
         input_ids, text_mask = self.tokenizer(text)
         assert target is not None
@@ -275,6 +293,7 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
             self._picture_number(index),
             network_box(corners, target, geometry) if self.boxes else None,
             frame,
+            tuple(self.transform.target(part) for part in parts),
         )
 
     def raw(self, draw: Draw | int) -> RawSample:
@@ -384,9 +403,17 @@ class ReferDataset(torch.utils.data.Dataset[Sample]):
         ids = self._ids(index, referent, sentence)
         mask, text = self._mask(index, referent), sentence[self.sentence_field]
         regions = self._regions(index) if self.regions else None
-        corners = annotated_corners(referent) if self.boxes else None
-        box = None if corners is None else RawBox(corners, mask)
-        return RawSample(self.picture(index), mask, text, ids, referent["no_target"], regions, box)
+        corners, parts = annotated_corners(referent) if self.boxes else None, self._instances(index, referent)
+        objects = RawObjects(mask, corners, parts) if corners or parts else None
+        return RawSample(self.picture(index), mask, text, ids, referent["no_target"], regions, objects)
+
+    def _instances(self, index: int, referent: dict[str, Any]) -> tuple[NDArray[np.uint8], ...]:
+        """Masks of a referent's objects one by one, where the model asks and there are several; else ()."""
+        if not self.instances or len(referent["ann_ids"]) < 2:
+            return ()
+        number, row, _ = self._place(index)
+        referents = self.splits[number].rows.columns.column("referents")[row].as_py()
+        return tuple(self._mask(index, part) for part in parts_of(referent, referents))
 
     def other_masks(self, sample_id: int) -> list[NDArray[np.uint8]]:
         """Masks [h, w] uint8 of the other referents of a sample's picture; those of its own objects are left out."""

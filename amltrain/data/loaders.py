@@ -56,7 +56,20 @@ def collate(samples: Sequence[Sample], talk: ConversationWriter | None = None) -
         conversation=None if talk is None else talk(samples),
         box=torch.stack(boxes) if boxes else None,
         view_geometry=torch.stack(frames) if frames else None,
+        instances=_stacked_instances(samples),
     )
+
+
+def _stacked_instances(samples: Sequence[Sample]) -> torch.Tensor | None:
+    """`Batch.instances`; None where every sample means one object at most."""
+    most = max((len(sample.instances) for sample in samples), default=0)
+    if most == 0:
+        return None
+    rows = [sample.instances or (sample.target,) for sample in samples]
+    stacked = torch.zeros(len(rows), most, *samples[0].target.shape, dtype=torch.uint8)
+    for row, parts in zip(stacked, rows, strict=True):
+        row[: len(parts)] = torch.stack(parts)
+    return stacked
 
 
 def build_transform(preprocess: Preprocess) -> ImageTransform:
@@ -125,12 +138,13 @@ def build_train_dataset(
     regions: bool = False,
     original: bool = False,
     boxes: bool = False,
+    instances: bool = False,
 ) -> ReferDataset:
     """Build the training samples of all data sets, without the images that any of them evaluates on (data.leak_filter).
 
     mask_parts: data.mask_parts, or its default for null. augmentations: of `build_augmentations`. regions: whether the
     method reads `Batch.regions`. original: whether the loss reads masks at the pictures' own sizes. boxes: whether the
-    model needs `Batch.box`.
+    model needs `Batch.box`. instances: the same of `Batch.instances`.
     """
     assert preprocess.sentence_field
     _check_weights(data)
@@ -155,6 +169,7 @@ def build_train_dataset(
         regions=regions,
         keep_original_target=original,
         boxes=boxes,
+        instances=instances,
         view=view,
         talk=build_writer(preprocess, tokenizer, "train", data.sentences_per_image),
     )

@@ -53,6 +53,7 @@ class RISModel(nn.Module):
                           once for all sentences of an image. Such a model overrides `encode_image` and
                           `encode_with_image`.
     needs_boxes           its loss reads `Batch.box`, which data give to such a model alone
+    needs_instances       the same of `Batch.instances`
     encoders              names of the submodules that are pretrained encoders, for `optim.layer_decay`
     frozen_modules        names of the submodules that `model.freeze` matched
     """
@@ -66,6 +67,7 @@ class RISModel(nn.Module):
     alignment_visuals: tuple[str, ...] = ()
     encodes_image_alone: bool = False
     needs_boxes: bool = False
+    needs_instances: bool = False
     encoders: tuple[str, ...] = ()
     frozen_modules: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ the original; a batch without one makes it from the network's input. Points of t
 key, not of a global generator. Sentences of other images as "no target" are the augmentation `other_sentence`. The
 perception branch starts from Mask2Former, as the official one, or from a Swin file.
 
-Referents one by one (gRefCOCO) are an argument of the loss; without them the target mask is the only referent.
+Referents one by one (gRefCOCO) are `Batch.instances`; where the data lack them, the target mask is the only referent.
 
 What AML scores: the image alone x the words alone through BEiT-3, one more pass.
 
@@ -108,6 +108,7 @@ class DeRIS(RISModel):
 
     encoders = ("beit3", "swin")
     mask_channels = 1
+    needs_instances = True
     encodes_image_alone = True
 
     def __init__(

@@ -5,8 +5,8 @@ SAM License, on request), as published in transformers; its modules are used as 
 noun phrases of at most 32 tokens, not on referring expressions: it is a starting point to fine-tune.
 
 The mask is the semantic output (one logit per pixel), the presence token is the no-target head.
-Boxes, instance masks and their scores are left out of the loss, so the modules that only they read stay frozen, with
-the geometry encoder, which reads boxes, and none are given here.
+Boxes, instance masks and their scores are left out of the loss (they are those of `sam3_instances`), so the modules
+that only they read stay frozen, with the geometry encoder, which reads boxes, and none are given here.
 The input size is fixed when the model is built (1008 pixels in the official code): images of another size are resized
 to it, bilinearly, and logits are those of the resized image. The layers are called one by one, because
 `Sam3Model.forward` waits for the device in every step (it makes tensors of sizes and reads masks); the numbers are the
@@ -56,6 +56,7 @@ class SAM3(RISModel):
     """SAM 3 with one-channel logits at a quarter of a patch (stride 3.5 in the official code) and a no-target head."""
 
     encoders = ("sam3.vision_encoder.backbone", "sam3.text_encoder")
+    unused: tuple[str, ...] = UNUSED
     mask_channels = 1
     encodes_image_alone = True
 
@@ -79,7 +80,7 @@ class SAM3(RISModel):
         width = int(config.detr_encoder_config.hidden_size)
         self.alignment_dims = self.fused_dims = (width, width)
         self.encoder_lr_scale = encoder_lr_scale
-        for name in UNUSED:
+        for name in self.unused:
             self.sam3.get_submodule(name).requires_grad_(False)
         self.sam3.vision_encoder.neck.fpn_layers[-1].requires_grad_(False)  # a map that nothing reads
         pixels = self.sam3.mask_decoder.pixel_decoder
@@ -118,6 +119,17 @@ class SAM3(RISModel):
         return tuple(layer(grid) for layer in encoder.neck.fpn_layers[:-1])
 
     def decode(self, features: Features, batch: Batch) -> ModelOutput:
+        vision, code, mask, shape = self._fused(features)
+        queries, _ = self._queries(vision, code, features.text, mask, shape)
+        presence = self._presence(queries[-1])
+        logits, fused, _ = self._mask(vision, features, mask)
+        no_target = torch.cat([presence, torch.zeros_like(presence)], dim=1)
+        return ModelOutput(logits, {"no_target": no_target, "fused_visual": fused, "fused_text": features.text})
+
+    def _fused(self, features: Features) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+        """The coarse map after it has read the words, and its position code, [B, N, C]; the words' mask
+        [B, 1, 1, L] bool; and the map's size (h, w).
+        """
         coarse = features.visual[COARSE]
         shape = (coarse.shape[-2], coarse.shape[-1])
         code = self.sam3.vision_encoder.neck.position_encoding(coarse.shape, coarse.device, coarse.dtype)
@@ -126,18 +138,22 @@ class SAM3(RISModel):
         vision = coarse.flatten(2).transpose(1, 2)
         for layer in self.sam3.detr_encoder.layers:
             vision = layer(vision, prompt_feats=features.text, vision_pos_encoding=code, prompt_cross_attn_mask=mask)
-        presence = self._presence(vision, code, features.text, mask, shape)
-        logits, fused = self._mask(vision, features, mask)
-        no_target = torch.cat([presence, torch.zeros_like(presence)], dim=1)
-        return ModelOutput(logits, {"no_target": no_target, "fused_visual": fused, "fused_text": features.text})
+        return vision, code, mask, shape
 
-    def _presence(self, vision: Tensor, code: Tensor, text: Tensor, mask: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Logit that the sentence means something in the image, [B, 1]; vision and its position code [B, N, C]."""
+    def _queries(
+        self, vision: Tensor, code: Tensor, text: Tensor, mask: Tensor, shape: tuple[int, int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """After each layer: the presence token and the queries [B, 1 + Q, C], and the queries' boxes [B, Q, 4] shares.
+
+        vision and its position code [B, N, C]. A layer's boxes have a gradient, those that it starts from have none.
+        """
         decoder = self.sam3.detr_decoder
         batch = vision.shape[0]
         boxes = decoder.reference_points.weight.sigmoid().expand(batch, -1, -1)
         start = torch.cat([decoder.presence_token.weight, decoder.query_embed.weight])
         queries = start.expand(batch, -1, -1)
+        every: list[Tensor] = []
+        found: list[Tensor] = []
         for layer in decoder.layers:
             places = decoder.ref_point_head(decoder.position_encoding.encode_boxes(boxes))
             nearness = decoder._get_rpb_matrix(boxes, shape)  # [B, heads, Q, N]
@@ -151,12 +167,19 @@ class SAM3(RISModel):
                 vision_cross_attn_mask=F.pad(nearness, (0, 0, 1, 0)),
             )
             step = decoder.box_head(decoder.output_layer_norm(queries[:, 1:]))
-            boxes = (step + _inverse_sigmoid(boxes)).sigmoid().detach()
+            found.append((step + _inverse_sigmoid(boxes)).sigmoid())
+            boxes = found[-1].detach()
+            every.append(queries)
+        return every, found
+
+    def _presence(self, queries: Tensor) -> Tensor:
+        """Logit that the sentence means something in the image, [B, 1], of the last layer's queries."""
+        decoder = self.sam3.detr_decoder
         logit = decoder.presence_head(decoder.presence_layer_norm(queries[:, :1])).squeeze(-1)
         return logit.clamp(-decoder.clamp_presence_logit_max_val, decoder.clamp_presence_logit_max_val)
 
-    def _mask(self, vision: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Semantic logits [B, 1, 4h, 4w] and the fused map [B, C, h, w] that they are made from."""
+    def _mask(self, vision: Tensor, features: Features, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Semantic logits [B, 1, 4h, 4w], the fused map [B, C, h, w], and the pixels [B, C, 4h, 4w] made of it."""
         head = self.sam3.mask_decoder
         read, _ = head.prompt_cross_attn(
             query=head.prompt_cross_attn_norm(vision),
@@ -167,7 +190,7 @@ class SAM3(RISModel):
         vision = vision + head.prompt_cross_attn_dropout(read)
         fused = vision.transpose(1, 2).unflatten(2, features.visual[COARSE].shape[-2:])
         pixels = head.pixel_decoder([features.visual[FINEST], features.visual[MIDDLE], fused])
-        return head.semantic_projection(pixels), fused
+        return head.semantic_projection(pixels), fused, pixels
 
     def reencode_image(self, batch: Batch, features: Features) -> Features:
         return features._replace(visual=self.encode_image(batch.image))
@@ -226,7 +249,8 @@ def _load(sam3: Any, weights: str) -> None:
     fill(sam3, state, weights)
 
 
-def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
+def sam3_info(size: int, tokenizer: str, max_tokens: int, loss: str = "mask_and_presence") -> ModelInfo:
+    """Facts of the models of this family."""
     return ModelInfo(
         paper="SAM 3: Segment Anything with Concepts (2025)",
         official_code="huggingface.co/facebook/sam3 through transformers' Sam3Model",
@@ -241,11 +265,11 @@ def _info(size: int, tokenizer: str, max_tokens: int) -> ModelInfo:
             sentence_field="sent",
         ),
         protocol=NETWORK_FRAME,
-        loss="mask_and_presence",
+        loss=loss,
     )
 
 
-@register_model(_info(1008, "openai/clip-vit-base-patch32", 32))
+@register_model(sam3_info(1008, "openai/clip-vit-base-patch32", 32))
 def sam3(
     *,
     vision_weights: str | None = None,
@@ -261,17 +285,27 @@ def sam3(
     vision_weights: the whole model: facebook/sam3, a folder or a file. text_weights: there are none of their own.
     image_size: fixed input side in pixels, a multiple of 14; the pretrained weights are for 1008.
     """
-    if text_weights is not None:
-        raise UserError("SAM 3's text encoder comes with model.vision_weights; leave model.text_weights out")
+    model = build_published(image_size, vision_weights, text_weights)
+    return SAM3(model, vision_tuning=vision_tuning, text_tuning=text_tuning, lora_rank=lora_rank)
+
+
+def build_published(image_size: int, vision_weights: str | None, text_weights: str | None) -> Any:
+    """A Sam3Model of the published size. Raises UserError."""
+    _reject_text(text_weights)
     model = _build_sam3(
         vision_config={"backbone_config": {"model_type": "sam3_vit_model", "image_size": image_size}},
     )
     if vision_weights is not None:
         _load(model, vision_weights)
-    return SAM3(model, vision_tuning=vision_tuning, text_tuning=text_tuning, lora_rank=lora_rank)
+    return model
 
 
-@register_model(_info(96, "wordpiece", 24))
+def _reject_text(weights: str | None) -> None:
+    if weights is not None:
+        raise UserError("SAM 3's text encoder comes with model.vision_weights; leave model.text_weights out")
+
+
+@register_model(sam3_info(96, "wordpiece", 24))
 def sam3_tiny(
     *,
     vision_weights: str | None = None,
@@ -280,8 +314,13 @@ def sam3_tiny(
     dropout: float = 0.0,
 ) -> SAM3:
     """A small SAM 3 with the same modules, fully trained, that learns synthetic scenes from scratch; 96 pixels."""
-    if text_weights is not None:
-        raise UserError("SAM 3's text encoder comes with model.vision_weights; leave model.text_weights out")
+    model = build_small(vocab_size, dropout, vision_weights, text_weights)
+    return SAM3(model, vision_tuning="full", text_tuning="full", encoder_lr_scale=1.0)
+
+
+def build_small(vocab_size: int, dropout: float, vision_weights: str | None, text_weights: str | None) -> Any:
+    """A small Sam3Model with patches of 8 pixels. Raises UserError."""
+    _reject_text(text_weights)
     start = {"initializer_range": 0.1}  # the official 0.02 is for wide layers; narrow ones would hardly start to learn
     detr = {
         "hidden_size": 64,
@@ -331,4 +370,4 @@ def sam3_tiny(
     )
     if vision_weights is not None:
         _load(model, vision_weights)
-    return SAM3(model, vision_tuning="full", text_tuning="full", encoder_lr_scale=1.0)
+    return model

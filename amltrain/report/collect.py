@@ -7,7 +7,7 @@ The rows of an earlier evaluation, so that a report need not score the split aga
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,8 +139,18 @@ class Picked(NamedTuple):
     iou: float
 
 
+class Earlier(NamedTuple):
+    """What another model, from before a training, predicts for a sample. prediction: a data URI; iou: 0..1."""
+
+    prediction: str
+    iou: float
+    note: str
+
+
 class Card(NamedTuple):
-    """One prediction as the page shows it. group: best, worst, random or chosen; iou: 0..1; note: about no-target."""
+    """One prediction as the page shows it. group: best, worst, gained, lost, random or chosen; iou: 0..1; note: about
+    no-target; before: of the model that it is compared with.
+    """
 
     dataset: str
     split: str
@@ -155,6 +165,15 @@ class Card(NamedTuple):
     width: int
     height: int
     layers: Layers
+    before: Earlier | None = None
+
+
+def with_earlier(cards: Iterable[Card], earlier: Iterable[Card]) -> list[Card]:
+    """Cards with what other cards of the same samples, in the same order, predict."""
+    return [
+        card._replace(before=Earlier(other.layers.prediction, other.iou, other.note))
+        for card, other in zip(cards, earlier, strict=True)
+    ]
 
 
 def sample_rows(results: Results, dataset: Any) -> Rows:
@@ -169,8 +188,10 @@ def sample_rows(results: Results, dataset: Any) -> Rows:
     )
 
 
-def choose(rows: Rows, count: int, seed: int, chosen: Sequence[int] = ()) -> dict[int, str]:
+def choose(rows: Rows, count: int, seed: int, chosen: Sequence[int] = (), before: Rows | None = None) -> dict[int, str]:
     """Choose samples to show: sample id -> group. Best, worst and random ones get a third of `count` each.
+
+    before: rows of the same samples by another model; the thirds are then what was gained, what was lost, and random.
 
     No referent is shown twice, except for `chosen` ids, which are always shown. The random third is a function of the
     seed. A sample of IoU 0 is never among the best.
@@ -178,11 +199,16 @@ def choose(rows: Rows, count: int, seed: int, chosen: Sequence[int] = ()) -> dic
     picked = dict.fromkeys(chosen, "chosen")
     referent = dict(zip(rows.sample_id.tolist(), rows.ref_id.tolist(), strict=True))
     seen = {referent[i] for i in chosen}
-    ranked = rows.sample_id[np.argsort(rows.iou, kind="stable")].tolist()
+    value = rows.iou if before is None else rows.iou - before.iou
+    ranked = rows.sample_id[np.argsort(value, kind="stable")].tolist()
     mixed = np.random.default_rng(seed).permutation(rows.sample_id).tolist()
-    hits = set(rows.sample_id[rows.iou > 0].tolist())
+    hits = set(rows.sample_id[value > 0].tolist())
     best = [sample_id for sample_id in ranked[::-1] if sample_id in hits]
-    for group, order, end in (("best", best, 1), ("worst", ranked, 2), ("random", mixed, 3)):
+    names, worst = ("best", "worst"), ranked
+    if before is not None:
+        losses = set(rows.sample_id[value < 0].tolist())
+        names, worst = ("gained", "lost"), [sample_id for sample_id in ranked if sample_id in losses]
+    for group, order, end in ((names[0], best, 1), (names[1], worst, 2), ("random", mixed, 3)):
         wanted = count * end // 3 - count * (end - 1) // 3
         for sample_id in order:
             if not wanted:

@@ -6,7 +6,7 @@ Score a model and write the HTML page: what `amltrain report` does after its arg
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from amltrain import __version__
 from amltrain.config.fields import ANY, check_number
-from amltrain.config.schema import DataConfig, EvaluationConfig, ShapesConfig
+from amltrain.config.schema import DataConfig, EvaluationConfig, Protocol, ShapesConfig
 from amltrain.data.loaders import build_eval_loaders
 from amltrain.errors import UserError, first_line
 from amltrain.evaluation.evaluator import evaluate_model
@@ -30,19 +30,23 @@ from amltrain.files import new_file, writing
 from amltrain.hub.facts import training_facts
 from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
-from amltrain.report.collect import Card, choose, predict_cards, read_evaluation, sample_rows
+from amltrain.report.collect import Card, Rows, choose, predict_cards, read_evaluation, sample_rows, with_earlier
 from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
 from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, TRAINING_FILE, find_model_folder, read_log
 
-GROUPS = ("chosen", "best", "worst", "random")
+GROUPS = ("chosen", "best", "worst", "gained", "lost", "random")
 
 
 class SplitPart(NamedTuple):
-    """Content of the page for one split: its scores, charts over all samples, and the predictions shown."""
+    """Content of the page for one split: its scores, charts over all samples, and the predictions shown.
+
+    before: scores of the model that this one is compared with.
+    """
 
     results: Results
     charts: Sequence[Chart]
     cards: Sequence[Card]
+    before: Results | None = None
 
 
 def render(
@@ -63,7 +67,7 @@ def render(
         facts=facts,
         curves=[(c.title, Markup(c.svg)) for c in curves],
         splits=[_split(split) for split in splits],
-        tables=_tables([split.results for split in splits]),
+        tables=_tables(splits),
         cards=cards,
         groups=[g for g in GROUPS if any(c.group == g for c in cards)],
         datasets=sorted({c.dataset for c in cards}),
@@ -104,13 +108,20 @@ def _split(split: SplitPart) -> dict[str, Any]:
     }
 
 
-def _tables(results: Sequence[Results]) -> list[dict[str, Any]]:
+def _tables(splits: Sequence[SplitPart]) -> list[dict[str, Any]]:
     """Return a table for each kind of metrics: its columns, and its rows."""
-    groups: dict[tuple[str, ...], list[Results]] = {}
-    for result in results:
-        groups.setdefault(tuple(result.metrics), []).append(result)
+    groups: dict[tuple[str, ...], list[tuple[Results, str]]] = {}
+    for split in splits:
+        rows = (
+            [(split.results, "")] if split.before is None else [(split.before, ", before"), (split.results, ", after")]
+        )
+        for result, when in rows:
+            groups.setdefault(tuple(result.metrics), []).append((result, when))
     return [
-        {"columns": names, "rows": [(r.dataset, split_label(r), r.counts["samples"], _cells(r)) for r in group]}
+        {
+            "columns": names,
+            "rows": [(r.dataset, split_label(r) + when, r.counts["samples"], _cells(r)) for r, when in group],
+        }
         for names, group in groups.items()
     ]
 
@@ -145,6 +156,7 @@ class ReportOptions:
     batch_size: int = 16
     seed: int = 0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    before: str | None = None
 
 
 def report(options: ReportOptions) -> Path:
@@ -171,14 +183,21 @@ def report(options: ReportOptions) -> Path:
     splits = options.splits or source.settings.get("evaluation", {}).get("splits") or ["val"]
     shared = (data, pretrained, splits, options)
     scored, shown = _loaders(*shared, pretrained.protocol.frame), _loaders(*shared, "original")
+    earlier = None if options.before is None else _earlier(accelerator, options, data, splits)
     parts = [
-        _split_part(accelerator, model, pretrained, scored[name], shown[name], aligner, options, source, first=i == 0)
+        _split_part(
+            accelerator, model, pretrained, scored[name], shown[name], aligner, options, source, earlier,
+            name=name, first=i == 0,
+        )
         for i, name in enumerate(scored)
-    ]
+    ]  # fmt: skip
     curves = training_charts(numbers(read_log(source.run))) if source.run else []
     tau = aligner.tau if aligner is not None else None
     rows = read_log(source.run) if source.run else []
-    page = render(_title(source), _facts(source, pretrained, aligner, training, rows), curves, parts, tau)
+    facts = _facts(source, pretrained, aligner, training, rows)
+    if earlier is not None:
+        facts["before"] = f"{earlier.pretrained.name}, {options.before}"
+    page = render(_title(source), facts, curves, parts, tau)
     write_page(output, page)
     return output
 
@@ -231,6 +250,25 @@ def _loaders(
     return build_eval_loaders(data, pretrained.preprocess, evaluation, protocol, pretrained.tokenizer, boxes=boxes)
 
 
+class Before(NamedTuple):
+    """The model that this one is compared with. scored, shown: its loaders by split."""
+
+    pretrained: Pretrained
+    model: Any
+    scored: dict[str, DataLoader[Any]]
+    shown: dict[str, DataLoader[Any]]
+
+
+def _earlier(accelerator: Accelerator, options: ReportOptions, data: DataConfig, splits: Sequence[str]) -> Before:
+    """Load the model of `--before`. Raises UserError."""
+    pretrained = load_pretrained(find_source(str(options.before), BEST).model)
+    model = accelerator.prepare_model(pretrained.model, evaluation_mode=True)
+    scored, shown = (
+        _loaders(data, pretrained, splits, options, frame) for frame in (pretrained.protocol.frame, "original")
+    )
+    return Before(pretrained, model, scored, shown)
+
+
 def _split_part(
     accelerator: Accelerator,
     model: Any,
@@ -240,7 +278,9 @@ def _split_part(
     aligner: Aligner | None,
     options: ReportOptions,
     source: Source,
+    earlier: Before | None,
     *,
+    name: str,
     first: bool,
 ) -> SplitPart:
     rule = pretrained.protocol
@@ -254,14 +294,30 @@ def _split_part(
     unknown = set(chosen) - set(rows.sample_id.tolist())
     if unknown:
         raise UserError(f"--samples {min(unknown)} is not a sample id of {results.dataset} {results.split}")
-    picked = choose(rows, options.pictures, options.seed, chosen)
-    cards = predict_cards(
-        accelerator, model, shown, rule, rows, picked, aligner,
-        batch_size=options.batch_size, side=options.side,
-    )  # fmt: skip
+    before, old = None, None
+    if earlier is not None:
+        own = earlier.pretrained.protocol
+        before = evaluate_model(accelerator, earlier.model, earlier.scored[name], own, provenance={})
+        old = sample_rows(before, earlier.scored[name].dataset)
+        if old.sample_id.tolist() != rows.sample_id.tolist():
+            raise UserError(f"{options.before} is scored on other samples of {name}; compare models of one protocol")
+    picked = choose(rows, options.pictures, options.seed, chosen, old)
+
+    def drawn(
+        model: Any, loader: DataLoader[Any], rule: Protocol, rows: Rows, aligner: Aligner | None
+    ) -> Iterable[Card]:
+        sizes = {"batch_size": options.batch_size, "side": options.side}
+        return predict_cards(accelerator, model, loader, rule, rows, picked, aligner, **sizes)
+
+    cards = drawn(model, shown, rule, rows, aligner)
+    if earlier is not None and old is not None:
+        rest = drawn(earlier.model, earlier.shown[name], earlier.pretrained.protocol, old, None)
+        cards = with_earlier(cards, rest)
     lengths = by_length("IoU by length of the sentence", rows.iou, rows.words)
     charts = [histogram("Distribution of IoU", rows.iou), lengths]
-    return SplitPart(results, charts, list(tqdm(cards, desc="pictures", total=len(picked), leave=False, disable=None)))
+    return SplitPart(
+        results, charts, list(tqdm(cards, desc="pictures", total=len(picked), leave=False, disable=None)), before
+    )
 
 
 def _title(source: Source) -> str:

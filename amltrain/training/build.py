@@ -121,6 +121,7 @@ def build_components(
         regions=built.needs_regions,
         original=getattr(loss, "reads_original", False) and bool(preprocess.conversation),
         boxes=given.needs_boxes,
+        instances=given.needs_instances,
     )
     loaders = build_eval_loaders(
         config.data, preprocess, config.evaluation, protocol, tokenizer, seed=config.seed, boxes=given.needs_boxes

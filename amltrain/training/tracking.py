@@ -68,6 +68,7 @@ def banner(
         "data": f"{' + '.join(config.data.datasets)} {config.data.train_split}: {counts['images']:,} images, "
         f"{counts['refs']:,} refs, {counts['expressions']:,} expressions",
         **({"boxes": origin} if (origin := components.dataset.box_origin()) else {}),
+        **({"instances": origin} if (origin := components.dataset.instance_origin()) else {}),
         "epoch": f"every {config.data.train_unit} once",
         "evaluate": ", ".join(splits),
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from amltrain.data.augment import RawBox, RawSample, SampleIds, build_augmentations
+from amltrain.data.augment import RawObjects, RawSample, SampleIds, build_augmentations
 from amltrain.data.official_augmentations import (
     OtherSentence,
     OtherSentenceOptions,
@@ -46,9 +46,9 @@ def replay(case: dict[str, Any]) -> Callable[[], float]:
 def picture(recorded: dict[str, Any], case: str) -> RawSample:
     kind = "corner_" if case in ("best_of_500", "given_up") else ""
     mask = recorded[f"input.{kind}mask"].numpy()
-    box = RawBox(tuple(recorded[f"input.{kind}box"].tolist()), mask)
+    objects = RawObjects(mask, tuple(recorded[f"input.{kind}box"].tolist()))
     image = Image.fromarray(recorded["input.image_rgb"].numpy())
-    return RawSample(image, mask, "it", SampleIds("x", "train", 1, 2, 3), box=box)
+    return RawSample(image, mask, "it", SampleIds("x", "train", 1, 2, 3), objects=objects)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -292,6 +292,7 @@ REJECTED = {
     "dual_tiny": [],
     "mllm_tiny": [{"features": "late"}, {"level": "feature"}],
     "sam3_tiny": [{"level": "feature"}],
+    "sam3_instances_tiny": [{"level": "feature"}],
 }
 """Variants that a model cannot have. The others' encoders share no space, so only identity is rejected."""
 

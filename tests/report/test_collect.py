@@ -38,6 +38,17 @@ def test_no_miss_is_called_best() -> None:
     assert "best" not in choose(table._replace(iou=np.zeros(12)), 9, 0).values()
 
 
+def test_what_was_gained_and_what_was_lost() -> None:
+    """Against another model: the largest gains and losses, never a sample that did not change."""
+    table = rows()
+    before = table._replace(iou=np.where(table.sample_id == 4, 1.0, np.where(table.sample_id == 9, 0.0, table.iou)))
+    before.iou[2], table.iou[4], table.iou[9] = table.iou[2], 0.1, 0.9
+    picked = choose(table, 9, 1, before=before)
+    assert [i for i, group in picked.items() if group == "gained"] == [9]
+    assert [i for i, group in picked.items() if group == "lost"] == [4]
+    assert list(picked.values()).count("random") == 3
+
+
 @pytest.mark.parametrize("size", [(40, 80), (80, 40)])
 def test_a_letterbox_is_undone(size: tuple[int, int]) -> None:
     height, width = size

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from amltrain.evaluation.results import Results, named_protocol
-from amltrain.report.collect import Card, draw_layers
+from amltrain.report.collect import Card, draw_layers, with_earlier
 from amltrain.report.curves import histogram, training_charts
 from amltrain.report.page import SplitPart, render, write_page
 from tests.browser import chromium
@@ -41,6 +41,20 @@ def test_it_is_said_where_every_prediction_missed() -> None:
     missed, hit = ([card(i, "a dog")._replace(iou=iou, group="random") for i in (1, 2)] for iou in (0.0, 0.5))
     text = [render("Run", {}, [], [SplitPart(results, [], cards)]) for cards in (missed, hit)]
     assert ["has IoU 0, so none is called best" in page for page in text] == [True, False]
+
+
+def test_what_another_model_predicts_stands_beside(page: Path) -> None:
+    """Scores before and after on one table, both predictions on a card, and both IoUs."""
+    protocol = vars(named_protocol("caris")) | {"size": [448, 448], "metrics": "classic", "no_target_by": ""}
+    after, before = (Results("mine", "val", {"oIoU": value}, {"samples": 2}, protocol) for value in (61.5, 12.25))
+    cards = [card(i, f"dog {i}") for i in (2, 3)]
+    earlier = [one._replace(iou=0.125, note="the model predicts no target") for one in cards]
+    text = render("Run", {}, [], [SplitPart(after, [], with_earlier(cards, earlier), before)])
+    assert re.search(r"val, before</td>.*?12\.25.*?val, after</td>.*?61\.50", text, re.DOTALL)
+    assert text.count("<b>IoU 50.0</b> (before 12.5, the model predicts no target)") == 1
+    assert text.count("<figcaption>before</figcaption>") == text.count("<figcaption>after</figcaption>") == 2
+    assert "<figcaption>prediction</figcaption>" not in text
+    assert "<figcaption>before</figcaption>" not in page.read_text(encoding="utf-8")
 
 
 def test_one_file_without_outside_references(page: Path) -> None:
