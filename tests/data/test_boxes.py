@@ -134,3 +134,45 @@ def test_presized_targets_need_no_mask() -> None:
     geometry = torch.tensor([20.0, 40.0, 0.5, 0.25, 0.0, 0.0], dtype=torch.float64)
     assert network_box(None, target, geometry).tolist() == [3, 2, 9, 5]
     assert network_box((4.0, 2.0, 8.0, 90.0), target, geometry).tolist() == [1, 1, 2, 10]
+
+
+LEFT, RIGHT = ([[x, 8.0, x + 12, 8.0, x + 12, 24.0, x, 24.0]] for x in (5.0, 30.0))
+
+
+def several(*alone: int, **options: object) -> ReferDataset:
+    """A picture with one referent of two objects, and others that mean those in `alone` by themselves."""
+    both = referent(3, ["both of them"], polygons=[*LEFT, *RIGHT]) | {"ann_ids": [1, 2]}
+    shapes = {1: LEFT, 2: RIGHT}
+    rows = [both, *(referent(number, [f"number {number}"], polygons=shapes[number]) for number in alone)]
+    split = OpenSplit("own", "train", rows_in_memory([jpeg()], [rows]))
+    return ReferDataset([split], ImageTransform(100), word_tokenizer(), instances=True, **options)
+
+
+def test_objects_that_others_mean_alone_come_one_by_one() -> None:
+    data = several(1, 2)
+    both, left, right = data[0], data[1], data[2]
+    assert [part.tolist() for part in both.instances] == [left.target.tolist(), right.target.tolist()]
+    assert torch.equal(torch.stack(both.instances).amax(0), both.target)
+    assert left.instances == () and collate([left, right]).instances is None
+    batch = collate([left, both])
+    assert batch.instances.shape == (2, 2, 100, 100)
+    assert torch.equal(batch.instances[0, 0], left.target) and not batch.instances[0, 1].any()
+    assert batch.mapped(lambda value: value[1:]).instances.shape == (1, 2, 100, 100)
+    assert data.instance_origin() == "one by one for 1 of 1 referents with several objects"
+
+
+def test_objects_that_nobody_means_alone_are_one() -> None:
+    data = several(1)
+    assert data[0].instances == ()
+    assert "0 of 1 referents with several objects; 1 are taken as one" in data.instance_origin()
+    assert dataset().instance_origin() == ""  # the model does not ask
+
+
+def test_objects_move_with_the_mask() -> None:
+    flip = build_augmentations(["flip"], {"flip": FlipOptions(probability=1.0)})
+    sample = several(1, 2, augmentations=flip)[Draw(0, 0)]
+    assert torch.equal(torch.stack(sample.instances).amax(0), sample.target)
+    first, second = (part.nonzero()[:, 1].float().mean() for part in sample.instances)
+    assert first > second  # the left one is on the right now
+    noise = build_augmentations(["label_noise"], {"label_noise": LabelNoiseOptions(share=1.0, kind="shift")})
+    assert several(1, 2, augmentations=noise)[Draw(0, 0)].instances == ()

@@ -13,7 +13,7 @@ def test_every_field_is_stacked_in_order(prepared: str) -> None:
     batch = collate(samples)
     assert isinstance(batch, Batch)
     assert batch.sample_id.tolist() == [4, 2, 9]
-    empty = ("original_target", "regions", "loss_weight", "view", "conversation", "box", "view_geometry")
+    empty = ("original_target", "regions", "loss_weight", "view", "conversation", "box", "view_geometry", "instances")
     filled = [name for name in Batch._fields if name not in empty]
     for name in filled:
         assert torch.equal(getattr(batch, name), torch.stack([getattr(s, name) for s in samples])), name

@@ -40,6 +40,7 @@ def test_every_release_has_a_preset() -> None:
         "rela",
         "remamber",
         "sam3",
+        "sam3_instances",
     ]
     assert {name for name in presets() if named_protocol(name).mask_parts == "exclusive"} == {
         "lavt",

@@ -57,6 +57,7 @@ PARAMETERS = {
     "remamber_conv": (254_578_177, 254_578_177),
     "remamber_mamba": (281_551_937, 281_551_937),
     "sam3": (840_376_374, 29_571_634),
+    "sam3_instances": (840_376_374, 31_150_902),
 }
 """Full size: all parameters and trained ones. Those of the releases, less what a model's header says is left out."""
 
