@@ -39,8 +39,8 @@ class Instances(nn.Module):
     """Ours, for SAM 3, whose release has no loss; in the manner of DETR and Mask2Former.
 
     After every decoder layer, instances are matched to queries by score and box (Hungarian). Each layer: score_weight *
-    focal loss of "is meant" (over sentences that mean something: whether they do is the presence token's question) +
-    5 * L1 and 2 * (1 - generalised IoU) of matched boxes. The last layer: mask_weight * (cross-entropy + Dice) of
+    focal loss of "is meant", of matched queries positive_weight times (over sentences that mean something: whether they do is the presence token's question) +
+    box_weight * (5 * L1 + 2 * (1 - generalised IoU)) of matched boxes. The last layer: mask_weight * (cross-entropy + Dice) of
     matched masks. And the semantic head's `mask_and_presence`. The box of one instance is the annotated one.
     """
 
@@ -51,16 +51,19 @@ class Instances(nn.Module):
     def __init__(
         self,
         score_weight: float = 2.0,
+        box_weight: float = 1.0,
         mask_weight: float = 2.0,
         semantic_weight: float = 1.0,
         presence_weight: float = 1.0,
         alpha: float = 0.25,
         gamma: float = 2.0,
+        positive_weight: float = 10.0,
     ) -> None:
         """alpha, gamma: of the focal loss (Lin et al., ICCV 2017)."""
         super().__init__()
-        self.score_weight, self.mask_weight, self.semantic_weight = score_weight, mask_weight, semantic_weight
-        self.alpha, self.gamma = alpha, gamma
+        self.score_weight, self.box_weight = score_weight, box_weight
+        self.mask_weight, self.semantic_weight = mask_weight, semantic_weight
+        self.alpha, self.gamma, self.positive_weight = alpha, gamma, positive_weight
         self.whole = MaskAndPresence(presence_weight=presence_weight)
 
     def forward(self, output: ModelOutput, batch: Batch) -> dict[str, Tensor]:
@@ -80,7 +83,7 @@ class Instances(nn.Module):
         for layer in range(layers):
             pairs = self.match(scores[:, layer], boxes[:, layer], wanted)
             score = score + self.score_weight * self.score_loss(scores[:, layer], pairs, wanted) / layers
-            box = box + self.box_loss(boxes[:, layer], pairs, wanted) / layers
+            box = box + self.box_weight * self.box_loss(boxes[:, layer], pairs, wanted) / layers
         mask = self.mask_weight * self.mask_loss(output.aux["masks"], pairs, wanted, batch)
         presence = output.aux["presence"]
         heads = {"no_target": torch.cat([presence, torch.zeros_like(presence)], dim=1)}
@@ -110,7 +113,7 @@ class Instances(nn.Module):
         cross_entropy = F.binary_cross_entropy_with_logits(scores, labels, reduction="none")
         probability = scores.sigmoid()
         wrong = torch.where(labels > 0, 1 - probability, probability)
-        share = torch.where(labels > 0, self.alpha, 1 - self.alpha)
+        share = torch.where(labels > 0, self.alpha * self.positive_weight, 1 - self.alpha)
         counted = wanted.there.any(dim=1)[:, None].to(scores.dtype)
         return (share * wrong**self.gamma * cross_entropy * counted).sum() / pairs.weight.sum().clamp(min=1)
 

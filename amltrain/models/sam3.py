@@ -249,8 +249,10 @@ def _load(sam3: Any, weights: str) -> None:
     fill(sam3, state, weights)
 
 
-def sam3_info(size: int, tokenizer: str, max_tokens: int, loss: str = "mask_and_presence") -> ModelInfo:
-    """Facts of the models of this family."""
+def sam3_info(
+    size: int, tokenizer: str, max_tokens: int, loss: str = "mask_and_presence", **kwargs: float
+) -> ModelInfo:
+    """Facts of the models of this family. kwargs: of the loss."""
     return ModelInfo(
         paper="SAM 3: Segment Anything with Concepts (2025)",
         official_code="huggingface.co/facebook/sam3 through transformers' Sam3Model",
@@ -266,6 +268,7 @@ def sam3_info(size: int, tokenizer: str, max_tokens: int, loss: str = "mask_and_
         ),
         protocol=NETWORK_FRAME,
         loss=loss,
+        loss_kwargs=kwargs,
     )
 
 

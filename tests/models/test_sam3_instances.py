@@ -96,7 +96,7 @@ def test_each_object_has_a_query() -> None:
     assert loss.box_loss(boxes[:, 0], pairs, wanted) < 1e-6
 
     probability = torch.sigmoid(torch.tensor(-2.0))
-    matched = 0.25 * (1 - probability) ** 2 * -probability.log()
+    matched = 10 * 0.25 * (1 - probability) ** 2 * -probability.log()
     other = 0.75 * probability**2 * -(1 - probability).log()
     torch.testing.assert_close(loss.score_loss(scores[:, 0], pairs, wanted), (2 * matched + other) / 2)
 
