@@ -39,9 +39,10 @@ class Instances(nn.Module):
     """Ours, for SAM 3, whose release has no loss; in the manner of DETR and Mask2Former.
 
     After every decoder layer, instances are matched to queries by score and box (Hungarian). Each layer: score_weight *
-    focal loss of "is meant", of matched queries positive_weight times (over sentences that mean something: whether they do is the presence token's question) +
-    box_weight * (5 * L1 + 2 * (1 - generalised IoU)) of matched boxes. The last layer: mask_weight * (cross-entropy + Dice) of
-    matched masks. And the semantic head's `mask_and_presence`. The box of one instance is the annotated one.
+    focal loss of "is meant", matched queries counted positive_weight times, over sentences that mean something (whether
+    they do is the presence token's question); and box_weight * (5 * L1 + 2 * (1 - generalised IoU)) of matched boxes.
+    The last layer: mask_weight * (cross-entropy + Dice) of matched masks. And the semantic head's `mask_and_presence`.
+    The box of one instance is the annotated one.
     """
 
     channels = 1
