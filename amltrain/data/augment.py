@@ -162,7 +162,8 @@ class RawDataset(Protocol):
 class Augmentation(Protocol):
     """Maps a raw sample to a raw sample; built once per process, used by all loader workers.
 
-    One that makes samples without a target says so by an attribute `makes_no_target = True`.
+    One that makes samples without a target says so by an attribute `makes_no_target = True`. One that is the same in
+    every epoch may have `summary(dataset) -> str`, what it does to a training set, for the header of a run.
     """
 
     def __call__(self, sample: RawSample, draw: "Draw", dataset: RawDataset) -> RawSample: ...
@@ -213,6 +214,19 @@ def check_range(name: str, low: float, high: float, least: float, most: float) -
     """Raise UserError unless two options rise and lie in a range."""
     if not least <= low <= high <= most:
         raise UserError(f"{name} is from {low} to {high}; it must rise and lie between {least:g} and {most:g}")
+
+
+def described(names: Sequence[str], built: Sequence[Augmentation], dataset: RawDataset) -> str:
+    """The augmentations of a run in words: each with the options that differ from their defaults, and its summary."""
+    said = []
+    for name, augmentation in zip(names, built, strict=True):
+        options, usual = getattr(augmentation, "options", None), AUGMENTATIONS.options(name)()
+        values = {} if options is None else vars(options)
+        changed = [f"{key} {value}" for key, value in values.items() if value != getattr(usual, key, value)]
+        if hasattr(augmentation, "summary"):
+            changed.append(augmentation.summary(dataset))
+        said.append(f"{name} ({', '.join(changed)})" if changed else name)
+    return ", ".join(said)
 
 
 def random_generator(name: str, seed: int, draw: "Draw") -> np.random.Generator:

@@ -411,6 +411,11 @@ class LabelNoise:
         steps = [round(side * float(rng.uniform(least, 1 - least))) for side in sides]
         return sample._replace(mask=np.roll(sample.mask, steps, axis=(0, 1)))
 
+    def summary(self, dataset: RawDataset) -> str:
+        """How many samples of a training set are drawn; those without a target among them keep their empty mask."""
+        wrong = sum(self.is_wrong(dataset.seed, index) for index in range(len(dataset)))
+        return f"{wrong:,} of {len(dataset):,} samples, {wrong / max(len(dataset), 1):.1%}"
+
     def _generator(self, seed: int, index: int) -> np.random.Generator:
         from amltrain.records import Draw  # imports torch
 

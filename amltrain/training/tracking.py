@@ -23,6 +23,7 @@ from PIL import Image
 from amltrain import __version__
 from amltrain.checkpoints.resume import complete_options
 from amltrain.config.schema import RunConfig, sectioned
+from amltrain.data.augment import described
 from amltrain.distributed import BatchPlan, precision_of
 from amltrain.environment import code_commit
 from amltrain.errors import UserError, first_line
@@ -56,6 +57,7 @@ def banner(
         named = rates.setdefault(float(group.get("lr", o.lr)), [])
         if name not in named:
             named.append(name)
+    names, built = config.data.augment, components.dataset.augmentations
     sets: dict[str, Any] = {name: loader.dataset for name, loader in components.eval_loaders.items()}
     splits = [f"{name} ({len(dataset):,})" for name, dataset in sets.items()]
     precision = precision_of(accelerator).replace("no", "fp32")
@@ -69,6 +71,7 @@ def banner(
         f"{counts['refs']:,} refs, {counts['expressions']:,} expressions",
         **({"boxes": origin} if (origin := components.dataset.box_origin()) else {}),
         **({"instances": origin} if (origin := components.dataset.instance_origin()) else {}),
+        **({"augment": described(names, list(built), components.dataset)} if names else {}),
         "epoch": f"every {config.data.train_unit} once",
         "evaluate": ", ".join(splits),
         "input": f"{p.size} px {p.resize}, {p.max_tokens} tokens of {p.sentence_field!r} by {p.tokenizer}",

@@ -11,9 +11,11 @@ from PIL import Image
 from amltrain.data.augment import (
     RawSample,
     build_augmentations,
+    described,
     random_generator,
     register_augmentation,
 )
+from amltrain.data.augmentations import LabelNoiseOptions
 from amltrain.errors import UserError
 from amltrain.records import Draw
 from amltrain.registry import AUGMENTATIONS
@@ -72,3 +74,15 @@ def test_an_augmentation_sees_the_raw_sample_and_its_result_is_trained_on(prepar
     assert sample.image[0].unique().tolist() == [203] and sample.target.unique().tolist() == [255]
     assert torch.equal(sample.input_ids, painted.tokenizer("red square")[0])
     assert torch.equal(sample.random_key, plain[Draw(3, 5)].random_key)
+
+
+def test_a_run_says_what_its_augmentations_do(prepared: str) -> None:
+    """Options that differ from their defaults; of wrong labels, how many there are: counted, not the share asked for."""
+    names = ["flip", "label_noise", "mosaic"]
+    options = {"label_noise": LabelNoiseOptions(share=0.5)}
+    built = build_augmentations(names, options)
+    dataset = shapes_dataset(prepared, augmentations=built)
+    said = described(names, built, dataset)
+    wrong = sum(built[1].is_wrong(dataset.seed, index) for index in range(len(dataset)))
+    assert said.startswith(f"flip, label_noise (share 0.5, {wrong:,} of {len(dataset):,} samples, ")
+    assert said.endswith(", mosaic") and 0.3 < wrong / len(dataset) < 0.7
