@@ -77,7 +77,7 @@ def test_an_augmentation_sees_the_raw_sample_and_its_result_is_trained_on(prepar
 
 
 def test_a_run_says_what_its_augmentations_do(prepared: str) -> None:
-    """Options that differ from their defaults; of wrong labels, how many there are: counted, not the share asked for."""
+    """Options that differ from their defaults; of wrong labels, how many there are: counted, not what was asked for."""
     names = ["flip", "label_noise", "mosaic"]
     options = {"label_noise": LabelNoiseOptions(share=0.5)}
     built = build_augmentations(names, options)
