@@ -22,7 +22,7 @@ LAYERS = [
         "frames",
     },
     {"distributed"},
-    {"data", "models", "losses"},
+    {"data", "models", "losses", "instance_loss"},
     {"methods"},
     {"evaluation"},
     {"hub"},

@@ -83,18 +83,25 @@ def test_what_a_user_may_get_wrong() -> None:
         create_loss("weighted_cross_entropy", foreground_weight=1.0)
 
 
-def heads_of(name: str) -> tuple[int, dict[str, torch.Tensor]]:
-    """Channels of the logits, and the extra outputs that a loss reads, for two samples of 8 x 8 pixels."""
+def output_of(name: str, logits: torch.Tensor) -> ModelOutput:
+    """Logits [2, C, 8, 8], and the extra outputs that a loss reads for two samples; masks among them are the logits."""
     corner = torch.tensor([[0.5, 0.5, 0.5, 0.5]]).repeat(2, 1)
     heads = {
         "rela": {"minimap": torch.zeros(2, 4, 2), "no_target": torch.zeros(2, 2)},
-        "cgformer": {f"assigned{i}": torch.rand(2, 4, 4) for i in range(3)},
+        "cgformer": {f"assigned{i}": torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)},
         "mask_and_presence": {"no_target": torch.zeros(2, 2)},
         "language_and_masks": {"language_loss": torch.zeros(())},
         "barleria": {"reconstruction": torch.zeros(2)},
         "c3vg": {"coarse_logits": torch.zeros(2, 1, 8, 8), "box": corner, "coarse_box": corner},
+        "instances": {
+            "scores": torch.zeros(2, 1, 3),
+            "boxes": corner[:, None, None].repeat(1, 1, 3, 1),
+            "masks": logits[:, :1].repeat(1, 3, 1, 1),
+            "presence": torch.zeros(2, 1),
+            "semantic": logits[:, :1],
+        },
     }
-    return getattr(LOSSES[name].value, "channels", 1), heads.get(name, {})
+    return ModelOutput(logits, heads.get(name, {}))
 
 
 WEIGHING = [entry.name for entry in LOSSES.entries() if getattr(entry.value, "weighs_pixels", False)]
@@ -103,24 +110,23 @@ WEIGHING = [entry.name for entry in LOSSES.entries() if getattr(entry.value, "we
 @pytest.mark.parametrize("name", WEIGHING)
 def test_pixels_of_weight_0_teach_nothing_and_weights_of_1_change_nothing(name: str) -> None:
     torch.manual_seed(0)
-    channels, heads = heads_of(name)
-    logits = torch.randn(2, channels, 8, 8, requires_grad=True)
+    logits = torch.randn(2, getattr(LOSSES[name].value, "channels", 1), 8, 8, requires_grad=True)
     batch = batch_of((torch.rand(2, 8, 8) > 0.5) * 255)
     loss = create_loss(name)
-    plain = loss(ModelOutput(logits, heads), batch)["loss"]
-    ones = loss(ModelOutput(logits, heads), batch._replace(loss_weight=torch.ones(2, 8, 8)))["loss"]
+    plain = loss(output_of(name, logits), batch)["loss"]
+    ones = loss(output_of(name, logits), batch._replace(loss_weight=torch.ones(2, 8, 8)))["loss"]
     torch.testing.assert_close(ones, plain)
     weights = torch.ones(2, 8, 8)
     weights[:, :3] = 0
     weighed = batch._replace(loss_weight=weights)
-    loss(ModelOutput(logits, heads), weighed)["loss"].backward()
+    loss(output_of(name, logits), weighed)["loss"].backward()
     assert (logits.grad[:, :, :3] == 0).all() and (logits.grad[:, :, 3:] != 0).any()
     moved = logits.detach().clone()
     moved[:, :, :3] += 5
-    values = [loss(ModelOutput(given, heads), weighed)["loss"] for given in (logits.detach(), moved)]
+    values = [loss(output_of(name, given), weighed)["loss"] for given in (logits.detach(), moved)]
     if name != "c3vg":  # its boxes are compared with the whole mask
         torch.testing.assert_close(values[0], values[1])
-    nothing = loss(ModelOutput(logits, heads), batch._replace(loss_weight=torch.zeros(2, 8, 8)))["loss"]
+    nothing = loss(output_of(name, logits), batch._replace(loss_weight=torch.zeros(2, 8, 8)))["loss"]
     assert nothing.isfinite()
 
 
