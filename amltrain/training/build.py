@@ -185,6 +185,13 @@ def model_kwargs(wanted: ModelConfig) -> dict[str, Any]:
     return {**wanted.kwargs, **{key: value for key in TUNING if (value := getattr(wanted, key))}}
 
 
+def check_tuning(wanted: ModelConfig) -> None:
+    """Raise UserError for names of modules that the model does not have: it is built without values, in a second."""
+    if wanted.freeze or wanted.lora:
+        with torch.device("meta"):
+            create_model(wanted.name, **model_kwargs(wanted))
+
+
 def _answer_ids(config: RunConfig, tokenizer: SentenceTokenizer) -> dict[str, Any]:
     """The builder's argument for a model that answers with tokens of its own."""
     style = override(model_info(config.model.name).preprocess, config.preprocess).conversation
@@ -252,6 +259,7 @@ def check_before_data(config: RunConfig) -> None:
     check_optimizer(config.optim)
     check_options(config.method_options if config.method_options is not None else kind())
     build_loss(config, info)
+    check_tuning(config.model)
     check_metric_name(config.evaluation)
     check_trackers(config.tracking.trackers)
     resolve_splits(config.evaluation.splits, config.data.datasets, config.data.prepared)

@@ -20,6 +20,7 @@ from amltrain.models import RISModel, create_model, model_info
 from amltrain.models.base import check_param_groups
 from amltrain.models.tuning import depths_of, matching
 from amltrain.records import Vocabulary
+from amltrain.training.build import check_before_data
 from amltrain.training.optim import optimizer_groups
 from tests.models.test_registry import TINY, VOCABULARY, build, loss_of, make_batch
 from tests.training import runs
@@ -40,6 +41,13 @@ def trained_parts(name: str) -> RISModel:
 
 
 @pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("flags", [("--model.freeze", "[txt]"), ("--model.lora", "{txt: 4}")])
+def test_a_wrong_name_is_said_before_data_are_prepared(flags: tuple[str, str]) -> None:
+    config = checked(["--config", "quickstart", *flags])
+    with pytest.raises(UserError, match="'txt'; did you mean"):
+        check_before_data(config)
+
+
 def test_what_is_frozen_keeps_weights_and_mode(name: str) -> None:
     encoder = build(name).encoders[-1]
     model = create_model(name, freeze=[encoder]).train()
