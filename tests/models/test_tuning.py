@@ -41,13 +41,6 @@ def trained_parts(name: str) -> RISModel:
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("flags", [("--model.freeze", "[txt]"), ("--model.lora", "{txt: 4}")])
-def test_a_wrong_name_is_said_before_data_are_prepared(flags: tuple[str, str]) -> None:
-    config = checked(["--config", "quickstart", *flags])
-    with pytest.raises(UserError, match="'txt'; did you mean"):
-        check_before_data(config)
-
-
 def test_what_is_frozen_keeps_weights_and_mode(name: str) -> None:
     encoder = build(name).encoders[-1]
     model = create_model(name, freeze=[encoder]).train()
@@ -195,3 +188,10 @@ def test_the_keys_reach_the_run() -> None:
     for flags, message in ((["--model.lora", "{vision: many}"], "lora"), (["--optim.layer_decay", "0"], "more than 0")):
         with pytest.raises(UserError, match=message):
             checked(flags)
+
+
+@pytest.mark.parametrize("flags", [("--model.freeze", "[txt]"), ("--model.lora", "{txt: 4}")])
+def test_a_wrong_name_is_said_before_data_are_prepared(flags: tuple[str, str]) -> None:
+    config = checked(["--config", "quickstart", *flags])
+    with pytest.raises(UserError, match="'txt'; did you mean"):
+        check_before_data(config)
