@@ -117,10 +117,24 @@ def sam3_instances_tiny(
     score_threshold: float = 0.5,
 ) -> SAM3Instances:
     """The small SAM 3 by its instances, that learns synthetic scenes from scratch; 96 pixels."""
+    sam3 = build_small(vocab_size, dropout, vision_weights, text_weights)
+    if vision_weights is None:
+        spread_queries(sam3.detr_decoder)
     return SAM3Instances(
-        build_small(vocab_size, dropout, vision_weights, text_weights),
+        sam3,
         score_threshold=score_threshold,
         vision_tuning="full",
         text_tuning="full",
         encoder_lr_scale=1.0,
     )
+
+
+def spread_queries(decoder: Any) -> None:
+    """Let the queries of an untrained decoder start in different places: alike, they would all learn the same.
+
+    Boxes of a quarter of the image lie anywhere in its middle; the queries themselves differ as DETR's do.
+    """
+    torch.nn.init.normal_(decoder.query_embed.weight)
+    with torch.no_grad():
+        centres = torch.empty_like(decoder.reference_points.weight[:, :2]).uniform_(0.1, 0.9)
+        decoder.reference_points.weight.copy_(torch.cat([centres, torch.full_like(centres, 0.25)], dim=1).logit())

@@ -32,7 +32,16 @@ from amltrain.hub.model_folder import Pretrained, load_pretrained, read_training
 from amltrain.methods.aml.masker import Aligner, build_aligner
 from amltrain.report.collect import Card, Rows, choose, predict_cards, read_evaluation, sample_rows, with_earlier
 from amltrain.report.curves import Chart, by_length, histogram, numbers, training_charts
-from amltrain.run_folder import BEST, LAST, LOG_FILE, RUN_CONFIG, TRAINING_FILE, find_model_folder, read_log
+from amltrain.run_folder import (
+    BEST,
+    LAST,
+    LOG_FILE,
+    RUN_CONFIG,
+    TRAINING_FILE,
+    find_model_folder,
+    public_name,
+    read_log,
+)
 
 GROUPS = ("chosen", "best", "worst", "gained", "lost", "random")
 
@@ -196,7 +205,7 @@ def report(options: ReportOptions) -> Path:
     rows = read_log(source.run) if source.run else []
     facts = _facts(source, pretrained, aligner, training, rows)
     if earlier is not None:
-        facts["before"] = f"{earlier.pretrained.name}, {options.before}"
+        facts["before"] = f"{earlier.pretrained.name}, {public_name(str(options.before))}"
     page = render(_title(source), facts, curves, parts, tau)
     write_page(output, page)
     return output
@@ -284,10 +293,10 @@ def _split_part(
     first: bool,
 ) -> SplitPart:
     rule = pretrained.protocol
+    provenance: dict[str, Any] = {"checkpoint": str(options.run), "max_samples": options.max_samples}
     if options.results:
         results = read_evaluation(options.results, source.model, rule, scored.dataset)
     else:
-        provenance = {"checkpoint": str(options.run), "max_samples": options.max_samples}
         results = evaluate_model(accelerator, model, scored, rule, provenance=provenance)
     rows = sample_rows(results, scored.dataset)
     chosen = list(dict.fromkeys(options.samples)) if first else []
@@ -297,7 +306,7 @@ def _split_part(
     before, old = None, None
     if earlier is not None:
         own = earlier.pretrained.protocol
-        before = evaluate_model(accelerator, earlier.model, earlier.scored[name], own, provenance={})
+        before = evaluate_model(accelerator, earlier.model, earlier.scored[name], own, provenance=provenance)
         old = sample_rows(before, earlier.scored[name].dataset)
         if old.sample_id.tolist() != rows.sample_id.tolist():
             raise UserError(f"{options.before} is scored on other samples of {name}; compare models of one protocol")
