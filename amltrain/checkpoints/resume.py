@@ -334,7 +334,11 @@ def prepare_output(config: RunConfig, log: Callable[[str], None], lock: OutputLo
             fetch_run(str(config.hub.repo), output, log, may_be_new=True)
         resume_from = checkpoints.find_resumable(output, resume, log)
         if resume_from is not None:
-            check_recipe(resume_from, config, log)
+            try:
+                check_recipe(resume_from, config, log)
+            except UserError as error:
+                hint = "; the Hub has that run: for a new one name another --hub.repo and another --output"
+                raise UserError(f"{error}{hint if config.hub.push == STATE else ''}") from error
         checkpoints.remove_leftovers(output)
         mark_requeue(output, False)
         (output / FINISHED_FILE).unlink(missing_ok=True)

@@ -104,6 +104,15 @@ def test_the_same_command_goes_on_on_another_machine(
     assert json.loads(server.files(REPO)["training/run.json"])["last"] == "step-000006"
 
 
+def test_another_run_of_the_same_repository_is_rejected(
+    half: Path, shapes: Path, server: HubServer, tmp_path: Path
+) -> None:
+    push_model(half, REPO, private=True, state=True)
+    with pytest.raises(UserError, match=r"made with method aml.*name another --hub\.repo"):
+        runs.run(shapes, tmp_path / "new", *SHORT, "--hub.push", "state", "--hub.repo", REPO, "--method", "supervised")
+    assert json.loads(server.files(REPO)["training/run.json"])["last"] == "step-000004"
+
+
 def fresh(tmp_path: Path) -> Path:
     (tmp_path / "fresh").mkdir()
     return tmp_path / "fresh"
