@@ -107,7 +107,7 @@ def sam3_instances(
     )
 
 
-@register_model(sam3_info(96, "wordpiece", 24, loss="instances", box_weight=0.2, mask_weight=1.0))
+@register_model(sam3_info(96, "wordpiece", 24, loss="instances", score_weight=0.2, box_weight=0.05, mask_weight=0.5))
 def sam3_instances_tiny(
     *,
     vision_weights: str | None = None,
