@@ -21,12 +21,16 @@ READS_FROM_THE_START = ["barleria_tiny", "beit3_tiny", "c3vg_tiny"]
 """Their image encoders read the words in the first block."""
 
 
+OPTIONS = {"sam3_instances_tiny": {"score_threshold": 0.01}}
+"""Untrained, no instance of it is likely."""
+
+
 def make(name: str, shapes: Path, **options) -> tuple[RISModel, object, object]:
     info = model_info(name)
     data = DataConfig(datasets=["refshapes"], prepared=str(shapes), workers=0)
     tokenizer = build_tokenizer(data, info.preprocess)
     torch.manual_seed(1)
-    model = create_model(name, vocab_size=tokenizer.vocab_size)
+    model = create_model(name, vocab_size=tokenizer.vocab_size, **OPTIONS.get(name, {}))
     evaluation = EvaluationConfig(splits=["val"], batch_size=5, max_samples=18)
     preprocess = replace(info.preprocess, size=64)
     loader = build_eval_loaders(data, preprocess, evaluation, info.protocol, tokenizer, **options)["val"]

@@ -336,7 +336,8 @@ def test_every_sentence_has_its_own_hidden_places() -> None:
     blocks = torch.zeros(2, 3, 3, dtype=torch.bool)
     blocks[0, 0, 0] = blocks[1, 2, 2] = True
     image = mask_image(batch.image, blocks, 32)
-    masked = with_image(batch._replace(view=view, geometry=geometry, conversation=talk), image, blocks, 32)
+    seen = batch._replace(view=view, view_geometry=geometry, geometry=geometry, conversation=talk)
+    masked = with_image(seen, image, blocks, 32)
     assert masked.conversation is not None and masked.view is not None
     assert masked.conversation.owner.tolist() == [0, 1] == masked.conversation.pictures.tolist()
     assert (masked.view[0, :, :32, :32] == 0).all() and (masked.view[0, :, 32:] == 1).all()
